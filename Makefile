@@ -1,0 +1,34 @@
+# make demo, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
+# No compiler, GPU or model hub is needed.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint quality clean help
+
+help:
+	@echo "make demo     quantize and judge a real small model, in minutes"
+	@echo "make test     run the tests"
+	@echo "make lint     check the style"
+	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
+
+demo: $(VENV)/installed
+	$(VENV)/bin/quantkit demo --overwrite
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+
+quality: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/quality.py --data $(DATA)
+
+# The stamp is written last, so an interrupted install is begun again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) quantkit-demo

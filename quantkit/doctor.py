@@ -1,0 +1,78 @@
+"""`doctor`: what is installed, what will run, and what is broken."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from quantkit import __version__
+
+# The least version that quantkit works with; optional ones give features and are no fault when missing.
+REQUIRED = {"torch": (2, 10), "transformers": (5,), "safetensors": (), "click": (), "numpy": (), "PyYAML": (), "rich": ()}
+OPTIONAL = {"gguf": "demo", "accelerate": "demo", "matplotlib": "report", "pyarrow": "hub", "datasets": "hub"}
+
+
+def examine() -> dict[str, Any]:
+    """Every check: name, what was found, status "ok", "note" or "broken"."""
+    checks = [_check("quantkit", __version__), _check("Python", platform.python_version())]
+    for package, least in REQUIRED.items():
+        checks.append(_package(package, least))
+    for package, extra in OPTIONAL.items():
+        found = _version(package)
+        checks.append(_check(package, found) if found else _check(package, f"not installed (pip install 'quantkit[{extra}]')", "note"))
+    if _version("torch"):
+        checks += [_check_arithmetic(), *_devices()]
+    checks.append(_check("compiled kernels", "none in this version; the reference arithmetic (torch) runs", "note"))
+    return {"ok": all(check["status"] != "broken" for check in checks), "checks": checks}
+
+
+def _check(name: str, found: str, status: str = "ok") -> dict[str, str]:
+    return {"name": name, "found": found, "status": status}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _package(package: str, least: tuple[int, ...]) -> dict[str, str]:
+    found = _version(package)
+    if found is None:
+        return _check(package, "not installed; pip install quantkit brings it", "broken")
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+    if numbers < least:
+        return _check(package, f"{found}; needs {'.'.join(map(str, least))} or newer", "broken")
+    return _check(package, found)
+
+
+def _check_arithmetic() -> dict[str, str]:
+    """A few codes whose values are known, through this torch's casts."""
+    import torch
+
+    from quantkit.formats import FP8_E4M3, INT8
+    from quantkit.quantize import encode_codes
+
+    # 17 lies halfway between the E4M3 neighbours 16 and 18; the tie goes to 16, whose last mantissa bit is even.
+    fp8 = encode_codes(torch.tensor([448.0, 1000.0, -1000.0, 17.0, 0.001]), FP8_E4M3).float().tolist()
+    int8 = encode_codes(torch.tensor([0.5, 1.5, 200.0, -200.0]), INT8).tolist()
+    if fp8 == [448.0, 448.0, -448.0, 16.0, 0.001953125] and int8 == [0, 2, 127, -128]:
+        return _check("FP8 and INT8 rounding", "right")
+    return _check("FP8 and INT8 rounding", f"wrong with this torch: {fp8} {int8}; install another version", "broken")
+
+
+def _devices() -> list[dict[str, str]]:
+    import torch
+
+    threads = torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    checks = [_check("CPU", f"{platform.machine()}, {capability}, {threads} of {os.cpu_count()} cores used")]
+    if not torch.cuda.is_available():
+        return [*checks, _check("CUDA device", "none found; calibrate and eval run on the CPU", "note")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        checks.append(_check(f"CUDA device {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB"))
+    return checks

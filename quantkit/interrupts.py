@@ -1,0 +1,44 @@
+"""Stopping where it is safe: the first SIGINT or SIGTERM asks, and the work stops at its next whole step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from quantkit.errors import Interrupted
+
+
+@dataclass
+class StopRequest:
+    signal_name: str = ""
+
+    def check(self, where: str) -> None:
+        """Raise Interrupted (exit 75) if a signal has come. where: what is done and kept."""
+        if self.signal_name:
+            raise Interrupted(f"stopped by {self.signal_name} {where}; run the same command with --resume to continue")
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM for the duration; the work calls `check` between its steps. A second signal ends the process at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _frame: object) -> None:
+        request.signal_name = signal.Signals(number).name
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+
+    for number in earlier:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

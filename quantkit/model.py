@@ -1,0 +1,144 @@
+"""Walking a model: from tensor names and shapes alone, and as a module tree.
+
+`export` never builds the model, so it must know a Linear by its name and shape: a two-dimensional `….weight` inside a numbered
+decoder block that is no norm, embedding or router. What can't be told apart that way is refused, never guessed.
+`calibrate` and `eval` walk the module tree that transformers builds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# A block's number: the first path component that is a number, after a list's name (`layers.3.`, `h.3.`, `block.3.`).
+_BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
+_NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE)
+_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
+_OTHER_TOWER = re.compile(r"vision|visual|image|audio|multi_modal_projector|mm_projector|connector", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One weight of the checkpoint and what it is.
+
+    kind: "linear", or why it is left: "lm_head", "embedding", "norm", "router", "other tower", "outside the blocks",
+    "not a matrix"; "unreached" is a weight that should be quantized but that quantkit can't handle.
+    """
+
+    name: str  # the module's, without ".weight"
+    tensor: str
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+
+
+def classify_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleInfo]:
+    """What each tensor of a checkpoint is, by tensor name. shapes: tensor name → shape."""
+    infos = {}
+    for tensor, shape in shapes.items():
+        kind, reason = _kind(tensor, shape, shapes)
+        infos[tensor] = ModuleInfo(tensor.removesuffix(".weight"), tensor, shape, kind, reason)
+    return infos
+
+
+def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+    module, _, parameter = tensor.rpartition(".")
+    parts = module.split(".")
+    leaf = parts[-1]
+    if leaf == "lm_head":
+        return "lm_head", "lm_head is left by rule"
+    if any(_OTHER_TOWER.search(part) for part in parts):
+        return "other tower", "not part of the language model"
+    block = _BLOCK.match(tensor)
+    if block is None:
+        return ("embedding", "embeddings are left by rule") if _EMBEDDING.search(leaf) else ("outside the blocks", "outside the decoder blocks")
+    if _NORM.search(leaf):
+        return "norm", "norms are left by rule"
+    if _EMBEDDING.search(leaf):
+        return "embedding", "embeddings are left by rule"
+    if _is_router(leaf, parts, shapes):
+        return "router", "routers are left by rule"
+    if parameter in ("bias", "weight") and len(shape) < 2:
+        return "not a matrix", "a vector"
+    if len(shape) == 3 and "experts" in (*parts, parameter):
+        return "unreached", "experts stored as one three-dimensional tensor"
+    if parameter != "weight" or len(shape) != 2:
+        return "not a matrix", "not a Linear's weight"
+    bias = shapes.get(f"{module}.bias")
+    if bias is not None and bias != (shape[0],) and bias == (shape[1],):
+        return "unreached", "stored as [in_features, out_features] (Conv1D)"
+    if 0 in shape:
+        return "unreached", f"has the empty shape {list(shape)}"
+    return "linear", ""
+
+
+def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    if leaf in ("router", "shared_expert_gate") or "router" in parts:
+        return True
+    # `gate` beside `experts` routes; `gate` elsewhere may be an ordinary Linear.
+    parent = ".".join(parts[:-1])
+    return leaf == "gate" and any(name.startswith((f"{parent}.experts.", f"{parent}.shared_expert")) for name in shapes)
+
+
+# Linears that runtimes merge into one. Their members must share one scheme, and one scale where a scale is per tensor.
+# Names of projections, not of architectures: a set exists where all its members stand side by side.
+FUSED_SETS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+
+
+def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
+    """The Linears that runtimes merge, as tuples of module names; a Linear in none of them doesn't appear."""
+    names = dict.fromkeys(linears)
+    sets = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        for members in FUSED_SETS:
+            candidates = tuple(f"{parent}.{member}" if parent else member for member in members)
+            if leaf == members[0] and all(candidate in names for candidate in candidates):
+                sets.append(candidates)
+    return sets
+
+
+def block_number(name: str) -> int | None:
+    """The decoder block a tensor or module belongs to."""
+    match = _BLOCK.match(name + ".")
+    return int(match["number"]) if match else None
+
+
+def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The Linears of a module tree, under their names on disk."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def load_model(path: Any, device: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model of an unquantized checkpoint, in its stored dtype, ready for inference."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = auto_config(path, trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype="auto", trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise CheckpointError(f"transformers can't load {path}: {' '.join(str(error).split())[:300]}") from None
+    return model.to(torch.device(device)).eval().requires_grad_(False)
+
+
+def auto_config(path: Any, trust_remote_code: bool) -> Any:
+    """transformers' configuration of a checkpoint."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        hint = " (pass --trust-remote-code to run the code in the checkpoint)" if "trust_remote_code" in str(error) else ""
+        raise CheckpointError(f"transformers doesn't know the model in {path}{hint}: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,246 @@
+"""Results for people: tables on a terminal, Markdown, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from quantkit.checkpoint import format_bytes
+from quantkit.errors import EvaluationError
+from quantkit.runtimes import HARDWARE, RUNTIMES, SUPPORT, hardware_mode
+from quantkit.scheme import ALIASES, SCHEMES
+
+
+def print_json(content: Any) -> None:
+    """JSON on stdout. NaN and infinity, which JSON lacks, become null."""
+    sys.stdout.write(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    return [finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: Sequence[int] = ()) -> None:
+    """A table on stdout; as wide as it needs where stdout is no terminal, so that nothing is cut. right: columns of numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 220, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_escape, row))
+    console.print(table)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def interval_text(interval: dict[str, Any], digits: int = 2) -> str:
+    """+1.23 % [+1.10, +1.36]"""
+    value = f"{interval['value']:+.{digits}f} %"
+    if interval["low"] is None:
+        return value
+    return f"{value} [{interval['low']:+.{digits}f}, {interval['high']:+.{digits}f}]"
+
+
+EVALUATION_COLUMNS = ("model", "scheme", "perplexity", "ΔPPL [95 %]", "KL mean", "KL p99", "same top-1", "size", "bits/weight", "Linears", "inputs quantized", "tokens/s")
+
+
+def evaluation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row for the base, one per candidate; the columns are EVALUATION_COLUMNS."""
+    base = result["base"]
+    rows = [(base["path"], "base", f"{base['perplexity']:.4f}", "", "", "", "", format_bytes(base["bytes"]), f"{base['bits_per_weight']:.2f}", "", "", f"{base['tokens_per_second']:.0f}")]
+    for quant in result["quants"]:
+        activations = {True: "yes", False: "no"}.get(quant["activations_quantized"], "in part")
+        rows.append(
+            (
+                quant["path"],
+                quant["scheme"],
+                f"{quant['perplexity']:.4f}",
+                interval_text(quant["ppl_delta_pct"]),
+                f"{quant['kld']['mean']:.5f}",
+                f"{quant['kld']['p99']:.4f}",
+                f"{100 * quant['top1_agreement']:.2f} %",
+                format_bytes(quant["bytes"]),
+                f"{quant['bits_per_weight']:.2f}",
+                str(quant["linears_quantized"]),
+                activations,
+                f"{quant['tokens_per_second']:.0f}",
+            )
+        )
+    return rows
+
+
+def evaluation_title(result: dict[str, Any]) -> str:
+    protocol = result["protocol"]
+    hardware = f", as {result['hardware']} computes" if result.get("hardware") else ""
+    return f"{result['tokens_scored']} tokens in {result['windows']} windows of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), reference arithmetic{hardware}"
+
+
+def evaluation_remarks(result: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know beside it."""
+    remarks = []
+    for quant in result["quants"]:
+        delta = quant["ppl_delta_pct"]
+        if delta["method"] == "t":
+            remarks.append(f"{quant['path']}: Student's t interval, since {result['windows']} windows are too few for a bootstrap")
+        elif delta["method"] == "none":
+            remarks.append(f"{quant['path']}: one window gives no interval; give more text or a smaller --seq-len")
+        if delta["smallest_resolvable"]:
+            remarks.append(f"{quant['path']}: this much text resolves differences of about {delta['smallest_resolvable']:.2f} %")
+        if quant["weights_only_linears"]:
+            remarks.append(f"{quant['path']}: {len(quant['weights_only_linears'])} fused experts ran with unquantized inputs")
+        if quant["layers"]:
+            worst = quant["layers"][0]
+            remarks.append(f"{quant['path']}: the weight that changed most is {worst['name']}, {worst['weight_sqnr_db']:.1f} dB")
+    for gate in result["gates"]:
+        more = f", needs about {gate['more_tokens_needed']} more tokens" if gate.get("more_tokens_needed") else ""
+        remarks.append(f"gate {gate['expr']} on {gate['path']}: {gate['result']} ({gate['value']:.4g}{more})")
+    return remarks
+
+
+def evaluation_markdown(result: dict[str, Any]) -> str:
+    """The table and its remarks for a model card."""
+    lines = [f"## Quality\n\n{evaluation_title(result)}; {result['data']['sources'][0]}.\n"]
+    lines.append(markdown_table(EVALUATION_COLUMNS, evaluation_rows(result)))
+    lines += [f"- {remark}" for remark in evaluation_remarks(result)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def schemes_description() -> list[dict[str, Any]]:
+    """Schemes × runtimes × hardware, from `runtimes`."""
+    described = []
+    for name, scheme in SCHEMES.items():
+        described.append(
+            {
+                "scheme": name,
+                "aliases": [alias for alias, target in ALIASES.items() if target == name],
+                "weight": str(scheme.weight),
+                "input": str(scheme.input) if scheme.input else None,
+                "needs_calibration": scheme.needs_calibration,
+                "runtimes": {runtime: {"loads": SUPPORT[name][runtime].loads, "note": SUPPORT[name][runtime].note} for runtime in RUNTIMES},
+                "hardware": {hardware: hardware_mode(scheme, hardware) for hardware in HARDWARE},
+            }
+        )
+    return described
+
+
+def schemes_rows() -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of `quantkit schemes`."""
+    columns = ["scheme", "alias", "weights", "inputs", "data", *RUNTIMES, *HARDWARE]
+    rows = []
+    for entry in schemes_description():
+        runtimes = [("yes" if support["loads"] else "no") + (f": {support['note']}" if support["note"] else "") for support in entry["runtimes"].values()]
+        hardware = [{"native": "yes", "weights": "W8A16"}.get(mode, "no") for mode in entry["hardware"].values()]
+        rows.append([entry["scheme"], ", ".join(entry["aliases"]), entry["weight"], entry["input"] or "as they are", "needed" if entry["needs_calibration"] else "", *runtimes, *hardware])
+    return columns, rows
+
+
+def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
+    """Tables of `quantkit inspect`: (title, columns, rows, columns of numbers)."""
+    if description["kind"] == "calibration":
+        title = f"{description['path']}: {description['tokens']} tokens in {description['windows']} windows of {description['seq_len']}, from {', '.join(description['data']['sources'])}"
+        rows = [[entry["name"], str(len(entry["linears"])), str(entry["in_features"]), f"{entry['amax']:.4g}", f"{entry['first_position_amax']:.4g}", str(entry["tokens"])] for entry in description["inputs"]]
+        tables = [(title, ("input of", "Linears", "features", "amax", "amax, first position", "tokens"), rows, (1, 2, 3, 4, 5))]
+        if description["kv"]:
+            rows = [[entry["module"], f"{entry['k_amax']:.4g}", f"{entry['v_amax']:.4g}"] for entry in description["kv"]]
+            tables.append(("keys and values, after rotary embedding", ("attention", "key amax", "value amax"), rows, (1, 2)))
+        return tables
+    quantization = description["quantization"]
+    method = f"{quantization['method']}, KV cache {quantization['kv_cache'] or 'as it is'}" if quantization else "not quantized"
+    title = f"{description['path']}: {description['architecture']}, {method}, {format_bytes(description['bytes'])} in {description['shards']} shards"
+    rows = [[dtype, str(entry["tensors"]), format_bytes(entry["bytes"])] for dtype, entry in sorted(description["dtypes"].items())]
+    tables = [(title, ("dtype", "tensors", "size"), rows, (1, 2))]
+    counts = [[scheme, str(count)] for scheme, count in description["schemes"].items()] + ([["left as they are", str(len(description["linears_left"]))]] if description["linears_left"] else [])
+    if counts:
+        tables.append(("Linears in the decoder blocks", ("scheme", "Linears"), counts, (1,)))
+    return tables
+
+
+class Progress:
+    """A progress bar on stderr where that is a terminal, else nothing. `update(done, total)` may be handed to any engine."""
+
+    def __init__(self, description: str, quiet: bool = False) -> None:
+        self._bar: Any = None
+        if quiet or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(description, total=None)
+
+    def update(self, done: float, total: float, description: str | None = None) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, **({"description": description} if description else {}))
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def evaluation_html(result: dict[str, Any]) -> str:
+    """One page that needs no network: the table, its remarks, and the difference window by window as an inline SVG."""
+    from html import escape
+
+    head = "".join(f"<th>{escape(column)}</th>" for column in EVALUATION_COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in evaluation_rows(result))
+    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in evaluation_remarks(result))
+    plots = f"<h2>Difference to the base, window by window</h2>{_window_plot(result)}" if result["quants"] else ""
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}div{overflow-x:auto}table{border-collapse:collapse}"
+        "th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>quantkit eval</title><style>{style}</style></head>'
+        f"<body><h1>What quantization cost</h1><p>{escape(evaluation_title(result))}; {escape(', '.join(result['data']['sources']))}.</p>"
+        f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><ul>{remarks}</ul>{plots}</body></html>\n"
+    )
+
+
+def _window_plot(result: dict[str, Any]) -> str:
+    """Per window, nll_quant − nll_base per token of each candidate, as SVG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EvaluationError("--html draws with matplotlib, which is not installed; pip install 'quantkit[report]'") from None
+    import io
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="0.6", linewidth=1)
+    for quant in result["quants"]:
+        differences = [(ours - base) / count for ours, base, count in zip(quant["window_nll"], result["base"]["window_nll"], result["window_tokens"])]
+        axes.plot(range(1, len(differences) + 1), differences, marker="o", markersize=3, linewidth=1, label=f"{quant['path']} ({quant['scheme']})")
+    axes.set_xlabel("window")
+    axes.set_ylabel("ΔNLL per token (nats)")
+    axes.legend()
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg")
+    return drawing.getvalue()[drawing.getvalue().index("<svg") :]

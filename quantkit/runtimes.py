@@ -1,0 +1,139 @@
+"""What each runtime and each kind of hardware can do with each scheme, as data. `verify`, `schemes`, `export` and `eval` read it.
+
+Read from the sources of vLLM 0.32, SGLang 0.5.23, TensorRT-LLM and transformers 5.23, all for the compressed-tensors format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from quantkit.errors import RuntimeLimitError
+from quantkit.formats import INT8
+from quantkit.model import fused_sets
+from quantkit.scheme import QuantScheme
+
+RUNTIMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
+
+
+@dataclass(frozen=True)
+class Support:
+    """loads: whether the runtime loads the scheme and computes what it says. note: the condition, or why not."""
+
+    loads: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        return ("yes" if self.loads else "no") + (f" ({self.note})" if self.note else "")
+
+
+_YES = Support(True)
+_TRT_CHANNEL = Support(False, "takes channel scales only with per-token inputs")
+_TRT_INT8 = Support(False, "reads INT8 as FP8 in silence")
+
+SUPPORT: dict[str, dict[str, Support]] = {
+    "fp8-dynamic": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": _YES, "transformers": _YES},
+    "fp8-static": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": _TRT_CHANNEL, "transformers": _YES},
+    "fp8-tensor": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": Support(False, "raises on per-tensor weights"), "transformers": _YES},
+    "fp8-block": {
+        "vllm": Support(True, "128-multiples"), "sglang": Support(True, "128-multiples"),
+        "tensorrt-llm": _YES, "transformers": Support(True, "128-multiples"),
+    },
+    "mxfp8": {"vllm": _YES, "sglang": Support(False, "has no MXFP8"), "tensorrt-llm": Support(False, "not known to load it"), "transformers": _YES},
+    "fp8-weight-only": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": Support(False, "needs quantized inputs"), "transformers": _YES},
+    "int8-dynamic": {"vllm": _YES, "sglang": Support(True, "dense models"), "tensorrt-llm": _TRT_INT8, "transformers": _YES},
+    "int8-static": {"vllm": _YES, "sglang": Support(False, "ignores static input scales"), "tensorrt-llm": _TRT_INT8, "transformers": _YES},
+    "int8-weight-only": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": Support(False, "needs quantized inputs"), "transformers": _YES},
+}  # fmt: skip
+
+# What vLLM runs on each hardware: "native" (as the scheme says), "weights" (codes are stored, inputs stay bf16), or why it can't.
+HARDWARE = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
+_NO_CPU_STATIC = "vLLM's CPU build does not start with static FP8 inputs"
+
+
+def scheme_family(scheme: QuantScheme) -> str:
+    """The row of the tables above that a scheme belongs to, whatever it is called."""
+    if scheme.weight.format is INT8:
+        return "int8-weight-only" if scheme.input is None else "int8-dynamic" if scheme.input.dynamic else "int8-static"
+    if scheme.weight.scale_format is not None:
+        return "mxfp8"
+    if scheme.input is None:
+        return "fp8-weight-only"
+    if scheme.weight.granularity.name in ("block", "group"):
+        return "fp8-block"
+    if scheme.input.dynamic:
+        return "fp8-dynamic"
+    return "fp8-tensor" if scheme.weight.granularity.name == "tensor" else "fp8-static"
+
+
+def hardware_mode(scheme: QuantScheme, hardware: str) -> str:
+    """"native", "weights", or the reason why this hardware can't serve the scheme."""
+    family = scheme_family(scheme)
+    if family in ("int8-dynamic", "int8-static"):
+        return "vLLM has no INT8 kernel for Blackwell" if hardware == "blackwell" else "native"
+    if family == "int8-weight-only":
+        return "vLLM's CPU build has no kernel for packed INT8 weights" if hardware == "cpu" else "native"
+    if family == "fp8-weight-only":
+        return "native"
+    if family == "mxfp8":
+        return "native" if hardware == "blackwell" else "weights"
+    if hardware in ("blackwell", "hopper", "ada"):
+        return "native"
+    if hardware == "cpu" and family in ("fp8-static", "fp8-tensor"):
+        return _NO_CPU_STATIC
+    return "weights"
+
+
+def as_computed(scheme: QuantScheme, hardware: str | None) -> QuantScheme:
+    """The scheme whose arithmetic this hardware runs: without input quantization where it has no such kernel."""
+    if hardware is None:
+        return scheme
+    mode = hardware_mode(scheme, hardware)
+    if mode == "native":
+        return scheme
+    if mode == "weights":
+        return replace(scheme, input=None)
+    raise RuntimeLimitError(f"{scheme.name} can't be computed as on {hardware}: {mode}; choose another --hardware or leave it out")
+
+
+@dataclass(frozen=True)
+class QuantizedLinearInfo:
+    """A Linear as an export plans it or a checkpoint holds it. shape: [out_features, in_features]."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: QuantScheme
+
+
+def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], left: Iterable[str]) -> list[str]:
+    """Why this runtime would refuse or misread such a checkpoint; empty when it loads. left: Linears that stay unquantized."""
+    quantized = list(quantized)
+    by_name = {linear.name: linear for linear in quantized}
+    problems = []
+    for scheme in dict.fromkeys(linear.scheme for linear in quantized):
+        support = SUPPORT[scheme_family(scheme)][runtime]
+        if not support.loads:
+            problems.append(f"{runtime} can't load {scheme.name}: it {support.note}")
+    if runtime in ("vllm", "sglang"):
+        left = set(left)
+        for members in fused_sets([*by_name, *left]):
+            schemes = {by_name[m].scheme if m in by_name else None for m in members}
+            if len(schemes) > 1:
+                named = ", ".join(f"{m.rsplit('.', 1)[-1]} {by_name[m].scheme.name if m in by_name else 'unquantized'}" for m in members)
+                problems.append(f"{runtime} merges {members[0].rpartition('.')[0]}: {named}; give them one scheme, or leave all of them")
+        uneven = [by_name[m] for members in fused_sets(by_name) for m in members[:-1] if by_name[m].scheme.weight.granularity.name == "block"]
+        problems += _uneven(runtime, [linear for linear in uneven if linear.shape[0] % linear.scheme.weight.granularity.rows], 0)
+    if runtime == "transformers":
+        blocks = [linear for linear in quantized if linear.scheme.weight.granularity.name == "block"]
+        problems += _uneven(runtime, [linear for linear in blocks if linear.shape[1] % linear.scheme.weight.granularity.columns], 1)
+    return problems
+
+
+def _uneven(runtime: str, linears: list[QuantizedLinearInfo], axis: int) -> list[str]:
+    if not linears:
+        return []
+    first = linears[0]
+    size = (first.scheme.weight.granularity.rows, first.scheme.weight.granularity.columns)[axis]
+    what = ("out_features", "in_features")[axis]
+    more = f" and {len(linears) - 1} more" if len(linears) > 1 else ""
+    return [f"{runtime} can't load {first.scheme.name} here: {what} {first.shape[axis]} of {first.name}{more} is no multiple of {size}; use fp8-dynamic instead"]

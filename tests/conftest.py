@@ -1,0 +1,141 @@
+"""Tiny models and texts, made here: random Llama checkpoints of a few hundred kB with a byte-level tokenizer."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars turn slowly above cold mountains and rivers".split()
+
+
+def make_text(words: int, seed: int = 0) -> str:
+    """Sentences of a small vocabulary, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (words,), generator=generator).tolist()
+    return " ".join(WORDS[pick] + ("." if number % 9 == 8 else "") for number, pick in enumerate(picks))
+
+
+def make_tokenizer(directory: Path) -> int:
+    """A byte-level BPE tokenizer with a BOS and an EOS; returns its vocabulary size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([make_text(2000)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    fast.save_pretrained(directory)
+    return len(fast)
+
+
+def make_llama(directory: Path, *, tie: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes) -> Path:
+    """A random Llama of two layers whose sizes are multiples of 128, so that every scheme fits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = make_tokenizer(directory)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.08}
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tie, bos_token_id=0, eos_token_id=1, **(sizes | changes))
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def _llama_master(tmp_path_factory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def _calibration_master(_llama_master, _text_master, tmp_path_factory) -> Path:
+    from quantkit.calibration import CalibrationOptions, calibrate
+
+    output = tmp_path_factory.mktemp("calibrations") / "calib"
+    calibrate(CalibrationOptions(_llama_master, output, (str(_text_master),), num_samples=6, seq_len=64))
+    return output
+
+
+@pytest.fixture(scope="session")
+def _text_master(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(make_text(6000, seed=1))
+    return path
+
+
+# Read by many tests, changed by none: a test that changes files copies them first, with the `copy` fixture.
+@pytest.fixture
+def llama(_llama_master) -> Path:
+    return _llama_master
+
+
+@pytest.fixture
+def calib(_calibration_master) -> Path:
+    return _calibration_master
+
+
+@pytest.fixture
+def text(_text_master) -> Path:
+    return _text_master
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """copy(directory) → a copy that a test may damage."""
+
+    def make(directory: Path, name: str = "copy") -> Path:
+        return Path(shutil.copytree(directory, tmp_path / name))
+
+    return make
+
+
+@pytest.fixture
+def run():
+    """run("export", ...) → the CLI's result, with .exit_code, .stdout and .stderr."""
+    from click.testing import CliRunner
+
+    from quantkit.cli import main
+
+    def invoke(*arguments: object):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def run_json(run):
+    """As `run`, with --json; returns what was printed."""
+
+    def invoke(*arguments: object):
+        result = run(*arguments, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return invoke
+
+
+@pytest.fixture
+def export_to(tmp_path, llama, calib):
+    """export_to("fp8-dynamic") → the directory of the tiny Llama in that scheme."""
+    from quantkit.export import ExportOptions, export, plan_export
+    from quantkit.scheme import QuantScheme, Recipe
+
+    def make(scheme, model: Path = llama, calibration: Path | None = calib, kv_cache: str | None = None, name: str | None = None, **options) -> Path:
+        recipe = scheme if isinstance(scheme, Recipe) else Recipe(QuantScheme.parse(scheme), kv_cache=kv_cache)
+        output = tmp_path / (name or f"out-{recipe.scheme.name}")
+        needed = calibration if recipe.needs_calibration else None
+        export(plan_export(ExportOptions(model, output, recipe, needed, **options)))
+        return output
+
+    return make

@@ -1,0 +1,222 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama, make_text
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from quantkit.data import evaluation_windows, load_tokenizer
+from quantkit.errors import EvaluationError, NotComparableError
+from quantkit.evaluation import EvaluationOptions, Gate, evaluate
+from quantkit.layouts import QuantizationLayout
+from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
+from quantkit.served import load_served
+from quantkit.statistics import Interval
+
+
+@pytest.fixture
+def judge(llama, text):
+    def run(*quants, base=llama, seq_len=64, max_tokens=640, **options):
+        return evaluate(EvaluationOptions(base, tuple(quants), (str(text),), seq_len, max_tokens, **options))
+
+    return run
+
+
+def test_base_perplexity_is_that_of_transformers_in_float32_logits(llama, text, judge):
+    windows = evaluation_windows([str(text)], load_tokenizer(llama), "gptq", 64, 640)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").eval()
+    losses = []
+    with torch.inference_mode():
+        for window in windows.windows:
+            tokens = torch.tensor([window.tokens])
+            hidden = model.model(tokens).last_hidden_state[0].double()
+            logits = hidden @ model.lm_head.weight.double().T
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none"))
+    # bfloat16 logits would be off by 1e-3.
+    assert judge()["base"]["perplexity"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-6)
+
+
+def test_base_against_itself_is_exactly_zero(llama, judge):
+    (quant,) = judge(llama)["quants"]
+    delta = quant["ppl_delta_pct"]
+    assert (delta["value"], delta["low"], delta["high"]) == (0, 0, 0)
+    assert quant["kld"]["mean"] == quant["kld"]["max"] == 0 and quant["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_exported_file_gives_the_figures_of_its_dequantized_weights(scheme, llama, copy, export_to, judge):
+    """Reload parity: weights-only arithmetic equals a plain model that holds the dequantized weights."""
+    out = export_to(Recipe(QuantScheme(scheme, SCHEMES[scheme].weight)) if SCHEMES[scheme].input is None else scheme)
+    served = load_served(out, "cpu", None)
+    dense = copy(llama, "dense")
+    tensors = load_file(dense / "model.safetensors")
+    from quantkit.served import QuantizedLinear
+
+    layers = {name: module for name, module in served.model.named_modules() if isinstance(module, QuantizedLinear)}
+    assert len(layers) == 14
+    for name, module in layers.items():
+        from quantkit.quantize import QuantizedTensor
+
+        restored = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
+        error = (restored - tensors[f"{name}.weight"].float()).norm() / restored.norm()
+        assert error < (0.04 if "fp8" in scheme else 0.02), name
+        assert module.scheme.same_arithmetic == SCHEMES[scheme].same_arithmetic
+
+
+def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, export_to, text):
+    model = make_llama(tmp_path / "f32", dtype=torch.float32)
+    out = export_to("int8-weight-only", model)
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    served = load_served(out, "cpu")
+    for name, module in served.model.named_modules():
+        if type(module).__name__ == "QuantizedLinear":
+            from quantkit.quantize import QuantizedTensor
+
+            dense.get_submodule(name).weight.data = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
+    tokens = torch.arange(2, 60)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(served.model(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_damage_in_one_layer_is_ranked_first(llama, export_to, judge):
+    out = export_to("int8-dynamic")
+    before = judge(out)["quants"][0]
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight_scale"] *= 1.5
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    after = judge(out)["quants"][0]
+    assert after["layers"][0]["name"] == "model.layers.1.mlp.up_proj" and after["layers"][0]["weight_sqnr_db"] < 10
+    assert after["kld"]["mean"] > 2 * before["kld"]["mean"]
+
+
+def test_hardware_without_fp8_keeps_activations_and_loses_less(export_to, judge):
+    out = export_to("fp8-dynamic")
+    native, ampere = judge(out)["quants"][0], judge(out, hardware="ampere")["quants"][0]
+    assert native["activations_quantized"] is True and ampere["activations_quantized"] is False
+    assert 0 < ampere["kld"]["mean"] < native["kld"]["mean"]
+
+
+def test_kv_cache_scheme_changes_the_figures(export_to, judge):
+    plain, cached = export_to("fp8-dynamic"), export_to("fp8-dynamic", kv_cache="fp8", name="kv")
+    first, second = judge(plain, cached)["quants"]
+    assert not first["kv_cache_quantized"] and second["kv_cache_quantized"]
+    assert first["perplexity"] != second["perplexity"]
+    assert first["layers"] == second["layers"]
+
+
+def test_mixed_recipe_and_quantized_lm_head_are_judged_as_stored(export_to, judge):
+    fp8, int8 = QuantScheme.parse("fp8-dynamic"), QuantScheme.parse("int8-dynamic")
+    out = export_to(Recipe(int8, layers=((Pattern("lm_head"), int8), (Pattern("re:.*down_proj"), fp8))))
+    quant = judge(out)["quants"][0]
+    assert quant["scheme"] == "mixed" and quant["linears_quantized"] == 15
+    assert 0 < quant["kld"]["mean"] < 1
+
+
+def test_chunks_do_not_change_the_result(export_to, judge, monkeypatch):
+    out = export_to("int8-dynamic")
+    whole = judge(out)
+    monkeypatch.setattr("quantkit.evaluation.POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr("quantkit.evaluation.VOCABULARY_PER_CHUNK", 50)
+    parts = judge(out)
+    assert parts["base"]["perplexity"] == pytest.approx(whole["base"]["perplexity"], rel=1e-6)
+    assert parts["quants"][0]["kld"]["mean"] == pytest.approx(whole["quants"][0]["kld"]["mean"], rel=1e-4)
+
+
+@pytest.mark.parametrize("protocol", ["gptq", "llamacpp", "lmeval"])
+def test_each_protocol_scores_what_it_says(protocol, judge, llama):
+    result = judge(llama, protocol=protocol)
+    assert result["protocol"]["name"] == protocol
+    assert result["tokens_scored"] == sum(result["window_tokens"])
+    assert result["quants"][0]["ppl_delta_pct"]["value"] == 0
+
+
+def test_protocols_have_different_hashes(judge):
+    hashes = {judge(protocol=protocol, max_tokens=128)["protocol"]["hash"] for protocol in ("gptq", "llamacpp", "lmeval")}
+    assert len(hashes | {judge(seq_len=32, max_tokens=128)["protocol"]["hash"]}) == 4
+
+
+def test_result_has_the_contracts_keys(export_to, judge):
+    result = json.loads(json.dumps(judge(export_to("fp8-dynamic"), gates=("size_ratio<=0.9",))))
+    assert {"schema_version", "protocol", "data", "tokens_scored", "windows", "base", "quants", "gates"} <= set(result)
+    assert {"name", "seq_len", "hash"} <= set(result["protocol"]) and {"sha256", "tokens_sha256"} <= set(result["data"])
+    assert {"path", "perplexity", "bytes", "tokens_per_second"} <= set(result["base"])
+    quant = result["quants"][0]
+    assert {"path", "scheme", "perplexity", "ppl_delta_pct", "kld", "top1_agreement", "bytes", "bits_per_weight", "tokens_per_second", "exec", "activations_quantized", "layers"} <= set(quant)
+    assert {"value", "low", "high"} <= set(quant["ppl_delta_pct"]) and {"mean", "median", "p99", "max"} <= set(quant["kld"])
+    assert {"name", "weight_sqnr_db"} <= set(quant["layers"][0]) and result["gates"][0]["result"] == "pass"
+    assert np.sum(quant["window_nll"]) / result["tokens_scored"] == pytest.approx(math.log(quant["perplexity"]))
+
+
+def test_gate_passes_fails_or_cannot_tell():
+    gate = Gate.parse("ppl_delta_pct<=1.0")
+    assert gate.judge(Interval(0.5, 0.2, 0.8, "bootstrap")) == "pass"
+    assert gate.judge(Interval(2.0, 1.5, 2.5, "bootstrap")) == "fail"
+    assert gate.judge(Interval(0.9, 0.5, 1.3, "bootstrap")) == "inconclusive"
+    assert Gate.parse("top1>=0.99").judge(Interval(0.995, 0.991, 0.999, "bootstrap")) == "pass"
+
+
+@pytest.mark.parametrize("expression", ["ppl<=1", "ppl_delta_pct", "kld_mean<=small"])
+def test_gates_that_make_no_sense_are_refused(expression):
+    with pytest.raises(EvaluationError):
+        Gate.parse(expression)
+
+
+def test_other_tokenizer_or_other_model_is_not_comparable(llama, copy, tmp_path, judge):
+    other = copy(llama, "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(NotComparableError, match="tokenizer"):
+        judge(other)
+    with pytest.raises(NotComparableError, match="hidden_size"):
+        judge(make_llama(tmp_path / "small", hidden_size=64))
+
+
+def test_nonfinite_results_name_the_window(llama, copy, judge):
+    broken = copy(llama, "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EvaluationError, match="window 1"):
+        judge(broken)
+
+
+def test_missing_scale_is_an_error_not_a_guess(export_to, judge):
+    out = export_to("fp8-dynamic")
+    tensors = load_file(out / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Exception, match="up_proj"):
+        judge(out)
+
+
+def test_deepseek_block_format_is_read(llama, copy, export_to, judge):
+    """The same codes under the `fp8` method: weight_scale_inv beside weight."""
+    out = export_to("fp8-block")
+    tensors = {name.replace("weight_scale", "weight_scale_inv"): tensor for name, tensor in load_file(out / "model.safetensors").items()}
+    other = copy(out, "deepseek")
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    (other / "config.json").write_text(json.dumps(config))
+    assert QuantizationLayout.read(config).schemes[0].name == "fp8-block"
+    first, second = judge(out, other)["quants"]
+    assert first["perplexity"] == second["perplexity"]
+
+
+def test_interval_narrows_with_more_text(export_to, judge, tmp_path):
+    out = export_to("int8-dynamic")
+    long = tmp_path / "long.txt"
+    long.write_text(make_text(12000, seed=7))
+    few = evaluate(EvaluationOptions(out, (out,), (str(long),), 32, 320))
+    assert few["windows"] == 10
+    widths = []
+    for tokens in (960, 7680):
+        delta = judge(out, seq_len=32, max_tokens=tokens)["quants"][0]["ppl_delta_pct"]
+        widths.append(delta["high"] - delta["low"])
+    assert widths[1] < widths[0]

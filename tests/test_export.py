@@ -1,0 +1,232 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import make_llama
+from safetensors.torch import load_file, save_file
+
+from quantkit.checkpoint import Checkpoint, sha256_file
+from quantkit.errors import CheckpointError, RecipeError
+from quantkit.export import ExportOptions, export, plan_export
+from quantkit.layouts import QuantizationLayout, decode_linear, linear_tensors
+from quantkit.quantize import quantize
+from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
+
+
+def planned(model, scheme="fp8-dynamic", **recipe):
+    return plan_export(ExportOptions(model, model.parent / "unused", Recipe(QuantScheme.parse(scheme), **recipe)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_file_holds_the_reference_codes_in_the_exact_shapes(scheme, llama, export_to):
+    checkpoint, base = Checkpoint.open(export_to(scheme)), Checkpoint.open(llama)
+    name = "model.layers.1.mlp.down_proj"
+    weight = base.read(f"{name}.weight")
+    expected = linear_tensors(SCHEMES[scheme], tuple(weight.shape))
+    assert {suffix: (checkpoint.tensors[f"{name}.{suffix}"].dtype, checkpoint.tensors[f"{name}.{suffix}"].shape) for suffix in expected} == expected
+    stored, _ = decode_linear({suffix: checkpoint.read(f"{name}.{suffix}") for suffix in expected}, SCHEMES[scheme], name)
+    reference = quantize(weight, SCHEMES[scheme].weight)
+    assert torch.equal(stored.dequantize(), reference.dequantize())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_not_quantized_is_carried_over_bit_for_bit(scheme, llama, export_to):
+    out, base = load_file(export_to(scheme) / "model.safetensors"), load_file(llama / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"):
+        assert torch.equal(out[name], base[name])
+
+
+def test_other_files_are_carried_over_and_the_card_says_what_was_done(llama, copy, export_to):
+    model = copy(llama)
+    (model / "LICENSE").write_text("free")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# My model\n")
+    (model / "pytorch_model.bin").write_bytes(b"pickle")
+    out = export_to("fp8-dynamic", model)
+    assert (out / "LICENSE").read_text() == "free"
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert not (out / "pytorch_model.bin").exists()
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# My model") and "14 Linears in fp8-dynamic" in card
+
+
+def test_fused_sets_share_their_scales_where_a_scale_is_per_tensor(export_to):
+    tensors = load_file(export_to("fp8-tensor") / "model.safetensors")
+    for members in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for suffix in ("weight_scale", "input_scale"):
+            assert len({tensors[f"model.layers.0.{member}.{suffix}"].item() for member in members}) == 1
+    assert tensors["model.layers.0.mlp.gate_proj.weight_scale"].shape == (1,)
+
+
+def test_stored_scales_are_exact_in_bfloat16(export_to):
+    for scheme in ("fp8-static", "int8-dynamic", "fp8-block"):
+        for name, tensor in load_file(export_to(scheme) / "model.safetensors").items():
+            if name.endswith("_scale"):
+                assert tensor.dtype == torch.float32 and torch.equal(tensor, tensor.bfloat16().float()), name
+
+
+def test_dry_run_accounts_for_every_parameter_once(llama, run_json, tmp_path):
+    rows = run_json("export", llama, "-o", tmp_path / "out", "--scheme", "int8-dynamic", "--dry-run")["parameters"]
+    base = Checkpoint.open(llama)
+    assert sorted(row["name"] for row in rows) == sorted(base.tensors)
+    assert {row["status"] for row in rows} == {"quantized", "left"}
+    assert sum(row["bytes_before"] for row in rows) == base.nbytes
+    assert not (tmp_path / "out").exists()
+    reasons = {row["name"]: row["reason"] for row in rows if row["status"] == "left"}
+    assert "embedding" in reasons["model.embed_tokens.weight"] and "norm" in reasons["model.norm.weight"] or "outside" in reasons["model.norm.weight"]
+
+
+def test_dry_run_predicts_the_size_of_the_file(llama, export_to):
+    plan = planned(llama)
+    assert Checkpoint.open(export_to("fp8-dynamic")).nbytes == plan.bytes_after
+
+
+def test_ignore_and_layers_decide_and_the_config_says_so(llama, export_to):
+    recipe = Recipe(
+        QuantScheme.parse("int8-dynamic"), ignore=(Pattern("re:.*layers\\.0\\..*"),), layers=((Pattern("re:.*down_proj"), QuantScheme.parse("fp8-dynamic")),)
+    )
+    out = export_to(recipe)
+    config = json.loads((out / "config.json").read_text())
+    layout = QuantizationLayout.read(config)
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    assert layout.scheme_of("model.layers.1.mlp.down_proj").name == "fp8-dynamic"
+    assert layout.scheme_of("model.layers.1.mlp.up_proj").name == "int8-dynamic"
+    assert layout.scheme_of("model.layers.0.mlp.up_proj") is None and layout.scheme_of("lm_head") is None
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.1.mlp.down_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_lm_head_is_left_by_rule_and_quantized_when_a_layers_entry_says_so(llama, export_to):
+    assert "lm_head" in planned(llama, ignore=()).left
+    out = export_to(Recipe(QuantScheme.parse("fp8-dynamic"), layers=((Pattern("lm_head"), QuantScheme.parse("fp8-dynamic")),)))
+    assert load_file(out / "model.safetensors")["lm_head.weight"].dtype == torch.float8_e4m3fn
+    assert "lm_head" not in json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+
+
+def test_tied_lm_head_may_be_named_in_ignore_but_not_quantized(tmp_path):
+    tied = make_llama(tmp_path / "tied", tie=True)
+    assert "lm_head" in planned(tied, ignore=(Pattern("lm_head"),)).left
+
+
+def test_layer_that_is_no_linear_cannot_be_asked_for(llama):
+    with pytest.raises(RecipeError, match="no Linear"):
+        planned(llama, layers=((Pattern("model.embed_tokens"), QuantScheme.parse("fp8-dynamic")),))
+
+
+def test_shape_that_does_not_fit_the_groups_is_left_with_its_reason(tmp_path):
+    model = make_llama(tmp_path / "m", hidden_size=96, intermediate_size=200, num_attention_heads=2, num_key_value_heads=2)
+    plan = planned(model, "mxfp8")
+    reasons = {row.name: row.reason for row in plan.parameters}
+    assert "200 is no multiple" in reasons["model.layers.0.mlp.down_proj.weight"]
+    assert "model.layers.0.mlp.down_proj" in plan.left and "model.layers.0.mlp.up_proj" in plan.linears
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_weight_stops_the_export_and_is_named(value, llama, copy, export_to, tmp_path):
+    model = copy(llama)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.layers.1.self_attn.o_proj.weight"):
+        export_to("fp8-dynamic", model)
+    assert not (tmp_path / "out-fp8-dynamic").exists()
+
+
+def test_conv1d_and_three_dimensional_experts_are_refused_by_name(llama, copy):
+    model = copy(llama)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.c_fc.weight"] = torch.zeros(128, 256)
+    tensors["model.layers.0.mlp.c_fc.bias"] = torch.zeros(256)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match="c_fc.*Conv1D"):
+        planned(model)
+    del tensors["model.layers.0.mlp.c_fc.weight"]
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 128, 256)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match="three-dimensional"):
+        planned(model)
+    planned(model, ignore=(Pattern("re:.*experts.*"),))
+
+
+def test_float16_and_float32_models_export(tmp_path, export_to):
+    for dtype in (torch.float16, torch.float32):
+        model = make_llama(tmp_path / str(dtype), dtype=dtype)
+        tensors = load_file(export_to("int8-dynamic", model, name=f"out-{dtype}") / "model.safetensors")
+        assert tensors["model.norm.weight"].dtype == dtype and tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
+def test_several_shards_hold_the_same_tensors_as_one(export_to):
+    one, many = export_to("fp8-dynamic"), export_to("fp8-dynamic", max_shard_bytes=100_000, name="many")
+    index = json.loads((many / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    tensors = {name: tensor for shard in set(index["weight_map"].values()) for name, tensor in load_file(many / shard).items()}
+    single = load_file(one / "model.safetensors")
+    assert set(tensors) == set(single) == set(index["weight_map"])
+    assert all(torch.equal(tensors[name].view(torch.uint8), single[name].view(torch.uint8)) for name in single)
+
+
+def test_kv_cache_scales_cover_the_largest_key_and_value(llama, calib, export_to):
+    out = export_to("fp8-dynamic", kv_cache="fp8")
+    tensors = load_file(out / "model.safetensors")
+    measured = {entry["module"]: entry for entry in json.loads((calib / "calibration.json").read_text())["kv"]}
+    assert set(measured) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    for module, entry in measured.items():
+        for which in ("k", "v"):
+            scale = tensors[f"{module}.{which}_scale"]
+            assert scale.shape == (1,) and scale.item() == pytest.approx(entry[f"{which}_amax"] / 448, rel=0.004)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+
+
+def test_export_is_the_same_bytes_twice(export_to):
+    first, second = export_to("fp8-tensor"), export_to("fp8-tensor", name="again")
+    assert sha256_file(first / "model.safetensors") == sha256_file(second / "model.safetensors")
+
+
+def test_killed_export_leaves_no_output_and_resumes_to_the_same_bytes(llama, export_to, tmp_path):
+    undisturbed = export_to("fp8-dynamic", max_shard_bytes=50_000, name="undisturbed")
+    options = ExportOptions(llama, tmp_path / "killed", Recipe(QuantScheme.parse("fp8-dynamic")), max_shard_bytes=50_000)
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def die(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        export(plan_export(options), die)
+    assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").is_dir()
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed.partial").glob("*.safetensors")}
+    assert finished
+    # A shard that was damaged meanwhile is made again.
+    damaged = sorted(finished)[0]
+    (tmp_path / "killed.partial" / damaged).write_bytes(b"damaged")
+    from dataclasses import replace
+
+    export(plan_export(replace(options, resume=True)))
+    names = sorted(path.name for path in undisturbed.iterdir())
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == names
+    assert all((tmp_path / "killed" / name).read_bytes() == (undisturbed / name).read_bytes() for name in names)
+
+
+def test_sigterm_ends_with_75_and_resume_completes(tmp_path):
+    model = make_llama(tmp_path / "deep", num_hidden_layers=40)
+    command = [sys.executable, "-m", "quantkit", "export", str(model), "-o", str(tmp_path / "out"), "--scheme", "fp8-dynamic", "--max-shard-size", "200kB"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "out.partial").glob("*.safetensors")):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "--resume" in errors and not (tmp_path / "out").exists()
+    assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out.partial").exists()

@@ -1,0 +1,55 @@
+"""The house's rule: imports point one way, and the command line starts without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "quantkit"
+# Lower ranks know nothing of higher ones.
+ORDER = (
+    ("errors",),
+    ("interrupts",),
+    ("formats",),
+    ("scheme",),
+    ("quantize", "packing"),
+    ("layouts", "observers", "statistics"),
+    ("model", "data", "checkpoint"),
+    ("runtimes",),
+    ("calibration", "served"),
+    ("export", "evaluation", "verification", "inspection"),
+    ("report", "doctor"),
+    ("demo",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "cli")
+
+
+def imported_modules(path: Path) -> list[tuple[str, bool]]:
+    """(module of quantkit, whether at the top of the file) for each import."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "quantkit":
+            name = node.module.partition(".")[2]
+            found += [(name, node in tree.body)] if name else [(alias.name, node in tree.body) for alias in node.names if alias.name in RANK]
+    return found
+
+
+def test_every_module_has_a_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(RANK)
+
+
+def test_imports_point_one_way():
+    for path in PACKAGE.glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for name, _ in imported_modules(path):
+            assert RANK[name] < RANK[path.stem], f"{path.stem} imports {name}"
+
+
+def test_values_and_command_line_need_no_torch():
+    code = f"import sys; import {', '.join(f'quantkit.{name}' for name in WITHOUT_TORCH)}; assert not {{'torch', 'transformers', 'numpy', 'rich'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

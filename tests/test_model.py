@@ -1,0 +1,181 @@
+"""Tensors told apart by name and shape."""
+
+import pytest
+
+from quantkit.model import block_number, classify_tensors, fused_sets
+
+
+def kinds(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    return {tensor: info.kind for tensor, info in classify_tensors(shapes).items()}
+
+
+def assert_kinds(expected: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    assert kinds({tensor: shape for tensor, (shape, _) in expected.items()}) == {tensor: kind for tensor, (_, kind) in expected.items()}
+
+
+def test_llama():
+    block = "model.layers.0."
+    linears = [f"self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")] + [f"mlp.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
+    assert_kinds(
+        {f"{block}{name}.weight": ((8, 4), "linear") for name in linears}
+        | {
+            "model.embed_tokens.weight": ((32, 8), "embedding"),
+            f"{block}input_layernorm.weight": ((8,), "norm"),
+            f"{block}post_attention_layernorm.weight": ((8,), "norm"),
+            f"{block}self_attn.q_proj.bias": ((8,), "not a matrix"),
+            "model.norm.weight": ((8,), "outside the blocks"),
+            "lm_head.weight": ((32, 8), "lm_head"),
+        }
+    )
+
+
+def test_norms_of_queries_and_keys_are_norms():
+    for leaf in ("q_norm", "k_norm", "q_layernorm", "kv_a_layernorm", "ln_1", "ffn_norm", "pre_feedforward_layernorm"):
+        assert set(kinds({f"model.layers.3.self_attn.{leaf}.weight": (8,)}).values()) == {"norm"}
+        # Cohere's q_norm is two-dimensional: [heads, head_dim].
+        assert set(kinds({f"model.layers.3.self_attn.{leaf}.weight": (4, 8)}).values()) == {"norm"}
+
+
+def test_mixtral():
+    moe = "model.layers.1.block_sparse_moe."
+    assert_kinds(
+        {f"{moe}gate.weight": ((2, 8), "router")}
+        | {f"{moe}experts.{expert}.{leaf}.weight": ((8, 8), "linear") for expert in (0, 1) for leaf in ("w1", "w2", "w3")}
+    )
+
+
+def test_qwen_moe():
+    mlp = "model.layers.10.mlp."
+    assert_kinds(
+        {
+            f"{mlp}gate.weight": ((2, 8), "router"),
+            f"{mlp}shared_expert_gate.weight": ((1, 8), "router"),
+            f"{mlp}experts.0.gate_proj.weight": ((8, 8), "linear"),
+            f"{mlp}experts.11.down_proj.weight": ((8, 8), "linear"),
+            f"{mlp}shared_expert.gate_proj.weight": ((8, 8), "linear"),
+        }
+    )
+
+
+def test_a_router_by_name_is_a_router():
+    assert_kinds({"model.layers.0.mlp.router.weight": ((4, 8), "router"), "model.layers.0.mlp.router.layer.weight": ((4, 8), "router")})
+
+
+def test_a_gate_without_experts_is_a_linear():
+    assert_kinds({"model.layers.0.mlp.gate.weight": ((8, 8), "linear"), "model.layers.1.mlp.experts.0.up_proj.weight": ((8, 8), "linear")})
+
+
+def test_three_dimensional_experts_are_unreached():
+    experts = "model.layers.0.mlp.experts."
+    assert_kinds(
+        {
+            f"{experts}gate_up_proj": ((4, 16, 8), "unreached"),
+            f"{experts}down_proj": ((4, 8, 8), "unreached"),
+            "model.layers.0.mlp.gate.weight": ((4, 8), "router"),
+        }
+    )
+
+
+def test_transposed_conv1d_weights_of_gpt2_are_unreached():
+    block = "transformer.h.0."
+    assert_kinds(
+        {
+            f"{block}attn.c_attn.weight": ((8, 24), "unreached"),
+            f"{block}attn.c_attn.bias": ((24,), "not a matrix"),
+            f"{block}mlp.c_fc.weight": ((8, 32), "unreached"),
+            f"{block}mlp.c_fc.bias": ((32,), "not a matrix"),
+            f"{block}mlp.c_proj.weight": ((32, 8), "unreached"),
+            f"{block}mlp.c_proj.bias": ((8,), "not a matrix"),
+            f"{block}ln_1.weight": ((8,), "norm"),
+            "transformer.wte.weight": ((64, 8), "embedding"),
+            "transformer.wpe.weight": ((16, 8), "embedding"),
+            "transformer.ln_f.weight": ((8,), "outside the blocks"),
+        }
+    )
+
+
+def test_a_square_conv1d_among_transposed_ones_is_unreached():
+    # Its own shape can't tell, its neighbour's can.
+    shapes = {"h.0.attn.c_attn.weight": (8, 24), "h.0.attn.c_attn.bias": (24,), "h.0.attn.c_proj.weight": (8, 8), "h.0.attn.c_proj.bias": (8,)}
+    assert kinds(shapes)["h.0.attn.c_proj.weight"] == "unreached"
+
+
+def test_linears_with_a_bias_are_linears():
+    assert_kinds(
+        {
+            "model.layers.0.self_attn.q_proj.weight": ((24, 8), "linear"),
+            "model.layers.0.self_attn.q_proj.bias": ((24,), "not a matrix"),
+            "model.layers.0.self_attn.o_proj.weight": ((8, 8), "linear"),
+            "model.layers.0.self_attn.o_proj.bias": ((8,), "not a matrix"),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight",
+        "visual.blocks.0.attn.qkv.weight",
+        "model.audio_tower.layers.0.fc1.weight",
+        "multi_modal_projector.linear_1.weight",
+        "model.mm_projector.0.weight",
+    ],
+)
+def test_other_towers_are_left(tensor):
+    assert kinds({tensor: (8, 8)}) == {tensor: "other tower"}
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_is_reached():
+    assert_kinds({"model.language_model.layers.0.mlp.up_proj.weight": ((8, 8), "linear"), "model.language_model.embed_tokens.weight": ((8, 8), "embedding")})
+
+
+def test_what_is_no_matrix_is_left():
+    assert_kinds({"model.layers.0.mixer.conv1d.weight": ((8, 1, 4), "not a matrix"), "model.layers.0.mixer.A_log": ((8,), "not a matrix")})
+
+
+def test_an_empty_matrix_is_unreached():
+    assert_kinds({"model.layers.0.mlp.up_proj.weight": ((0, 8), "unreached")})
+
+
+def test_all_but_linears_come_with_a_reason():
+    infos = classify_tensors({"lm_head.weight": (8, 8), "model.layers.0.mlp.up_proj.weight": (8, 8), "model.layers.0.mlp.experts.down_proj": (2, 8, 8)})
+    assert [bool(info.reason) for info in infos.values()] == [True, False, True]
+    assert [info.name for info in infos.values()] == ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.down_proj"]
+
+
+# Fused sets and block numbers
+
+
+def test_fused_sets_are_projections_side_by_side():
+    names = [f"model.layers.{block}.self_attn.{leaf}" for block in (0, 1) for leaf in ("v_proj", "q_proj", "k_proj", "o_proj")]
+    names += ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"]
+    sets = [tuple(f"model.layers.{block}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")) for block in (0, 1)]
+    assert sorted(fused_sets(names)) == sorted([*sets, ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")])
+
+
+def test_each_expert_is_a_fused_set_of_its_own():
+    names = [f"mlp.experts.{expert}.{leaf}" for expert in (0, 1) for leaf in ("w1", "w2", "w3")]
+    assert fused_sets(names) == [("mlp.experts.0.w1", "mlp.experts.0.w3"), ("mlp.experts.1.w1", "mlp.experts.1.w3")]
+
+
+def test_an_incomplete_set_is_none():
+    assert fused_sets(["a.q_proj", "a.k_proj", "b.v_proj", "a.gate_proj"]) == []
+
+
+def test_names_without_a_parent_fuse_too():
+    assert fused_sets(["q_proj", "k_proj", "v_proj"]) == [("q_proj", "k_proj", "v_proj")]
+
+
+@pytest.mark.parametrize(
+    "name, number",
+    [
+        ("model.layers.0.mlp.up_proj.weight", 0),
+        ("model.layers.13", 13),
+        ("transformer.h.7.attn.c_attn.bias", 7),
+        ("model.layers.2.mlp.experts.5.w1.weight", 2),
+        ("lm_head.weight", None),
+        ("model.norm.weight", None),
+    ],
+)
+def test_the_block_is_the_first_number_of_a_name(name, number):
+    assert block_number(name) == number

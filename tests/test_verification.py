@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit.scheme import SCHEMES
+from quantkit.verification import verify
+
+
+@pytest.fixture
+def change(copy):
+    """change(checkpoint, function) → a copy whose tensors the function has changed in place."""
+
+    def make(directory, function):
+        damaged = copy(directory, "damaged")
+        tensors = load_file(damaged / "model.safetensors")
+        function(tensors)
+        save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+        return damaged
+
+    return make
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_export_writes_is_sound(scheme, export_to, llama):
+    found = verify(export_to(scheme), llama)
+    assert found.faults == [] and found.quantized == 14 and found.left == ("lm_head",)
+    assert min(found.sqnr_db.values()) > 25
+
+
+def faults(path, **options):
+    return dict(verify(path, **options).faults)
+
+
+def test_missing_scale_is_found(export_to, change):
+    damaged = change(export_to("fp8-dynamic"), lambda tensors: tensors.pop(f"{UP}.weight_scale"))
+    assert f"{UP}.weight" in faults(damaged)
+
+
+def test_missing_input_scale_is_found(export_to, change):
+    damaged = change(export_to("fp8-static"), lambda tensors: tensors.pop(f"{UP}.input_scale"))
+    assert "missing" in faults(damaged)[f"{UP}.input_scale"]
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "NaN"), (0.0, "zero"), (-1.0, "negative")])
+def test_scale_that_ruins_the_layer_is_found(value, word, export_to, change):
+    def ruin(tensors):
+        tensors[f"{UP}.weight_scale"][3] = value
+
+    assert word in faults(change(export_to("int8-dynamic"), ruin))[f"{UP}.weight_scale"]
+
+
+def test_nan_code_is_found(export_to, change):
+    def ruin(tensors):
+        tensors[f"{UP}.weight"].view(torch.uint8)[0, 0] = 0xFF
+
+    assert "codes" in faults(change(export_to("fp8-dynamic"), ruin))[f"{UP}.weight"]
+
+
+def test_nan_in_an_unquantized_weight_is_found(export_to, change):
+    def ruin(tensors):
+        tensors["model.norm.weight"][0] = float("nan")
+
+    assert "model.norm.weight" in faults(change(export_to("fp8-dynamic"), ruin))
+
+
+def test_wrong_scale_shape_is_found(export_to, change):
+    def reshape(tensors):
+        tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"].reshape(-1)
+
+    assert "exactly [256, 1]" in faults(change(export_to("fp8-dynamic"), reshape))[f"{UP}.weight_scale"]
+
+
+def test_two_scales_in_a_fused_set_are_found(export_to, change):
+    def double(tensors):
+        tensors["model.layers.0.self_attn.k_proj.input_scale"] *= 2
+
+    assert "differs" in faults(change(export_to("int8-static"), double))["model.layers.0.self_attn.q_proj.input_scale"]
+
+
+def test_layer_that_is_neither_quantized_nor_ignored_is_found(export_to, change, llama):
+    original = load_file(llama / "model.safetensors")[f"{UP}.weight"]
+
+    def restore(tensors):
+        del tensors[f"{UP}.weight_scale"]
+        tensors[f"{UP}.weight"] = original
+
+    assert "neither quantized nor ignored" in faults(change(export_to("fp8-dynamic"), restore))[f"{UP}.weight"]
+
+
+def test_ignored_layer_with_codes_is_found(export_to):
+    out = export_to("fp8-dynamic")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["ignore"].append(UP)
+    (out / "config.json").write_text(json.dumps(config))
+    assert "doesn't target" in faults(out)[UP]
+
+
+def test_codes_without_a_quantization_config_are_found(export_to):
+    out = export_to("fp8-dynamic")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert len(faults(out)) == 14
+
+
+def test_kv_scheme_without_scales_is_found(export_to, change):
+    out = export_to("fp8-dynamic", kv_cache="fp8")
+    assert faults(out) == {}
+    damaged = change(out, lambda tensors: [tensors.pop(f"model.layers.{layer}.self_attn.{which}_scale") for layer in (0, 1) for which in "kv"])
+    assert any("scale 1" in message for message in faults(damaged).values())
+
+
+def test_weight_that_is_another_is_found_against_the_base(export_to, change, llama):
+    def swap(tensors):
+        tensors[f"{UP}.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].clone()
+
+    damaged = change(export_to("int8-dynamic"), swap)
+    assert faults(damaged) == {} and "dB" in faults(damaged, base=llama)[f"{UP}.weight"]
+
+
+def test_missing_and_extra_tensors_are_found_against_the_base(export_to, change, llama):
+    def change_names(tensors):
+        tensors["stray"] = tensors.pop("model.layers.0.input_layernorm.weight")
+
+    assert {"stray", "model.layers.0.input_layernorm.weight"} <= set(faults(change(export_to("fp8-dynamic"), change_names), base=llama))
+
+
+def test_runtime_that_cannot_load_it_is_a_fault_when_named_and_a_warning_otherwise(export_to):
+    out = export_to("int8-dynamic")
+    assert faults(out) == {} and any("tensorrt-llm" in warning for warning in verify(out).warnings)
+    assert any("tensorrt-llm" in message for message in faults(out, runtime="tensorrt-llm").values())
+
+
+def test_verify_exits_with_3_and_prints_its_faults(run, export_to, change):
+    out = export_to("fp8-dynamic")
+    assert run("verify", out).exit_code == 0
+    damaged = change(out, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    result = run("verify", damaged, "--json")
+    assert result.exit_code == 3
+    report = json.loads(result.stdout)
+    assert report["ok"] is False and report["faults"][0]["tensor"] == "model.norm.weight" and isinstance(report["warnings"], list)
