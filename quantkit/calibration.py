@@ -149,12 +149,12 @@ def calibrate(options: CalibrationOptions, on_progress: Callable[[int, int], Non
         "torch version": torch.__version__,
         "transformers version": transformers.__version__,
     }
-    output = OutputDirectory(options.output, fingerprint, resume=options.resume, overwrite=options.overwrite, reads=[options.model])
-    model = load_model(options.model, device, trust_remote_code=options.trust_remote_code)
-    started = time.monotonic()
-    statistics = _Statistics.resumed(output)
-    batches = [windows.windows[start : start + batch_size] for start in range(0, len(windows.windows), batch_size)]
     with stop_between_steps() as stop, torch.inference_mode():
+        output = OutputDirectory(options.output, fingerprint, resume=options.resume, overwrite=options.overwrite, reads=[options.model])
+        model = load_model(options.model, device, trust_remote_code=options.trust_remote_code)
+        started = time.monotonic()
+        statistics = _Statistics.resumed(output)
+        batches = [windows.windows[start : start + batch_size] for start in range(0, len(windows.windows), batch_size)]
         groups = _groups_of_shared_inputs(model, torch.tensor([windows.windows[0].tokens[:8]], device=device))
         saved = time.monotonic()
         for number, batch in enumerate(batches[statistics.batches_done :], statistics.batches_done + 1):

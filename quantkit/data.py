@@ -89,7 +89,7 @@ def read_source(name: str, tokenizer: Any) -> Source:
     if path.suffix == ".parquet":
         return Source(name, tuple(_parquet_documents(path, tokenizer)), digest)
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from None
     # As Python reads text files everywhere: a line ends in "\n", however the file spells it.
@@ -100,7 +100,7 @@ def read_source(name: str, tokenizer: Any) -> Source:
 
 
 def _json_documents(name: str, text: str, tokenizer: Any) -> Iterable[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

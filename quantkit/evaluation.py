@@ -159,7 +159,7 @@ def _judge_all(
     tokens_per_unit = windows.tokens_scored / units
     with torch.inference_mode():
         base = load_served(options.base, device, options.hardware, options.trust_remote_code)
-        hidden, seconds = _hidden_states(base, windows, device, on_progress)
+        hidden, seconds = _hidden_states(base, windows, seq_len, device, on_progress)
         base_head = _Head(base.model)
         del base
         base_judged = _judge(windows, base_head, hidden, seconds, None, None)
@@ -167,7 +167,7 @@ def _judge_all(
         quants = []
         for checkpoint in candidates:
             served = load_served(checkpoint.path, device, options.hardware, options.trust_remote_code)
-            own_hidden, seconds = _hidden_states(served, windows, device, on_progress)
+            own_hidden, seconds = _hidden_states(served, windows, seq_len, device, on_progress)
             head = _Head(served.model)
             judged = _judge(windows, head, own_hidden, seconds, base_head, hidden)
             quants.append(_quant_result(options, gates, base_checkpoint, served, judged, base_judged, counts, tokens_per_unit, tokenizer, windows))
@@ -225,18 +225,19 @@ def _require_same_tokenizer(tokenizer: Any, path: Path, options: EvaluationOptio
         raise NotComparableError(f"the tokenizer of {path} differs from the base's, so their perplexities can't be compared; copy the base's tokenizer into it")
 
 
-def _hidden_states(served: ServedModel, windows: Windows, device: str, on_progress: Callable[[str, int, int], None]) -> tuple[list[Tensor], float]:
+def _hidden_states(served: ServedModel, windows: Windows, seq_len: int, device: str, on_progress: Callable[[str, int, int], None]) -> tuple[list[Tensor], float]:
     """Final hidden states of the scored positions' predecessors, one [scored, hidden] tensor per window, and the seconds it took."""
     import torch
 
     body = _body(served.model)
     states, seconds = [], 0.0
     for number, window in enumerate(windows.windows, 1):
-        tokens = torch.tensor([window.tokens], device=device)
+        # lmeval's windows carry one token more, which is predicted but not read.
+        tokens = torch.tensor([window.tokens[:seq_len]], device=device)
         started = time.perf_counter()
         cache = served.new_cache()
         output = body(input_ids=tokens, past_key_values=cache, use_cache=True) if cache is not None else body(input_ids=tokens, use_cache=False)
-        kept = output.last_hidden_state[0, window.first_scored - 1 : -1].clone()
+        kept = output.last_hidden_state[0, window.first_scored - 1 : len(window.tokens) - 1].clone()
         seconds += time.perf_counter() - started
         if not torch.isfinite(kept).all():
             raise EvaluationError(f"{served.checkpoint.path} gives NaN or infinity in window {number}; `quantkit verify` tells whether its files are sound")

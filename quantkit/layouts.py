@@ -99,7 +99,8 @@ def decode_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str)
     scale_name = FP8_BLOCK_SUFFIX if FP8_BLOCK_SUFFIX in tensors else "weight_scale"
     stored = _required(tensors, scale_name, name)
     expected = scheme.weight.granularity.scale_shape(*codes.shape)
-    if stored.numel() != expected[0] * expected[1]:
+    # Others write [O] for [O, 1] and [] for [1]; anything else that differs would scale the wrong weights.
+    if [size for size in stored.shape if size != 1] != [size for size in expected if size != 1]:
         raise CheckpointError(f"{name}.{scale_name} has the shape {list(stored.shape)}; {scheme.weight} of {list(codes.shape)} needs {list(expected)}")
     scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
     input_scale = _required(tensors, "input_scale", name).float().reshape(1) if scheme.needs_calibration else None
@@ -172,13 +173,16 @@ class QuantizationLayout:
                 return cls._compressed_tensors(stored)
             if method == "fp8":
                 return cls._fp8_block(stored)
-        except (RecipeError, KeyError, TypeError, AttributeError) as error:
+        except (RecipeError, KeyError, TypeError, ValueError, AttributeError, re.error) as error:
             raise CheckpointError(f"the quantization_config can't be used: {error}") from None
         raise CheckpointError(f"the checkpoint is quantized with '{method}', which quantkit doesn't read; it reads compressed-tensors and block fp8")
 
     @classmethod
     def _compressed_tensors(cls, stored: Mapping[str, Any]) -> QuantizationLayout:
         groups = []
+        for target in [*(stored.get("ignore") or ()), *(target for entry in stored["config_groups"].values() for target in entry["targets"])]:
+            if target.startswith("re:"):
+                re.compile(target[3:])
         for name, entry in stored["config_groups"].items():
             description = {"weights": entry["weights"], "input_activations": entry.get("input_activations")}
             groups.append((tuple(entry["targets"]), QuantScheme.parse(description, name)))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # A block's number: the first path component that is a number, after a list's name (`layers.3.`, `h.3.`, `block.3.`).
 _BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
+# Stacks of experts have larger last dimensions than any convolution's kernel.
+_LEAST_MATRIX = 16
+_CONV1D = "stored as [in_features, out_features] (Conv1D)"
 _NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE)
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|multi_modal_projector|mm_projector|connector", re.IGNORECASE)
@@ -42,8 +45,12 @@ class ModuleInfo:
 def classify_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleInfo]:
     """What each tensor of a checkpoint is, by tensor name. shapes: tensor name → shape."""
     infos = {}
+    # Among Conv1D weights, stored as [in_features, out_features], a square one with a bias can't be told from a Linear.
+    transposed = any(_is_transposed(tensor, shape, shapes) for tensor, shape in shapes.items())
     for tensor, shape in shapes.items():
         kind, reason = _kind(tensor, shape, shapes)
+        if kind == "linear" and transposed and shape[0] == shape[1] and f"{tensor.removesuffix('.weight')}.bias" in shapes:
+            kind, reason = "unreached", _CONV1D
         infos[tensor] = ModuleInfo(tensor.removesuffix(".weight"), tensor, shape, kind, reason)
     return infos
 
@@ -57,7 +64,7 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
     if any(_OTHER_TOWER.search(part) for part in parts):
         return "other tower", "not part of the language model"
     block = _BLOCK.match(tensor)
-    if block is None:
+    if block is None or "." not in tensor[block.end() :]:
         return ("embedding", "embeddings are left by rule") if _EMBEDDING.search(leaf) else ("outside the blocks", "outside the decoder blocks")
     if _NORM.search(leaf):
         return "norm", "norms are left by rule"
@@ -67,16 +74,23 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "router", "routers are left by rule"
     if parameter in ("bias", "weight") and len(shape) < 2:
         return "not a matrix", "a vector"
-    if len(shape) == 3 and "experts" in (*parts, parameter):
-        return "unreached", "experts stored as one three-dimensional tensor"
+    if len(shape) >= 3 and ("experts" in (*parts, parameter) or min(shape[-2:]) >= _LEAST_MATRIX):
+        return "unreached", f"a stack of matrices in one tensor of {len(shape)} dimensions, as for experts"
+    if "experts" in parts and parameter not in ("weight", "bias") and len(shape) == 2:
+        return "unreached", "experts whose names quantkit doesn't know"
     if parameter != "weight" or len(shape) != 2:
         return "not a matrix", "not a Linear's weight"
-    bias = shapes.get(f"{module}.bias")
-    if bias is not None and bias != (shape[0],) and bias == (shape[1],):
-        return "unreached", "stored as [in_features, out_features] (Conv1D)"
+    if _is_transposed(tensor, shape, shapes):
+        return "unreached", _CONV1D
     if 0 in shape:
         return "unreached", f"has the empty shape {list(shape)}"
     return "linear", ""
+
+
+def _is_transposed(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the bias beside a matrix has the length of its columns, not of its rows."""
+    bias = shapes.get(f"{tensor.removesuffix('.weight')}.bias") if tensor.endswith(".weight") and len(shape) == 2 else None
+    return bias is not None and bias != (shape[0],) and bias == (shape[1],)
 
 
 def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -66,7 +66,9 @@ class InputObserver:
         magnitudes = rest.abs()
         self.channel_amax = torch.maximum(self.channel_amax, magnitudes.amax(0).float().cpu())
         self.channel_sum_of_squares += rest.float().square().sum(0, dtype=torch.float64).cpu()
-        bins = magnitudes.bfloat16().contiguous().view(torch.int16) >> HISTOGRAM_SHIFT
+        bins = magnitudes.bfloat16().contiguous().view(torch.int16)
+        # A NaN keeps its sign bit through abs(); without the mask its bin would be negative.
+        bins = (bins & 0x7FFF) >> HISTOGRAM_SHIFT
         self.histogram += torch.bincount(bins.reshape(-1).int(), minlength=HISTOGRAM_BINS).cpu()
 
     def _count(self, rows: Tensor, which: int) -> int:

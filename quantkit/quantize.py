@@ -7,6 +7,7 @@ and so, now and then, in the code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,11 +76,12 @@ def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
 def _power_of_two_scale(amax: Tensor, number_format: NumberFormat) -> Tensor:
     # The least power of two that fits the block without clipping, as served: rounding the exponent down, as the
     # OCP specification's example does, would saturate the top eighth of each octave.
-    exponent = torch.ceil(torch.log2(amax.clamp(min=SMALLEST_SCALE) / number_format.max)).clamp(-127, 127)
-    scale = torch.exp2(exponent)
-    # log2 in float32 may land a hair above a whole number; halving is right whenever it still fits.
-    fits = (amax <= number_format.max * (scale / 2)) & (exponent > -127)
-    return torch.where(amax == 0, torch.ones_like(scale), torch.where(fits, scale / 2, scale))
+    # amax = m·2^e with m in [0.5, 1) and max = M·2^E: exact, where a float32 log2 would be off by one near powers of two.
+    mantissa, exponent = torch.frexp(amax)
+    largest_mantissa, largest_exponent = math.frexp(number_format.max)
+    exponent = (exponent - largest_exponent + (mantissa > largest_mantissa)).clamp(-127, 127)
+    scale = torch.ldexp(torch.ones_like(amax), exponent)
+    return torch.where(amax == 0, torch.ones_like(scale), torch.where(amax.isfinite(), scale, amax))
 
 
 def encode_codes(scaled: Tensor, number_format: NumberFormat) -> Tensor:

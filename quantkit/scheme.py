@@ -19,6 +19,12 @@ from quantkit.errors import RecipeError
 from quantkit.formats import E8M0, FP8_E4M3, INT8, NumberFormat
 
 
+def _size(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(f"{where} is {value!r}, not a positive whole number")
+    return value
+
+
 @dataclass(frozen=True)
 class Granularity:
     """Who shares one scale, as the shape of a block of a `[rows, columns]` matrix; None spans the whole dimension."""
@@ -29,8 +35,8 @@ class Granularity:
 
     def __post_init__(self) -> None:
         for size in (self.rows, self.columns):
-            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise RecipeError(f"the {self.name} size {size!r} is not a positive whole number")
+            if size is not None:
+                _size(size, f"the {self.name} size")
 
     def block_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """The block's shape for a matrix of this size; at least 1 × 1 so that empty matrices have a shape too."""
@@ -95,12 +101,12 @@ class QuantSpec:
         if strategy is None:
             strategy = "group" if arguments.get("group_size") else "tensor"
         if strategy == "group":
-            granularity = group(arguments.get("group_size"))
+            granularity = group(_size(arguments.get("group_size"), f"{where}: group_size"))
         elif strategy == "block":
             structure = arguments.get("block_structure")
             if not isinstance(structure, (list, tuple)) or len(structure) != 2:
                 raise RecipeError(f"{where} has the strategy 'block' and needs block_structure: [rows, columns]")
-            granularity = block(*structure)
+            granularity = block(*(_size(size, f"{where}: block_structure") for size in structure))
         else:
             simple = {"tensor": TENSOR, "channel": CHANNEL, "token": TOKEN}
             if strategy not in simple:
@@ -253,7 +259,7 @@ class Pattern:
     _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.text.strip():
+        if not isinstance(self.text, str) or not self.text.removeprefix("re:").strip():
             raise RecipeError(f"the pattern {self.text!r} is not a module name, a glob, or 're:' with a regular expression")
         if self.text.startswith("re:"):
             try:
@@ -284,6 +290,18 @@ class Pattern:
 
 # Algorithms that choose weights with data. Plain rounding to nearest is what `export` does without any.
 ALGORITHMS = ("rtn",)
+
+
+def _algorithm_name(entry: Any, where: str) -> str:
+    """The name in `rtn` or `{rtn: {setting: value}}`; no algorithm of this version has settings."""
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    if len(entry) != 1:
+        raise RecipeError(f"{where}: algorithms: write each as a name, or as a name with its settings, not {dict(entry)!r}")
+    name, settings = next(iter(entry.items()))
+    if name in ALGORITHMS and settings:
+        raise RecipeError(f"{where}: the algorithm '{name}' has no settings, but {_quoted(settings)} is given")
+    return str(name)
 
 
 @dataclass(frozen=True)
@@ -327,7 +345,7 @@ class Recipe:
             raise RecipeError(f"{where}: algorithms must be a list, not {algorithms!r}")
         return cls(
             scheme=QuantScheme.parse(content["scheme"], f"{where}: scheme"),
-            algorithms=tuple(next(iter(entry)) if isinstance(entry, Mapping) and len(entry) == 1 else str(entry) for entry in algorithms),
+            algorithms=tuple(_algorithm_name(entry, where) for entry in algorithms),
             ignore=tuple(Pattern(text) for text in ignore),
             layers=tuple((Pattern(text), QuantScheme.parse(entry, f"{where}: layers: {text}")) for text, entry in layers.items()),
             kv_cache=content.get("kv_cache"),
@@ -358,7 +376,9 @@ class Recipe:
 
     def canonical(self) -> str:
         """One text per meaning, for fingerprints."""
-        return json.dumps(self.to_mapping(), sort_keys=True)
+        # The order of the exceptions is kept: the first match wins.
+        layers = [[pattern.text, scheme.to_description()] for pattern, scheme in self.layers]
+        return json.dumps(self.to_mapping() | {"layers": layers}, sort_keys=True)
 
     def with_options(self, ignore: Iterable[str] = (), kv_cache: str | None = None) -> Recipe:
         """This recipe with the command line's `--ignore` and `--kv-cache` added."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars turn slowly above cold mountains and rivers".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "bright", "stars", "turn", "slowly", "above", "cold", "mountains", "and", "rivers"]
 
 
 def make_text(words: int, seed: int = 0) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.data import Window, calibration_windows, evaluation_windows, read_source, window_length
+from quantkit.data import Window, Windows, calibration_windows, evaluation_windows, read_source, window_length
 from quantkit.errors import DataError
 
 BOS, EOS = 1, 2
@@ -275,6 +275,7 @@ def test_the_tokens_hash_tells_tokens_and_scored_positions_apart(write):
     )
     assert gptq == again
     assert len({gptq, llamacpp, shorter}) == 3
+    assert Windows((Window((5, 6, 7), 1),), "").tokens_sha256 != Windows((Window((5, 6, 7), 2),), "").tokens_sha256
 
 
 def test_a_window_scores_from_its_first_scored_position():

@@ -61,6 +61,10 @@ def test_a_router_by_name_is_a_router():
     assert_kinds({"model.layers.0.mlp.router.weight": ((4, 8), "router"), "model.layers.0.mlp.router.layer.weight": ((4, 8), "router")})
 
 
+def test_a_gate_beside_shared_experts_is_a_router():
+    assert_kinds({"model.layers.0.mlp.gate.weight": ((4, 8), "router"), "model.layers.0.mlp.shared_experts.up_proj.weight": ((8, 8), "linear")})
+
+
 def test_a_gate_without_experts_is_a_linear():
     assert_kinds({"model.layers.0.mlp.gate.weight": ((8, 8), "linear"), "model.layers.1.mlp.experts.0.up_proj.weight": ((8, 8), "linear")})
 

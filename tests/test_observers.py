@@ -129,6 +129,7 @@ def test_tensors_read_back_as_the_same_observer():
 
 def test_head_observer_keeps_the_largest_magnitude_of_each_head():
     states = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    states[0, 0, 4, 3], states[2, 1, 0, 0] = -9.0, 7.0  # head 0 is loudest in the first part, head 1 in the second
     one, other, whole = (HeadObserver(torch.zeros(2)) for _ in range(3))
     one.update(states[:1])
     other.update(states[1:])

@@ -39,6 +39,13 @@ def test_t_interval_of_equal_windows_is_the_textbook_one():
     assert interval.half_width == pytest.approx(half_width)
 
 
+def test_t_interval_weighs_windows_by_their_tokens():
+    # The same mean in every window leaves no doubt about it, however different the windows' lengths and sums.
+    counts = np.array([1, 2, 4, 8])
+    interval = paired_interval(counts * 0.25, counts)
+    assert (interval.low, interval.high) == (0.25, 0.25)
+
+
 def test_t_quantiles_leave_two_and_a_half_percent_above():
     assert len(statistics._T_975) == statistics.MIN_BOOTSTRAP_WINDOWS - 2
     for degrees, quantile in enumerate(statistics._T_975, 1):

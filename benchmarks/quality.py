@@ -1,0 +1,96 @@
+"""What each scheme costs on SmolLM2-135M: perplexity, KL and size of every recipe in configs/, as a table.
+
+    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 30] [-o benchmarks/results]
+
+Calibrates once, exports every recipe, judges all of them on the same windows of 1024 tokens (protocol gptq) with the
+reference arithmetic, as the schemes say. Writes quality.json and quality.md, with the machine they were made on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from quantkit import __version__
+from quantkit.calibration import CalibrationOptions, calibrate
+from quantkit.checkpoint import format_bytes
+from quantkit.demo import smollm2
+from quantkit.evaluation import EvaluationOptions, evaluate
+from quantkit.export import ExportOptions, export, plan_export
+from quantkit.report import finite, interval_text, markdown_table
+from quantkit.scheme import Recipe
+
+LENGTH = 1024
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def machine() -> str:
+    """The processor and the versions that the figures depend on."""
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, transformers {transformers.__version__}, quantkit {__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--calibration-data", help="text for the static scales; without it the text that comes with quantkit")
+    parser.add_argument("--windows", type=int, default=30)
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = smollm2(print)
+    with tempfile.TemporaryDirectory() as temporary:
+        calibration = Path(temporary) / "calibration"
+        data = (arguments.calibration_data,) if arguments.calibration_data else ()
+        summary = calibrate(CalibrationOptions(model, calibration, data, num_samples=64, seq_len=512))
+        print(f"calibrated on {summary.windows} × 512 tokens, {summary.tokens_per_second:.0f} tokens/s")
+        rows, results = [], []
+        for path in sorted(CONFIGS.glob("*.yaml")):
+            recipe, output = Recipe.load(path), Path(temporary) / path.stem
+            started = time.monotonic()
+            if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
+                print(f"{path.stem}: its groups don't divide 576; not measured")
+                continue
+            export(plan_export(ExportOptions(model, output, recipe, calibration if recipe.needs_calibration else None)))
+            seconds = time.monotonic() - started
+            result = evaluate(EvaluationOptions(model, (output,), (arguments.data,), LENGTH, LENGTH * arguments.windows))
+            quant = result["quants"][0]
+            rows.append(
+                (
+                    path.stem, f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}",
+                    f"{100 * quant['top1_agreement']:.1f} %", format_bytes(quant["bytes"]), f"{seconds:.1f} s",
+                )
+            )  # fmt: skip
+            results.append({"recipe": path.stem, "export_seconds": seconds} | quant)
+            print(rows[-1], flush=True)
+        base = result["base"]
+        rows.insert(0, ("bfloat16", f"{base['perplexity']:.3f}", "", "", "", format_bytes(base["bytes"]), ""))
+        kept = ("protocol", "data", "tokens_scored", "windows")
+        report = {"machine": machine(), "calibration": f"{summary.windows} × 512 tokens"} | {key: result[key] for key in kept} | {"base": base, "recipes": results}
+    report["data"]["sources"] = [Path(source).name for source in report["data"]["sources"]]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "quality.json").write_text(json.dumps(_without_windows(finite(report)), indent=1) + "\n")
+    columns = ("recipe", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "export")
+    title = f"SmolLM2-135M-Instruct, {report['data']['sources'][0]}, {report['tokens_scored']} tokens in {report['windows']} windows of {LENGTH}, protocol gptq, reference arithmetic"
+    (arguments.output / "quality.md").write_text(f"# What each recipe costs\n\n{title}.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}")
+    print((arguments.output / "quality.md").read_text())
+
+
+def _without_windows(report: dict) -> dict:
+    """Without the per-window sums, paths and layers: they are large, and `quantkit eval -o` gives them to who needs them."""
+    dropped = ("window_nll", "window_kld", "window_same_top1", "path", "layers", "max_at")
+    if isinstance(report, dict):
+        return {key: _without_windows(value) for key, value in report.items() if key not in dropped}
+    return [_without_windows(value) for value in report] if isinstance(report, list) else report
+
+
+if __name__ == "__main__":
+    main()
