@@ -1,6 +1,6 @@
 """What each scheme costs on SmolLM2-135M: perplexity, KL and size of every recipe in configs/, as a table.
 
-    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 30] [-o benchmarks/results]
+    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 24] [-o benchmarks/results]
 
 Calibrates once, exports every recipe, judges all of them on the same windows of 1024 tokens (protocol gptq) with the
 reference arithmetic, as the schemes say. Writes quality.json and quality.md, with the machine they were made on.
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--calibration-data", help="text for the static scales; without it the text that comes with quantkit")
-    parser.add_argument("--windows", type=int, default=30)
+    parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -52,25 +52,22 @@ def main() -> None:
         data = (arguments.calibration_data,) if arguments.calibration_data else ()
         summary = calibrate(CalibrationOptions(model, calibration, data, num_samples=64, seq_len=512))
         print(f"calibrated on {summary.windows} × 512 tokens, {summary.tokens_per_second:.0f} tokens/s")
-        rows, results = [], []
+        seconds: dict[str, float] = {}
         for path in sorted(CONFIGS.glob("*.yaml")):
-            recipe, output = Recipe.load(path), Path(temporary) / path.stem
-            started = time.monotonic()
+            recipe = Recipe.load(path)
             if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
                 print(f"{path.stem}: its groups don't divide 576; not measured")
                 continue
-            export(plan_export(ExportOptions(model, output, recipe, calibration if recipe.needs_calibration else None)))
-            seconds = time.monotonic() - started
-            result = evaluate(EvaluationOptions(model, (output,), (arguments.data,), LENGTH, LENGTH * arguments.windows))
-            quant = result["quants"][0]
-            rows.append(
-                (
-                    path.stem, f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}",
-                    f"{100 * quant['top1_agreement']:.1f} %", format_bytes(quant["bytes"]), f"{seconds:.1f} s",
-                )
-            )  # fmt: skip
-            results.append({"recipe": path.stem, "export_seconds": seconds} | quant)
-            print(rows[-1], flush=True)
+            started = time.monotonic()
+            export(plan_export(ExportOptions(model, Path(temporary) / path.stem, recipe, calibration if recipe.needs_calibration else None)))
+            seconds[path.stem] = time.monotonic() - started
+        outputs = tuple(Path(temporary) / name for name in seconds)
+        result = evaluate(EvaluationOptions(model, outputs, (arguments.data,), LENGTH, LENGTH * arguments.windows), lambda name, done, total: print(f"{name} {done}/{total}", flush=True))
+        rows, results = [], []
+        for (name, took), quant in zip(seconds.items(), result["quants"]):
+            figures = (f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}", f"{100 * quant['top1_agreement']:.1f} %")
+            rows.append((name, *figures, format_bytes(quant["bytes"]), f"{took:.1f} s"))
+            results.append({"recipe": name, "export_seconds": took} | quant)
         base = result["base"]
         rows.insert(0, ("bfloat16", f"{base['perplexity']:.3f}", "", "", "", format_bytes(base["bytes"]), ""))
         kept = ("protocol", "data", "tokens_scored", "windows")

@@ -88,7 +88,7 @@ class Output:
         """transformers and the hub report with their own bars and warnings; -v lets them."""
         if self.verbose:
             return
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         import warnings
 
         import transformers

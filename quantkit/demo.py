@@ -123,7 +123,7 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
         options = CalibrationOptions(model, output / "calibration", num_samples=CALIBRATION_WINDOWS, seq_len=CALIBRATION_LENGTH, overwrite=overwrite)
         summary = calibrate(options, progress.update)
     note(f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s")
-    export_seconds, left = {}, {}
+    export_seconds = {}
     for scheme in DEMO_SCHEMES:
         note(f"2/4 export: {scheme}")
         begun = time.monotonic()
@@ -135,7 +135,6 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
         found = verify(output / scheme, model)
         if found.faults:
             raise FaultsFound(f"{output / scheme} has faults: {found.faults[0][0]} {found.faults[0][1]}")
-        left[scheme] = len(found.left)
         note(f"    sound; {found.quantized} Linears quantized, {len(found.left)} left ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB")
     note(f"4/4 eval: {EVALUATION_TOKENS} tokens of text that calibration didn't see, base and both candidates")
     with Progress("eval", quiet) as progress:
@@ -143,10 +142,10 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
             EvaluationOptions(model, tuple(output / scheme for scheme in DEMO_SCHEMES), (str(BUNDLED_EVALUATION),), EVALUATION_LENGTH, EVALUATION_TOKENS),
             lambda name, done, total: progress.update(done, total, f"eval {name}"),
         )
-    return _tell(result, model, output, export_seconds, left, time.monotonic() - started, peak_memory_bytes())
+    return _tell(result, model, output, export_seconds, time.monotonic() - started, peak_memory_bytes())
 
 
-def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dict[str, float], left: dict[str, int], seconds: float, peak: int) -> Story:
+def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dict[str, float], seconds: float, peak: int) -> Story:
     from quantkit.report import evaluation_title, interval_text
 
     columns = ("model", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "Linears quantized", "left", "export", "eval")
@@ -157,7 +156,7 @@ def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dic
         rows.append(
             (
                 scheme, f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}", f"{100 * quant['top1_agreement']:.1f} %",
-                format_bytes(quant["bytes"]), str(quant["linears_quantized"]), str(left[scheme]), f"{export_seconds[scheme]:.1f} s", f"{tokens / quant['tokens_per_second']:.0f} s",
+                format_bytes(quant["bytes"]), str(quant["linears_quantized"]), str(len(quant["linears_left"])), f"{export_seconds[scheme]:.1f} s", f"{tokens / quant['tokens_per_second']:.0f} s",
             )
         )  # fmt: skip
     epilogue = "\n".join(

@@ -24,6 +24,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.data import Windows, evaluation_windows, load_tokenizer, window_length
 from quantkit.errors import EvaluationError, NotComparableError, QuantkitError
 from quantkit.layouts import QuantizationLayout, decode_linear, stored_linears
+from quantkit.model import classify_tensors
 from quantkit.runtimes import HARDWARE, as_computed
 from quantkit.statistics import Interval, paired_interval, perplexity_change_pct
 
@@ -380,6 +381,7 @@ def _quant_result(
         "activations_quantized": served.activations_quantized,
         "kv_cache_quantized": served.kv_scales is not None,
         "linears_quantized": served.quantized_linears,
+        "linears_left": _linears_left(checkpoint),
         "weights_only_linears": list(served.weights_only),
         "layers": _layer_figures(base, checkpoint),
         "window_nll": window_nll.tolist(),
@@ -411,6 +413,14 @@ def _place(token: int, counts: np.ndarray, windows: Windows, tokenizer: Any) -> 
 
 def _weights(checkpoint: Checkpoint) -> int:
     return sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+
+
+def _linears_left(checkpoint: Checkpoint) -> list[str]:
+    """Linears of the decoder blocks, and lm_head, that are not quantized."""
+    stored = stored_linears(checkpoint.tensors)
+    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
+    left = [info.name for info in infos.values() if info.kind in ("linear", "lm_head") and info.name not in stored and info.tensor.endswith(".weight")]
+    return left if "lm_head" in left or "lm_head" in stored else [*left, "lm_head"]
 
 
 def _layer_figures(base: Checkpoint, quant: Checkpoint) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ class ExportPlan:
     linears: dict[str, QuantizedLinearInfo]  # the quantized ones, by module name
     left: tuple[str, ...]  # Linears that stay, lm_head among them
     warnings: tuple[str, ...]
+
+    @cached_property
+    def fused_with(self) -> dict[str, tuple[str, ...]]:
+        """Quantized Linear → the fused set that it is a member of, if it is."""
+        return {member: members for members in fused_sets(self.linears) for member in members}
 
     @property
     def bytes_before(self) -> int:
@@ -314,7 +320,7 @@ class _TensorGroup:
         if self.linear is None:
             return {self.source: values}
         quantized = _quantize_weight(self.linear, self.source, values, shared)
-        input_scale = _input_scale(self.linear, plan.calibration) if self.linear.scheme.needs_calibration else None
+        input_scale = _input_scale(self.linear, plan) if self.linear.scheme.needs_calibration else None
         return {f"{self.linear.name}.{suffix}": tensor for suffix, tensor in encode_linear(quantized, self.linear.scheme, input_scale).items()}
 
 
@@ -336,8 +342,7 @@ class _SharedAmax:
 
     def __init__(self, plan: ExportPlan) -> None:
         self._checkpoint = plan.checkpoint
-        per_tensor = [name for name, linear in plan.linears.items() if linear.scheme.weight.granularity == TENSOR]
-        self._sets = {member: members for members in fused_sets(per_tensor) for member in members}
+        self._sets = plan.fused_with
         self._amax: dict[tuple[str, ...], Any] = {}
 
     def of(self, name: str, own: Any) -> Any:
@@ -369,18 +374,18 @@ def _quantize_weight(linear: QuantizedLinearInfo, source: str, values: Any, shar
     return quantize(values, spec, choose_scale(amax, spec))
 
 
-def _input_scale(linear: QuantizedLinearInfo, calibration: Calibration) -> Any:
+def _input_scale(linear: QuantizedLinearInfo, plan: ExportPlan) -> Any:
     import torch
 
     from quantkit.quantize import choose_scale
 
-    return choose_scale(torch.tensor([[_static_amax(linear, calibration)]]), linear.scheme.input)
+    return choose_scale(torch.tensor([[_static_amax(linear, plan)]]), linear.scheme.input)
 
 
-def _static_amax(linear: QuantizedLinearInfo, calibration: Calibration) -> float:
-    """The magnitude that a static input scale must reach: that of the Linears that share the input, thus of the whole fused set."""
-    statistics = calibration.inputs[linear.name]
-    return max(statistics.amax, statistics.first_position_amax)
+def _static_amax(linear: QuantizedLinearInfo, plan: ExportPlan) -> float:
+    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep one scale for it."""
+    seen = [plan.calibration.inputs[member] for member in plan.fused_with.get(linear.name, (linear.name,))]
+    return max(max(statistics.amax, statistics.first_position_amax) for statistics in seen)
 
 
 def _write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]) -> None:

@@ -76,7 +76,7 @@ def evaluation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{100 * quant['top1_agreement']:.2f} %",
                 format_bytes(quant["bytes"]),
                 f"{quant['bits_per_weight']:.2f}",
-                str(quant["linears_quantized"]),
+                f"{quant['linears_quantized']} ({len(quant['linears_left'])} left)",
                 activations,
                 f"{quant['tokens_per_second']:.0f}",
             )
