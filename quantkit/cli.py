@@ -109,6 +109,8 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
         run = click.option("-v", "--verbose", is_flag=True, help="Say more; let libraries log.")(run)
         run = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")(run)
         run = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")(run)
+        # The shared options come last in each help text.
+        run.__click_params__ = run.__click_params__[-3:] + run.__click_params__[:-3]
         return main.command(name, context_settings=CONTEXT)(run)
 
     return decorate
@@ -254,8 +256,9 @@ def _export(out: Output, plan: Any) -> tuple[Any, float]:
         for row in plan.parameters:
             out.note(f"  {row.status:9} {row.name}: {row.reason}")
     ratio = summary.bytes_after / summary.bytes_before
+    schemes = {linear.scheme.name for linear in plan.linears.values()}
     out.note(
-        f"{summary.path}: {summary.quantized} Linears in {plan.options.recipe.scheme.name if len({i.scheme for i in plan.linears.values()}) == 1 else 'mixed schemes'}, "
+        f"{summary.path}: {summary.quantized} Linears in {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, "
         f"{summary.left} left; {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)} ({100 * ratio:.0f} %), {seconds:.1f} s"
     )
     return summary, seconds
@@ -449,14 +452,13 @@ def inspect_command(out: Output, path: str) -> None:
 @command("schemes")
 def schemes_command(out: Output) -> None:
     """The schemes, and which runtime and hardware takes which."""
-    from quantkit.report import print_json, print_table, schemes_description, schemes_rows
+    from quantkit.report import print_json, print_table, schemes_description, schemes_tables
 
     if out.as_json:
         print_json(schemes_description())
         return
-    columns, rows = schemes_rows()
-    print_table(columns, rows)
-    out.note("W8A16: weights are stored in 8 bits, inputs stay in bfloat16 there. Hardware is as vLLM serves it.")
+    for title, columns, rows in schemes_tables():
+        print_table(columns, rows, title)
 
 
 @command("doctor")

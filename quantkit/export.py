@@ -6,6 +6,7 @@ runtime before anything is written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -416,18 +417,15 @@ def _copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> Non
 
 def model_card_section(plan: ExportPlan) -> str:
     """What was done to the model, for its card."""
-    counts: dict[str, int] = {}
-    for linear in plan.linears.values():
-        counts[f"{linear.scheme.name} (weights {linear.scheme.weight}, inputs {linear.scheme.input or 'as they are'})"] = (
-            counts.get(f"{linear.scheme.name} (weights {linear.scheme.weight}, inputs {linear.scheme.input or 'as they are'})", 0) + 1
-        )
-    lines = [f"- {count} Linears in {scheme}" for scheme, count in counts.items()]
+    counts = Counter(linear.scheme for linear in plan.linears.values())
+    lines = [f"- {count} Linears in {scheme.name} (weights {scheme.weight}, inputs {scheme.input or 'as they are'})" for scheme, count in counts.items()]
     if plan.calibration:
         described = plan.calibration.description
         lines.append(f"- static scales measured on {described['tokens']} tokens ({', '.join(described['data']['sources'])})")
     if plan.options.recipe.kv_cache:
         lines.append("- scales for an FP8 KV cache")
-    lines.append(f"- {format_bytes(plan.bytes_before)} of weights became {format_bytes(plan.bytes_after)}; embeddings, norms and lm_head are as they were" if "lm_head" in plan.left else f"- {format_bytes(plan.bytes_before)} of weights became {format_bytes(plan.bytes_after)}")
+    unchanged = "; embeddings, norms and lm_head are as they were" if "lm_head" in plan.left else ""
+    lines.append(f"- {format_bytes(plan.bytes_before)} of weights became {format_bytes(plan.bytes_after)}{unchanged}")
     return f"## Quantization\n\nQuantized with quantkit {__version__} (format compressed-tensors):\n\n" + "\n".join(lines) + "\n"
 
 

@@ -144,15 +144,22 @@ def schemes_description() -> list[dict[str, Any]]:
     return described
 
 
-def schemes_rows() -> tuple[list[str], list[list[str]]]:
-    """The columns and rows of `quantkit schemes`."""
-    columns = ["scheme", "alias", "weights", "inputs", "data", *RUNTIMES, *HARDWARE]
-    rows = []
-    for entry in schemes_description():
-        runtimes = [("yes" if support["loads"] else "no") + (f": {support['note']}" if support["note"] else "") for support in entry["runtimes"].values()]
-        hardware = [{"native": "yes", "weights": "W8A16"}.get(mode, "no") for mode in entry["hardware"].values()]
-        rows.append([entry["scheme"], ", ".join(entry["aliases"]), entry["weight"], entry["input"] or "as they are", "needed" if entry["needs_calibration"] else "", *runtimes, *hardware])
-    return columns, rows
+def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """The tables of `quantkit schemes`: (title, columns, rows)."""
+    described = schemes_description()
+    what = [[e["scheme"], ", ".join(e["aliases"]), e["weight"], e["input"] or "as they are", "needed" if e["needs_calibration"] else ""] for e in described]
+    where, notes = [], []
+    for entry in described:
+        loads = ["yes" if support["loads"] else "no" for support in entry["runtimes"].values()]
+        modes = [{"native": "yes", "weights": "W8A16"}.get(mode, "no") for mode in entry["hardware"].values()]
+        where.append([entry["scheme"], *loads, *modes])
+        notes += [[entry["scheme"], runtime, support["note"]] for runtime, support in entry["runtimes"].items() if support["note"]]
+        notes += [[entry["scheme"], hardware, mode] for hardware, mode in entry["hardware"].items() if mode not in ("native", "weights")]
+    return [
+        ("schemes", ("scheme", "alias", "weights", "input activations", "calibration"), what),
+        ("which runtime loads it; how vLLM serves it on which hardware (W8A16: inputs stay in bfloat16)", ("scheme", *RUNTIMES, *HARDWARE), where),
+        ("conditions and reasons", ("scheme", "where", "note"), notes),
+    ]
 
 
 def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
