@@ -20,6 +20,7 @@ from quantkit.checkpoint import Checkpoint, OutputDirectory, check_output, read_
 from quantkit.data import BUNDLED_CALIBRATION, calibration_windows, load_tokenizer, window_length
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import stop_between_steps
+from quantkit.layouts import QuantizationLayout
 from quantkit.scheme import Recipe
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def calibrate(options: CalibrationOptions, on_progress: Callable[[int, int], Non
     """Measure and write CALIB. on_progress(windows done, windows in all) is called after each batch."""
     check_output(options.output, overwrite=options.overwrite, reads=[options.model])
     checkpoint = Checkpoint.open(options.model)
-    if "quantization_config" in checkpoint.config:
+    if QuantizationLayout.read(checkpoint.config) is not None:
         raise CheckpointError(f"{options.model} is quantized already; calibrate the original model")
 
     import torch

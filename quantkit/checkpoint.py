@@ -98,6 +98,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for (_, previous_end, previous), (begin, _, name) in zip(spans, spans[1:]):
         if begin < previous_end:
             raise CheckpointError(f"{path}: the tensors '{previous}' and '{name}' overlap")
+    # Without overlap, the tensors fill the file exactly when their sizes add up to it.
+    if sum(info.nbytes for info in tensors.values()) != size - 8 - length:
+        raise CheckpointError(f"{path} has bytes that belong to no tensor, which other readers refuse; fetch or copy it again")
     return tensors
 
 
@@ -143,10 +146,11 @@ class Checkpoint:
             raise CheckpointError(f"there is no directory {path}; give a model directory or a hub id such as org/name")
         if not path.is_dir():
             raise CheckpointError(f"{path} is a file; give the model's directory, with config.json and *.safetensors")
-        shards = _shard_paths(path)
+        if (path / "calibration.json").is_file():
+            raise CheckpointError(f"{path} is a calibration, not a model; `quantkit inspect {path}` shows it")
         config = read_json(path / "config.json", "every Hugging Face checkpoint has one; copy it from where the model comes from")
         tensors: dict[str, TensorInfo] = {}
-        for shard in shards:
+        for shard in _shard_paths(path):
             for name, info in read_header(shard).items():
                 if name in tensors:
                     raise CheckpointError(f"the tensor '{name}' is in both {tensors[name].path.name} and {shard.name} of {path}; remove the stale shard")
@@ -330,7 +334,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, durable and atomic."""
+    """A text file, durable and atomic. A device or pipe is written into, never replaced."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
@@ -389,7 +396,8 @@ class OutputDirectory:
     """
 
     def __init__(self, path: str | Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
-        self.path = Path(path).expanduser()
+        # Resolved, so that a link to a directory is filled, not replaced.
+        self.path = Path(path).expanduser().resolve()
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._progress_file = self.partial / "progress.json"
         check_output(self.path, overwrite=overwrite, reads=reads)
@@ -429,6 +437,10 @@ class OutputDirectory:
 
     def _save(self) -> None:
         write_json(self._progress_file, self.progress)
+
+    def discard(self) -> None:
+        """Remove what was begun, when it can't be finished."""
+        shutil.rmtree(self.partial)
 
     def commit(self) -> None:
         """Put the finished directory in place of `OUT`."""
@@ -484,7 +496,7 @@ def format_bytes(count: float) -> str:
 def parse_bytes(text: str) -> int:
     """A size such as 5GB, 500MB or 2GiB in bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
-    if not match or float(match[1]) <= 0:
+    if not match or len(match[1]) > 12 or float(match[1]) <= 0:
         raise OutputError(f"the size '{text}' is not understood; write for example 5GB or 500MB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " kMGT".index(match[2].replace("K", "k") or " "))

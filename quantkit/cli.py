@@ -45,7 +45,7 @@ class _Group(click.Group):
             sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
             raise click.exceptions.Exit(0) from None
         except OSError as error:
-            reasons = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another place", errno.EACCES: "choose another place or mend its permissions"}
+            reasons = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another place", errno.EACCES: "choose another place or mend its permissions", errno.ENAMETOOLONG: "choose a shorter name", errno.EISDIR: "give a file", errno.ENOTDIR: "give a directory"}
             if error.errno not in reasons:
                 raise
             where = f" ({error.filename})" if error.filename else ""
@@ -125,8 +125,15 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+class _UserPath(click.Path):
+    """A path as the shell would have it: `~` is the home directory also in --option=~/x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
+        return Path(super().convert(value, param, context)).expanduser()
+
+
 model_argument = click.argument("model")
-directory_output = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write; appears when it is whole.")
+directory_output = click.option("-o", "--output", required=True, type=_UserPath(), help="Directory to write; appears when it is whole.")
 data_option = click.option("--data", multiple=True, metavar="FILE", help=".txt, .jsonl (text or messages), .parquet, or dataset:NAME[:CONFIG[:SPLIT]].")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 remote_code_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that lies in the checkpoint.")
@@ -144,10 +151,10 @@ calibration_options = _options(
 )
 recipe_options = _options(
     click.option("--scheme", help="One of those that `quantkit schemes` lists."),
-    click.option("--recipe", type=click.Path(path_type=Path), help="YAML file: a scheme with exceptions."),
+    click.option("--recipe", type=_UserPath(), help="YAML file: a scheme with exceptions."),
 )
 export_options = _options(
-    click.option("--calibration", type=click.Path(path_type=Path), metavar="CALIB", help="Statistics for static scales."),
+    click.option("--calibration", type=_UserPath(), metavar="CALIB", help="Statistics for static scales."),
     click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these Linears: a name, a glob, or re:REGEX."),
     click.option("--kv-cache", type=click.Choice(["fp8"]), help="Write scales for a quantized KV cache."),
     click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Refuse what this runtime can't load."),
@@ -177,7 +184,7 @@ def _export_options(model: str, output: Path, recipe: Any, calibration: Path | N
 @model_argument
 @directory_output
 @data_option
-@click.option("--recipe", type=click.Path(path_type=Path), help="Only for this recipe; without, the statistics serve every scheme.")
+@click.option("--recipe", type=_UserPath(), help="Only for this recipe; without, the statistics serve every scheme.")
 @calibration_options
 @resume_options
 def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ...], recipe: Path | None, **options: Any) -> None:
@@ -304,12 +311,17 @@ def quantize_command(
     if dry_run:
         _print_plan(out, plan)
         return
+    if data and (calibration is not None or not chosen.needs_calibration):
+        out.warn("--data is not read: " + ("--calibration is given" if calibration is not None else "this recipe needs no calibration"))
     if chosen.needs_calibration and calibration is None:
         from quantkit.checkpoint import check_output
 
         check_output(output, overwrite=overwrite, reads=[options.model])
         directory = output.with_name(output.name + "-calibration")
-        if not (resume and (directory / "calibration.json").is_file()):
+        finished = resume and (directory / "calibration.json").is_file()
+        if finished:
+            _require_same_calibration(directory, data, calibrating)
+        else:
             _calibrate(out, options.model, directory, data, None, resume=resume, overwrite=overwrite, **calibrating)
         plan = plan_export(replace(options, calibration=directory))
     summary, seconds = _export(out, plan)
@@ -320,6 +332,23 @@ def quantize_command(
         print_json({"path": str(output), "quantized": summary.quantized, "left": summary.left, "bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after, "seconds": seconds, "verify": found.to_json()})
     _raise_faults(found)
     out.note(f"Next: quantkit eval {model} {output} --data FILE\n      vllm serve {output}")
+
+
+def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dict[str, Any]) -> None:
+    """`quantize --resume` goes on from a finished calibration only if the same one is asked for."""
+    from quantkit.calibration import Calibration
+    from quantkit.errors import OutputError
+
+    made = Calibration.open(directory).description
+    same = {
+        "--data": made["data"]["sources"] == (list(data) or ["bundled"]),
+        "--num-samples": made["windows_requested"] == asked["num_samples"],
+        "--seq-len": asked["seq_len"] in (None, made["seq_len"]),
+        "--seed": made["seed"] == asked["seed"],
+    }
+    differing = [option for option, equal in same.items() if not equal]
+    if differing:
+        raise OutputError(f"{directory} was made with a different {', '.join(differing)}; use the same, or start again with --overwrite")
 
 
 @command("verify")
@@ -371,9 +400,9 @@ def _raise_faults(found: Any) -> None:
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many.")
 @click.option("--protocol", type=click.Choice(["gptq", "llamacpp", "lmeval"]), default="gptq", show_default=True, help="How windows are cut and scored.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page.")
-@click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False), help="Write a section for a model card.")
+@click.option("-o", "--output", type=_UserPath(dir_okay=False), help="Write the result as JSON.")
+@click.option("--html", type=_UserPath(dir_okay=False), help="Write a self-contained page.")
+@click.option("--markdown", type=_UserPath(dir_okay=False), help="Write a section for a model card.")
 @click.option("--gate", "gates", multiple=True, metavar="EXPR", help="Exit 3 unless e.g. 'ppl_delta_pct<=1.0' holds; also kld_mean, top1, size_ratio.")
 @click.option("--strict", is_flag=True, help="Exit 4 when the text can't decide a gate.")
 @click.option("--exec", "exec_", type=click.Choice(["auto", "kernel", "reference"]), default="auto", show_default=True, help="Which arithmetic runs.")
@@ -403,6 +432,9 @@ def eval_command(
         print_table,
     )
 
+    written = [path.resolve() for path in (output, html, markdown) if path is not None]
+    if len(set(written)) < len(written):
+        raise click.UsageError("give --output, --html and --markdown different files")
     for path in (output, html, markdown):
         if path is not None and not path.absolute().parent.is_dir():
             raise RecipeError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
@@ -478,7 +510,7 @@ def doctor_command(out: Output) -> None:
 
 
 @command("demo")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("quantkit-demo"), show_default=True, help="Directory for the results.")
+@click.option("-o", "--output", type=_UserPath(), default=Path("quantkit-demo"), show_default=True, help="Directory for the results.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo's results.")
 def demo_command(out: Output, output: Path, overwrite: bool) -> None:
     """The whole story on a real small model (SmolLM2-135M), in minutes."""

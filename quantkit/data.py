@@ -86,7 +86,7 @@ def read_source(name: str, tokenizer: Any) -> Source:
         raise DataError(f"there is no data file {name}; give a .txt, .jsonl or .parquet file, or dataset:NAME[:CONFIG[:SPLIT]]")
     raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return Source(name, tuple(_parquet_documents(path, tokenizer)), digest)
     try:
         text = raw.decode("utf-8-sig")
@@ -94,7 +94,7 @@ def read_source(name: str, tokenizer: Any) -> Source:
         raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from None
     # As Python reads text files everywhere: a line ends in "\n", however the file spells it.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
         return Source(name, tuple(_json_documents(name, text, tokenizer)), digest)
     return Source(name, (text,), digest)
 
@@ -105,7 +105,7 @@ def _json_documents(name: str, text: str, tokenizer: Any) -> Iterable[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"line {number} of {name} is not JSON; each line must be an object with 'text' or 'messages'") from None
         yield _record_text(record, f"line {number} of {name}", tokenizer)
 
@@ -180,31 +180,41 @@ def evaluation_windows(names: Sequence[str], tokenizer: Any, protocol: str, seq_
     documents = [document for source in sources for document in source.documents]
     digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest() if len(sources) > 1 else sources[0].sha256
     if protocol == "lmeval":
-        windows = [window for document in documents for window in _rolling_windows(_encode(tokenizer, document), _bos(tokenizer), seq_len)]
-    else:
-        stream = _leading_special_tokens(tokenizer) + _encode(tokenizer, "\n\n".join(documents))
-        chunks = [stream[start : start + seq_len] for start in range(0, len(stream) - seq_len + 1, seq_len)]
-        if not chunks:
-            raise DataError(f"the text gives {len(stream)} tokens, less than one window of {seq_len}; give more text or a smaller --seq-len")
-        if protocol == "llamacpp":
-            bos = _bos(tokenizer)
-            windows = [Window((bos, *chunk[1:]), seq_len // 2 + 1) for chunk in chunks]
-        else:
-            windows = [Window(tuple(chunk)) for chunk in chunks]
+        return _document_windows(names, documents, digest, tokenizer, seq_len, max_tokens)
+    stream = _leading_special_tokens(tokenizer) + _encode(tokenizer, "\n\n".join(documents))
+    chunks = [stream[start : start + seq_len] for start in range(0, len(stream) - seq_len + 1, seq_len)]
+    if not chunks:
+        raise DataError(f"the text gives {len(stream)} tokens, less than one window of {seq_len}; give more text or a smaller --seq-len")
     if max_tokens is not None:
-        total, kept = 0, []
-        for window in windows:
-            if kept and total + len(window.tokens) > max_tokens:
-                break
-            kept.append(window)
-            total += len(window.tokens)
-        windows = kept
+        chunks = chunks[: max(1, max_tokens // seq_len)]
+    if protocol == "llamacpp":
+        bos = _bos(tokenizer)
+        windows = [Window((bos, *chunk[1:]), seq_len // 2 + 1) for chunk in chunks]
+    else:
+        windows = [Window(tuple(chunk)) for chunk in chunks]
     if not any(window.scored for window in windows):
         raise DataError(f"{', '.join(names)} holds no token to score; give a longer text")
-    whole = max_tokens is None
-    return Windows(
-        tuple(windows), digest, sum(len(d.split()) for d in documents) if whole else 0, sum(len(d.encode()) for d in documents) if whole else 0
-    )
+    return Windows(tuple(windows), digest)
+
+
+def _document_windows(names: Sequence[str], documents: Sequence[str], digest: str, tokenizer: Any, seq_len: int, max_tokens: int | None) -> Windows:
+    """lmeval's windows of whole documents; `max_tokens` never cuts one, since its words are counted."""
+    windows: list[Window] = []
+    kept: list[str] = []
+    total = 0
+    for document in documents:
+        tokens = _encode(tokenizer, document)
+        if max_tokens is not None and total + len(tokens) > max_tokens:
+            if not kept:
+                raise DataError(f"the first document has {len(tokens)} tokens, more than --max-tokens {max_tokens}, and lmeval scores whole documents; give .jsonl with shorter ones")
+            break
+        total += len(tokens)
+        kept.append(document)
+        windows += _rolling_windows(tokens, _bos(tokenizer), seq_len)
+    words = sum(len(document.split()) for document in kept)
+    if not words:
+        raise DataError(f"{', '.join(names)} holds no word to score; give a longer text")
+    return Windows(tuple(windows), digest, words, sum(len(document.encode()) for document in kept))
 
 
 def _bos(tokenizer: Any) -> int:

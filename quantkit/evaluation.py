@@ -22,7 +22,7 @@ import numpy as np
 from quantkit import __version__
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import Windows, evaluation_windows, load_tokenizer, window_length
-from quantkit.errors import EvaluationError, NotComparableError, QuantkitError
+from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.layouts import QuantizationLayout, decode_linear, stored_linears
 from quantkit.model import classify_tensors
 from quantkit.runtimes import HARDWARE, as_computed
@@ -76,9 +76,12 @@ class Gate:
         if metric not in cls.METRICS:
             raise EvaluationError(f"the gate '{expr}' names an unknown figure '{metric}'; choose one of {', '.join(cls.METRICS)}")
         try:
-            return cls(expr, metric, operator, float(bound))
+            number = float(bound)
         except ValueError:
-            raise EvaluationError(f"the gate '{expr}' compares with '{bound.strip()}', which is no number") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise EvaluationError(f"the gate '{expr}' compares with '{bound.strip()}', which is no number")
+        return cls(expr, metric, operator, number)
 
     def judge(self, interval: Interval) -> str:
         """"pass" or "fail" where the whole interval lies on one side of the bound, else "inconclusive"."""
@@ -129,7 +132,7 @@ def evaluate(options: EvaluationOptions, on_progress: Callable[[str, int, int], 
         raise EvaluationError("--exec kernel: this installation has no compiled kernels; use --exec reference or auto")
     if options.hardware is not None and options.hardware not in HARDWARE:
         raise EvaluationError(f"unknown hardware '{options.hardware}'; choose one of {', '.join(HARDWARE)}")
-    base_checkpoint = Checkpoint.open(options.base)
+    base_checkpoint = _check_candidate(options.base, Checkpoint.open(options.base), options.hardware)
     candidates = [_check_candidate(path, base_checkpoint, options.hardware) for path in options.quants]
 
     from quantkit.calibration import pick_device
@@ -156,7 +159,7 @@ def _judge_all(
     from quantkit.served import load_served
 
     counts = np.array([window.scored for window in windows.windows])
-    units = windows.words if options.protocol == "lmeval" and windows.words else windows.tokens_scored
+    units = windows.words if options.protocol == "lmeval" else windows.tokens_scored
     tokens_per_unit = windows.tokens_scored / units
     with torch.inference_mode():
         base = load_served(options.base, device, options.hardware, options.trust_remote_code)
@@ -174,6 +177,8 @@ def _judge_all(
             quants.append(_quant_result(options, gates, base_checkpoint, served, judged, base_judged, counts, tokens_per_unit, tokenizer, windows))
             del served, head, own_hidden
     protocol = {"name": options.protocol, "seq_len": seq_len, "bos": "tokenizer's own, at the start" if options.protocol == "gptq" else "first token of each window"}
+    if options.protocol == "lmeval":
+        protocol["unit"] = "word"
     protocol["hash"] = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -207,6 +212,9 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
     """Refuse early what can't be judged: before the base has run for an hour."""
     checkpoint = Checkpoint.open(path)
     layout = QuantizationLayout.read(checkpoint.config)
+    codes = [name for name, info in checkpoint.tensors.items() if info.dtype in ("I8", "F8_E4M3", "F8_E5M2")]
+    if layout is None and codes:
+        raise CheckpointError(f"{codes[0]} of {path} holds codes, but config.json has no quantization_config; `quantkit verify {path}` lists all faults")
     if hardware is not None:
         for scheme in layout.schemes if layout else ():
             as_computed(scheme, hardware)
@@ -269,6 +277,7 @@ class _Head:
             model.set_output_embeddings(_float32_linear(output_embedding))
         self._stand_in = _stand_in()
         setattr(model, model.base_model_prefix, self._stand_in)
+        model.config.output_router_logits = False
         self._model = model
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -285,11 +294,20 @@ def _stand_in() -> Any:
     from torch import nn
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    class Output(BaseModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            """Router logits, cross attentions and the like, which some architectures pass on."""
+            return
+
     class StandIn(nn.Module):
         hidden: Any = None
 
+        @property
+        def decoder(self) -> Any:
+            return self  # OPT calls model.decoder
+
         def forward(self, *_: Any, **__: Any) -> Any:
-            return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+            return Output(last_hidden_state=self.hidden)
 
     return StandIn()
 

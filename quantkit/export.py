@@ -32,10 +32,10 @@ from quantkit.checkpoint import (
 )
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError, RuntimeLimitError
 from quantkit.interrupts import stop_between_steps
-from quantkit.layouts import compressed_tensors_config, encode_linear, linear_tensors, shape_obstacle
+from quantkit.layouts import QuantizationLayout, compressed_tensors_config, encode_linear, linear_tensors, shape_obstacle
 from quantkit.model import ModuleInfo, classify_tensors, fused_sets
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
-from quantkit.scheme import TENSOR, QuantScheme, Recipe
+from quantkit.scheme import TENSOR, Pattern, QuantScheme, Recipe
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -115,24 +115,22 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False) -> Ex
     """
     recipe = options.recipe
     checkpoint = Checkpoint.open(options.model)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
-        raise CheckpointError(f"{options.model} is quantized already ({method}); export from the original model")
+    layout = QuantizationLayout.read(checkpoint.config)
+    if layout is not None:
+        raise CheckpointError(f"{options.model} is quantized already ({layout.method}); export from the original model")
     infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
+    _refuse_unreached(recipe, infos)
     schemes, reasons = _assign(recipe, infos, checkpoint)
     linears = {
         module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme) for module, scheme in schemes.items()
     }
     left = _left_linears(infos, linears, checkpoint)
-    warnings = _runtime_warnings(options.runtime, linears, left)
+    warnings = _shape_warnings(reasons) + _runtime_warnings(options.runtime, linears, left)
     fingerprint = {"model": checkpoint.fingerprint(), "recipe": recipe.canonical(), "quantkit version": __version__}
     calibration = None if calibration_follows else _calibration_for(options, checkpoint, fingerprint["model"], linears)
     fingerprint["calibration"] = sha256_file(calibration.path / "calibration.json") if calibration else ""
     fingerprint["shard size"] = str(options.max_shard_bytes)
     parameters = _parameter_plans(checkpoint, infos, linears, reasons)
-    unreached = [row for row in parameters if row.status == "unreached"]
-    if unreached:
-        raise CheckpointError(f"{unreached[0].name} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; add it to --ignore to leave it as it is")
     for suffix in ("k_scale", "v_scale"):
         clash = [f"{module}.{suffix}" for module in (calibration.kv_amax if calibration else ()) if f"{module}.{suffix}" in checkpoint.tensors]
         if recipe.kv_cache and clash:
@@ -147,15 +145,17 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False) -> Ex
 def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpoint) -> tuple[dict[str, QuantScheme], dict[str, str]]:
     """Module → scheme of what is quantized, and tensor → reason of what would be but isn't."""
     modules = {info.name: info for info in infos.values() if info.tensor.endswith(".weight")}
-    names = list(modules)
-    if "lm_head" not in modules and checkpoint.config.get("tie_word_embeddings"):
-        names.append("lm_head")  # it has no tensor of its own, but recipes name it
+    tied = "lm_head" not in modules and checkpoint.config.get("tie_word_embeddings")
     for pattern in recipe.ignore:
-        pattern.require_match([*names, *infos], "ignore")
+        # A tied lm_head has no tensor of its own, but recipes name it to be safe.
+        pattern.require_match([*modules, *infos, *(["lm_head"] if tied else [])], "ignore")
     for pattern, _ in recipe.layers:
-        pattern.require_match(names, "layer")
+        if tied and pattern.matches("lm_head") and not any(pattern.matches(name) for name in modules):
+            raise RecipeError(f"the layer pattern '{pattern.text}' means lm_head, which is tied to the embedding here and has no weight of its own; leave the entry out")
+        pattern.require_match(modules, "layer")
     schemes: dict[str, QuantScheme] = {}
     reasons: dict[str, str] = {}
+    used: set[Pattern] = set()
     for name, info in modules.items():
         entry = next(((pattern, scheme) for pattern, scheme in recipe.layers if pattern.matches(name)), None)
         ignored = next((pattern for pattern in recipe.ignore if pattern.matches(name) or pattern.matches(info.tensor)), None)
@@ -170,25 +170,41 @@ def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpo
             raise RecipeError(f"the layer pattern '{entry[0].text}' matches {name}, which is no Linear ({info.reason}); narrow the pattern")
         else:
             continue
+        if entry:
+            used.add(entry[0])
         obstacle = shape_obstacle(scheme, info.shape)
         if obstacle:
             reasons[info.tensor] = f"left because of its shape: {obstacle}"
         else:
             schemes[name] = scheme
-    # 3-D experts and the like have names without ".weight"; ignoring them is a choice that must be possible.
     for tensor, info in infos.items():
-        if info.kind == "unreached" and tensor not in reasons:
-            ignored = next((p for p in recipe.ignore if p.matches(tensor) or p.matches(info.name)), None)
-            if ignored:
-                reasons[tensor] = f"ignored by '{ignored.text}'"
+        if info.kind == "unreached":
+            reasons[tensor] = f"ignored, and out of reach: {info.reason}"
+    for pattern, _ in recipe.layers:
+        if pattern not in used:
+            raise RecipeError(f"the layer pattern '{pattern.text}' never applies: an earlier entry or 'ignore' takes all that it matches; reorder them or leave it out")
     for members in fused_sets([name for name, info in modules.items() if info.kind == "linear"]):
         theirs = {schemes.get(member) for member in members}
         one_scale = any(scheme and (scheme.needs_calibration or scheme.weight.granularity == TENSOR) for scheme in theirs)
         if one_scale and len(theirs) > 1:
             raise RecipeError(f"runtimes merge {', '.join(members)} and give them one scale; give them one scheme")
     if not schemes:
-        raise RecipeError(f"this recipe quantizes nothing in {checkpoint.path}: no Linear is left in its decoder blocks")
+        why = next(iter(reasons.values()), "it has no Linear in numbered decoder blocks")
+        raise RecipeError(f"this recipe quantizes nothing in {checkpoint.path}: {why}")
     return schemes, reasons
+
+
+def _refuse_unreached(recipe: Recipe, infos: Mapping[str, ModuleInfo]) -> None:
+    """What should be quantized but can't be is an error unless it is ignored by name: a half-quantized model is no result."""
+    unreached = [i for i in infos.values() if i.kind == "unreached" and not any(p.matches(i.tensor) or p.matches(i.name) for p in recipe.ignore)]
+    if unreached:
+        raise CheckpointError(f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; add it to --ignore to leave it as it is")
+
+
+def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
+    """One sentence for all Linears that stay because of their shape."""
+    left = [tensor for tensor, reason in reasons.items() if reason.startswith("left because of its shape")]
+    return [f"{left[0]}{_more(len(left))} stays unquantized, {reasons[left[0]]}"] if left else []
 
 
 def _left_linears(infos: Mapping[str, ModuleInfo], linears: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
@@ -239,8 +255,8 @@ def _parameter_plans(
         if linear is not None:
             after = sum(plan.nbytes for plan in _linear_plans(linear))
             rows.append(ParameterPlan(tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after))
-        elif info.kind == "unreached" and tensor not in reasons:
-            rows.append(ParameterPlan(tensor, "unreached", info.reason, None, before, before))
+        elif info.kind == "unreached":
+            rows.append(ParameterPlan(tensor, "unreached", reasons[tensor], None, before, before))
         else:
             rows.append(ParameterPlan(tensor, "left", reasons.get(tensor, info.reason), None, before, before))
     return rows
@@ -278,8 +294,10 @@ def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda do
                     on_progress(finished, plan.bytes_before)
                     stop.check(f"in {name}; finished shards are kept")
                 writer.close()
-            except BaseException:
+            except BaseException as error:
                 writer.abandon()
+                if isinstance(error, CheckpointError):
+                    output.discard()  # this model can't be finished, so there is nothing to resume
                 raise
             output.record(name, sha256_file(output.partial / name))
     _write_index(output.partial, names, shards)
@@ -319,6 +337,8 @@ class _TensorGroup:
             return {self.tensors[0].name: kv_scale(torch.tensor(k_amax if suffix == "k_scale" else v_amax))}
         values = plan.checkpoint.read(self.source)
         if self.linear is None:
+            if values.is_floating_point() and not torch.isfinite(values).all():
+                raise _not_finite(self.source)
             return {self.source: values}
         quantized = _quantize_weight(self.linear, self.source, values, shared)
         input_scale = _input_scale(self.linear, plan) if self.linear.scheme.needs_calibration else None
@@ -369,10 +389,14 @@ def _quantize_weight(linear: QuantizedLinearInfo, source: str, values: Any, shar
     spec = linear.scheme.weight
     amax = block_amax(values, spec.granularity)
     if not amax.isfinite().all():
-        raise CheckpointError(f"the weight {source} holds NaN or infinity; quantizing it would ruin the model, so fetch it again or mend it")
+        raise _not_finite(source)
     if spec.granularity == TENSOR:
         amax = shared.of(linear.name, amax)
     return quantize(values, spec, choose_scale(amax, spec))
+
+
+def _not_finite(tensor: str) -> CheckpointError:
+    return CheckpointError(f"the weight {tensor} holds NaN or infinity; a model with it is ruined, so fetch it again or mend it")
 
 
 def _input_scale(linear: QuantizedLinearInfo, plan: ExportPlan) -> Any:

@@ -91,6 +91,12 @@ def decode_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str)
     from quantkit.packing import unpack_int8
     from quantkit.quantize import QuantizedTensor
 
+    for suffix, tensor in tensors.items():
+        wanted = {"weight": scheme.weight.format.torch_name, "weight_packed": "int32", "weight_shape": "int64"}.get(suffix)
+        if wanted is not None and str(tensor.dtype) != f"torch.{wanted}":
+            raise CheckpointError(f"{name}.{suffix} is stored as {str(tensor.dtype).removeprefix('torch.')}; {scheme.name} has {wanted}")
+        if suffix in ("weight", "weight_packed") and tensor.dim() != 2:
+            raise CheckpointError(f"{name}.{suffix} has the shape {list(tensor.shape)}; a Linear's weight has two dimensions")
     if layout_name(scheme) == "pack-quantized":
         rows, columns = map(int, _required(tensors, "weight_shape", name))
         codes = unpack_int8(_required(tensors, "weight_packed", name))[:rows, :columns]
@@ -102,8 +108,12 @@ def decode_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str)
     # Others write [O] for [O, 1] and [] for [1]; anything else that differs would scale the wrong weights.
     if [size for size in stored.shape if size != 1] != [size for size in expected if size != 1]:
         raise CheckpointError(f"{name}.{scale_name} has the shape {list(stored.shape)}; {scheme.weight} of {list(codes.shape)} needs {list(expected)}")
+    if (stored.dtype == torch.uint8) != (scheme.weight.scale_format is E8M0) or not (stored.is_floating_point() or stored.dtype == torch.uint8):
+        raise CheckpointError(f"{name}.{scale_name} is stored as {str(stored.dtype).removeprefix('torch.')}, which is not how {scheme.name} keeps its scales")
     scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
-    input_scale = _required(tensors, "input_scale", name).float().reshape(1) if scheme.needs_calibration else None
+    input_scale = _required(tensors, "input_scale", name).float().reshape(-1) if scheme.needs_calibration else None
+    if input_scale is not None and input_scale.numel() != 1:
+        raise CheckpointError(f"{name}.input_scale holds {input_scale.numel()} values; a static scale is one")
     return QuantizedTensor(codes, scale.reshape(expected), scheme.weight), input_scale
 
 
@@ -174,7 +184,8 @@ class QuantizationLayout:
             if method == "fp8":
                 return cls._fp8_block(stored)
         except (RecipeError, KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-            raise CheckpointError(f"the quantization_config can't be used: {error}") from None
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"the quantization_config can't be used: {reason}") from None
         raise CheckpointError(f"the checkpoint is quantized with '{method}', which quantkit doesn't read; it reads compressed-tensors and block fp8")
 
     @classmethod

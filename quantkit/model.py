@@ -141,10 +141,20 @@ def load_model(path: Any, device: str, *, trust_remote_code: bool = False) -> nn
 
     config = auto_config(path, trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype="auto", trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype="auto", trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and its backends raise every kind
         raise CheckpointError(f"transformers can't load {path}: {' '.join(str(error).split())[:300]}") from None
+    require_no_missing(path, report["missing_keys"])
     return model.to(torch.device(device)).eval().requires_grad_(False)
+
+
+def require_no_missing(path: Any, missing: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers would fill them with random numbers."""
+    missing = sorted(missing)
+    if missing:
+        raise CheckpointError(f"{path} lacks the weight {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; fetch or export it again")
 
 
 def auto_config(path: Any, trust_remote_code: bool) -> Any:
@@ -153,6 +163,6 @@ def auto_config(path: Any, trust_remote_code: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # transformers validates with many libraries' exceptions
         hint = " (pass --trust-remote-code to run the code in the checkpoint)" if "trust_remote_code" in str(error) else ""
         raise CheckpointError(f"transformers doesn't know the model in {path}{hint}: {' '.join(str(error).split())[:300]}") from None

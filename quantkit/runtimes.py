@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from quantkit.errors import RuntimeLimitError
 from quantkit.formats import INT8
 from quantkit.model import fused_sets
-from quantkit.scheme import QuantScheme
+from quantkit.scheme import SCHEMES, QuantScheme
 
 RUNTIMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 
@@ -39,7 +39,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
         "vllm": Support(True, "128-multiples"), "sglang": Support(True, "128-multiples"),
         "tensorrt-llm": _YES, "transformers": Support(True, "128-multiples"),
     },
-    "mxfp8": {"vllm": _YES, "sglang": Support(False, "has no MXFP8"), "tensorrt-llm": Support(False, "not known to load it"), "transformers": _YES},
+    "mxfp8": {"vllm": _YES, "sglang": Support(False, "has no MXFP8"), "tensorrt-llm": Support(False, "is not known to load it"), "transformers": _YES},
     "fp8-weight-only": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": Support(False, "needs quantized inputs"), "transformers": _YES},
     "int8-dynamic": {"vllm": _YES, "sglang": Support(True, "dense models"), "tensorrt-llm": _TRT_INT8, "transformers": _YES},
     "int8-static": {"vllm": _YES, "sglang": Support(False, "ignores static input scales"), "tensorrt-llm": _TRT_INT8, "transformers": _YES},
@@ -64,6 +64,12 @@ def scheme_family(scheme: QuantScheme) -> str:
     if scheme.input.dynamic:
         return "fp8-dynamic"
     return "fp8-tensor" if scheme.weight.granularity.name == "tensor" else "fp8-static"
+
+
+def _is_known(scheme: QuantScheme) -> bool:
+    """Whether the tables speak of this arithmetic: one of the nine schemes, or INT8 weights in groups."""
+    grouped = scheme.input is None and scheme.weight.format is INT8 and scheme.weight.scale_format is None and scheme.weight.granularity.name == "group"
+    return grouped or any(scheme.same_arithmetic == known.same_arithmetic for known in SCHEMES.values())
 
 
 def hardware_mode(scheme: QuantScheme, hardware: str) -> str:
@@ -111,9 +117,16 @@ def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], lef
     by_name = {linear.name: linear for linear in quantized}
     problems = []
     for scheme in dict.fromkeys(linear.scheme for linear in quantized):
+        if not _is_known(scheme):
+            problems.append(f"{runtime} is not known to load {scheme.name} ({scheme.weight}, inputs {scheme.input or 'as they are'}); choose one of quantkit's schemes")
+            continue
         support = SUPPORT[scheme_family(scheme)][runtime]
         if not support.loads:
             problems.append(f"{runtime} can't load {scheme.name}: it {support.note}")
+    experts = [linear for linear in quantized if ".experts." in linear.name]
+    unloadable = {"transformers": ("fp8-block", "mxfp8", "int8-dynamic", "int8-static", "int8-weight-only"), "sglang": ("int8-dynamic", "int8-static")}
+    for linear in [linear for linear in experts if scheme_family(linear.scheme) in unloadable.get(runtime, ())][:1]:
+        problems.append(f"{runtime} can't load experts in {linear.scheme.name} ({linear.name} and the others); use fp8-dynamic")
     if runtime in ("vllm", "sglang"):
         left = set(left)
         for members in fused_sets([*by_name, *left]):

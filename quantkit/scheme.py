@@ -89,12 +89,12 @@ class QuantSpec:
         unknown = set(arguments) - known
         if unknown:
             raise RecipeError(f"{where} has the unknown key {_quoted(unknown)}; allowed are {_quoted(known)}")
-        num_bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
-        formats = {(8, "int"): INT8, (8, "float"): FP8_E4M3}
+        num_bits, kind = str(arguments.get("num_bits", 8)), str(arguments.get("type", "int"))
+        formats = {("8", "int"): INT8, ("8", "float"): FP8_E4M3}
         if (num_bits, kind) not in formats:
             raise RecipeError(f"{where} asks for {num_bits} bits of type {kind!r}; quantkit has 8 bits of type int or float")
-        if not arguments.get("symmetric", True):
-            raise RecipeError(f"{where} is asymmetric (symmetric: false); quantkit writes and reads symmetric codes only")
+        if arguments.get("symmetric", True) is not True:
+            raise RecipeError(f"{where} is asymmetric (symmetric: {arguments['symmetric']}); quantkit writes and reads symmetric codes only")
         if arguments.get("actorder") not in (None, False, "static", "weight"):
             raise RecipeError(f"{where} has actorder {arguments['actorder']!r}, which reorders groups; quantkit reads plain order only")
         strategy = arguments.get("strategy")
@@ -109,9 +109,11 @@ class QuantSpec:
             granularity = block(*(_size(size, f"{where}: block_structure") for size in structure))
         else:
             simple = {"tensor": TENSOR, "channel": CHANNEL, "token": TOKEN}
-            if strategy not in simple:
+            if not isinstance(strategy, str) or strategy not in simple:
                 raise RecipeError(f"{where} has the unknown strategy {strategy!r}; choose one of tensor, channel, token, group, block")
             granularity = simple[strategy]
+        if arguments.get("group_size") not in (None, -1) and strategy != "group":
+            raise RecipeError(f"{where} has a group_size but the strategy '{strategy}'; write strategy: group, or leave group_size out")
         power_of_two = str(arguments.get("scale_dtype")) in ("torch.uint8", "uint8", "torch.float8_e8m0fnu")
         dynamic = arguments.get("dynamic", False)
         if not isinstance(dynamic, bool):
@@ -292,6 +294,21 @@ class Pattern:
 ALGORITHMS = ("rtn",)
 
 
+def _strict_loader() -> type:
+    """YAML's safe loader, which refuses a key that stands twice: the first would be dropped in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"the key '{twice}' stands twice")
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
 def _algorithm_name(entry: Any, where: str) -> str:
     """The name in `rtn` or `{rtn: {setting: value}}`; no algorithm of this version has settings."""
     if not isinstance(entry, Mapping):
@@ -300,7 +317,7 @@ def _algorithm_name(entry: Any, where: str) -> str:
         raise RecipeError(f"{where}: algorithms: write each as a name, or as a name with its settings, not {dict(entry)!r}")
     name, settings = next(iter(entry.items()))
     if name in ALGORITHMS and settings:
-        raise RecipeError(f"{where}: the algorithm '{name}' has no settings, but {_quoted(settings)} is given")
+        raise RecipeError(f"{where}: the algorithm '{name}' has no settings, but {settings!r} is given")
     return str(name)
 
 
@@ -360,7 +377,7 @@ class Recipe:
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {path}; recipes are YAML files such as those in configs/")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
         return cls.from_mapping(content, str(path))

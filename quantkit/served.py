@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, stored_linears
-from quantkit.model import auto_config, load_model
+from quantkit.model import auto_config, load_model, require_no_missing
 from quantkit.quantize import QuantizedTensor, quantize, quantized_linear
 from quantkit.runtimes import as_computed
 from quantkit.scheme import QuantScheme
@@ -160,11 +160,9 @@ def _build(path: Path, state: dict[str, Tensor], device: str, trust_remote_code:
         with torch.device("meta"):
             architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         model, report = architecture.from_pretrained(None, config=config, state_dict=state, dtype=_stored_dtype(config), output_loading_info=True)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # transformers and its backends raise every kind
         raise CheckpointError(f"transformers can't build {path}: {' '.join(str(error).split())[:300]}") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CheckpointError(f"{path} lacks the weight {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; export it again")
+    require_no_missing(path, report["missing_keys"])
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -184,6 +182,11 @@ def _kv_scales(layout: QuantizationLayout, model: nn.Module, tensors: Mapping[st
             if value is None or key.numel() != 1 or value.numel() != 1:
                 raise CheckpointError(f"{name} has no pair of per-tensor k_scale and v_scale; export it again")
             scales[module.layer_idx] = (key.to(device), value.to(device))
-    if not scales:
-        raise CheckpointError("the checkpoint has a kv_cache_scheme but no k_scale and v_scale tensors: a server would use the scale 1; export it again with --kv-cache fp8")
+    attentions = {
+        module.layer_idx
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and any(isinstance(child, (nn.Linear, QuantizedLinear)) for child in module.children())
+    }
+    if attentions - set(scales):
+        raise CheckpointError("the checkpoint has a kv_cache_scheme but layers without k_scale and v_scale: a server would use the scale 1; export it again with --kv-cache fp8")
     return scales

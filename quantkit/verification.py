@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Checkpoint
+from quantkit.errors import CheckpointError
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, decode_linear, linear_tensors, stored_linears
 from quantkit.model import classify_tensors, fused_sets
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
@@ -56,6 +57,8 @@ def verify(path: Path, base: Path | None = None, runtime: str | None = None, on_
     """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all)."""
     checkpoint = Checkpoint.open(path)
     base_checkpoint = Checkpoint.open(base) if base else None
+    if base_checkpoint is not None and QuantizationLayout.read(base_checkpoint.config) is not None:
+        raise CheckpointError(f"the base {base} is quantized itself; give the original model")
     layout = QuantizationLayout.read(checkpoint.config)
     found = Verification(path, tensors=len(checkpoint.tensors))
     stored = stored_linears(checkpoint.tensors)
@@ -85,7 +88,7 @@ def verify(path: Path, base: Path | None = None, runtime: str | None = None, on_
 def _check_names(found: Verification, checkpoint: Checkpoint, layout: QuantizationLayout, stored: Mapping[str, list[str]]) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
     """Every Linear is either quantized with all its tensors in the right shapes, or ignored by the config. Returns the former."""
     linears: dict[str, tuple[QuantScheme, tuple[int, int]]] = {}
-    for module in stored:
+    for module, suffixes in stored.items():
         scheme = layout.scheme_of(module)
         if scheme is None:
             found.fault(module, "has quantized tensors, but quantization_config doesn't target it: a runtime would read the codes as weights")
@@ -95,6 +98,8 @@ def _check_names(found: Verification, checkpoint: Checkpoint, layout: Quantizati
             found.fault(f"{module}.weight", "is missing, though its scales are there")
             continue
         whole = True
+        for suffix in set(suffixes) - set(linear_tensors(scheme, shape)) - {"bias", FP8_BLOCK_SUFFIX, "k_scale", "v_scale"}:
+            found.fault(f"{module}.{suffix}", f"is not a tensor of {scheme.name}")
         for suffix, (dtype, expected) in linear_tensors(scheme, shape).items():
             name = f"{module}.{suffix}"
             if layout.method == "fp8" and suffix == "weight_scale":
@@ -103,7 +108,7 @@ def _check_names(found: Verification, checkpoint: Checkpoint, layout: Quantizati
             if info is None:
                 found.fault(name, f"is missing; {scheme.name} needs it")
                 whole = False
-            elif suffix in ("weight", "weight_packed", "weight_shape") and info.dtype != dtype:
+            elif suffix in ("weight", "weight_packed", "weight_shape") and info.dtype != dtype or suffix == "weight_scale" and (info.dtype == "U8") != (dtype == "U8"):
                 found.fault(name, f"is stored as {info.dtype}; {scheme.name} has {dtype}")
                 whole = False
             elif info.shape != expected:
@@ -217,7 +222,7 @@ def _check_against_base(
                 found.fault(name, f"is {found.sqnr_db[module]:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB or more")
         elif name not in checkpoint.tensors:
             found.fault(name, "is in the base but not in this checkpoint")
-        elif checkpoint.tensors[name].shape != original.shape or not torch.equal(checkpoint.read(name), base.read(name)):
+        elif (checkpoint.tensors[name].shape, checkpoint.tensors[name].dtype) != (original.shape, original.dtype) or not torch.equal(checkpoint.read(name), base.read(name)):
             found.warnings.append(f"{name} differs from the base's, though it isn't quantized")
     scales = ("weight_scale", FP8_BLOCK_SUFFIX, "input_scale", "weight_shape", "weight_packed", "k_scale", "v_scale")
     for name in checkpoint.tensors:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.data import evaluation_windows, load_tokenizer
-from quantkit.errors import EvaluationError, NotComparableError
+from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
 from quantkit.evaluation import EvaluationOptions, Gate, evaluate
 from quantkit.layouts import QuantizationLayout
 from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
@@ -19,10 +19,18 @@ from quantkit.statistics import Interval
 
 @pytest.fixture
 def judge(llama, text):
-    def run(*quants, base=llama, seq_len=64, max_tokens=640, **options):
-        return evaluate(EvaluationOptions(base, tuple(quants), (str(text),), seq_len, max_tokens, **options))
+    def run(*quants, base=llama, seq_len=64, max_tokens=640, data=text, **options):
+        return evaluate(EvaluationOptions(base, tuple(quants), (str(data),), seq_len, max_tokens, **options))
 
     return run
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Documents of 40 words each, which lmeval scores one by one."""
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": make_text(40, seed)}) + "\n" for seed in range(12)))
+    return path
 
 
 def test_base_perplexity_is_that_of_transformers_in_float32_logits(llama, text, judge):
@@ -126,15 +134,26 @@ def test_chunks_do_not_change_the_result(export_to, judge, monkeypatch):
 
 
 @pytest.mark.parametrize("protocol", ["gptq", "llamacpp", "lmeval"])
-def test_each_protocol_scores_what_it_says(protocol, judge, llama):
-    result = judge(llama, protocol=protocol)
+def test_each_protocol_scores_what_it_says(protocol, judge, llama, documents):
+    result = judge(llama, protocol=protocol, data=documents, seq_len=32)
     assert result["protocol"]["name"] == protocol
     assert result["tokens_scored"] == sum(result["window_tokens"])
     assert result["quants"][0]["ppl_delta_pct"]["value"] == 0
 
 
-def test_protocols_have_different_hashes(judge):
-    hashes = {judge(protocol=protocol, max_tokens=128)["protocol"]["hash"] for protocol in ("gptq", "llamacpp", "lmeval")}
+def test_lmeval_counts_words_and_never_cuts_a_document(judge, documents):
+    whole, half = judge(protocol="lmeval", data=documents, max_tokens=None), judge(protocol="lmeval", data=documents, max_tokens=200)
+    assert half["tokens_scored"] < whole["tokens_scored"]
+    for result, count in ((whole, 12 * 40), (half, None)):
+        nll = sum(result["base"]["window_nll"])
+        assert count is None or result["base"]["perplexity"] == pytest.approx(math.exp(nll / count))
+        assert result["base"]["bits_per_byte"] > 0
+    with pytest.raises(DataError, match="whole documents"):
+        judge(protocol="lmeval", data=documents, max_tokens=10)
+
+
+def test_protocols_have_different_hashes(judge, documents):
+    hashes = {judge(protocol=protocol, data=documents, max_tokens=256)["protocol"]["hash"] for protocol in ("gptq", "llamacpp", "lmeval")}
     assert len(hashes | {judge(seq_len=32, max_tokens=128)["protocol"]["hash"]}) == 4
 
 
@@ -220,3 +239,40 @@ def test_interval_narrows_with_more_text(export_to, judge, tmp_path):
         delta = judge(out, seq_len=32, max_tokens=tokens)["quants"][0]["ppl_delta_pct"]
         widths.append(delta["high"] - delta["low"])
     assert widths[1] < widths[0]
+
+
+def test_missing_base_weight_is_an_error_not_random(llama, copy, judge):
+    broken = copy(llama, "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks the weight model.layers.0.mlp.up_proj.weight"):
+        judge(base=broken)
+
+
+def test_codes_without_a_config_are_not_judged_as_weights(export_to, judge):
+    out = export_to("fp8-dynamic")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="holds codes"):
+        judge(out)
+
+
+def test_experts_are_judged_and_said_to_keep_their_inputs(tmp_path, export_to, text):
+    """Experts that lie one by one on disk are one tensor in transformers: their weights are quantized, their inputs are not."""
+    from conftest import make_tokenizer
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = tmp_path / "mixtral"
+    model.mkdir()
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=make_tokenizer(model), max_position_embeddings=128, initializer_range=0.1, **sizes)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).bfloat16().save_pretrained(model)
+    out = export_to("fp8-dynamic", model)
+    result = evaluate(EvaluationOptions(model, (out, model), (str(text),), 32, 320))
+    quant, itself = result["quants"]
+    assert quant["linears_quantized"] == 4 + 3 * 4 and len(quant["weights_only_linears"]) == 12
+    assert quant["activations_quantized"] == "partial" and quant["kld"]["mean"] > 0
+    assert itself["kld"]["max"] == 0

@@ -230,3 +230,28 @@ def test_sigterm_ends_with_75_and_resume_completes(tmp_path):
     assert "--resume" in errors and not (tmp_path / "out").exists()
     assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
     assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out.partial").exists()
+
+
+def test_entry_that_never_applies_is_refused(llama, tmp_path):
+    int8 = QuantScheme.parse("int8-dynamic")
+    with pytest.raises(RecipeError, match="never applies"):
+        planned(llama, layers=((Pattern("re:.*proj"), int8), (Pattern("re:.*down_proj"), int8)))
+    with pytest.raises(RecipeError, match="tied"):
+        planned(make_llama(tmp_path / "tied", tie=True), layers=((Pattern("lm_head"), int8),))
+
+
+def test_nonfinite_tensor_that_is_only_copied_stops_the_export_too(llama, copy, export_to, tmp_path):
+    model = copy(llama)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.norm.weight"):
+        export_to("fp8-dynamic", model)
+    assert not (tmp_path / "out-fp8-dynamic.partial").exists()
+
+
+def test_link_to_a_directory_is_filled_not_replaced(llama, export_to, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export_to("fp8-dynamic", name="link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
