@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--calibration-data", help="text for the static scales; without it the text that comes with quantkit")
     parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="measure these again and keep the other rows, made on the same machine and text")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -54,6 +55,8 @@ def main() -> None:
         print(f"calibrated on {summary.windows} × 512 tokens, {summary.tokens_per_second:.0f} tokens/s")
         seconds: dict[str, float] = {}
         for path in sorted(CONFIGS.glob("*.yaml")):
+            if arguments.only and path.stem not in arguments.only:
+                continue
             recipe = Recipe.load(path)
             if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
                 print(f"{path.stem}: its groups don't divide 576; not measured")
@@ -63,22 +66,37 @@ def main() -> None:
             seconds[path.stem] = time.monotonic() - started
         outputs = tuple(Path(temporary) / name for name in seconds)
         result = evaluate(EvaluationOptions(model, outputs, (arguments.data,), LENGTH, LENGTH * arguments.windows), lambda name, done, total: print(f"{name} {done}/{total}", flush=True))
-        rows, results = [], []
-        for (name, took), quant in zip(seconds.items(), result["quants"]):
-            figures = (f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}", f"{100 * quant['top1_agreement']:.1f} %")
-            rows.append((name, *figures, format_bytes(quant["bytes"]), f"{took:.1f} s"))
-            results.append({"recipe": name, "export_seconds": took} | quant)
-        base = result["base"]
-        rows.insert(0, ("bfloat16", f"{base['perplexity']:.3f}", "", "", "", format_bytes(base["bytes"]), ""))
-        kept = ("protocol", "data", "tokens_scored", "windows")
-        report = {"machine": machine(), "calibration": f"{summary.windows} × 512 tokens"} | {key: result[key] for key in kept} | {"base": base, "recipes": results}
+        results = [{"recipe": name, "export_seconds": took} | quant for (name, took), quant in zip(seconds.items(), result["quants"])]
+    kept = ("protocol", "data", "tokens_scored", "windows", "base")
+    report = {"machine": machine(), "calibration": f"{summary.windows} × 512 tokens"} | {key: result[key] for key in kept} | {"recipes": results}
     report["data"]["sources"] = [Path(source).name for source in report["data"]["sources"]]
+    report = _without_windows(finite(report))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "quality.json").write_text(json.dumps(_without_windows(finite(report)), indent=1) + "\n")
+    if arguments.only:
+        report = _merged(json.loads((arguments.output / "quality.json").read_text()), report)
+    (arguments.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.output / "quality.md").write_text(_markdown(report))
+    print(_markdown(report))
+
+
+def _merged(earlier: dict, report: dict) -> dict:
+    """The earlier report with the new rows in place of the same recipes'."""
+    for key in ("machine", "protocol", "data", "windows"):
+        if earlier[key] != report[key]:
+            raise SystemExit(f"--only: the earlier results have another {key}; measure all again")
+    rows = {row["recipe"]: row for row in (*earlier["recipes"], *report["recipes"])}
+    return report | {"recipes": [rows[name] for name in sorted(rows)]}
+
+
+def _markdown(report: dict) -> str:
+    base = report["base"]
+    rows = [("bfloat16", f"{base['perplexity']:.3f}", "", "", "", format_bytes(base["bytes"]), "")]
+    for row in report["recipes"]:
+        figures = (f"{row['perplexity']:.3f}", interval_text(row["ppl_delta_pct"]), f"{row['kld']['mean']:.4f}", f"{100 * row['top1_agreement']:.1f} %")
+        rows.append((row["recipe"], *figures, format_bytes(row["bytes"]), f"{row['export_seconds']:.1f} s"))
     columns = ("recipe", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "export")
     title = f"SmolLM2-135M-Instruct, {report['data']['sources'][0]}, {report['tokens_scored']} tokens in {report['windows']} windows of {LENGTH}, protocol gptq, reference arithmetic"
-    (arguments.output / "quality.md").write_text(f"# What each recipe costs\n\n{title}.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}")
-    print((arguments.output / "quality.md").read_text())
+    return f"# What each recipe costs\n\n{title}.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}"
 
 
 def _without_windows(report: dict) -> dict:

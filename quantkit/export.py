@@ -408,9 +408,14 @@ def _input_scale(linear: QuantizedLinearInfo, plan: ExportPlan) -> Any:
 
 
 def _static_amax(linear: QuantizedLinearInfo, plan: ExportPlan) -> float:
-    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep one scale for it."""
+    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep one scale for it.
+
+    INT8 leaves the first positions out: one enormous token there would take the codes from all others. A float format has range to
+    spare and clipping that token costs more.
+    """
     seen = [plan.calibration.inputs[member] for member in plan.fused_with.get(linear.name, (linear.name,))]
-    return max(max(statistics.amax, statistics.first_position_amax) for statistics in seen)
+    with_first = linear.scheme.input.format.kind == "float"
+    return max(max(statistics.amax, statistics.first_position_amax if with_first or not statistics.amax else 0.0) for statistics in seen)
 
 
 def _write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]) -> None:

@@ -255,3 +255,12 @@ def test_link_to_a_directory_is_filled_not_replaced(llama, export_to, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     export_to("fp8-dynamic", name="link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+
+
+def test_static_scale_leaves_the_first_position_out_for_int8_and_keeps_it_for_fp8(llama, calib, export_to):
+    """One enormous first token costs INT8 the codes of all others; a float format has range to spare."""
+    seen = {entry["name"]: entry for entry in json.loads((calib / "calibration.json").read_text())["inputs"]}
+    entry = seen["model.layers.1.mlp.down_proj"]
+    for scheme, amax, largest in (("int8-static", entry["amax"], 127), ("fp8-static", max(entry["amax"], entry["first_position_amax"]), 448)):
+        scale = load_file(export_to(scheme) / "model.safetensors")["model.layers.1.mlp.down_proj.input_scale"]
+        assert scale.item() == torch.tensor(amax / largest).bfloat16().item()
