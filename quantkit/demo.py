@@ -161,7 +161,7 @@ def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dic
         )  # fmt: skip
     epilogue = "\n".join(
         (
-            f"All of it took {seconds:.0f} s and at most {format_bytes(peak)} of memory. Embeddings and lm_head stay in bfloat16: in so small a model they are a fifth of it.",
+            f"All of it took {seconds:.0f} s and at most {format_bytes(peak)} of memory. Embeddings and lm_head stay in bfloat16: in so small a model they are a fifth of its weights.",
             "",
             "The same on your own model:",
             "  quantkit quantize MODEL -o OUT --scheme fp8-dynamic",

@@ -94,8 +94,10 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     if layout is None:
         dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
         return ServedModel(load_model(path, device, trust_remote_code=trust_remote_code), checkpoint, dtype, 0, False, (), None)
-    state, linears, kv_tensors = _read(checkpoint, layout)
-    model = _build(path, state, device, trust_remote_code)
+    config, skeleton = _skeleton(path, trust_remote_code)
+    state, linears, kv_tensors = _read(checkpoint, layout, skeleton)
+    model = _build(path, config, type(skeleton), state, linears, device)
+    del state
     modules = dict(model.named_modules())
     weights_only = []
     computed = {scheme: as_computed(scheme, hardware) for scheme in layout.schemes}
@@ -119,9 +121,28 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     return ServedModel(model, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, _kv_scales(layout, model, kv_tensors, device))
 
 
-def _read(checkpoint: Checkpoint, layout: QuantizationLayout) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """All tensors: a state dict in the model's dtype, the quantized Linears, and the scales of keys and values."""
-    dtype = _model_dtype(checkpoint)
+def _skeleton(path: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
+    """The model's configuration, as if it were not quantized, and its modules without memory."""
+    config = auto_config(path, trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if not isinstance(getattr(config, "dtype", None), torch.dtype):
+        config.dtype = torch.bfloat16
+    try:
+        with torch.device("meta"):
+            return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises every kind
+        raise CheckpointError(f"transformers can't build {path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _read(checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """All tensors: a state dict for transformers, the quantized Linears, and the scales of keys and values.
+
+    A quantized weight that is a Linear's stands in the state dict as a shape alone, since codes replace it; one that transformers
+    merges into another tensor (experts) is dequantized.
+    """
+    dtype = skeleton.config.dtype
+    own_module = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     state: dict[str, Tensor] = {}
     linears: dict[str, Any] = {}
     stored = stored_linears(checkpoint.tensors)
@@ -132,7 +153,8 @@ def _read(checkpoint: Checkpoint, layout: QuantizationLayout) -> tuple[dict[str,
         tensors = {suffix: checkpoint.read(f"{module}.{suffix}") for suffix in suffixes}
         weight, input_scale = decode_linear(tensors, scheme, module)
         linears[module] = (weight, scheme, input_scale)
-        state[f"{module}.weight"] = weight.dequantize().to(dtype)
+        placeholder = torch.zeros((), dtype=dtype).expand(weight.qdata.shape)
+        state[f"{module}.weight"] = placeholder if module in own_module else weight.dequantize().to(dtype)
         if "bias" in tensors:
             state[f"{module}.bias"] = tensors["bias"]
     kv_tensors = {}
@@ -147,28 +169,16 @@ def _read(checkpoint: Checkpoint, layout: QuantizationLayout) -> tuple[dict[str,
     return state, linears, kv_tensors
 
 
-def _model_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "").removeprefix("torch.")
-    return getattr(torch, name) if name in ("bfloat16", "float16", "float32") else torch.bfloat16
-
-
-def _build(path: Path, state: dict[str, Tensor], device: str, trust_remote_code: bool) -> nn.Module:
-    config = auto_config(path, trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+def _build(path: Path, config: Any, architecture: type, state: dict[str, Tensor], linears: Mapping[str, Any], device: str) -> nn.Module:
     try:
-        with torch.device("meta"):
-            architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-        model, report = architecture.from_pretrained(None, config=config, state_dict=state, dtype=_stored_dtype(config), output_loading_info=True)
+        model, report = architecture.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype, output_loading_info=True)
     except Exception as error:  # transformers and its backends raise every kind
         raise CheckpointError(f"transformers can't build {path}: {' '.join(str(error).split())[:300]}") from None
     require_no_missing(path, report["missing_keys"])
+    strangers = [name for name in linears if f"{name}.weight" in report["unexpected_keys"]]
+    if strangers:
+        raise CheckpointError(f"{path} quantizes {strangers[0]}, which transformers' {architecture.__name__} doesn't have; it can't be judged")
     return model.to(device).eval().requires_grad_(False)
-
-
-def _stored_dtype(config: Any) -> torch.dtype:
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def _kv_scales(layout: QuantizationLayout, model: nn.Module, tensors: Mapping[str, Tensor], device: str) -> dict[int, tuple[Tensor, Tensor]] | None:
