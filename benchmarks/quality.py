@@ -65,7 +65,10 @@ def main() -> None:
             export(plan_export(ExportOptions(model, Path(temporary) / path.stem, recipe, calibration if recipe.needs_calibration else None)))
             seconds[path.stem] = time.monotonic() - started
         outputs = tuple(Path(temporary) / name for name in seconds)
-        result = evaluate(EvaluationOptions(model, outputs, (arguments.data,), LENGTH, LENGTH * arguments.windows), lambda name, done, total: print(f"{name} {done}/{total}", flush=True))
+        result = evaluate(
+            EvaluationOptions(model, outputs, (arguments.data,), LENGTH, LENGTH * arguments.windows),
+            lambda name, done, total: print(f"{name} {done}/{total}", flush=True),
+        )
         results = [{"recipe": name, "export_seconds": took} | quant for (name, took), quant in zip(seconds.items(), result["quants"])]
     kept = ("protocol", "data", "tokens_scored", "windows", "base")
     report = {"machine": machine(), "calibration": f"{summary.windows} × 512 tokens"} | {key: result[key] for key in kept} | {"recipes": results}

@@ -91,7 +91,9 @@ class Calibration:
 
     def require_same_model(self, checkpoint: Checkpoint, fingerprint: str) -> None:
         if self.description["model"]["fingerprint"] != fingerprint:
-            raise CalibrationError(f"{self.path} was made from another model ({self.description['model']['path']}) than {checkpoint.path}, or its files have changed since; calibrate this one")
+            raise CalibrationError(
+                f"{self.path} was made from another model ({self.description['model']['path']}) than {checkpoint.path}, or its files have changed since; calibrate this one"
+            )
 
     def require_same_recipe(self, recipe: Recipe) -> None:
         """A calibration made for a recipe serves that one only; one made without serves all."""
@@ -175,7 +177,11 @@ def calibrate(options: CalibrationOptions, on_progress: Callable[[int, int], Non
         "quantkit_version": __version__,
         "model": {"path": str(options.model), "fingerprint": fingerprint["model"]},
         "recipe": options.recipe.to_mapping() if options.recipe else None,
-        "data": {"sources": [str(name) if options.data else "bundled" for name in names], "sha256": windows.data_sha256, "tokens_sha256": windows.tokens_sha256},
+        "data": {
+            "sources": [str(name) if options.data else "bundled" for name in names],
+            "sha256": windows.data_sha256,
+            "tokens_sha256": windows.tokens_sha256,
+        },
         "windows": len(windows.windows),
         "windows_requested": options.num_samples,
         "seq_len": seq_len,

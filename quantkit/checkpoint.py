@@ -89,7 +89,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path}: tensor '{name}' has a negative or fractional size")
             info = TensorInfo(name, dtype, shape, path, 8 + length + begin)
             if end - begin != info.nbytes or 8 + length + end > size:
-                raise CheckpointError(f"{path}: tensor '{name}' doesn't fit its place in the file ({info.nbytes} bytes at {begin}–{end} of {size - 8 - length}); fetch or copy it again")
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' doesn't fit its place in the file ({info.nbytes} bytes at {begin}–{end} of {size - 8 - length}); fetch or copy it again"
+                )
             tensors[name] = info
             spans.append((begin, end, name))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -159,7 +161,9 @@ class Checkpoint:
         if index.is_file():
             missing = [name for name in read_json(index, "")["weight_map"] if name not in tensors]
             if missing:
-                raise CheckpointError(f"{index.name} lists the tensor '{missing[0]}'{_and_more(missing)}, which no shard of {path} holds; fetch the model again")
+                raise CheckpointError(
+                    f"{index.name} lists the tensor '{missing[0]}'{_and_more(missing)}, which no shard of {path} holds; fetch the model again"
+                )
         if not tensors:
             raise CheckpointError(f"the safetensors files of {path} hold no tensor")
         return cls(path, config, tensors)
@@ -260,7 +264,9 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"there is no directory {model}, and as a hub id it can't be fetched ({type(error).__name__}: {reason}); check the name or give a local directory") from None
+        raise CheckpointError(
+            f"there is no directory {model}, and as a hub id it can't be fetched ({type(error).__name__}: {reason}); check the name or give a local directory"
+        ) from None
 
 
 class ShardWriter:
@@ -504,5 +510,3 @@ def parse_bytes(text: str) -> int:
 
 def _and_more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-

@@ -14,9 +14,10 @@ from typing import Any
 import click
 
 from quantkit import __version__
-from quantkit.errors import FaultsFound, Inconclusive, QuantkitError, RecipeError
+from quantkit.errors import FaultsFound, Inconclusive, OutputError, QuantkitError
 
 RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
+PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
 HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
 
 
@@ -45,7 +46,15 @@ class _Group(click.Group):
             sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
             raise click.exceptions.Exit(0) from None
         except OSError as error:
-            reasons = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another place", errno.EACCES: "choose another place or mend its permissions", errno.ENAMETOOLONG: "choose a shorter name", errno.EISDIR: "give a file", errno.ENOTDIR: "give a directory"}
+            reasons = {
+                errno.ENOSPC: "make room",
+                errno.EDQUOT: "make room",
+                errno.EROFS: "choose another place",
+                errno.EACCES: "choose another place or mend its permissions",
+                errno.ENAMETOOLONG: "choose a shorter name",
+                errno.EISDIR: "give a file",
+                errno.ENOTDIR: "give a directory",
+            }
             if error.errno not in reasons:
                 raise
             where = f" ({error.filename})" if error.filename else ""
@@ -173,7 +182,9 @@ def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...] = (
     return chosen.with_options(ignore, kv_cache)
 
 
-def _export_options(model: str, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, max_shard_size: str, resume: bool, overwrite: bool) -> Any:
+def _export_options(
+    model: str, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, max_shard_size: str, resume: bool, overwrite: bool
+) -> Any:
     from quantkit.checkpoint import parse_bytes, resolve_model
     from quantkit.export import ExportOptions
 
@@ -200,7 +211,17 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
     if out.as_json:
         from quantkit.report import print_json
 
-        print_json({"path": str(summary.path), "windows": summary.windows, "seq_len": summary.seq_len, "inputs": summary.inputs, "linears": summary.linears, "seconds": summary.seconds, "tokens_per_second": summary.tokens_per_second})
+        print_json(
+            {
+                "path": str(summary.path),
+                "windows": summary.windows,
+                "seq_len": summary.seq_len,
+                "inputs": summary.inputs,
+                "linears": summary.linears,
+                "seconds": summary.seconds,
+                "tokens_per_second": summary.tokens_per_second,
+            }
+        )
     out.note(f"Next: quantkit export {model} -o OUT --scheme fp8-static --calibration {output}")
 
 
@@ -244,7 +265,17 @@ def export_command(
     if out.as_json:
         from quantkit.report import print_json
 
-        print_json({"path": str(summary.path), "quantized": summary.quantized, "left": summary.left, "bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after, "seconds": seconds, "warnings": list(summary.warnings)})
+        print_json(
+            {
+                "path": str(summary.path),
+                "quantized": summary.quantized,
+                "left": summary.left,
+                "bytes_before": summary.bytes_before,
+                "bytes_after": summary.bytes_after,
+                "seconds": seconds,
+                "warnings": list(summary.warnings),
+            }
+        )
     out.note(f"Next: quantkit eval {model} {output} --data FILE")
 
 
@@ -276,9 +307,19 @@ def _print_plan(out: Output, plan: Any) -> None:
     from quantkit.report import print_json, print_table
 
     if out.as_json:
-        print_json({"parameters": [row.to_json() for row in plan.parameters], "bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after, "warnings": list(plan.warnings)})
+        print_json(
+            {
+                "parameters": [row.to_json() for row in plan.parameters],
+                "bytes_before": plan.bytes_before,
+                "bytes_after": plan.bytes_after,
+                "warnings": list(plan.warnings),
+            }
+        )
     else:
-        rows = [(row.name, row.status, row.reason, row.scheme.name if row.scheme else "", format_bytes(row.bytes_before), format_bytes(row.bytes_after)) for row in plan.parameters]
+        rows = [
+            (row.name, row.status, row.reason, row.scheme.name if row.scheme else "", format_bytes(row.bytes_before), format_bytes(row.bytes_after))
+            for row in plan.parameters
+        ]
         rows.append(("total", "", "", "", format_bytes(plan.bytes_before), format_bytes(plan.bytes_after)))
         print_table(("parameter", "status", "how, or why not", "scheme", "before", "after"), rows, right=(4, 5))
     for warning in plan.warnings:
@@ -329,7 +370,17 @@ def quantize_command(
     if out.as_json:
         from quantkit.report import print_json
 
-        print_json({"path": str(output), "quantized": summary.quantized, "left": summary.left, "bytes_before": summary.bytes_before, "bytes_after": summary.bytes_after, "seconds": seconds, "verify": found.to_json()})
+        print_json(
+            {
+                "path": str(output),
+                "quantized": summary.quantized,
+                "left": summary.left,
+                "bytes_before": summary.bytes_before,
+                "bytes_after": summary.bytes_after,
+                "seconds": seconds,
+                "verify": found.to_json(),
+            }
+        )
     _raise_faults(found)
     out.note(f"Next: quantkit eval {model} {output} --data FILE\n      vllm serve {output}")
 
@@ -337,7 +388,6 @@ def quantize_command(
 def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dict[str, Any]) -> None:
     """`quantize --resume` goes on from a finished calibration only if the same one is asked for."""
     from quantkit.calibration import Calibration
-    from quantkit.errors import OutputError
 
     made = Calibration.open(directory).description
     same = {
@@ -366,7 +416,9 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
     elif found.faults:
         print_table(("tensor", "fault"), found.faults)
     if not out.as_json and found.sqnr_db and out.verbose:
-        print_table(("Linear", "weight SQNR dB"), [(name, f"{value:.1f}") for name, value in sorted(found.sqnr_db.items(), key=lambda item: item[1])], right=(1,))
+        print_table(
+            ("Linear", "weight SQNR dB"), [(name, f"{value:.1f}") for name, value in sorted(found.sqnr_db.items(), key=lambda item: item[1])], right=(1,)
+        )
     _raise_faults(found)
 
 
@@ -382,7 +434,9 @@ def _verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> 
             out.warn(warning)
     if not found.faults:
         worst = f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB" if found.sqnr_db else ""
-        out.note(f"{path}: sound; {found.tensors} tensors, {found.quantized} Linears quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s")
+        out.note(
+            f"{path}: sound; {found.tensors} tensors, {found.quantized} Linears quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s"
+        )
     return found
 
 
@@ -399,7 +453,7 @@ def _raise_faults(found: Any) -> None:
 @click.option("--data", multiple=True, required=True, metavar="FILE", help=".txt, .jsonl, .parquet, or dataset:NAME[:CONFIG[:SPLIT]].")
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many.")
-@click.option("--protocol", type=click.Choice(["gptq", "llamacpp", "lmeval"]), default="gptq", show_default=True, help="How windows are cut and scored.")
+@click.option("--protocol", type=click.Choice(PROTOCOL_NAMES), default="gptq", show_default=True, help="How windows are cut and scored.")
 @click.option("-o", "--output", type=_UserPath(dir_okay=False), help="Write the result as JSON.")
 @click.option("--html", type=_UserPath(dir_okay=False), help="Write a self-contained page.")
 @click.option("--markdown", type=_UserPath(dir_okay=False), help="Write a section for a model card.")
@@ -437,11 +491,14 @@ def eval_command(
         raise click.UsageError("give --output, --html and --markdown different files")
     for path in (output, html, markdown):
         if path is not None and not path.absolute().parent.is_dir():
-            raise RecipeError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
+            raise OutputError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
     paths = [resolve_model(base), *(resolve_model(quant) for quant in quants)]
     out.quiet_libraries()
     with Progress("eval", out.quiet) as progress:
-        result = evaluate(EvaluationOptions(paths[0], tuple(paths[1:]), data, gates=gates, exec=exec_, **options), lambda name, done, total: progress.update(done, total, f"eval {name}"))
+        result = evaluate(
+            EvaluationOptions(paths[0], tuple(paths[1:]), data, gates=gates, exec=exec_, **options),
+            lambda name, done, total: progress.update(done, total, f"eval {name}"),
+        )
     if output is not None:
         write_json(output, finite(result))
     if markdown is not None:
@@ -460,7 +517,9 @@ def eval_command(
         raise FaultsFound(f"the gate {failed[0]['expr']} failed on {failed[0]['path']}: {failed[0]['value']:.4g}")
     if undecided and strict:
         more = undecided[0].get("more_tokens_needed")
-        raise Inconclusive(f"the gate {undecided[0]['expr']} is undecided on this text" + (f"; it needs about {more} more tokens" if more else "; give more text"))
+        raise Inconclusive(
+            f"the gate {undecided[0]['expr']} is undecided on this text" + (f"; it needs about {more} more tokens" if more else "; give more text")
+        )
     if not quants:
         out.note(f"Next: quantkit quantize {base} -o OUT --scheme fp8-dynamic")
 

@@ -65,7 +65,11 @@ class Windows:
 
 def load_tokenizer(path: Any, trust_remote_code: bool = False) -> Any:
     """The tokenizer that lies beside a model."""
-    present = [name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model") if (Path(path) / name).is_file()]
+    present = [
+        name
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+        if (Path(path) / name).is_file()
+    ]
     advice = "copy the tokenizer's files from where the model comes from"
     if not present:
         raise DataError(f"{path} has no tokenizer (tokenizer.json), which is needed to read text; {advice}")
@@ -206,7 +210,9 @@ def _document_windows(names: Sequence[str], documents: Sequence[str], digest: st
         tokens = _encode(tokenizer, document)
         if max_tokens is not None and total + len(tokens) > max_tokens:
             if not kept:
-                raise DataError(f"the first document has {len(tokens)} tokens, more than --max-tokens {max_tokens}, and lmeval scores whole documents; give .jsonl with shorter ones")
+                raise DataError(
+                    f"the first document has {len(tokens)} tokens, more than --max-tokens {max_tokens}, and lmeval scores whole documents; give .jsonl with shorter ones"
+                )
             break
         total += len(tokens)
         kept.append(document)

@@ -135,7 +135,9 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
         found = verify(output / scheme, model)
         if found.faults:
             raise FaultsFound(f"{output / scheme} has faults: {found.faults[0][0]} {found.faults[0][1]}")
-        note(f"    sound; {found.quantized} Linears quantized, {len(found.left)} left ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB")
+        note(
+            f"    sound; {found.quantized} Linears quantized, {len(found.left)} left ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB"
+        )
     note(f"4/4 eval: {EVALUATION_TOKENS} tokens of text that calibration didn't see, base and both candidates")
     with Progress("eval", quiet) as progress:
         result = evaluate(
@@ -151,7 +153,20 @@ def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dic
     columns = ("model", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "Linears quantized", "left", "export", "eval")
     tokens = result["windows"] * result["protocol"]["seq_len"]
     base = result["base"]
-    rows = [("SmolLM2-135M, bfloat16", f"{base['perplexity']:.3f}", "", "", "", format_bytes(base["bytes"]), "", "", "", f"{tokens / base['tokens_per_second']:.0f} s")]
+    rows = [
+        (
+            "SmolLM2-135M, bfloat16",
+            f"{base['perplexity']:.3f}",
+            "",
+            "",
+            "",
+            format_bytes(base["bytes"]),
+            "",
+            "",
+            "",
+            f"{tokens / base['tokens_per_second']:.0f} s",
+        )
+    ]
     for scheme, quant in zip(DEMO_SCHEMES, result["quants"]):
         rows.append(
             (

@@ -84,7 +84,7 @@ class Gate:
         return cls(expr, metric, operator, number)
 
     def judge(self, interval: Interval) -> str:
-        """"pass" or "fail" where the whole interval lies on one side of the bound, else "inconclusive"."""
+        """ "pass" or "fail" where the whole interval lies on one side of the bound, else "inconclusive"."""
         low = interval.value if interval.low is None else interval.low
         high = interval.value if interval.high is None else interval.high
         if interval.method == "none":
@@ -176,7 +176,11 @@ def _judge_all(
             judged = _judge(windows, head, own_hidden, seconds, base_head, hidden)
             quants.append(_quant_result(options, gates, base_checkpoint, served, judged, base_judged, counts, tokens_per_unit, tokenizer, windows))
             del served, head, own_hidden
-    protocol = {"name": options.protocol, "seq_len": seq_len, "bos": "tokenizer's own, at the start" if options.protocol == "gptq" else "first token of each window"}
+    protocol = {
+        "name": options.protocol,
+        "seq_len": seq_len,
+        "bos": "tokenizer's own, at the start" if options.protocol == "gptq" else "first token of each window",
+    }
     if options.protocol == "lmeval":
         protocol["unit"] = "word"
     protocol["hash"] = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
@@ -234,7 +238,9 @@ def _require_same_tokenizer(tokenizer: Any, path: Path, options: EvaluationOptio
         raise NotComparableError(f"the tokenizer of {path} differs from the base's, so their perplexities can't be compared; copy the base's tokenizer into it")
 
 
-def _hidden_states(served: ServedModel, windows: Windows, seq_len: int, device: str, on_progress: Callable[[str, int, int], None]) -> tuple[list[Tensor], float]:
+def _hidden_states(
+    served: ServedModel, windows: Windows, seq_len: int, device: str, on_progress: Callable[[str, int, int], None]
+) -> tuple[list[Tensor], float]:
     """Final hidden states of the scored positions' predecessors, one [scored, hidden] tensor per window, and the seconds it took."""
     import torch
 

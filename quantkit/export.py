@@ -121,9 +121,7 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False) -> Ex
     infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
     _refuse_unreached(recipe, infos)
     schemes, reasons = _assign(recipe, infos, checkpoint)
-    linears = {
-        module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme) for module, scheme in schemes.items()
-    }
+    linears = {module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme) for module, scheme in schemes.items()}
     left = _left_linears(infos, linears, checkpoint)
     warnings = _shape_warnings(reasons) + _runtime_warnings(options.runtime, linears, left)
     fingerprint = {"model": checkpoint.fingerprint(), "recipe": recipe.canonical(), "quantkit version": __version__}
@@ -151,7 +149,9 @@ def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpo
         pattern.require_match([*modules, *infos, *(["lm_head"] if tied else [])], "ignore")
     for pattern, _ in recipe.layers:
         if tied and pattern.matches("lm_head") and not any(pattern.matches(name) for name in modules):
-            raise RecipeError(f"the layer pattern '{pattern.text}' means lm_head, which is tied to the embedding here and has no weight of its own; leave the entry out")
+            raise RecipeError(
+                f"the layer pattern '{pattern.text}' means lm_head, which is tied to the embedding here and has no weight of its own; leave the entry out"
+            )
         pattern.require_match(modules, "layer")
     schemes: dict[str, QuantScheme] = {}
     reasons: dict[str, str] = {}
@@ -182,7 +182,9 @@ def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpo
             reasons[tensor] = f"ignored, and out of reach: {info.reason}"
     for pattern, _ in recipe.layers:
         if pattern not in used:
-            raise RecipeError(f"the layer pattern '{pattern.text}' never applies: an earlier entry or 'ignore' takes all that it matches; reorder them or leave it out")
+            raise RecipeError(
+                f"the layer pattern '{pattern.text}' never applies: an earlier entry or 'ignore' takes all that it matches; reorder them or leave it out"
+            )
     for members in fused_sets([name for name, info in modules.items() if info.kind == "linear"]):
         theirs = {schemes.get(member) for member in members}
         one_scale = any(scheme and (scheme.needs_calibration or scheme.weight.granularity == TENSOR) for scheme in theirs)
@@ -198,7 +200,9 @@ def _refuse_unreached(recipe: Recipe, infos: Mapping[str, ModuleInfo]) -> None:
     """What should be quantized but can't be is an error unless it is ignored by name: a half-quantized model is no result."""
     unreached = [i for i in infos.values() if i.kind == "unreached" and not any(p.matches(i.tensor) or p.matches(i.name) for p in recipe.ignore)]
     if unreached:
-        raise CheckpointError(f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; add it to --ignore to leave it as it is")
+        raise CheckpointError(
+            f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; add it to --ignore to leave it as it is"
+        )
 
 
 def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
@@ -210,7 +214,9 @@ def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
 def _left_linears(infos: Mapping[str, ModuleInfo], linears: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not quantized."""
     kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "unreached")
-    left = [info.name for info in infos.values() if info.kind in kinds and len(info.shape) >= 2 and info.tensor.endswith(".weight") and info.name not in linears]
+    left = [
+        info.name for info in infos.values() if info.kind in kinds and len(info.shape) >= 2 and info.tensor.endswith(".weight") and info.name not in linears
+    ]
     # A tied lm_head has no tensor, yet runtimes have the module.
     return left if "lm_head" in left or "lm_head" in linears else [*left, "lm_head"]
 
@@ -239,7 +245,9 @@ def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str,
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError(f"{calibration.path} has no statistics of {linear.name}'s input; leave it with --ignore, or give it a dynamic scheme")
         if statistics.in_features != linear.shape[1]:
-            raise CalibrationError(f"{calibration.path} saw {statistics.in_features} input features at {linear.name}, which has {linear.shape[1]}; calibrate again")
+            raise CalibrationError(
+                f"{calibration.path} saw {statistics.in_features} input features at {linear.name}, which has {linear.shape[1]}; calibrate again"
+            )
     if options.recipe.kv_cache and not calibration.kv_amax:
         raise CalibrationError(f"{calibration.path} has no statistics of keys and values; this model keeps no ordinary KV cache, so leave out --kv-cache")
     return calibration

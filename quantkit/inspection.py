@@ -52,7 +52,11 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "schemes": dict(schemes),
         "linears_quantized": len(stored),
         "linears_left": left,
-        "linears": [{"name": module, "scheme": layout.scheme_of(module).name, "shape": list(_weight_shape(checkpoint, module))} for module in stored if layout and layout.scheme_of(module)],
+        "linears": [
+            {"name": module, "scheme": layout.scheme_of(module).name, "shape": list(_weight_shape(checkpoint, module))}
+            for module in stored
+            if layout and layout.scheme_of(module)
+        ],
     }
 
 

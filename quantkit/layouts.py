@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantkit.quantize import QuantizedTensor
 
 KV_SPEC = QuantSpec(FP8_E4M3, TENSOR)
+CODES_PER_WORD = 4  # INT8 codes in one 32-bit word of `packing`
 FP8_BLOCK_SUFFIX = "weight_scale_inv"  # it multiplies; the name is history
 
 
@@ -38,8 +39,8 @@ def shape_obstacle(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
     columns = shape[1]
     if scheme.weight.granularity.name == "group" and columns % scheme.weight.granularity.columns:
         return f"in_features {columns} is no multiple of the group size {scheme.weight.granularity.columns}"
-    if layout_name(scheme) == "pack-quantized" and columns % 4:
-        return f"in_features {columns} is no multiple of 4 (codes per packed word)"
+    if layout_name(scheme) == "pack-quantized" and columns % CODES_PER_WORD:
+        return f"in_features {columns} is no multiple of {CODES_PER_WORD}, the codes of a packed word"
     return None
 
 
@@ -50,7 +51,7 @@ def linear_tensors(scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, tup
     scale_shape = (1,) if weight.granularity == TENSOR else weight.granularity.scale_shape(rows, columns)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     if layout_name(scheme) == "pack-quantized":
-        tensors["weight_packed"] = ("I32", (rows, columns // 4))
+        tensors["weight_packed"] = ("I32", (rows, columns // CODES_PER_WORD))
         tensors["weight_shape"] = ("I64", (2,))
     else:
         tensors["weight"] = (weight.format.safetensors_name, (rows, columns))

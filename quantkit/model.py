@@ -119,12 +119,6 @@ def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
     return sets
 
 
-def block_number(name: str) -> int | None:
-    """The decoder block a tensor or module belongs to."""
-    match = _BLOCK.match(name + ".")
-    return int(match["number"]) if match else None
-
-
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The Linears of a module tree, under their names on disk."""
     from torch import nn

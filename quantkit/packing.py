@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CODES_PER_WORD = 4
-
 
 def pack_int8(codes: Tensor) -> Tensor:
     """codes: int8 [out_features, in_features], in_features a multiple of 4; returns int32 [out_features, in_features / 4]."""

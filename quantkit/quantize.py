@@ -128,9 +128,7 @@ def _in_blocks(values: Tensor, granularity: Granularity) -> Tensor:
     return values.reshape(blocks_down, block_rows, blocks_across, block_columns)
 
 
-def quantized_linear(
-    inputs: Tensor, weight: QuantizedTensor, input_spec: QuantSpec | None, input_scale: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def quantized_linear(inputs: Tensor, weight: QuantizedTensor, input_spec: QuantSpec | None, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """What a server computes for one quantized Linear; the reference of every GEMM kernel.
 
     inputs: [tokens, in_features]; weight.qdata: [out_features, in_features]; input_scale: the static scale [1], or None

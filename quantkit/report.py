@@ -56,13 +56,41 @@ def interval_text(interval: dict[str, Any], digits: int = 2) -> str:
     return f"{value} [{interval['low']:+.{digits}f}, {interval['high']:+.{digits}f}]"
 
 
-EVALUATION_COLUMNS = ("model", "scheme", "perplexity", "ΔPPL [95 %]", "KL mean", "KL p99", "same top-1", "size", "bits/weight", "Linears", "inputs quantized", "tokens/s")
+EVALUATION_COLUMNS = (
+    "model",
+    "scheme",
+    "perplexity",
+    "ΔPPL [95 %]",
+    "KL mean",
+    "KL p99",
+    "same top-1",
+    "size",
+    "bits/weight",
+    "Linears",
+    "inputs quantized",
+    "tokens/s",
+)
 
 
 def evaluation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row for the base, one per candidate; the columns are EVALUATION_COLUMNS."""
     base = result["base"]
-    rows = [(base["path"], "base", f"{base['perplexity']:.4f}", "", "", "", "", format_bytes(base["bytes"]), f"{base['bits_per_weight']:.2f}", "", "", f"{base['tokens_per_second']:.0f}")]
+    rows = [
+        (
+            base["path"],
+            "base",
+            f"{base['perplexity']:.4f}",
+            "",
+            "",
+            "",
+            "",
+            format_bytes(base["bytes"]),
+            f"{base['bits_per_weight']:.2f}",
+            "",
+            "",
+            f"{base['tokens_per_second']:.0f}",
+        )
+    ]
     for quant in result["quants"]:
         activations = {True: "yes", False: "no"}.get(quant["activations_quantized"], "in part")
         rows.append(
@@ -166,7 +194,17 @@ def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[s
     """Tables of `quantkit inspect`: (title, columns, rows, columns of numbers)."""
     if description["kind"] == "calibration":
         title = f"{description['path']}: {description['tokens']} tokens in {description['windows']} windows of {description['seq_len']}, from {', '.join(description['data']['sources'])}"
-        rows = [[entry["name"], str(len(entry["linears"])), str(entry["in_features"]), f"{entry['amax']:.4g}", f"{entry['first_position_amax']:.4g}", str(entry["tokens"])] for entry in description["inputs"]]
+        rows = [
+            [
+                entry["name"],
+                str(len(entry["linears"])),
+                str(entry["in_features"]),
+                f"{entry['amax']:.4g}",
+                f"{entry['first_position_amax']:.4g}",
+                str(entry["tokens"]),
+            ]
+            for entry in description["inputs"]
+        ]
         tables = [(title, ("input of", "Linears", "features", "amax", "amax, first position", "tokens"), rows, (1, 2, 3, 4, 5))]
         if description["kv"]:
             rows = [[entry["module"], f"{entry['k_amax']:.4g}", f"{entry['v_amax']:.4g}"] for entry in description["kv"]]
@@ -177,7 +215,9 @@ def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[s
     title = f"{description['path']}: {description['architecture']}, {method}, {format_bytes(description['bytes'])} in {description['shards']} shards"
     rows = [[dtype, str(entry["tensors"]), format_bytes(entry["bytes"])] for dtype, entry in sorted(description["dtypes"].items())]
     tables = [(title, ("dtype", "tensors", "size"), rows, (1, 2))]
-    counts = [[scheme, str(count)] for scheme, count in description["schemes"].items()] + ([["left as they are", str(len(description["linears_left"]))]] if description["linears_left"] else [])
+    counts = [[scheme, str(count)] for scheme, count in description["schemes"].items()] + (
+        [["left as they are", str(len(description["linears_left"]))]] if description["linears_left"] else []
+    )
     if counts:
         tables.append(("Linears in the decoder blocks", ("scheme", "Linears"), counts, (1,)))
     return tables
@@ -194,7 +234,14 @@ class Progress:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task(description, total=None)
 

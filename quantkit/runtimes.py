@@ -23,9 +23,6 @@ class Support:
     loads: bool
     note: str = ""
 
-    def __str__(self) -> str:
-        return ("yes" if self.loads else "no") + (f" ({self.note})" if self.note else "")
-
 
 _YES = Support(True)
 _TRT_CHANNEL = Support(False, "takes channel scales only with per-token inputs")
@@ -73,7 +70,7 @@ def _is_known(scheme: QuantScheme) -> bool:
 
 
 def hardware_mode(scheme: QuantScheme, hardware: str) -> str:
-    """"native", "weights", or the reason why this hardware can't serve the scheme."""
+    """ "native", "weights", or the reason why this hardware can't serve the scheme."""
     family = scheme_family(scheme)
     if family in ("int8-dynamic", "int8-static"):
         return "vLLM has no INT8 kernel for Blackwell" if hardware == "blackwell" else "native"
@@ -118,7 +115,9 @@ def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], lef
     problems = []
     for scheme in dict.fromkeys(linear.scheme for linear in quantized):
         if not _is_known(scheme):
-            problems.append(f"{runtime} is not known to load {scheme.name} ({scheme.weight}, inputs {scheme.input or 'as they are'}); choose one of quantkit's schemes")
+            problems.append(
+                f"{runtime} is not known to load {scheme.name} ({scheme.weight}, inputs {scheme.input or 'as they are'}); choose one of quantkit's schemes"
+            )
             continue
         support = SUPPORT[scheme_family(scheme)][runtime]
         if not support.loads:
@@ -149,4 +148,6 @@ def _uneven(runtime: str, linears: list[QuantizedLinearInfo], axis: int) -> list
     size = (first.scheme.weight.granularity.rows, first.scheme.weight.granularity.columns)[axis]
     what = ("out_features", "in_features")[axis]
     more = f" and {len(linears) - 1} more" if len(linears) > 1 else ""
-    return [f"{runtime} can't load {first.scheme.name} here: {what} {first.shape[axis]} of {first.name}{more} is no multiple of {size}; use fp8-dynamic instead"]
+    return [
+        f"{runtime} can't load {first.scheme.name} here: {what} {first.shape[axis]} of {first.name}{more} is no multiple of {size}; use fp8-dynamic instead"
+    ]

@@ -157,7 +157,9 @@ class QuantScheme:
         if self.input is None:
             return
         if self.input.format != self.weight.format:
-            raise RecipeError(f"scheme {self.name}: weights in {self.weight.format.name} and inputs in {self.input.format.name} have no kernel; use one format for both")
+            raise RecipeError(
+                f"scheme {self.name}: weights in {self.weight.format.name} and inputs in {self.input.format.name} have no kernel; use one format for both"
+            )
         if self.input.dynamic and self.input.granularity.name not in ("token", "group"):
             raise RecipeError(f"scheme {self.name}: dynamic inputs are per token or per group, not per {self.input.granularity.name}")
         if not self.input.dynamic and self.input.granularity != TENSOR:

@@ -198,5 +198,7 @@ def _kv_scales(layout: QuantizationLayout, model: nn.Module, tensors: Mapping[st
         if isinstance(getattr(module, "layer_idx", None), int) and any(isinstance(child, (nn.Linear, QuantizedLinear)) for child in module.children())
     }
     if attentions - set(scales):
-        raise CheckpointError("the checkpoint has a kv_cache_scheme but layers without k_scale and v_scale: a server would use the scale 1; export it again with --kv-cache fp8")
+        raise CheckpointError(
+            "the checkpoint has a kv_cache_scheme but layers without k_scale and v_scale: a server would use the scale 1; export it again with --kv-cache fp8"
+        )
     return scales

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
-from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, decode_linear, linear_tensors, stored_linears
+from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, decode_linear, layout_name, linear_tensors, stored_linears
 from quantkit.model import classify_tensors, fused_sets
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
 from quantkit.scheme import TENSOR, QuantScheme
@@ -53,7 +53,9 @@ class Verification:
         }
 
 
-def verify(path: Path, base: Path | None = None, runtime: str | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+def verify(
+    path: Path, base: Path | None = None, runtime: str | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Verification:
     """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all)."""
     checkpoint = Checkpoint.open(path)
     base_checkpoint = Checkpoint.open(base) if base else None
@@ -63,6 +65,8 @@ def verify(path: Path, base: Path | None = None, runtime: str | None = None, on_
     found = Verification(path, tensors=len(checkpoint.tensors))
     stored = stored_linears(checkpoint.tensors)
     linears = _check_names(found, checkpoint, layout, stored) if layout else {}
+    if layout and layout.method == "compressed-tensors":
+        _check_formats(found, checkpoint.config["quantization_config"])
     if layout is None:
         for module in stored:
             found.fault(module, "has quantized tensors but config.json has no quantization_config: a runtime would read the codes as weights")
@@ -85,7 +89,9 @@ def verify(path: Path, base: Path | None = None, runtime: str | None = None, on_
     return found
 
 
-def _check_names(found: Verification, checkpoint: Checkpoint, layout: QuantizationLayout, stored: Mapping[str, list[str]]) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
+def _check_names(
+    found: Verification, checkpoint: Checkpoint, layout: QuantizationLayout, stored: Mapping[str, list[str]]
+) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
     """Every Linear is either quantized with all its tensors in the right shapes, or ignored by the config. Returns the former."""
     linears: dict[str, tuple[QuantScheme, tuple[int, int]]] = {}
     for module, suffixes in stored.items():
@@ -108,7 +114,12 @@ def _check_names(found: Verification, checkpoint: Checkpoint, layout: Quantizati
             if info is None:
                 found.fault(name, f"is missing; {scheme.name} needs it")
                 whole = False
-            elif suffix in ("weight", "weight_packed", "weight_shape") and info.dtype != dtype or suffix == "weight_scale" and (info.dtype == "U8") != (dtype == "U8"):
+            elif (
+                suffix in ("weight", "weight_packed", "weight_shape")
+                and info.dtype != dtype
+                or suffix == "weight_scale"
+                and (info.dtype == "U8") != (dtype == "U8")
+            ):
                 found.fault(name, f"is stored as {info.dtype}; {scheme.name} has {dtype}")
                 whole = False
             elif info.shape != expected:
@@ -130,6 +141,18 @@ def _check_names(found: Verification, checkpoint: Checkpoint, layout: Quantizati
         left.append("lm_head")  # tied: the module is there, the tensor is not
     found.left = tuple(left)
     return linears
+
+
+def _check_formats(found: Verification, stored: Mapping[str, Any]) -> None:
+    """Each group's `format` is one that runtimes decompress this scheme with."""
+    for name, entry in stored["config_groups"].items():
+        description = {"weights": entry["weights"], "input_activations": entry.get("input_activations")}
+        scheme = QuantScheme.parse(description, name)
+        plain = {"naive-quantized", f"{scheme.weight.format.kind}-quantized"}
+        allowed = {layout_name(scheme)} if layout_name(scheme) in ("pack-quantized", "mxfp8-quantized") else plain
+        declared = entry.get("format") or stored.get("format")
+        if declared not in allowed:
+            found.fault(f"quantization_config.{name}", f"declares the format {declared!r}; {scheme.name} is stored as {' or '.join(sorted(allowed))}")
 
 
 def _logical_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
@@ -197,7 +220,10 @@ def _check_fused_sets(found: Verification, checkpoint: Checkpoint, linears: Mapp
         for suffix in suffixes:
             scales = [float(checkpoint.read(f"{member}.{suffix}").float().reshape(-1)[0]) for member in members]
             if len(set(scales)) > 1:
-                found.fault(f"{members[0]}.{suffix}", f"differs among {', '.join(member.rpartition('.')[2] for member in members)}, which runtimes merge under one scale")
+                found.fault(
+                    f"{members[0]}.{suffix}",
+                    f"differs among {', '.join(member.rpartition('.')[2] for member in members)}, which runtimes merge under one scale",
+                )
 
 
 def _check_against_base(
@@ -222,7 +248,9 @@ def _check_against_base(
                 found.fault(name, f"is {found.sqnr_db[module]:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB or more")
         elif name not in checkpoint.tensors:
             found.fault(name, "is in the base but not in this checkpoint")
-        elif (checkpoint.tensors[name].shape, checkpoint.tensors[name].dtype) != (original.shape, original.dtype) or not torch.equal(checkpoint.read(name), base.read(name)):
+        elif (checkpoint.tensors[name].shape, checkpoint.tensors[name].dtype) != (original.shape, original.dtype) or not torch.equal(
+            checkpoint.read(name), base.read(name)
+        ):
             found.warnings.append(f"{name} differs from the base's, though it isn't quantized")
     scales = ("weight_scale", FP8_BLOCK_SUFFIX, "input_scale", "weight_shape", "weight_packed", "k_scale", "v_scale")
     for name in checkpoint.tensors:

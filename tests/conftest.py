@@ -11,7 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "bright", "stars", "turn", "slowly", "above", "cold", "mountains", "and", "rivers"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "bright",
+    "stars",
+    "turn",
+    "slowly",
+    "above",
+    "cold",
+    "mountains",
+    "and",
+    "rivers",
+]
 
 
 def make_text(words: int, seed: int = 0) -> str:
@@ -43,7 +64,15 @@ def make_llama(directory: Path, *, tie: bool = False, dtype: torch.dtype = torch
 
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary = make_tokenizer(directory)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.08}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.08,
+    }
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tie, bos_token_id=0, eos_token_id=1, **(sizes | changes))
     torch.manual_seed(seed)
     LlamaForCausalLM(config).to(dtype).save_pretrained(directory)

@@ -44,7 +44,9 @@ def test_reader_agrees_with_safetensors(model):
     checkpoint = Checkpoint.open(model)
     assert set(checkpoint.tensors) == set(TENSORS)
     for name, tensor in TENSORS.items():
-        assert torch.equal(checkpoint.read(name).view(torch.uint8) if tensor.dim() else checkpoint.read(name), tensor.view(torch.uint8) if tensor.dim() else tensor)
+        assert torch.equal(
+            checkpoint.read(name).view(torch.uint8) if tensor.dim() else checkpoint.read(name), tensor.view(torch.uint8) if tensor.dim() else tensor
+        )
 
 
 def test_safetensors_reads_what_the_writer_wrote(tmp_path):

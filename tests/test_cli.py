@@ -44,6 +44,13 @@ def test_every_command_has_the_common_options(command, run):
             assert option in result.stdout
 
 
+def test_choices_of_the_command_line_are_those_of_the_package():
+    """cli.py repeats these names so that --help imports nothing."""
+    from quantkit import cli, data, runtimes
+
+    assert cli.RUNTIME_NAMES == runtimes.RUNTIMES and cli.HARDWARE_NAMES == runtimes.HARDWARE and cli.PROTOCOL_NAMES == data.PROTOCOLS
+
+
 def test_version_and_module_entry():
     from quantkit import __version__
 
@@ -55,7 +62,23 @@ def test_the_three_walks_end_to_end(run, run_json, llama, text, tmp_path):
     calib, out, result = tmp_path / "calib", tmp_path / "out", tmp_path / "result.json"
     assert run("calibrate", llama, "-o", calib, "--data", text, "--num-samples", 4, "--seq-len", 64).exit_code == 0
     assert run("export", llama, "-o", out, "--scheme", "FP8_STATIC", "--calibration", calib).exit_code == 0
-    done = run("eval", llama, out, "--data", text, "--seq-len", 64, "--max-tokens", 640, "-o", result, "--markdown", tmp_path / "card.md", "--html", tmp_path / "r.html")
+    done = run(
+        "eval",
+        llama,
+        out,
+        "--data",
+        text,
+        "--seq-len",
+        64,
+        "--max-tokens",
+        640,
+        "-o",
+        result,
+        "--markdown",
+        tmp_path / "card.md",
+        "--html",
+        tmp_path / "r.html",
+    )
     assert done.exit_code == 0, done.output
     assert "fp8-static" in done.stdout and "perplexity" in done.stdout
     stored = json.loads(result.read_text())
@@ -290,17 +313,28 @@ def test_full_disk_is_one_sentence_and_leaves_no_output(run, llama, tmp_path, mo
 
 def test_ctrl_c_in_calibration_keeps_the_work(text, tmp_path):
     model = make_llama(tmp_path / "deep", num_hidden_layers=24)
-    command = [sys.executable, "-m", "quantkit", "calibrate", str(model), "-o", str(tmp_path / "c"), "--data", str(text), "--seq-len", "32", "--batch-size", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "calibrate",
+        str(model),
+        "-o",
+        str(tmp_path / "c"),
+        "--data",
+        str(text),
+        "--seq-len",
+        "32",
+        "--batch-size",
+        "1",
+    ]
     undisturbed = [*command[:6], str(tmp_path / "whole"), *command[7:]]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path / "c.partial").exists():
         time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(2)
+    process.send_signal(2)  # caught from the moment there is something to keep; the first batch is finished and saved
     _, errors = process.communicate(timeout=60)
-    if process.returncode == 0:  # a fast machine was done before the signal came
-        pytest.skip("the calibration finished before it could be interrupted")
     assert process.returncode == 75 and "--resume" in errors
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     subprocess.run(undisturbed, check=True, capture_output=True)

@@ -163,7 +163,20 @@ def test_result_has_the_contracts_keys(export_to, judge):
     assert {"name", "seq_len", "hash"} <= set(result["protocol"]) and {"sha256", "tokens_sha256"} <= set(result["data"])
     assert {"path", "perplexity", "bytes", "tokens_per_second"} <= set(result["base"])
     quant = result["quants"][0]
-    assert {"path", "scheme", "perplexity", "ppl_delta_pct", "kld", "top1_agreement", "bytes", "bits_per_weight", "tokens_per_second", "exec", "activations_quantized", "layers"} <= set(quant)
+    assert {
+        "path",
+        "scheme",
+        "perplexity",
+        "ppl_delta_pct",
+        "kld",
+        "top1_agreement",
+        "bytes",
+        "bits_per_weight",
+        "tokens_per_second",
+        "exec",
+        "activations_quantized",
+        "layers",
+    } <= set(quant)
     assert {"value", "low", "high"} <= set(quant["ppl_delta_pct"]) and {"mean", "median", "p99", "max"} <= set(quant["kld"])
     assert {"name", "weight_sqnr_db"} <= set(quant["layers"][0]) and result["gates"][0]["result"] == "pass"
     assert np.sum(quant["window_nll"]) / result["tokens_scored"] == pytest.approx(math.log(quant["perplexity"]))
@@ -221,7 +234,12 @@ def test_deepseek_block_format_is_read(llama, copy, export_to, judge):
     other = copy(out, "deepseek")
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     config = json.loads((other / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    }
     (other / "config.json").write_text(json.dumps(config))
     assert QuantizationLayout.read(config).schemes[0].name == "fp8-block"
     first, second = judge(out, other)["quants"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantkit.model import block_number, classify_tensors, fused_sets
+from quantkit.model import classify_tensors, fused_sets
 
 
 def kinds(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
@@ -168,18 +168,3 @@ def test_an_incomplete_set_is_none():
 
 def test_names_without_a_parent_fuse_too():
     assert fused_sets(["q_proj", "k_proj", "v_proj"]) == [("q_proj", "k_proj", "v_proj")]
-
-
-@pytest.mark.parametrize(
-    "name, number",
-    [
-        ("model.layers.0.mlp.up_proj.weight", 0),
-        ("model.layers.13", 13),
-        ("transformer.h.7.attn.c_attn.bias", 7),
-        ("model.layers.2.mlp.experts.5.w1.weight", 2),
-        ("lm_head.weight", None),
-        ("model.norm.weight", None),
-    ],
-)
-def test_the_block_is_the_first_number_of_a_name(name, number):
-    assert block_number(name) == number

@@ -144,3 +144,26 @@ def test_verify_exits_with_3_and_prints_its_faults(run, export_to, change):
     assert result.exit_code == 3
     report = json.loads(result.stdout)
     assert report["ok"] is False and report["faults"][0]["tensor"] == "model.norm.weight" and isinstance(report["warnings"], list)
+
+
+@pytest.mark.parametrize("declared", ["int-quantized", "pack-quantized", "xyz", None])
+def test_format_that_runtimes_would_decompress_wrongly_is_found(declared, export_to):
+    out = export_to("fp8-dynamic")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["format"] = declared
+    (out / "config.json").write_text(json.dumps(config))
+    assert "float-quantized" in faults(out)["quantization_config.group_0"]
+
+
+def test_tensors_of_another_scheme_are_found(export_to, change):
+    def add(tensors):
+        tensors[f"{UP}.weight_zero_point"] = torch.zeros(256, 1, dtype=torch.int8)
+
+    assert "not a tensor" in faults(change(export_to("int8-dynamic"), add))[f"{UP}.weight_zero_point"]
+
+
+def test_verify_against_a_quantized_base_is_refused(export_to, llama):
+    from quantkit.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="quantized itself"):
+        verify(llama, export_to("fp8-dynamic"))
