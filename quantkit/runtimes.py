@@ -77,8 +77,10 @@ def hardware_mode(scheme: QuantScheme, hardware: str) -> str:
     if family == "int8-weight-only":
         return "vLLM's CPU build has no kernel for packed INT8 weights" if hardware == "cpu" else "native"
     if family == "fp8-weight-only":
-        return "native"
+        return "vLLM's CPU build has no kernel for FP8 weights with unquantized inputs" if hardware == "cpu" else "native"
     if family == "mxfp8":
+        if hardware == "cpu":
+            return "vLLM's CPU build has no kernel for MXFP8"
         return "native" if hardware == "blackwell" else "weights"
     if hardware in ("blackwell", "hopper", "ada"):
         return "native"
