@@ -133,7 +133,7 @@ def calibrate(options: CalibrationOptions, on_progress: Callable[[int, int], Non
     import torch
     import transformers
 
-    from quantkit.model import auto_config, load_model
+    from quantkit.model import auto_config, load_model, pick_device
 
     config = auto_config(options.model, options.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
@@ -198,23 +198,6 @@ def calibrate(options: CalibrationOptions, on_progress: Callable[[int, int], Non
     tokens = len(windows.windows) * seq_len
     linears = sum(len(group) for group in groups)
     return CalibrationSummary(options.output, len(windows.windows), seq_len, options.num_samples, len(groups), linears, seconds, tokens / seconds)
-
-
-def pick_device(requested: str) -> str:
-    """`auto` is a CUDA device where torch finds one, else the CPU."""
-    import torch
-
-    if requested == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(requested)
-    except RuntimeError:
-        raise CalibrationError(f"unknown device '{requested}'; choose auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise CalibrationError(f"the device '{requested}' isn't supported; choose auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CalibrationError("--device cuda: this torch finds no CUDA device; use --device cpu")
-    return requested
 
 
 class _Statistics:

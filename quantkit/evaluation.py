@@ -135,8 +135,7 @@ def evaluate(options: EvaluationOptions, on_progress: Callable[[str, int, int], 
     base_checkpoint = _check_candidate(options.base, Checkpoint.open(options.base), options.hardware)
     candidates = [_check_candidate(path, base_checkpoint, options.hardware) for path in options.quants]
 
-    from quantkit.calibration import pick_device
-    from quantkit.model import auto_config
+    from quantkit.model import auto_config, pick_device
 
     config = auto_config(options.base, options.trust_remote_code)
     tokenizer = load_tokenizer(options.base, options.trust_remote_code)

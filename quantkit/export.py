@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False) -> Ex
     linears = {module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme) for module, scheme in schemes.items()}
     left = _left_linears(infos, linears, checkpoint)
     warnings = _shape_warnings(reasons) + _runtime_warnings(options.runtime, linears, left)
-    fingerprint = {"model": checkpoint.fingerprint(), "recipe": recipe.canonical(), "quantkit version": __version__}
+    fingerprint = {"model": checkpoint.fingerprint(), "recipe": recipe.canonical(), "quantkit version": __version__, "torch version": version("torch")}
     calibration = None if calibration_follows else _calibration_for(options, checkpoint, fingerprint["model"], linears)
     fingerprint["calibration"] = sha256_file(calibration.path / "calibration.json") if calibration else ""
     fingerprint["shard size"] = str(options.max_shard_bytes)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, QuantkitError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,3 +160,20 @@ def auto_config(path: Any, trust_remote_code: bool) -> Any:
     except Exception as error:  # transformers validates with many libraries' exceptions
         hint = " (pass --trust-remote-code to run the code in the checkpoint)" if "trust_remote_code" in str(error) else ""
         raise CheckpointError(f"transformers doesn't know the model in {path}{hint}: {' '.join(str(error).split())[:300]}") from None
+
+
+def pick_device(requested: str) -> str:
+    """`auto` is a CUDA device where torch finds one, else the CPU."""
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise QuantkitError(f"unknown device '{requested}'; choose auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise QuantkitError(f"the device '{requested}' isn't supported; choose auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise QuantkitError("--device cuda: this torch finds no CUDA device; use --device cpu")
+    return requested
