@@ -1,0 +1,377 @@
+// scale[b] = store(amax_b(|x|) / largest code);  code[i] = cast(clamp(round(x[i] / scale[b])));  x'[i] = code[i] * scale[b].
+//
+// A block b is block_rows x block_columns neighbouring elements of a matrix (one row: per channel; part of one row: groups;
+// everything: per tensor). Bit for bit equal to quantkit/quantize.py: block_amax, choose_scale, quantize, dequantize.
+//
+// This file is compiled once for each instruction set (lanes.h), into a namespace named QK_LEVEL. A block is read twice, but the second time
+// from cache, so each input byte comes from memory once (per tensor: twice).
+
+#include "quantize_blocks.h"
+
+#include "lanes.h"
+
+namespace QK_LEVEL {
+namespace {
+
+using lanes::Float;
+using lanes::Word;
+using lanes::WIDTH;
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+constexpr uint32_t INFINITY_BITS = 0x7F800000u;
+
+// ---- Inputs: how a type is read, and its largest magnitude. As integers, magnitudes have the order of their values, NaN above infinity above
+// all numbers: a NaN anywhere makes the amax NaN.
+
+struct NarrowMagnitudes {
+    using Stored = uint16_t;
+    using Vector = lanes::Narrow;
+    static constexpr int VECTOR_WIDTH = lanes::NARROW_WIDTH;
+    static inline Vector none() { return lanes::no_narrow(); }
+    static inline Vector load(const Stored* x) { return lanes::load_narrow(x, 0x7FFF); }
+    static inline Vector larger(Vector a, Vector b) { return lanes::larger_narrow(a, b); }
+    static inline Stored largest(Vector x) { return lanes::largest_narrow(x); }
+};
+
+struct BFloat16 : NarrowMagnitudes {
+    static constexpr int SIGNIFICAND_BITS = 8;
+    static inline float widen_one(Stored x) { return float_of(uint32_t(x) << 16); }
+    static inline Float widen(const Stored* x) { return lanes::load_bfloat16(x); }
+    // 2 * WIDTH elements as those at even and those at odd places: cheaper to take apart than halves, and to put together again.
+    static constexpr bool INTERLEAVED = true;
+    static inline void widen_pair(const Stored* x, Float& even, Float& odd) {
+        Word pairs = lanes::load_words(x);
+        even = lanes::even_bfloat16(pairs);
+        odd = lanes::as_float(lanes::only(pairs, 0xFFFF0000u));
+    }
+};
+
+struct Float16 : NarrowMagnitudes {
+    static constexpr int SIGNIFICAND_BITS = 11;
+    static inline float widen_one(Stored x) {
+        Stored padded[WIDTH] = {x};
+        float values[WIDTH];
+        lanes::store_float32(values, lanes::load_float16(padded));
+        return values[0];
+    }
+    static inline Float widen(const Stored* x) { return lanes::load_float16(x); }
+    static constexpr bool INTERLEAVED = false;
+    static inline void widen_pair(const Stored* x, Float& first, Float& second) { first = widen(x), second = widen(x + WIDTH); }
+};
+
+struct Float32 {
+    using Stored = uint32_t;
+    using Vector = Word;
+    static constexpr int VECTOR_WIDTH = WIDTH;
+    static inline Vector none() { return lanes::broadcast(0u); }
+    static inline Vector load(const Stored* x) { return lanes::only(lanes::load_words(x), 0x7FFFFFFFu); }
+    static inline Vector larger(Vector a, Vector b) { return lanes::larger(a, b); }
+    static inline Stored largest(Vector x) { return lanes::largest(x); }
+    static constexpr int SIGNIFICAND_BITS = 24;
+    static inline float widen_one(Stored x) { return float_of(x); }
+    static inline Float widen(const Stored* x) { return lanes::load_float32(x); }
+    static constexpr bool INTERLEAVED = false;
+    static inline void widen_pair(const Stored* x, Float& first, Float& second) { first = widen(x), second = widen(x + WIDTH); }
+};
+
+// ---- Formats: float32 already divided by its scale to codes, and codes to float32. BOUNDED promises quotients that no format has to clamp by
+// more than its rounding does: finite, and at most 1/256 beyond the largest code.
+
+struct E4M3 {
+    static constexpr float LARGEST = 448.0f;
+    // A code in the low byte of each lane.
+    template <bool BOUNDED>
+    static inline Word encode(Float value) {
+        Word bits = lanes::as_word(value);
+        Float magnitude = lanes::as_float(lanes::only(bits, 0x7FFFFFFFu));
+        if (!BOUNDED) magnitude = lanes::smaller(lanes::broadcast(LARGEST), magnitude);  // NaN stays NaN
+        // The value lies in an octave [2^e, 2^(e+1)), or among the subnormals, which have the spacing of e = -6. Its codes are 2^(e-3) apart. Adding
+        // 2^(e+20), where that is float32's spacing, rounds to the nearest, ties to even, and leaves in the sum's low bits how many spacings
+        // there are: 8 to 16, or 0 to 8 among the subnormals. The code is that plus 8 (e + 6). With the octave's exponent field f = e + 127 it
+        // is count + 8 f - 968, and -968 is 56 modulo the byte: 56 is put into the addend, whose parity it doesn't change.
+        Word octave = lanes::larger(lanes::only(lanes::as_word(magnitude), 0x7F800000u), lanes::broadcast(121u << 23));
+        Word addend = lanes::add(octave, lanes::broadcast((20u << 23) + 56u));
+        Word sum = lanes::as_word(lanes::add(magnitude, lanes::as_float(addend)));
+        Word code = lanes::add(sum, lanes::shift_right<20>(octave));
+        if (!BOUNDED) code = lanes::choose(lanes::is_nan(magnitude), lanes::broadcast(0x7Fu), code);
+        return lanes::select_bits(0x80u, lanes::shift_right<24>(bits), code);
+    }
+    template <bool BOUNDED>
+    static inline void store(uint8_t* codes, Float value) {
+        lanes::store_low_bytes(codes, encode<BOUNDED>(value));
+    }
+    template <bool BOUNDED>
+    static inline void store_interleaved(uint8_t* codes, Float even, Float odd) {
+        lanes::store_low_bytes(codes, encode<BOUNDED>(even), encode<BOUNDED>(odd));
+    }
+    static inline Float decode(const uint8_t* codes) {
+        Word code = lanes::load_bytes(codes), magnitude = lanes::only(code, 0x7Fu);
+        // Exponent and mantissa moved into place are 2^120 too small, subnormals included; the product is exact.
+        Word bits = lanes::as_word(lanes::multiply(lanes::as_float(lanes::shift_left<20>(magnitude)), lanes::broadcast(0x1p120f)));
+        bits = lanes::choose(lanes::equal(magnitude, 0x7Fu), lanes::broadcast(0x7FC00000u), bits);
+        return lanes::as_float(lanes::either(bits, lanes::shift_left<24>(lanes::only(code, 0x80u))));
+    }
+};
+
+struct Int8 {
+    static constexpr float LARGEST = 127.0f;
+    template <bool BOUNDED>
+    static inline Word encode(Float value) {
+        // Clamping before rounding gives the same integers, because the limits are integers. 128 is left to the saturating store.
+        if (!BOUNDED) value = lanes::smaller(lanes::larger(value, lanes::broadcast(-128.0f)), lanes::broadcast(127.0f));
+        return lanes::nearest(value);
+    }
+    template <bool BOUNDED>
+    static inline void store(uint8_t* codes, Float value) {
+        lanes::store_saturated(codes, encode<BOUNDED>(value));
+    }
+    template <bool BOUNDED>
+    static inline void store_interleaved(uint8_t* codes, Float even, Float odd) {
+        lanes::store_saturated(codes, encode<BOUNDED>(even), encode<BOUNDED>(odd));
+    }
+    static inline Float decode(const uint8_t* codes) { return lanes::to_float(lanes::load_signed_bytes(codes)); }
+};
+
+// ---- One scale.
+
+inline float round_to_bfloat16(float value) {
+    uint32_t bits = bits_of(value);
+    if ((bits & 0x7FFFFFFFu) > INFINITY_BITS) return value;
+    return float_of((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+}
+
+inline float power_of_two_scale(float amax, float largest) {
+    uint32_t bits = bits_of(amax);
+    if (bits == 0) return 1.0f;
+    if (bits >= INFINITY_BITS) return amax;
+    // amax = m 2^e and largest = M 2^E, with m and M in [0.5, 1); the least power of two that fits is 2^(e - E), or twice that if m > M.
+    // A subnormal amax lands below the clamp whatever its exponent is.
+    int exponent = int(bits >> 23) - int(bits_of(largest) >> 23) + ((bits & 0x7FFFFFu) > (bits_of(largest) & 0x7FFFFFu));
+    exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
+    return float_of(exponent == -127 ? 0x00400000u : uint32_t(exponent + 127) << 23);
+}
+
+template <class Format>
+inline float choose_scale(float amax, int rule) {
+    if (rule == QK_POWER_OF_TWO) return power_of_two_scale(amax, Format::LARGEST);
+    float scale = amax / Format::LARGEST;
+    if (rule == QK_DYNAMIC) {
+        const float floor = Format::LARGEST == 127.0f ? 0x1p-23f : 1.0f / (448.0f * 512.0f);
+        return scale < floor ? floor : scale;
+    }
+    if (amax == 0.0f) return 1.0f;
+    float stored = round_to_bfloat16(scale);
+    return stored < 0x1p-126f ? 0x1p-126f : stored;  // the smallest normal: dividing by less can overflow
+}
+
+// ---- Division by one scale: the code of the correctly rounded quotient x / s, in as few steps as the operands allow.
+
+struct Divide {
+    static constexpr bool BOUNDED = false;
+    Float scale;
+    explicit Divide(float s) : scale(lanes::broadcast(s)) {}
+    inline Float operator()(Float x) const { return lanes::divide(x, scale); }
+};
+
+#if defined(__FMA__) || defined(__AVX512F__)
+#define QK_FUSED_MULTIPLY_ADD 1
+
+// x r with r = 1/s, improved STEPS times by its remainder, which a fused multiply-add finds exactly: the division instruction takes five times as long.
+//
+// 0 steps: s is a power of two, so r and x r are exact.
+// 1 step: x has at most 11 significant bits and s 8. A value halfway between two codes has at most 9, so a quotient is either just that or differs
+//   from it by 2^-20 of its size or more. One step leaves an error below 2^-45: it restores the exact halfway values, which is all that decides the code.
+// 2 steps: the correctly rounded quotient of any x and s (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor").
+//
+// The remainder must not underflow. With s within 2^-60 .. 2^60, an x so small that it would has a quotient below 2^-40, which is code zero
+// whatever its last bit is. A quotient from 2^20 up, infinite or NaN must not be improved, if there can be any: infinity less infinity is NaN.
+template <int STEPS, bool IS_BOUNDED>
+struct Multiply {
+    static constexpr bool BOUNDED = IS_BOUNDED;
+    Float scale, reciprocal;
+    explicit Multiply(float s) : scale(lanes::broadcast(s)), reciprocal(lanes::broadcast(1.0f / s)) {}
+    inline Float operator()(Float x) const {
+        Float first = lanes::multiply(x, reciprocal), quotient = first;
+        for (int step = 0; step < STEPS; ++step)
+            quotient = lanes::multiply_add(lanes::negated_multiply_add(quotient, scale, x), reciprocal, quotient);
+        if (BOUNDED || STEPS == 0) return quotient;
+        return lanes::choose(lanes::less(lanes::as_float(lanes::only(lanes::as_word(first), 0x7FFFFFFFu)), lanes::broadcast(0x1p20f)), quotient, first);
+    }
+};
+#endif
+
+constexpr int64_t TILE_BLOCKS = 128, TILE_COLUMNS = 2048;
+
+// ---- Runs: neighbouring elements of one row. What is left of a vector at the end goes through a padded copy.
+
+template <class Input>
+inline typename Input::Vector run_magnitude(const typename Input::Stored* x, int64_t n, typename Input::Vector largest) {
+    int64_t i = 0;
+    for (; i + Input::VECTOR_WIDTH <= n; i += Input::VECTOR_WIDTH) largest = Input::larger(largest, Input::load(x + i));
+    if (i < n) {
+        typename Input::Stored rest[Input::VECTOR_WIDTH] = {};
+        std::memcpy(rest, x + i, size_t(n - i) * sizeof *x);
+        largest = Input::larger(largest, Input::load(rest));
+    }
+    return largest;
+}
+
+template <class Input, class Format, class Division>
+inline void encode_run(const typename Input::Stored* x, int64_t n, const Division& divide, uint8_t* codes) {
+    constexpr bool BOUNDED = Division::BOUNDED;
+    const int64_t ahead = n > TILE_COLUMNS ? n : TILE_COLUMNS;
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        Float first, second;
+        Input::widen_pair(x + i, first, second);
+        lanes::prefetch(x + i + ahead);  // what the next tile, or the next row, begins with
+        if (Input::INTERLEAVED) {
+            Format::template store_interleaved<BOUNDED>(codes + i, divide(first), divide(second));
+        } else {
+            Format::template store<BOUNDED>(codes + i, divide(first));
+            Format::template store<BOUNDED>(codes + i + WIDTH, divide(second));
+        }
+    }
+    for (; i < n; i += WIDTH) {
+        int64_t left = n - i < WIDTH ? n - i : WIDTH;
+        typename Input::Stored rest[WIDTH] = {};
+        uint8_t rest_codes[WIDTH];
+        std::memcpy(rest, x + i, size_t(left) * sizeof *x);
+        Format::template store<BOUNDED>(rest_codes, divide(Input::widen(rest)));
+        std::memcpy(codes + i, rest_codes, size_t(left));
+    }
+}
+
+template <class Format>
+inline void decode_run(const uint8_t* codes, int64_t n, float scale, float* values) {
+    const Float factor = lanes::broadcast(scale);
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) lanes::store_float32(values + i, lanes::multiply(Format::decode(codes + i), factor));
+    if (i < n) {
+        uint8_t rest[WIDTH] = {};
+        float rest_values[WIDTH];
+        std::memcpy(rest, codes + i, size_t(n - i));
+        lanes::store_float32(rest_values, lanes::multiply(Format::decode(rest), factor));
+        std::memcpy(values + i, rest_values, size_t(n - i) * sizeof *values);
+    }
+}
+
+// ---- Blocks, in tiles: neighbours in one band of rows, few enough for their scales to be kept aside and for their rows to be read in stretches that
+// the hardware's prefetcher follows. A tile's magnitudes and codes are found in two sweeps; the second finds the tile in cache.
+
+struct Tile {
+    int64_t row, rows, column, blocks, index;  // index: of its first block's scale
+};
+
+template <class Visit>
+inline void each_tile(const QkMatrix& m, Visit visit) {
+    int64_t across = (m.columns + m.block_columns - 1) / m.block_columns;
+    int64_t most = TILE_COLUMNS / m.block_columns;
+    most = most < 1 ? 1 : most > TILE_BLOCKS ? TILE_BLOCKS : most;
+    for (int64_t row = 0, index = 0; row < m.rows; row += m.block_rows, index += across) {
+        int64_t rows = m.rows - row < m.block_rows ? m.rows - row : m.block_rows;
+        for (int64_t first = 0; first < across; first += most)
+            visit(Tile{row, rows, first * m.block_columns, across - first < most ? across - first : most, index + first});
+    }
+}
+
+// The columns of a tile's block; the last of a row may be narrower.
+inline int64_t block_width(const QkMatrix& m, const Tile& tile, int64_t block) {
+    int64_t left = m.columns - tile.column - block * m.block_columns;
+    return left < m.block_columns ? left : m.block_columns;
+}
+
+template <class Input>
+inline void tile_amax(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, float* amax) {
+    typename Input::Vector largest[TILE_BLOCKS];
+    for (int64_t block = 0; block < tile.blocks; ++block) largest[block] = Input::none();
+    for (int64_t row = tile.row; row < tile.row + tile.rows; ++row)
+        for (int64_t block = 0; block < tile.blocks; ++block)
+            largest[block] = run_magnitude<Input>(x + row * m.row_stride + tile.column + block * m.block_columns, block_width(m, tile, block), largest[block]);
+    for (int64_t block = 0; block < tile.blocks; ++block) amax[block] = Input::widen_one(Input::largest(largest[block]));
+}
+
+template <class Input, class Format, class Division>
+inline void encode_rows(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, int64_t block, const Division& divide, uint8_t* codes) {
+    const int64_t column = tile.column + block * m.block_columns, width = block_width(m, tile, block);
+    for (int64_t row = tile.row; row < tile.row + tile.rows; ++row)
+        encode_run<Input, Format>(x + row * m.row_stride + column, width, divide, codes + row * m.columns + column);
+}
+
+// OWN_SCALE: the scale was chosen from this block's amax, so that no quotient lies beyond the format's range.
+template <class Input, class Format, bool OWN_SCALE>
+inline void encode_block(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, int64_t block, float scale, uint8_t* codes) {
+#if QK_FUSED_MULTIPLY_ADD
+    if (scale >= 0x1p-60f && scale <= 0x1p60f) {
+        uint32_t significand = bits_of(scale) & 0x7FFFFFu;
+        if (significand == 0) return encode_rows<Input, Format>(m, x, tile, block, Multiply<0, OWN_SCALE>(scale), codes);
+        if (Input::SIGNIFICAND_BITS <= 11 && (significand & 0xFFFFu) == 0)
+            return encode_rows<Input, Format>(m, x, tile, block, Multiply<1, OWN_SCALE>(scale), codes);
+        return encode_rows<Input, Format>(m, x, tile, block, Multiply<2, OWN_SCALE>(scale), codes);
+    }
+#endif
+    encode_rows<Input, Format>(m, x, tile, block, Divide(scale), codes);
+}
+
+template <class Input>
+void block_amax(const QkMatrix& m, const void* values, float* amax) {
+    auto x = static_cast<const typename Input::Stored*>(values);
+    each_tile(m, [&](const Tile& tile) { tile_amax<Input>(m, x, tile, amax + tile.index); });
+}
+
+template <class Input, class Format>
+void encode_blocks(const QkMatrix& m, const void* values, const float* scale, uint8_t* codes) {
+    auto x = static_cast<const typename Input::Stored*>(values);
+    each_tile(m, [&](const Tile& tile) {
+        for (int64_t block = 0; block < tile.blocks; ++block) encode_block<Input, Format, false>(m, x, tile, block, scale[tile.index + block], codes);
+    });
+}
+
+template <class Input, class Format>
+void quantize_blocks(const QkMatrix& m, const void* values, int rule, uint8_t* codes, float* scale) {
+    auto x = static_cast<const typename Input::Stored*>(values);
+    each_tile(m, [&](const Tile& tile) {
+        float* scales = scale + tile.index;
+        tile_amax<Input>(m, x, tile, scales);
+        for (int64_t block = 0; block < tile.blocks; ++block) scales[block] = choose_scale<Format>(scales[block], rule);
+        for (int64_t block = 0; block < tile.blocks; ++block) encode_block<Input, Format, true>(m, x, tile, block, scales[block], codes);
+    });
+}
+
+template <class Format>
+void dequantize_blocks(const QkMatrix& m, const uint8_t* codes, const float* scale, float* values) {
+    each_tile(m, [&](const Tile& tile) {
+        for (int64_t row = tile.row; row < tile.row + tile.rows; ++row)
+            for (int64_t block = 0; block < tile.blocks; ++block) {
+                const int64_t column = tile.column + block * m.block_columns;
+                decode_run<Format>(codes + row * m.row_stride + column, block_width(m, tile, block), scale[tile.index + block], values + row * m.columns + column);
+            }
+    });
+}
+
+}  // namespace
+
+extern const QkKernels KERNELS;
+const QkKernels KERNELS = {
+    {block_amax<BFloat16>, block_amax<Float16>, block_amax<Float32>},
+    {{encode_blocks<BFloat16, Int8>, encode_blocks<BFloat16, E4M3>},
+     {encode_blocks<Float16, Int8>, encode_blocks<Float16, E4M3>},
+     {encode_blocks<Float32, Int8>, encode_blocks<Float32, E4M3>}},
+    {{quantize_blocks<BFloat16, Int8>, quantize_blocks<BFloat16, E4M3>},
+     {quantize_blocks<Float16, Int8>, quantize_blocks<Float16, E4M3>},
+     {quantize_blocks<Float32, Int8>, quantize_blocks<Float32, E4M3>}},
+    {dequantize_blocks<Int8>, dequantize_blocks<E4M3>},
+};
+
+}  // namespace QK_LEVEL
