@@ -20,10 +20,11 @@ import transformers
 
 from quantkit import __version__
 from quantkit.calibration import CalibrationOptions, calibrate
-from quantkit.checkpoint import format_bytes
 from quantkit.demo import smollm2
 from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.export import ExportOptions, export, plan_export
+from quantkit.export import export
+from quantkit.output import format_bytes
+from quantkit.plan import ExportOptions, plan_export
 from quantkit.report import finite, interval_text, markdown_table
 from quantkit.scheme import Recipe
 

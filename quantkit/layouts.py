@@ -1,25 +1,33 @@
 """How a quantized Linear lies in a checkpoint: its tensors and the `quantization_config`, written and read.
 
-Written: compressed-tensors, which vLLM, SGLang, TensorRT-LLM and transformers read. Read besides: the `fp8` block format of
-DeepSeek's checkpoints. Shapes are exact because transformers compares them: `[1]` not `[]`, `[O, 1]` not `[O]`.
+compressed-tensors   every scheme; vLLM, SGLang, TensorRT-LLM and transformers read it
+fp8                  128×128 blocks of E4M3, as DeepSeek ships them
+modelopt             static per-tensor E4M3, for TensorRT-LLM
+
+Shapes are exact, because transformers compares them (`[1]` not `[]`, `[O, 1]` not `[O]`) and ModelOpt's scales are scalars.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantkit import __version__
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats import E8M0, FP8_E4M3, INT8
-from quantkit.scheme import TENSOR, QuantScheme, QuantSpec
+from quantkit.scheme import SCHEMES, TENSOR, QuantScheme, QuantSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.quantize import QuantizedTensor
 
+FORMATS = ("compressed-tensors", "fp8", "modelopt")
+# The one scheme that a format holds; compressed-tensors holds all.
+_ONLY_SCHEME = {"fp8": SCHEMES["fp8-block"], "modelopt": SCHEMES["fp8-tensor"]}
 KV_SPEC = QuantSpec(FP8_E4M3, TENSOR)
 CODES_PER_WORD = 4  # INT8 codes in one 32-bit word of `packing`
 FP8_BLOCK_SUFFIX = "weight_scale_inv"  # it multiplies; the name is history
@@ -34,6 +42,17 @@ def layout_name(scheme: QuantScheme) -> str:
     return "int-quantized" if scheme.weight.format is INT8 else "float-quantized"
 
 
+def format_obstacle(layout: str, schemes: Iterable[QuantScheme], kv_cache: bool) -> str | None:
+    """Why a checkpoint of these schemes can't be written in this format, or None."""
+    only = _ONLY_SCHEME.get(layout)
+    others = [scheme for scheme in schemes if only is not None and scheme.same_arithmetic != only.same_arithmetic]
+    if others:
+        return f"--format {layout} holds {only.name} only, not {others[0].name}; use --scheme {only.name}, or --format compressed-tensors"
+    if layout == "fp8" and kv_cache:
+        return "--format fp8 has no place for the scales of a KV cache; leave out --kv-cache, or use --format compressed-tensors"
+    return None
+
+
 def shape_obstacle(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
     """Why a Linear of this shape can't be stored under the scheme, or None."""
     columns = shape[1]
@@ -44,45 +63,62 @@ def shape_obstacle(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def linear_tensors(scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def linear_tensors(scheme: QuantScheme, shape: tuple[int, int], layout: str = "compressed-tensors") -> dict[str, tuple[str, tuple[int, ...]]]:
     """The tensors of one Linear: suffix → (safetensors dtype, shape)."""
     rows, columns = shape
     weight = scheme.weight
-    scale_shape = (1,) if weight.granularity == TENSOR else weight.granularity.scale_shape(rows, columns)
+    one = () if layout == "modelopt" else (1,)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     if layout_name(scheme) == "pack-quantized":
         tensors["weight_packed"] = ("I32", (rows, columns // CODES_PER_WORD))
         tensors["weight_shape"] = ("I64", (2,))
     else:
         tensors["weight"] = (weight.format.safetensors_name, (rows, columns))
-    tensors["weight_scale"] = ("U8" if weight.scale_format is E8M0 else "F32", scale_shape)
+    scale_shape = one if weight.granularity == TENSOR else weight.granularity.scale_shape(rows, columns)
+    tensors[FP8_BLOCK_SUFFIX if layout == "fp8" else "weight_scale"] = ("U8" if weight.scale_format is E8M0 else "F32", scale_shape)
     if scheme.needs_calibration:
-        tensors["input_scale"] = ("F32", (1,))
+        tensors["input_scale"] = ("F32", one)
     return tensors
 
 
-def encode_linear(quantized: QuantizedTensor, scheme: QuantScheme, input_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """One quantized weight as the tensors of `linear_tensors`."""
-    import torch
-
+def encode_rows(quantized: QuantizedTensor, scheme: QuantScheme, layout: str = "compressed-tensors") -> dict[str, Tensor]:
+    """Some whole block rows of a quantized weight as rows of its tensors: the codes, and the scales unless all rows share one."""
     from quantkit.packing import pack_int8
 
-    shape = tuple(quantized.qdata.shape)
     tensors = {}
-    for suffix, (_, tensor_shape) in linear_tensors(scheme, shape).items():
+    for suffix in linear_tensors(scheme, tuple(quantized.qdata.shape), layout):
         if suffix == "weight":
             tensors[suffix] = quantized.qdata
         elif suffix == "weight_packed":
             tensors[suffix] = pack_int8(quantized.qdata)
-        elif suffix == "weight_shape":
+        elif suffix in ("weight_scale", FP8_BLOCK_SUFFIX) and scheme.weight.granularity != TENSOR:
+            tensors[suffix] = _exponent_bytes(quantized.scale) if scheme.weight.scale_format is E8M0 else quantized.scale
+    return tensors
+
+
+def encode_constants(
+    scheme: QuantScheme, shape: tuple[int, int], layout: str = "compressed-tensors", weight_scale: Tensor | None = None, input_scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What a Linear stores once: its shape if the codes are packed, one scale of all its weights, its static input scale."""
+    import torch
+
+    tensors = {}
+    for suffix, (_, tensor_shape) in linear_tensors(scheme, shape, layout).items():
+        if suffix == "weight_shape":
             tensors[suffix] = torch.tensor(shape, dtype=torch.int64)
-        elif suffix == "weight_scale":
-            scale = quantized.scale
-            tensors[suffix] = _exponent_bytes(scale) if scheme.weight.scale_format is E8M0 else scale.reshape(tensor_shape)
+        elif suffix == "weight_scale" and scheme.weight.granularity == TENSOR:
+            assert weight_scale is not None, "a per-tensor scheme comes with its weight scale"
+            tensors[suffix] = weight_scale.float().reshape(tensor_shape)
         elif suffix == "input_scale":
             assert input_scale is not None, "a static scheme comes with its input scale"
             tensors[suffix] = input_scale.float().reshape(tensor_shape)
     return tensors
+
+
+def encode_linear(quantized: QuantizedTensor, scheme: QuantScheme, input_scale: Tensor | None = None, layout: str = "compressed-tensors") -> dict[str, Tensor]:
+    """One quantized weight as the tensors of `linear_tensors`."""
+    constants = encode_constants(scheme, tuple(quantized.qdata.shape), layout, quantized.scale, input_scale)
+    return encode_rows(quantized, scheme, layout) | constants
 
 
 def decode_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str) -> tuple[QuantizedTensor, Tensor | None]:
@@ -128,6 +164,51 @@ def _exponent_bytes(scale: Tensor) -> Tensor:
     import torch
 
     return (torch.log2(scale).round() + 127).to(torch.uint8)
+
+
+def quantization_config(layout: str, schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint in this format; arguments as for `compressed_tensors_config`."""
+    if layout == "compressed-tensors":
+        return compressed_tensors_config(schemes, left, default, kv_cache)
+    if layout == "fp8":
+        granularity = _ONLY_SCHEME["fp8"].weight.granularity
+        block_size = [granularity.rows, granularity.columns]
+        # Full names, each member of a fused set: runtimes match prefixes, patterns or names, and these mean the same to all of them.
+        return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": block_size, "modules_to_not_convert": list(left)}
+    tensor = {"num_bits": 8, "type": "float", "dynamic": False}
+    config = {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "producer": _PRODUCER,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": tensor, "input_activations": tensor}},
+        "ignore": list(left),
+    }
+    return config | ({"kv_cache_scheme": tensor} if kv_cache else {})
+
+
+def modelopt_file(left: Sequence[str], kv_cache: bool) -> dict[str, Any]:
+    """hf_quant_config.json, the same facts again: TensorRT-LLM prefers it, vLLM and SGLang prefer config.json."""
+    return {
+        "producer": _PRODUCER,
+        "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8" if kv_cache else None, "exclude_modules": list(left)},
+    }
+
+
+# Readers take a file without a quant_method for ModelOpt's by this name.
+_PRODUCER = {"name": "modelopt", "version": f"written by quantkit {__version__}"}
+
+
+def kv_scale_name(module: str, suffix: str, layout: str = "compressed-tensors") -> str:
+    """The tensor with the scale of an attention module's keys (suffix "k_scale") or values ("v_scale")."""
+    return f"{module}.{suffix[0]}_proj.{suffix}" if layout == "modelopt" else f"{module}.{suffix}"
+
+
+def kv_scale_module(name: str) -> str | None:
+    """The attention module whose KV scale this tensor is, in any format's spelling; None for other tensors."""
+    module, _, suffix = name.rpartition(".")
+    if suffix not in ("k_scale", "v_scale"):
+        return None
+    return module.removesuffix(f".{suffix[0]}_proj")
 
 
 def compressed_tensors_config(schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool) -> dict[str, Any]:
@@ -184,10 +265,14 @@ class QuantizationLayout:
                 return cls._compressed_tensors(stored)
             if method == "fp8":
                 return cls._fp8_block(stored)
+            if method == "modelopt":
+                return cls._modelopt(stored)
         except (RecipeError, KeyError, TypeError, ValueError, AttributeError, re.error) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"the quantization_config can't be used: {reason}") from None
-        raise CheckpointError(f"the checkpoint is quantized with '{method}', which quantkit doesn't read; it reads compressed-tensors and block fp8")
+        raise CheckpointError(
+            f"the checkpoint is quantized with '{method}', which quantkit doesn't read; it reads compressed-tensors, block fp8 and modelopt FP8"
+        )
 
     @classmethod
     def _compressed_tensors(cls, stored: Mapping[str, Any]) -> QuantizationLayout:
@@ -211,8 +296,19 @@ class QuantizationLayout:
         weight = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [rows, columns]}
         inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": columns, "dynamic": True}
         scheme = QuantScheme.parse({"weights": weight, "input_activations": inputs})
-        ignore = tuple("re:.*" + re.escape(part) for part in stored.get("modules_to_not_convert") or ())
+        # A name leaves the module and all below it, wherever its path begins.
+        ignore = tuple(rf"re:(.*\.)?{re.escape(part)}(\.|\Z)" for part in stored.get("modules_to_not_convert") or stored.get("ignored_layers") or ())
         return cls("fp8", ((("Linear",), scheme),), ignore, False)
+
+    @classmethod
+    def _modelopt(cls, stored: Mapping[str, Any]) -> QuantizationLayout:
+        if stored.get("quant_algo") != "FP8":
+            raise CheckpointError(f"the ModelOpt checkpoint is in {stored.get('quant_algo')!r}; quantkit reads its static per-tensor FP8 only")
+        left = stored.get("exclude_modules") or stored.get("ignore") or ()
+        # A pattern leaves also what lies below the module that it names.
+        ignore = tuple("re:" + fnmatch.translate(entry).removesuffix(r"\Z") + r"(\.|\Z)" for entry in left)
+        kv_cache = stored.get("kv_cache_quant_algo") == "FP8" or isinstance(stored.get("kv_cache_scheme"), Mapping)
+        return cls("modelopt", ((("Linear",), _ONLY_SCHEME["modelopt"]),), ignore, kv_cache)
 
     @property
     def schemes(self) -> list[QuantScheme]:

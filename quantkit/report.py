@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quantkit.checkpoint import format_bytes
 from quantkit.errors import EvaluationError
+from quantkit.output import format_bytes
 from quantkit.runtimes import HARDWARE, RUNTIMES, SUPPORT, hardware_mode
 from quantkit.scheme import ALIASES, SCHEMES
 

@@ -1,6 +1,6 @@
 """What each runtime and each kind of hardware can do with each scheme, as data. `verify`, `schemes`, `export` and `eval` read it.
 
-Read from the sources of vLLM 0.32, SGLang 0.5.23, TensorRT-LLM and transformers 5.23, all for the compressed-tensors format.
+Read from the sources of vLLM 0.32, SGLang 0.5.23, TensorRT-LLM and transformers 5.23. Formats are those of `layouts.FORMATS`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,18 @@ SUPPORT: dict[str, dict[str, Support]] = {
     "int8-static": {"vllm": _YES, "sglang": Support(False, "ignores static input scales"), "tensorrt-llm": _TRT_INT8, "transformers": _YES},
     "int8-weight-only": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": Support(False, "needs quantized inputs"), "transformers": _YES},
 }  # fmt: skip
+
+# The same for the formats other than compressed-tensors, each with the one scheme that it holds.
+FORMAT_SUPPORT: dict[str, dict[str, Support]] = {
+    "fp8": {
+        "vllm": Support(True, "128-multiples"),
+        "sglang": Support(True, "128-multiples"),
+        "tensorrt-llm": _YES,
+        "transformers": Support(True, "128-multiples"),
+    },
+    "modelopt": {"vllm": _YES, "sglang": _YES, "tensorrt-llm": _YES, "transformers": Support(False, "reads ModelOpt's codes as weights in silence")},
+}
+FORMAT_SCHEMES = {"fp8": "fp8-block", "modelopt": "fp8-tensor"}
 
 # What vLLM runs on each hardware: "native" (as the scheme says), "weights" (codes are stored, inputs stay bf16), or why it can't.
 HARDWARE = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
@@ -110,7 +122,7 @@ class QuantizedLinearInfo:
     scheme: QuantScheme
 
 
-def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], left: Iterable[str]) -> list[str]:
+def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], left: Iterable[str], layout: str = "compressed-tensors") -> list[str]:
     """Why this runtime would refuse or misread such a checkpoint; empty when it loads. left: Linears that stay unquantized."""
     quantized = list(quantized)
     by_name = {linear.name: linear for linear in quantized}
@@ -121,9 +133,10 @@ def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], lef
                 f"{runtime} is not known to load {scheme.name} ({scheme.weight}, inputs {scheme.input or 'as they are'}); choose one of quantkit's schemes"
             )
             continue
-        support = SUPPORT[scheme_family(scheme)][runtime]
+        support = FORMAT_SUPPORT[layout][runtime] if layout in FORMAT_SUPPORT else SUPPORT[scheme_family(scheme)][runtime]
         if not support.loads:
-            problems.append(f"{runtime} can't load {scheme.name}: it {support.note}")
+            form = f" in the format {layout}" if layout in FORMAT_SUPPORT else ""
+            problems.append(f"{runtime} can't load {scheme.name}{form}: it {support.note}")
     experts = [linear for linear in quantized if ".experts." in linear.name]
     unloadable = {"transformers": ("fp8-block", "mxfp8", "int8-dynamic", "int8-static", "int8-weight-only"), "sglang": ("int8-dynamic", "int8-static")}
     for linear in [linear for linear in experts if scheme_family(linear.scheme) in unloadable.get(runtime, ())][:1]:
@@ -135,7 +148,9 @@ def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], lef
             if len(schemes) > 1:
                 named = ", ".join(f"{m.rsplit('.', 1)[-1]} {by_name[m].scheme.name if m in by_name else 'unquantized'}" for m in members)
                 problems.append(f"{runtime} merges {members[0].rpartition('.')[0]}: {named}; give them one scheme, or leave all of them")
-        uneven = [by_name[m] for members in fused_sets(by_name) for m in members[:-1] if by_name[m].scheme.weight.granularity.name == "block"]
+        # vLLM lets the last of a merged set end within a block; SGLang's check takes every member.
+        end = -1 if runtime == "vllm" else None
+        uneven = [by_name[m] for members in fused_sets(by_name) for m in members[:end] if by_name[m].scheme.weight.granularity.name == "block"]
         problems += _uneven(runtime, [linear for linear in uneven if linear.shape[0] % linear.scheme.weight.granularity.rows], 0)
     if runtime == "transformers":
         blocks = [linear for linear in quantized if linear.scheme.weight.granularity.name == "block"]

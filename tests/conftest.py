@@ -157,7 +157,8 @@ def run_json(run):
 @pytest.fixture
 def export_to(tmp_path, llama, calib):
     """export_to("fp8-dynamic") → the directory of the tiny Llama in that scheme."""
-    from quantkit.export import ExportOptions, export, plan_export
+    from quantkit.export import export
+    from quantkit.plan import ExportOptions, plan_export
     from quantkit.scheme import QuantScheme, Recipe
 
     def make(scheme, model: Path = llama, calibration: Path | None = calib, kv_cache: str | None = None, name: str | None = None, **options) -> Path:

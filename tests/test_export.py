@@ -4,16 +4,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import Checkpoint, sha256_file
-from quantkit.errors import CheckpointError, RecipeError
-from quantkit.export import ExportOptions, export, plan_export
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import CheckpointError, OutputError, RecipeError
+from quantkit.export import export
 from quantkit.layouts import QuantizationLayout, decode_linear, linear_tensors
+from quantkit.output import OutputDirectory, sha256_file
+from quantkit.plan import ExportOptions, plan_export
 from quantkit.quantize import quantize
 from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
 
@@ -187,34 +190,51 @@ def test_export_is_the_same_bytes_twice(export_to):
     assert sha256_file(first / "model.safetensors") == sha256_file(second / "model.safetensors")
 
 
-def test_killed_export_leaves_no_output_and_resumes_to_the_same_bytes(llama, export_to, tmp_path):
+def test_stopped_export_leaves_no_output_and_resumes_to_the_same_bytes(llama, export_to, tmp_path, monkeypatch):
     undisturbed = export_to("fp8-dynamic", max_shard_bytes=50_000, name="undisturbed")
     options = ExportOptions(llama, tmp_path / "killed", Recipe(QuantScheme.parse("fp8-dynamic")), max_shard_bytes=50_000)
-    calls = 0
+    record = OutputDirectory.record
 
     class Killed(BaseException):
         pass
 
-    def die(done: int, total: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 9:
+    def die(self, name, content):
+        if len(self.done) == 3:
             raise Killed
+        record(self, name, content)
 
+    monkeypatch.setattr(OutputDirectory, "record", die)
     with pytest.raises(Killed):
-        export(plan_export(options), die)
-    assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").is_dir()
-    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed.partial").glob("*.safetensors")}
-    assert finished
-    # A shard that was damaged meanwhile is made again.
-    damaged = sorted(finished)[0]
-    (tmp_path / "killed.partial" / damaged).write_bytes(b"damaged")
-    from dataclasses import replace
-
+        export(plan_export(options))
+    monkeypatch.undo()
+    partial = tmp_path / "killed.partial"
+    assert not (tmp_path / "killed").exists() and partial.is_dir()
+    finished = sorted(json.loads((partial / "progress.json").read_text())["done"])
+    assert len(finished) == 3
+    kept = {name: (partial / name).stat().st_mtime_ns for name in finished[1:]}
+    # A shard that was damaged meanwhile is made again; the others are not.
+    (partial / finished[0]).write_bytes(b"damaged")
+    made = []
+    monkeypatch.setattr(OutputDirectory, "record", lambda self, name, content: (made.append(name), record(self, name, content)))
     export(plan_export(replace(options, resume=True)))
+    assert finished[0] in made and not set(kept) & set(made)
+    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == time for name, time in kept.items())
     names = sorted(path.name for path in undisturbed.iterdir())
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == names
     assert all((tmp_path / "killed" / name).read_bytes() == (undisturbed / name).read_bytes() for name in names)
+
+
+def test_resume_of_a_finished_export_says_so_and_of_another_refuses(llama, export_to, tmp_path):
+    done = export_to("fp8-dynamic")
+    before = {path.name: path.stat().st_mtime_ns for path in done.iterdir()}
+    options = ExportOptions(llama, done, Recipe(QuantScheme.parse("fp8-dynamic")), resume=True)
+    assert export(plan_export(options)).path == done
+    assert {path.name: path.stat().st_mtime_ns for path in done.iterdir()} == before
+    with pytest.raises(OutputError, match="different recipe"):
+        export(plan_export(replace(options, recipe=Recipe(QuantScheme.parse("int8-dynamic")))))
+    (done / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OutputError, match="model.safetensors has changed"):
+        export(plan_export(options))
 
 
 def test_sigterm_ends_with_75_and_resume_completes(tmp_path):

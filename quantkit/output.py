@@ -1,0 +1,451 @@
+"""What is written: safetensors files whose header is known before their first byte, and directories that are whole or absent.
+
+A shard's tensors are put in place in any order, by any thread, and the file is read back from its beginning while they arrive: what is in it is
+compared with what was made, and hashed. Only then is it flushed, given its name and recorded. A directory takes its name when its last file
+has. See `checkpoint.py` for the format.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint import DTYPES, SINGLE_FILE, read_header, read_json
+from quantkit.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST_FILE = "quantkit.json"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor to be written: known before its values are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in memory order, without a copy where it is contiguous already."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+# A piece of a file as it was made: where it is, how long, and a sum over its bytes.
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    nbytes: int
+    checksum: int
+
+
+class ShardWriter:
+    """One safetensors file whose tensors are known beforehand; complete and re-read, or not there at all.
+
+    Threads `write` tensors, or parts of them, at their final places in `PATH.tmp`. `finish` reads the file back from its beginning as far as
+    it has come, compares each piece with what was made, flushes and renames; it may run in a thread of its own while others write.
+    """
+
+    def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".tmp")
+        self._plans = {plan.name: plan for plan in plans}
+        if len(self._plans) < len(plans):
+            raise AssertionError(f"{path.name}: a tensor is planned twice")
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        for plan in _in_file_order(plans):
+            header[plan.name] = {"dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": [offset, offset + plan.nbytes]}
+            self._offsets[plan.name] = offset
+            offset += plan.nbytes
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._start = 8 + len(raw)
+        self._size = self._start + offset
+        self._left = {plan.name: plan.nbytes for plan in plans if plan.nbytes}
+        self._pieces: dict[int, _Piece] = {}
+        self._changed = threading.Condition()
+        self._abandoned = False
+        self._file = open(self._partial, "w+b", buffering=0)
+        self._put(memoryview(bytearray(len(raw).to_bytes(8, "little") + raw)), 0)
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._left
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """A whole tensor."""
+        plan = self._plans[name]
+        if tuple(tensor.shape) != plan.shape or str(tensor.dtype) != f"torch.{DTYPES[plan.dtype][1]}":
+            raise AssertionError(f"{name}: planned {plan.dtype} {plan.shape}, made {tensor.dtype} {tuple(tensor.shape)}")
+        self.write_part(name, tensor_bytes(tensor), 0)
+
+    def write_part(self, name: str, content: memoryview, offset: int) -> None:
+        """Bytes of a tensor, `offset` bytes from its beginning; each byte comes once."""
+        plan, start = self._plans[name], self._start + self._offsets[name] + offset
+        if offset < 0 or offset + len(content) > plan.nbytes or len(content) > self._left.get(name, 0):
+            raise AssertionError(f"{name}: {len(content)} bytes at {offset} of {plan.nbytes} don't fit, or were written before")
+        if content:
+            self._put(content, start)
+            with self._changed:
+                self._left[name] -= len(content)
+                if not self._left[name]:
+                    del self._left[name]
+
+    def _put(self, content: memoryview, start: int) -> None:
+        view, position = content, start
+        while view:
+            written = os.pwrite(self._file.fileno(), view, position)
+            view, position = view[written:], position + written
+        with self._changed:
+            if start in self._pieces:
+                raise AssertionError(f"{self.path.name}: two pieces begin at byte {start}")
+            self._pieces[start] = _Piece(start, len(content), checksum(content))
+            self._changed.notify_all()
+
+    def finish(self) -> str | None:
+        """Wait for what is missing, re-read everything, flush, rename. Returns the file's SHA-256, or None if it was abandoned."""
+        digest, position, flushed, buffer = hashlib.sha256(), 0, 0, bytearray()
+        while position < self._size:
+            with self._changed:
+                self._changed.wait_for(lambda at=position: at in self._pieces or self._abandoned)
+                if self._abandoned:
+                    return None
+                piece = self._pieces.pop(position)
+            if len(buffer) < piece.nbytes:
+                buffer = bytearray(piece.nbytes)
+            content = memoryview(buffer)[: piece.nbytes]
+            self._read_back(content, position)
+            if checksum(content) != piece.checksum:
+                raise OutputError(f"{self.path.name} holds other bytes at {position} than were written there; its disk fails, so choose another -o")
+            digest.update(content)
+            position += piece.nbytes
+            if position - flushed >= _FLUSH_BYTES:
+                start_flush(self._file.fileno(), flushed, position - flushed)
+                flushed = position
+        self._check_header()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self.path)
+        fsync_directory(self.path.parent)
+        return digest.hexdigest()
+
+    def _read_back(self, content: memoryview, position: int) -> None:
+        while content:
+            count = os.preadv(self._file.fileno(), [content], position)
+            if not count:
+                raise OutputError(f"{self.path.name} ends at byte {position}, though more was written; its disk fails, so choose another -o")
+            content, position = content[count:], position + count
+
+    def _check_header(self) -> None:
+        """Every planned tensor stands in the file once, with its dtype and shape, and no other does."""
+        found = {name: (info.dtype, info.shape) for name, info in read_header(self._partial).items()}
+        planned = {plan.name: (plan.dtype, plan.shape) for plan in self._plans.values()}
+        if found != planned:
+            names = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
+            raise AssertionError(f"{self.path.name}: {names[0]} is not in the file as planned")
+
+    def close(self) -> str:
+        """`finish` after the last write; refuses to wait for tensors that never came."""
+        if self._left:
+            raise AssertionError(f"never written: {', '.join(sorted(self._left)[:5])}")
+        return self.finish()
+
+    def abandon(self) -> None:
+        """Give up the file: `finish` returns None. The `.tmp` stays for whoever cleans the directory."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+
+    def release(self) -> None:
+        """Close the file; after `finish` has returned or raised."""
+        self._file.close()
+
+
+# As much is handed to the disk at a time while a file grows, so that the last flush has little left to do.
+_FLUSH_BYTES = 32_000_000
+
+
+def _in_file_order(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
+    """Tensors whose size is a multiple of 8 bytes keep their order, so that a reader goes through a model from front to back; after them the others,
+    larger elements first: every tensor starts aligned for its elements."""
+    even = [plan for plan in plans if plan.nbytes % 8 == 0]
+    return even + sorted((plan for plan in plans if plan.nbytes % 8), key=lambda plan: -DTYPES[plan.dtype][0])
+
+
+def checksum(content: memoryview) -> int:
+    """A sum over 8-byte words modulo 2^64 and their count: tells what was put in a place from whatever else may be found there."""
+    import torch
+
+    whole = len(content) // 8
+    total = int(torch.frombuffer(content, dtype=torch.int64, count=whole).sum()) if whole else 0
+    return (total + int.from_bytes(content[whole * 8 :], "little") + len(content)) % 2**64
+
+
+@cache
+def _sync_file_range() -> Any:
+    """Linux's call of that name, or None."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+def start_flush(descriptor: int, start: int, nbytes: int) -> None:
+    """Have the kernel begin to write these bytes out, without waiting; a hint, so its errors are left to fsync."""
+    begin_writing = 2  # SYNC_FILE_RANGE_WRITE
+    if _sync_file_range() is not None:
+        _sync_file_range()(descriptor, start, nbytes, begin_writing)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A whole safetensors file at once, durable and atomic."""
+    names = {f"torch.{torch_name}": name for name, (_, torch_name) in DTYPES.items()}
+    writer = ShardWriter(path, [TensorPlan(name, names[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in tensors.items()])
+    try:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.close()
+    finally:
+        writer.release()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file, durable and atomic."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, durable and atomic. A device or pipe is written into, never replaced."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename in this directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_stream(file)
+
+
+def _sha256_stream(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def plan_shards(groups: Iterable[Sequence[TensorPlan]], max_bytes: int) -> list[list[TensorPlan]]:
+    """Fill shards up to `max_bytes`, keeping each group (a Linear's weight and scales) in one shard, in the given order."""
+    shards: list[list[TensorPlan]] = []
+    used = 0
+    for group in groups:
+        size = sum(plan.nbytes for plan in group)
+        if not shards or (used and used + size > max_bytes):
+            shards.append([])
+            used = 0
+        shards[-1].extend(group)
+        used += size
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+class OutputDirectory:
+    """A directory that appears under its name only when it is whole.
+
+    Files are made in `OUT.partial`, which `commit` renames to `OUT`. `progress.json` in it keeps the fingerprint of everything that
+    decides the bytes, so that `resume` continues only the same work.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
+        # Resolved, so that a link to a directory is filled, not replaced.
+        self.path = Path(path).expanduser().resolve()
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._progress_file = self.partial / "progress.json"
+        check_output(self.path, overwrite=overwrite, reads=reads)
+        self.progress: dict[str, Any] = {"fingerprint": dict(fingerprint), "done": {}}
+        if self.partial.is_symlink():
+            raise OutputError(f"{self.partial} is a link; nothing is written through it, so remove it or choose another -o")
+        if self.partial.exists():
+            if resume:
+                self._continue(dict(fingerprint))
+            elif overwrite:
+                shutil.rmtree(self.partial)
+            else:
+                raise OutputError(f"{self.partial} was left by an interrupted run; continue it with --resume, or start again with --overwrite")
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._save()
+        except OSError as error:
+            raise OutputError(f"can't write to {self.partial}: {error.strerror}; choose another -o") from None
+
+    def _continue(self, fingerprint: dict[str, str]) -> None:
+        try:
+            progress = json.loads(self._progress_file.read_text())
+            earlier, done = progress["fingerprint"], progress["done"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise OutputError(f"{self.partial} has no readable progress.json, so it can't be continued; start again with --overwrite") from None
+        require_same_fingerprint(f"{self.partial} was begun", fingerprint, earlier)
+        self.progress = {"fingerprint": earlier, "done": done}
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """What earlier runs finished: file name → what was recorded with it."""
+        return self.progress["done"]
+
+    def record(self, name: str, content: Any) -> None:
+        self.progress["done"][name] = content
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self._progress_file, self.progress)
+
+    def finished(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Which of these files earlier runs finished and are still as they were recorded: their bytes are read and hashed again."""
+        recorded = {name: self.done[name] for name in names if name in self.done}
+        with ThreadPoolExecutor(cores()) as pool:
+            same = pool.map(lambda item: self._is_as_recorded(*item), recorded.items())
+        return {name: entry for (name, entry), is_same in zip(recorded.items(), same) if is_same}
+
+    def _is_as_recorded(self, name: str, entry: Mapping[str, Any]) -> bool:
+        path = self.partial / name
+        return (
+            isinstance(entry, Mapping)
+            and path.is_file()
+            and not path.is_symlink()
+            and path.stat().st_size == entry["bytes"]
+            and sha256_file(path) == entry["sha256"]
+        )
+
+    def discard(self) -> None:
+        """Remove what was begun, when it can't be finished."""
+        shutil.rmtree(self.partial)
+
+    def commit(self) -> None:
+        """Put the finished directory in place of `OUT`."""
+        self._progress_file.unlink()
+        fsync_directory(self.partial)
+        replaced = self.path.with_name(self.path.name + ".replaced")
+        if self.path.exists():
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            os.rename(self.path, replaced)
+        os.rename(self.partial, self.path)
+        fsync_directory(self.path.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+def require_same_fingerprint(what: str, fingerprint: Mapping[str, str], earlier: Mapping[str, str]) -> None:
+    differing = sorted(key for key in fingerprint.keys() | earlier.keys() if fingerprint.get(key) != earlier.get(key))
+    if differing:
+        raise OutputError(f"{what} with a different {', '.join(differing)}; use the same, or start again with --overwrite")
+
+
+def finished_already(path: Path, fingerprint: Mapping[str, str]) -> bool:
+    """Whether a whole output of the same work lies at `path`. Raises OutputError where it is of other work, or a file has changed its size since."""
+    if path.with_name(path.name + ".partial").exists() or not (path / MANIFEST_FILE).is_file():
+        return False
+    manifest = read_json(path / MANIFEST_FILE, "")
+    require_same_fingerprint(f"{path} was made", fingerprint, manifest.get("fingerprint") or {})
+    for name, entry in (manifest.get("files") or {}).items():
+        if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
+            raise OutputError(f"{path} was finished, but {name} has changed since; start again with --overwrite")
+    return True
+
+
+def cores() -> int:
+    """How many threads can run at once: the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
+    """Refuse an output that exists, or that would replace what is being read."""
+    resolved = path.resolve()
+    for source in reads:
+        if resolved == source.resolve() or resolved in source.resolve().parents:
+            raise OutputError(f"the output {path} is, or contains, the input {source}; choose another -o")
+    if path.is_file() or (path.is_symlink() and not path.exists()):
+        raise OutputError(f"{path} is a file; choose a directory for -o")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{path} exists and is not empty; choose another -o or pass --overwrite")
+        if not any((path / name).is_file() for name in ("config.json", "calibration.json")):
+            raise OutputError(f"{path} is neither a checkpoint nor a calibration, so --overwrite won't replace it; choose another -o")
+    # The nearest directory that exists must take new files.
+    parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"can't write to {parent}; choose another -o")
+    if os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise OutputError(f"{parent} is on a read-only file system; choose another -o")
+
+
+def check_disk_space(path: Path, needed: int) -> None:
+    """Refuse before the start what won't fit. What an interrupted run left beside `path` counts as room: it is continued or replaced."""
+    partial = path.with_name(path.name + ".partial")
+    if partial.is_dir():
+        needed -= sum(file.stat().st_size for file in partial.iterdir() if file.is_file())
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(f"the output needs {format_bytes(needed)} but {parent} has {format_bytes(free)} free; choose another -o or make room")
+
+
+def format_bytes(count: float) -> str:
+    """A size for people: decimal units, as disks and hubs count."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit in ("bytes", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 5GB, 500MB or 2GiB in bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
+    if not match or len(match[1]) > 12 or float(match[1]) <= 0:
+        raise OutputError(f"the size '{text}' is not understood; write for example 5GB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kMGT".index(match[2].replace("K", "k") or " "))
