@@ -45,7 +45,6 @@ struct NarrowMagnitudes {
 };
 
 struct BFloat16 : NarrowMagnitudes {
-    static constexpr int SIGNIFICAND_BITS = 8;
     static inline float widen_one(Stored x) { return float_of(uint32_t(x) << 16); }
     static inline Float widen(const Stored* x) { return lanes::load_bfloat16(x); }
     // 2 * WIDTH elements as those at even and those at odd places: cheaper to take apart than halves, and to put together again.
@@ -58,7 +57,6 @@ struct BFloat16 : NarrowMagnitudes {
 };
 
 struct Float16 : NarrowMagnitudes {
-    static constexpr int SIGNIFICAND_BITS = 11;
     static inline float widen_one(Stored x) {
         Stored padded[WIDTH] = {x};
         float values[WIDTH];
@@ -78,7 +76,6 @@ struct Float32 {
     static inline Vector load(const Stored* x) { return lanes::only(lanes::load_words(x), 0x7FFFFFFFu); }
     static inline Vector larger(Vector a, Vector b) { return lanes::larger(a, b); }
     static inline Stored largest(Vector x) { return lanes::largest(x); }
-    static constexpr int SIGNIFICAND_BITS = 24;
     static inline float widen_one(Stored x) { return float_of(x); }
     static inline Float widen(const Stored* x) { return lanes::load_float32(x); }
     static constexpr bool INTERLEAVED = false;
@@ -90,11 +87,10 @@ struct Float32 {
 
 struct E4M3 {
     static constexpr float LARGEST = 448.0f;
-    // A code in the low byte of each lane.
+    // A code in the low byte of each lane. The sign is the dividend's: an improved quotient of -0 is +0.
     template <bool BOUNDED>
-    static inline Word encode(Float value) {
-        Word bits = lanes::as_word(value);
-        Float magnitude = lanes::as_float(lanes::only(bits, 0x7FFFFFFFu));
+    static inline Word encode(Float value, Float dividend) {
+        Float magnitude = lanes::as_float(lanes::only(lanes::as_word(value), 0x7FFFFFFFu));
         if (!BOUNDED) magnitude = lanes::smaller(lanes::broadcast(LARGEST), magnitude);  // NaN stays NaN
         // The value lies in an octave [2^e, 2^(e+1)), or among the subnormals, which have the spacing of e = -6. Its codes are 2^(e-3) apart. Adding
         // 2^(e+20), where that is float32's spacing, rounds to the nearest, ties to even, and leaves in the sum's low bits how many spacings
@@ -105,15 +101,15 @@ struct E4M3 {
         Word sum = lanes::as_word(lanes::add(magnitude, lanes::as_float(addend)));
         Word code = lanes::add(sum, lanes::shift_right<20>(octave));
         if (!BOUNDED) code = lanes::choose(lanes::is_nan(magnitude), lanes::broadcast(0x7Fu), code);
-        return lanes::select_bits(0x80u, lanes::shift_right<24>(bits), code);
+        return lanes::select_bits(0x80u, lanes::shift_right<24>(lanes::as_word(dividend)), code);
     }
     template <bool BOUNDED>
-    static inline void store(uint8_t* codes, Float value) {
-        lanes::store_low_bytes(codes, encode<BOUNDED>(value));
+    static inline void store(uint8_t* codes, Float value, Float dividend) {
+        lanes::store_low_bytes(codes, encode<BOUNDED>(value, dividend));
     }
     template <bool BOUNDED>
-    static inline void store_interleaved(uint8_t* codes, Float even, Float odd) {
-        lanes::store_low_bytes(codes, encode<BOUNDED>(even), encode<BOUNDED>(odd));
+    static inline void store_interleaved(uint8_t* codes, Float even, Float even_dividend, Float odd, Float odd_dividend) {
+        lanes::store_low_bytes(codes, encode<BOUNDED>(even, even_dividend), encode<BOUNDED>(odd, odd_dividend));
     }
     static inline Float decode(const uint8_t* codes) {
         Word code = lanes::load_bytes(codes), magnitude = lanes::only(code, 0x7Fu);
@@ -133,11 +129,11 @@ struct Int8 {
         return lanes::nearest(value);
     }
     template <bool BOUNDED>
-    static inline void store(uint8_t* codes, Float value) {
+    static inline void store(uint8_t* codes, Float value, Float) {
         lanes::store_saturated(codes, encode<BOUNDED>(value));
     }
     template <bool BOUNDED>
-    static inline void store_interleaved(uint8_t* codes, Float even, Float odd) {
+    static inline void store_interleaved(uint8_t* codes, Float even, Float, Float odd, Float) {
         lanes::store_saturated(codes, encode<BOUNDED>(even), encode<BOUNDED>(odd));
     }
     static inline Float decode(const uint8_t* codes) { return lanes::to_float(lanes::load_signed_bytes(codes)); }
@@ -175,7 +171,7 @@ inline float choose_scale(float amax, int rule) {
     return stored < 0x1p-126f ? 0x1p-126f : stored;  // the smallest normal: dividing by less can overflow
 }
 
-// ---- Division by one scale: the code of the correctly rounded quotient x / s, in as few steps as the operands allow.
+// ---- Division by one scale, correctly rounded.
 
 struct Divide {
     static constexpr bool BOUNDED = false;
@@ -187,26 +183,26 @@ struct Divide {
 #if defined(__FMA__) || defined(__AVX512F__)
 #define QK_FUSED_MULTIPLY_ADD 1
 
-// x r with r = 1/s, improved STEPS times by its remainder, which a fused multiply-add finds exactly: the division instruction takes five times as long.
-//
-// 0 steps: s is a power of two, so r and x r are exact.
-// 1 step: x has at most 11 significant bits and s 8. A value halfway between two codes has at most 9, so a quotient is either just that or differs
-//   from it by 2^-20 of its size or more. One step leaves an error below 2^-45: it restores the exact halfway values, which is all that decides the code.
-// 2 steps: the correctly rounded quotient of any x and s (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor").
+// x r with r = 1/s, and unless s is a power of two, where that is exact, improved by its remainder, which a fused multiply-add finds exactly. The
+// division instruction takes five times as long. The result is the correctly rounded quotient (Markstein 1990, "Computation of elementary
+// functions on the IBM RISC System/6000 processor"): it could only differ where x / s lies next to a point B halfway between two floats. With u
+// their distance, and s = m 2^k, 1 <= m < 2: r is off by at most m 2^-25 of its size, so x r is less than u from x / s and rounds to one of the
+// two floats beside B; the improved value, before its last rounding, is at most u/2 * m 2^-25 from x / s; and x / s, a quotient of 24-bit
+// numbers, is at least u 2^-24 / m from B. The first of these is m^2 / 4 < 1 times the second.
 //
 // The remainder must not underflow. With s within 2^-60 .. 2^60, an x so small that it would has a quotient below 2^-40, which is code zero
 // whatever its last bit is. A quotient from 2^20 up, infinite or NaN must not be improved, if there can be any: infinity less infinity is NaN.
-template <int STEPS, bool IS_BOUNDED>
+template <bool IS_POWER_OF_TWO, bool IS_BOUNDED>
 struct Multiply {
     static constexpr bool BOUNDED = IS_BOUNDED;
     Float scale, reciprocal;
     explicit Multiply(float s) : scale(lanes::broadcast(s)), reciprocal(lanes::broadcast(1.0f / s)) {}
     inline Float operator()(Float x) const {
-        Float first = lanes::multiply(x, reciprocal), quotient = first;
-        for (int step = 0; step < STEPS; ++step)
-            quotient = lanes::multiply_add(lanes::negated_multiply_add(quotient, scale, x), reciprocal, quotient);
-        if (BOUNDED || STEPS == 0) return quotient;
-        return lanes::choose(lanes::less(lanes::as_float(lanes::only(lanes::as_word(first), 0x7FFFFFFFu)), lanes::broadcast(0x1p20f)), quotient, first);
+        Float product = lanes::multiply(x, reciprocal);
+        if (IS_POWER_OF_TWO) return product;
+        Float quotient = lanes::multiply_add(lanes::negated_multiply_add(product, scale, x), reciprocal, product);
+        if (BOUNDED) return quotient;
+        return lanes::choose(lanes::less(lanes::as_float(lanes::only(lanes::as_word(product), 0x7FFFFFFFu)), lanes::broadcast(0x1p20f)), quotient, product);
     }
 };
 #endif
@@ -237,10 +233,10 @@ inline void encode_run(const typename Input::Stored* x, int64_t n, const Divisio
         Input::widen_pair(x + i, first, second);
         lanes::prefetch(x + i + ahead);  // what the next tile, or the next row, begins with
         if (Input::INTERLEAVED) {
-            Format::template store_interleaved<BOUNDED>(codes + i, divide(first), divide(second));
+            Format::template store_interleaved<BOUNDED>(codes + i, divide(first), first, divide(second), second);
         } else {
-            Format::template store<BOUNDED>(codes + i, divide(first));
-            Format::template store<BOUNDED>(codes + i + WIDTH, divide(second));
+            Format::template store<BOUNDED>(codes + i, divide(first), first);
+            Format::template store<BOUNDED>(codes + i + WIDTH, divide(second), second);
         }
     }
     for (; i < n; i += WIDTH) {
@@ -248,7 +244,8 @@ inline void encode_run(const typename Input::Stored* x, int64_t n, const Divisio
         typename Input::Stored rest[WIDTH] = {};
         uint8_t rest_codes[WIDTH];
         std::memcpy(rest, x + i, size_t(left) * sizeof *x);
-        Format::template store<BOUNDED>(rest_codes, divide(Input::widen(rest)));
+        const Float last = Input::widen(rest);
+        Format::template store<BOUNDED>(rest_codes, divide(last), last);
         std::memcpy(codes + i, rest_codes, size_t(left));
     }
 }
@@ -314,11 +311,8 @@ template <class Input, class Format, bool OWN_SCALE>
 inline void encode_block(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, int64_t block, float scale, uint8_t* codes) {
 #if QK_FUSED_MULTIPLY_ADD
     if (scale >= 0x1p-60f && scale <= 0x1p60f) {
-        uint32_t significand = bits_of(scale) & 0x7FFFFFu;
-        if (significand == 0) return encode_rows<Input, Format>(m, x, tile, block, Multiply<0, OWN_SCALE>(scale), codes);
-        if (Input::SIGNIFICAND_BITS <= 11 && (significand & 0xFFFFu) == 0)
-            return encode_rows<Input, Format>(m, x, tile, block, Multiply<1, OWN_SCALE>(scale), codes);
-        return encode_rows<Input, Format>(m, x, tile, block, Multiply<2, OWN_SCALE>(scale), codes);
+        if ((bits_of(scale) & 0x7FFFFFu) == 0) return encode_rows<Input, Format>(m, x, tile, block, Multiply<true, OWN_SCALE>(scale), codes);
+        return encode_rows<Input, Format>(m, x, tile, block, Multiply<false, OWN_SCALE>(scale), codes);
     }
 #endif
     encode_rows<Input, Format>(m, x, tile, block, Divide(scale), codes);
