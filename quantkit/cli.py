@@ -19,6 +19,7 @@ from quantkit.errors import FaultsFound, Inconclusive, OutputError, QuantkitErro
 RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
 FORMAT_NAMES = ("compressed-tensors", "fp8", "modelopt")
+WORST_SHOWN = 5  # of the layers that `verify --base` compares
 HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
 
 
@@ -436,10 +437,12 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
         print_json(found.to_json())
     elif found.faults:
         print_table(("tensor", "fault"), found.faults)
-    if not out.as_json and found.sqnr_db and out.verbose:
-        print_table(
-            ("Linear", "weight SQNR dB"), [(name, f"{value:.1f}") for name, value in sorted(found.sqnr_db.items(), key=lambda item: item[1])], right=(1,)
-        )
+    if not out.as_json and found.sqnr_db:
+        shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
+        title = "worst first" + ("" if len(shown) == len(found.sqnr_db) else f", {len(shown)} of {len(found.sqnr_db)} (all with -v)")
+        print_table(("Linear", "weight SQNR dB"), [(name, f"{value:.1f}") for name, value in shown], title, right=(1,))
+    if not out.as_json and out.verbose and found.left:
+        print_table(("left unquantized", "why"), list(found.left.items()))
     _raise_faults(found)
 
 

@@ -28,12 +28,13 @@ STEP_BYTES = 1 << 20
 class WeightStream:
     """The tensors of a checkpoint as rows of numbers.
 
-    block_scales: weight → its tensor of block scales, in a checkpoint that is FP8 block already; its weights read as float32.
+    block_scales: weight → its tensor of block scales, in a checkpoint that is FP8 block already; its weights read as float32. Empty with
+    dequantizing=False, which takes every checkpoint as it is.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, dequantizing: bool = True) -> None:
         self.checkpoint = checkpoint
-        self.block_scales = block_scales(checkpoint)
+        self.block_scales = block_scales(checkpoint) if dequantizing else {}
         self.source_spec = _source_spec(checkpoint) if self.block_scales else None
         self._shards: dict[Path, MappedShard] = {}
         self._uses: Counter[Path] = Counter()

@@ -6,20 +6,27 @@ A warning names a runtime that can't load a checkpoint which is sound in itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quantkit.checkpoint import Checkpoint
+import torch
+from torch import Tensor
+
+from quantkit import ops
+from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError
-from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, decode_linear, layout_name, linear_tensors, stored_linears
+from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
 from quantkit.model import classify_tensors, fused_sets
+from quantkit.output import MANIFEST_FILE, cores, sha256_file
+from quantkit.packing import unpack_int8
+from quantkit.quantize import QuantizedTensor
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
 from quantkit.scheme import TENSOR, QuantScheme
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from quantkit.streaming import WeightStream
 
 # Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
 LEAST_PLAUSIBLE_SQNR_DB = 15.0
@@ -27,12 +34,12 @@ LEAST_PLAUSIBLE_SQNR_DB = 15.0
 
 @dataclass
 class Verification:
-    """What `verify` found. sqnr_db: Linear → weight SQNR against the base, where one was given."""
+    """What `verify` found. left: Linear that isn't quantized → why. sqnr_db: Linear → weight SQNR against the base, where one was given."""
 
     path: Path
     tensors: int = 0
     quantized: int = 0
-    left: tuple[str, ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
     faults: list[tuple[str, str]] = field(default_factory=list)  # (tensor, message)
     warnings: list[str] = field(default_factory=list)
     sqnr_db: dict[str, float] = field(default_factory=dict)
@@ -48,9 +55,13 @@ class Verification:
             "path": str(self.path),
             "tensors": self.tensors,
             "quantized": self.quantized,
-            "left": list(self.left),
-            "layers": [{"name": name, "weight_sqnr_db": value} for name, value in sorted(self.sqnr_db.items(), key=lambda item: item[1])],
+            "left": [{"name": name, "reason": reason} for name, reason in self.left.items()],
+            "layers": [{"name": name, "weight_sqnr_db": value} for name, value in self.worst_first],
         }
+
+    @property
+    def worst_first(self) -> list[tuple[str, float]]:
+        return sorted(self.sqnr_db.items(), key=lambda item: item[1])
 
 
 def verify(
@@ -59,7 +70,8 @@ def verify(
     """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all)."""
     checkpoint = Checkpoint.open(path)
     base_checkpoint = Checkpoint.open(base) if base else None
-    if base_checkpoint is not None and QuantizationLayout.read(base_checkpoint.config) is not None:
+    base_layout = QuantizationLayout.read(base_checkpoint.config) if base_checkpoint else None
+    if base_layout is not None and base_layout.method != "fp8":
         raise CheckpointError(f"the base {base} is quantized itself; give the original model")
     layout = QuantizationLayout.read(checkpoint.config)
     found = Verification(path, tensors=len(checkpoint.tensors))
@@ -73,19 +85,20 @@ def verify(
         if not stored:
             found.warnings.append("the checkpoint is not quantized")
     found.quantized = len(linears)
-    _check_values(found, checkpoint, linears, on_progress)
+    if base_checkpoint is not None:
+        _check_names_against_base(found, checkpoint, base_checkpoint, stored)
+    _check_values(found, checkpoint, base_checkpoint, stored, linears, on_progress)
+    _check_manifest(found, checkpoint)
     if layout and layout.kv_cache:
         _check_kv_scales(found, checkpoint)
     _check_fused_sets(found, checkpoint, linears)
     infos = [QuantizedLinearInfo(name, shape, scheme) for name, (scheme, shape) in linears.items()]
     for name in [runtime] if runtime else RUNTIMES:
-        for problem in runtime_problems(name, infos, found.left):
+        for problem in runtime_problems(name, infos, found.left, layout.method if layout else "compressed-tensors"):
             if runtime:
                 found.fault("", problem)
             else:
                 found.warnings.append(problem)
-    if base_checkpoint is not None:
-        _check_against_base(found, checkpoint, base_checkpoint, layout, stored, linears)
     return found
 
 
@@ -104,12 +117,11 @@ def _check_names(
             found.fault(f"{module}.weight", "is missing, though its scales are there")
             continue
         whole = True
-        for suffix in set(suffixes) - set(linear_tensors(scheme, shape)) - {"bias", FP8_BLOCK_SUFFIX, "k_scale", "v_scale"}:
+        expected_tensors = linear_tensors(scheme, shape, layout.method)
+        for suffix in set(suffixes) - set(expected_tensors) - {"bias", "k_scale", "v_scale"}:
             found.fault(f"{module}.{suffix}", f"is not a tensor of {scheme.name}")
-        for suffix, (dtype, expected) in linear_tensors(scheme, shape).items():
+        for suffix, (dtype, expected) in expected_tensors.items():
             name = f"{module}.{suffix}"
-            if layout.method == "fp8" and suffix == "weight_scale":
-                name = f"{module}.{FP8_BLOCK_SUFFIX}"
             info = checkpoint.tensors.get(name)
             if info is None:
                 found.fault(name, f"is missing; {scheme.name} needs it")
@@ -117,29 +129,29 @@ def _check_names(
             elif (
                 suffix in ("weight", "weight_packed", "weight_shape")
                 and info.dtype != dtype
-                or suffix == "weight_scale"
+                or suffix in ("weight_scale", FP8_BLOCK_SUFFIX)
                 and (info.dtype == "U8") != (dtype == "U8")
             ):
                 found.fault(name, f"is stored as {info.dtype}; {scheme.name} has {dtype}")
                 whole = False
-            elif info.shape != expected:
+            elif info.shape != expected and not (layout.method == "modelopt" and (info.shape, expected) == ((1,), ())):
                 found.fault(name, f"has the shape {list(info.shape)}; transformers expects exactly {list(expected)}")
                 whole = False
         if whole:
             linears[module] = (scheme, shape)
-    left = []
+    left: dict[str, str] = {}
     for info in classify_tensors({name: i.shape for name, i in checkpoint.tensors.items()}).values():
         if info.kind not in ("linear", "lm_head", "router") or info.name in stored or not info.tensor.endswith(".weight"):
             continue
         if layout.scheme_of(info.name) is None:
-            left.append(info.name)
+            left[info.name] = info.reason or "ignored in quantization_config"
         elif info.kind == "linear" or checkpoint.tensors[info.tensor].dtype not in ("BF16", "F16", "F32"):
             found.fault(info.tensor, "is neither quantized nor ignored in quantization_config: vLLM would use scales that were never loaded")
         else:
             found.fault(info.tensor, "is not quantized but quantization_config targets it; add it to 'ignore'")
     if "lm_head" not in left and checkpoint.config.get("tie_word_embeddings") and layout.scheme_of("lm_head") is None:
-        left.append("lm_head")  # tied: the module is there, the tensor is not
-    found.left = tuple(left)
+        left["lm_head"] = "tied to the embedding"  # the module is there, the tensor is not
+    found.left = left
     return linears
 
 
@@ -167,40 +179,161 @@ def _logical_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | Non
     return weight.shape if weight is not None and len(weight.shape) == 2 else None
 
 
-def _check_values(found: Verification, checkpoint: Checkpoint, linears: Mapping[str, Any], on_progress: Callable[[int, int], None]) -> None:
-    """No NaN, no infinity, no scale that is zero or negative; one tensor in memory at a time."""
-    import torch
+def _check_values(
+    found: Verification, checkpoint: Checkpoint, base: Checkpoint | None, stored: Mapping[str, list[str]],
+    linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]], on_progress: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """No NaN, no infinity, no scale that is zero or negative, and what the base has; some rows in memory for each of as many threads as there are cores."""
+    reader = _ValueReader(found, WeightStream(checkpoint, dequantizing=False), WeightStream(base) if base else None, stored, linears)
+    threads_before = torch.get_num_threads()
+    done = 0
+    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        units = [[f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()]
+        units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
+        futures = {pool.submit(reader.check, unit): unit for unit in units}
+        try:
+            for future in as_completed(futures):
+                for tensor, message in future.result():
+                    found.fault(tensor, message)
+                done += len(futures[future])
+                on_progress(done, found.tensors)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads_before)
+    # Threads finish in any order; what is reported doesn't depend on it.
+    order = {name: number for number, name in enumerate(checkpoint.tensors)}
+    found.faults.sort(key=lambda fault: order.get(fault[0], -1))
+    found.warnings.sort()
 
-    for number, (name, info) in enumerate(checkpoint.tensors.items(), 1):
-        tensor = checkpoint.read(name)
+
+@dataclass
+class _ValueReader:
+    """Checks the values of a Linear's tensors, or of one tensor, against rules and against the base."""
+
+    found: Verification
+    stream: WeightStream
+    base: WeightStream | None
+    stored: Mapping[str, list[str]]
+    linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]]
+
+    def check(self, names: list[str]) -> list[tuple[str, str]]:
+        faults = []
+        for name in names:
+            message = self._values_fault(name)
+            if message:
+                faults.append((name, message))
+        module = names[0].rpartition(".")[0]
+        if self.base is not None and module in self.stored:
+            faults += self._against_base(module, f"{module}.weight") if not faults and module in self.linears else []
+        elif self.base is not None and names[0] in self.base.checkpoint.tensors and not self._equals_base(names[0]):
+            self.found.warnings.append(f"{names[0]} differs from the base's, though it isn't quantized")
+        return faults
+
+    def _values_fault(self, name: str) -> str | None:
+        """What is wrong with the values of one tensor, if anything."""
         suffix = name.rpartition(".")[2]
-        if suffix.endswith("_scale") or suffix == FP8_BLOCK_SUFFIX:
-            if tensor.dtype == torch.uint8:
-                if (tensor == 255).any():
-                    found.fault(name, "holds NaN scales (the byte 255)")
-            elif not torch.isfinite(tensor.float()).all():
-                found.fault(name, "holds NaN or infinite scales")
-            elif (tensor.float() <= 0).any():
-                found.fault(name, "holds scales that are zero or negative")
-        elif info.dtype in ("F8_E4M3", "F8_E5M2"):
-            if _has_nonfinite_codes(tensor):
-                found.fault(name, "holds NaN or infinite codes")
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            found.fault(name, "holds NaN or infinity")
-        on_progress(number, found.tensors)
+        is_scale = suffix.endswith("_scale") or suffix == FP8_BLOCK_SUFFIX
+        for first, last in self.stream.steps(name):
+            with self.stream.stored_rows(name, first, last) as rows:
+                if is_scale and rows.dtype == torch.uint8:
+                    if (rows == 255).any():
+                        return "holds NaN scales (the byte 255)"
+                elif is_scale:
+                    if not torch.isfinite(rows.float()).all():
+                        return "holds NaN or infinite scales"
+                    if (rows.float() <= 0).any():
+                        return "holds scales that are zero or negative"
+                elif rows.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+                    if _has_nonfinite_codes(rows):
+                        return "holds NaN or infinite codes"
+                elif rows.is_floating_point() and not torch.isfinite(rows).all():
+                    return "holds NaN or infinity"
+        return None
+
+    def _equals_base(self, name: str) -> bool:
+        ours, theirs = self.stream.checkpoint.tensors[name], self.base.checkpoint.tensors[name]
+        dense = name in self.base.block_scales
+        if ours.shape != theirs.shape or (ours.dtype != theirs.dtype and not dense):
+            return False
+        for first, last in self.base.steps(name):
+            with self.stream.stored_rows(name, first, last) as rows, self.base.rows(name, first, last) as expected:
+                if not torch.equal(rows, expected.to(rows.dtype)):
+                    return False
+        return True
+
+    def _against_base(self, module: str, name: str) -> list[tuple[str, str]]:
+        original = self.base.checkpoint.tensors.get(name)
+        scheme, shape = self.linears[module]
+        if original is None:
+            return []
+        if original.shape != shape:
+            return [(name, f"stands for the shape {list(shape)}; the base has {list(original.shape)}")]
+        signal = noise = 0.0
+        block_rows = scheme.weight.granularity.rows or 1
+        # The scales are a few kilobytes to a megabyte; the codes come in steps.
+        scales = self._scales(module, scheme, shape)
+        codes_name = f"{module}.weight_packed" if f"{module}.weight_packed" in self.stream.checkpoint.tensors else name
+        for first, last in self.base.steps(name, block_rows):
+            scale = scales if scales.shape[0] == 1 and scheme.weight.granularity == TENSOR else scales[first // block_rows : -(-last // block_rows)]
+            with self.stream.stored_rows(codes_name, first, last) as stored, self.base.rows(name, first, last) as expected:
+                codes = unpack_int8(stored)[:, : shape[1]] if codes_name != name else stored
+                values = expected.float()
+                rounded = ops.dequantize(QuantizedTensor(codes, scale, scheme.weight))
+                # float32 within a step, float64 over the steps: good to 0.001 dB.
+                signal += float(torch.dot(values.flatten(), values.flatten()))
+                difference = values.sub_(rounded).flatten() if values is not expected else (values - rounded).flatten()
+                noise += float(torch.dot(difference, difference))
+        sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
+        self.found.sqnr_db[module] = sqnr
+        if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
+            return [(name, f"is {sqnr:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB or more")]
+        return []
+
+    def _scales(self, module: str, scheme: QuantScheme, shape: tuple[int, int]) -> Tensor:
+        """The weight's scales in float32, [block rows, block columns], however the checkpoint stores them."""
+        suffix = FP8_BLOCK_SUFFIX if f"{module}.{FP8_BLOCK_SUFFIX}" in self.stream.checkpoint.tensors else "weight_scale"
+        stored = self.stream.checkpoint.read(f"{module}.{suffix}")
+        scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
+        return scale.reshape(scheme.weight.granularity.scale_shape(*shape))
+
+
+def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
+    """Files that quantkit wrote are the ones that lie here now. Weights must be; a config, tokenizer or card may have been edited since."""
+    path = checkpoint.path / MANIFEST_FILE
+    if not path.is_file():
+        return
+    files = read_json(path, "").get("files")
+    if not isinstance(files, Mapping) or not all(isinstance(entry, Mapping) for entry in files.values()):
+        found.warnings.append(f"{MANIFEST_FILE} is damaged, so files can't be compared with what was exported")
+        return
+    present = {
+        name: entry for name, entry in files.items() if name == Path(name).as_posix() and ".." not in Path(name).parts and (checkpoint.path / name).is_file()
+    }
+    with ThreadPoolExecutor(cores()) as pool:
+        digests = dict(zip(present, pool.map(lambda name: sha256_file(checkpoint.path / name), present)))
+    for name, entry in files.items():
+        if digests.get(name) == entry.get("sha256"):
+            continue
+        message = "is not the file that was exported" if name in digests else "was exported but is not here"
+        if name.endswith((".safetensors", ".index.json")):
+            found.fault(name, f"{message} (its hash in {MANIFEST_FILE} differs); export or copy it again")
+        else:
+            found.warnings.append(f"{name} {message}")
 
 
 def _has_nonfinite_codes(tensor: Tensor) -> bool:
-    import torch
-
     magnitude = tensor.view(torch.uint8) & 0x7F
     # E4M3 has NaN at 0x7F alone; E5M2 has infinity at 0x7C and NaN above.
     return bool((magnitude >= (0x7F if tensor.dtype == torch.float8_e4m3fn else 0x7C)).any())
 
 
 def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
-    keys = {name.removesuffix(".k_scale") for name in checkpoint.tensors if name.endswith(".k_scale")}
-    values = {name.removesuffix(".v_scale") for name in checkpoint.tensors if name.endswith(".v_scale")}
+    by_suffix: dict[str, set[str]] = {"k_scale": set(), "v_scale": set()}
+    for name in checkpoint.tensors:
+        module = kv_scale_module(name)
+        if module is not None:
+            by_suffix[name.rpartition(".")[2]].add(module)
+    keys, values = by_suffix.values()
     for module in sorted(keys ^ values):
         found.fault(module, "has only one of k_scale and v_scale")
     attentions = {name.rpartition(".")[0].rpartition(".")[0] for name in checkpoint.tensors if ".k_proj." in name}
@@ -226,32 +359,12 @@ def _check_fused_sets(found: Verification, checkpoint: Checkpoint, linears: Mapp
                 )
 
 
-def _check_against_base(
-    found: Verification, checkpoint: Checkpoint, base: Checkpoint, layout: QuantizationLayout | None,
-    stored: Mapping[str, list[str]], linears: Mapping[str, tuple[QuantScheme, Any]],
-) -> None:  # fmt: skip
-    import torch
-
-    from quantkit.quantize import sqnr_db
-
-    for name, original in base.tensors.items():
-        module = name.rpartition(".")[0]
-        if module in stored and name.endswith(".weight"):
-            if module not in linears:
-                continue
-            weight, _ = decode_linear({suffix: checkpoint.read(f"{module}.{suffix}") for suffix in stored[module]}, linears[module][0], module)
-            if tuple(weight.qdata.shape) != original.shape:
-                found.fault(name, f"stands for the shape {list(weight.qdata.shape)}; the base has {list(original.shape)}")
-                continue
-            found.sqnr_db[module] = float(sqnr_db(base.read(name), weight.dequantize()))
-            if not found.sqnr_db[module] > LEAST_PLAUSIBLE_SQNR_DB:
-                found.fault(name, f"is {found.sqnr_db[module]:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB or more")
-        elif name not in checkpoint.tensors:
+def _check_names_against_base(found: Verification, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]) -> None:
+    """Every tensor of the base is here, as it was or quantized, and nothing else is."""
+    for name in base.tensors:
+        module, _, suffix = name.rpartition(".")
+        if name not in checkpoint.tensors and not (suffix == "weight" and module in stored) and suffix != FP8_BLOCK_SUFFIX:
             found.fault(name, "is in the base but not in this checkpoint")
-        elif (checkpoint.tensors[name].shape, checkpoint.tensors[name].dtype) != (original.shape, original.dtype) or not torch.equal(
-            checkpoint.read(name), base.read(name)
-        ):
-            found.warnings.append(f"{name} differs from the base's, though it isn't quantized")
     scales = ("weight_scale", FP8_BLOCK_SUFFIX, "input_scale", "weight_shape", "weight_packed", "k_scale", "v_scale")
     for name in checkpoint.tensors:
         if name not in base.tensors and name.rpartition(".")[2] not in scales:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.scheme import SCHEMES
+from quantkit.scheme import SCHEMES, Pattern, Recipe
 from quantkit.verification import verify
 
 
@@ -17,6 +17,7 @@ def change(copy):
         tensors = load_file(damaged / "model.safetensors")
         function(tensors)
         save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+        (damaged / "quantkit.json").unlink()  # whose hash of the file would be one more fault
         return damaged
 
     return make
@@ -28,12 +29,43 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_export_writes_is_sound(scheme, export_to, llama):
     found = verify(export_to(scheme), llama)
-    assert found.faults == [] and found.quantized == 14 and found.left == ("lm_head",)
+    assert found.faults == [] and found.quantized == 14 and set(found.left) == {"lm_head"}
     assert min(found.sqnr_db.values()) > 25
 
 
 def faults(path, **options):
     return dict(verify(path, **options).faults)
+
+
+def test_file_that_changed_since_the_export_is_found(export_to):
+    out = export_to("int8-dynamic")
+    shard = out / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # a code that is as good as any: nothing but the hash tells
+    shard.write_bytes(content)
+    assert "not the file that was exported" in faults(out)["model.safetensors"]
+    (out / "tokenizer.json").unlink()
+    assert any("tokenizer.json was exported but is not here" in warning for warning in verify(out).warnings)
+
+
+def test_left_linears_come_with_the_reason(export_to):
+    found = verify(export_to(Recipe(SCHEMES["fp8-dynamic"], ignore=(Pattern("re:.*o_proj"),))))
+    assert found.left["lm_head"] == "lm_head is left by rule" and "ignored" in found.left["model.layers.0.self_attn.o_proj"]
+
+
+def test_sqnr_is_that_of_the_reference_worst_first(export_to, llama):
+    from quantkit.checkpoint import Checkpoint
+    from quantkit.quantize import quantize, sqnr_db
+
+    for scheme in ("fp8-block", "fp8-tensor", "mxfp8", "int8-weight-only"):
+        found = verify(export_to(scheme), llama)
+        for name, value in found.sqnr_db.items():
+            if scheme == "fp8-tensor" and not name.endswith(("o_proj", "down_proj")):
+                continue  # a fused set's scale is not the member's own
+            weight = Checkpoint.open(llama).read(f"{name}.weight")
+            assert value == pytest.approx(float(sqnr_db(weight, quantize(weight, SCHEMES[scheme].weight).dequantize())), abs=1e-3)
+        layers = found.to_json()["layers"]
+        assert [layer["weight_sqnr_db"] for layer in layers] == sorted(layer["weight_sqnr_db"] for layer in layers)
 
 
 def test_missing_scale_is_found(export_to, change):
