@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
-from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, stored_linears
+from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
 from quantkit.model import auto_config, load_model, require_no_missing
 from quantkit.quantize import QuantizedTensor, quantize, quantized_linear
 from quantkit.runtimes import as_computed
@@ -160,8 +160,9 @@ def _read(checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Modul
     kv_tensors = {}
     for name in checkpoint.tensors:
         module, _, suffix = name.rpartition(".")
-        if suffix in ("k_scale", "v_scale"):
-            kv_tensors[name] = checkpoint.read(name).float().reshape(-1)
+        attention = kv_scale_module(name)
+        if attention is not None:
+            kv_tensors[f"{attention}.{suffix}"] = checkpoint.read(name).float().reshape(-1)
         elif module not in stored:
             if checkpoint.tensors[name].dtype in ("I8", "F8_E4M3", "F8_E5M2", "U8"):
                 raise CheckpointError(f"{name} holds codes, but {module}.weight_scale is missing; `quantkit verify {checkpoint.path}` lists all faults")

@@ -49,7 +49,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "ok": not self.faults,
+            "ok": self.ok,
             "faults": [{"tensor": tensor, "message": message} for tensor, message in self.faults],
             "warnings": list(self.warnings),
             "path": str(self.path),
@@ -58,6 +58,10 @@ class Verification:
             "left": [{"name": name, "reason": reason} for name, reason in self.left.items()],
             "layers": [{"name": name, "weight_sqnr_db": value} for name, value in self.worst_first],
         }
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
 
     @property
     def worst_first(self) -> list[tuple[str, float]]:

@@ -12,13 +12,14 @@ from conftest import make_llama
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import CheckpointError, OutputError, RecipeError
+from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from quantkit.export import export
 from quantkit.layouts import QuantizationLayout, decode_linear, linear_tensors
 from quantkit.output import OutputDirectory, sha256_file
 from quantkit.plan import ExportOptions, plan_export
-from quantkit.quantize import quantize
-from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
+from quantkit.quantize import dequantize, quantize
+from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe, block
+from quantkit.verification import verify
 
 
 def planned(model, scheme="fp8-dynamic", **recipe):
@@ -284,3 +285,75 @@ def test_static_scale_leaves_the_first_position_out_for_int8_and_keeps_it_for_fp
     for scheme, amax, largest in (("int8-static", entry["amax"], 127), ("fp8-static", max(entry["amax"], entry["first_position_amax"]), 448)):
         scale = load_file(export_to(scheme) / "model.safetensors")["model.layers.1.mlp.down_proj.input_scale"]
         assert scale.item() == torch.tensor(amax / largest).bfloat16().item()
+
+
+def test_fp8_format_is_deepseeks(llama, export_to):
+    out = export_to("fp8-block", layout="fp8")
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "fp8" and stored["weight_block_size"] == [128, 128] and stored["modules_to_not_convert"] == ["lm_head"]
+    tensors, reference = load_file(out / "model.safetensors"), load_file(export_to("fp8-block", name="reference") / "model.safetensors")
+    assert not any(name.endswith(".weight_scale") for name in tensors)
+    for name, tensor in reference.items():
+        same = tensors[name.replace(".weight_scale", ".weight_scale_inv")]
+        assert same.shape == tensor.shape and torch.equal(same.view(torch.uint8), tensor.view(torch.uint8))
+    assert verify(out, llama).faults == []
+
+
+def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
+    out = export_to("fp8-tensor", layout="modelopt", kv_cache="fp8")
+    inline = json.loads((out / "config.json").read_text())["quantization_config"]
+    beside = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert inline["quant_method"] == "modelopt" and inline["quant_algo"] == beside["quant_algo"] == "FP8"
+    assert inline["ignore"] == beside["exclude_modules"] == ["lm_head"]
+    assert beside["kv_cache_quant_algo"] == "FP8" and inline["kv_cache_scheme"] == {"num_bits": 8, "type": "float", "dynamic": False}
+    tensors = load_file(out / "model.safetensors")
+    for suffix in ("q_proj.weight_scale", "q_proj.input_scale", "k_proj.k_scale", "v_proj.v_scale"):
+        assert tensors[f"model.layers.0.self_attn.{suffix}"].shape == () and tensors[f"model.layers.0.self_attn.{suffix}"].dtype == torch.float32
+    assert verify(out, llama).faults == [] and verify(out, runtime="tensorrt-llm").ok and not verify(out, runtime="transformers").ok
+    # Others keep only the file beside; it reads alike.
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(out).config["quantization_config"]["quant_method"] == "modelopt" and verify(out, llama).faults == []
+
+
+@pytest.mark.parametrize(("layout", "scheme"), [("fp8", "fp8-dynamic"), ("modelopt", "int8-dynamic"), ("fp8", "fp8-tensor"), ("modelopt", "fp8-block")])
+def test_format_that_does_not_hold_the_scheme_is_refused(layout, scheme, llama, tmp_path):
+    with pytest.raises(RecipeError, match=f"--format {layout} holds"):
+        plan_export(ExportOptions(llama, tmp_path / "out", Recipe(QuantScheme.parse(scheme)), layout=layout))
+    with pytest.raises(RecipeError, match="KV cache"):
+        plan_export(ExportOptions(llama, tmp_path / "out", Recipe(QuantScheme.parse("fp8-block"), kv_cache="fp8"), layout="fp8"))
+
+
+def test_fp8_blocks_are_dequantized_on_the_way(llama, export_to):
+    blocks = export_to("fp8-block", layout="fp8", name="blocks")
+    source = load_file(blocks / "model.safetensors")
+    with pytest.raises(CalibrationError):  # the statistics are of the original model
+        export_to("fp8-tensor", blocks, name="static")
+    for scheme in ("int8-dynamic", "mxfp8"):
+        recipe = Recipe(QuantScheme.parse(scheme), ignore=(Pattern("re:.*o_proj"),))
+        out = load_file(export_to(recipe, blocks, name=f"from-blocks-{scheme}") / "model.safetensors")
+        name = "model.layers.1.mlp.down_proj"
+        dense = dequantize(source[f"{name}.weight"], source[f"{name}.weight_scale_inv"], block(128, 128))
+        expected = quantize(dense, SCHEMES[scheme].weight)
+        assert torch.equal(out[f"{name}.weight"].view(torch.uint8), expected.qdata.view(torch.uint8))
+        left = "model.layers.1.self_attn.o_proj"
+        dense = dequantize(source[f"{left}.weight"], source[f"{left}.weight_scale_inv"], block(128, 128))
+        assert torch.equal(out[f"{left}.weight"], dense.bfloat16()) and f"{left}.weight_scale_inv" not in out
+        assert verify(export_to(recipe, blocks, name=f"again-{scheme}"), blocks).faults == []
+
+
+def test_blocks_that_stay_blocks_keep_their_codes(export_to):
+    blocks = export_to("fp8-block", layout="fp8", name="blocks")
+    source, out = load_file(blocks / "model.safetensors"), load_file(export_to("fp8-block", blocks, name="kept") / "model.safetensors")
+    for name, tensor in source.items():
+        same = out[name.replace(".weight_scale_inv", ".weight_scale")]
+        assert torch.equal(same.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_dry_run_counts_the_scales_of_fp8_blocks_with_their_weights(export_to):
+    blocks = export_to("fp8-block", layout="fp8", name="blocks")
+    plan = planned(blocks, "int8-dynamic", ignore=(Pattern("re:.*o_proj"),))
+    assert plan.bytes_before == Checkpoint.open(blocks).nbytes and not any(row.name.endswith("scale_inv") for row in plan.parameters)
+    row = next(row for row in plan.parameters if row.name.endswith("0.self_attn.o_proj.weight"))
+    assert row.bytes_after == 128 * 128 * 2 and "FP8 blocks become BF16" in row.reason

@@ -119,7 +119,9 @@ GOOD = [
     save({"codes": torch.tensor([[1.0, -448.0]]).to(torch.float8_e4m3fn), "scalar": torch.tensor(7), "i8": torch.tensor([-128, 0, 127], dtype=torch.int8)}),
     save({f"model.layers.{n}.weight": torch.full((3, n), n / 2).half() for n in range(5)}),
 ]
-LENGTHS = st.sampled_from([0, 1, 2, 7, 8, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 100_000_000, 100_000_001]) | st.integers(0, 400) | st.integers(0, 2**64 - 1)
+LENGTHS = (
+    st.sampled_from([0, 1, 2, 7, 8, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 100_000_000, 100_000_001]) | st.integers(0, 400) | st.integers(0, 2**64 - 1)
+)
 
 
 @st.composite
@@ -442,7 +444,11 @@ def test_export_of_an_odd_model_completes_or_refuses(place):
     outcomes = Counter()
 
     @examples(60)
-    @given(tensors=odd_model(), scheme=st.sampled_from(["fp8-dynamic", "int8-dynamic", "fp8-block", "int8-weight-only", "mxfp8"]), shard=st.sampled_from([1, 10**9]))
+    @given(
+        tensors=odd_model(),
+        scheme=st.sampled_from(["fp8-dynamic", "int8-dynamic", "fp8-block", "int8-weight-only", "mxfp8"]),
+        shard=st.sampled_from([1, 10**9]),
+    )
     def law(tensors, scheme, shard):
         with tempfile.TemporaryDirectory(dir=place) as directory:
             model, out = Path(directory) / "model", Path(directory) / "out"
