@@ -23,8 +23,7 @@ def examine() -> dict[str, Any]:
         found = _version(package)
         checks.append(_check(package, found) if found else _check(package, f"not installed (pip install 'quantkit[{extra}]')", "note"))
     if _version("torch"):
-        checks += [_check_arithmetic(), *_devices()]
-    checks.append(_check("compiled kernels", "none in this version; the reference arithmetic (torch) runs", "note"))
+        checks += [_check_arithmetic(), _check_kernels(), *_devices()]
     return {"ok": all(check["status"] != "broken" for check in checks), "checks": checks}
 
 
@@ -62,6 +61,26 @@ def _check_arithmetic() -> dict[str, str]:
     if fp8 == [448.0, 448.0, -448.0, 16.0, 0.001953125] and int8 == [0, 2, 127, -128]:
         return _check("FP8 and INT8 rounding", "right")
     return _check("FP8 and INT8 rounding", f"wrong with this torch: {fp8} {int8}; install another version", "broken")
+
+
+def _check_kernels() -> dict[str, str]:
+    """Which CPU kernels run, and whether they give the reference's codes here."""
+    import torch
+
+    from quantkit import ops, quantize
+    from quantkit.scheme import SCHEMES
+
+    level = ops.cpu_level()
+    if level == "reference":
+        asked = os.environ.get("QUANTKIT_KERNELS") == "reference"
+        why = "switched off by QUANTKIT_KERNELS" if asked else "not built: install quantkit again where there is a C++ compiler"
+        return _check("CPU kernels", f"none ({why}); the reference arithmetic runs, slower", "note")
+    values = torch.linspace(-3, 3, 257 * 33).reshape(257, 33).bfloat16()
+    for scheme in SCHEMES.values():
+        ours, expected = ops.quantize(values, scheme.weight), quantize.quantize(values, scheme.weight)
+        if not torch.equal(ours.qdata.view(torch.uint8), expected.qdata.view(torch.uint8)) or not torch.equal(ours.scale, expected.scale):
+            return _check("CPU kernels", f"{level} gives other codes than the reference for {scheme.name}; set QUANTKIT_KERNELS=reference", "broken")
+    return _check("CPU kernels", f"{level}: quantize, dequantize; equal to the reference")
 
 
 def _devices() -> list[dict[str, str]]:

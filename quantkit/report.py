@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from quantkit.errors import EvaluationError
 from quantkit.output import format_bytes
-from quantkit.runtimes import HARDWARE, RUNTIMES, SUPPORT, hardware_mode
+from quantkit.runtimes import FORMAT_SCHEMES, FORMAT_SUPPORT, HARDWARE, RUNTIMES, SUPPORT, Support, hardware_mode
 from quantkit.scheme import ALIASES, SCHEMES
 
 
@@ -165,11 +165,16 @@ def schemes_description() -> list[dict[str, Any]]:
                 "weight": str(scheme.weight),
                 "input": str(scheme.input) if scheme.input else None,
                 "needs_calibration": scheme.needs_calibration,
-                "runtimes": {runtime: {"loads": SUPPORT[name][runtime].loads, "note": SUPPORT[name][runtime].note} for runtime in RUNTIMES},
+                "runtimes": _support(SUPPORT[name]),
+                "formats": {layout: _support(FORMAT_SUPPORT[layout]) for layout, only in FORMAT_SCHEMES.items() if only == name},
                 "hardware": {hardware: hardware_mode(scheme, hardware) for hardware in HARDWARE},
             }
         )
     return described
+
+
+def _support(by_runtime: Mapping[str, Support]) -> dict[str, dict[str, Any]]:
+    return {runtime: {"loads": by_runtime[runtime].loads, "note": by_runtime[runtime].note} for runtime in RUNTIMES}
 
 
 def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
@@ -181,6 +186,10 @@ def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
         loads = ["yes" if support["loads"] else "no" for support in entry["runtimes"].values()]
         modes = [{"native": "yes", "weights": "W8A16"}.get(mode, "no") for mode in entry["hardware"].values()]
         where.append([entry["scheme"], *loads, *modes])
+        for layout, runtimes in entry["formats"].items():
+            name = f"{entry['scheme']}, --format {layout}"
+            where.append([name, *("yes" if support["loads"] else "no" for support in runtimes.values()), *modes])
+            notes += [[name, runtime, support["note"]] for runtime, support in runtimes.items() if support["note"]]
         notes += [[entry["scheme"], runtime, support["note"]] for runtime, support in entry["runtimes"].items() if support["note"]]
         notes += [[entry["scheme"], hardware, mode] for hardware, mode in entry["hardware"].items() if mode not in ("native", "weights")]
     return [
