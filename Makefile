@@ -1,16 +1,17 @@
 # make demo, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
-# No compiler, GPU or model hub is needed.
+# No GPU or model hub is needed; a C++ compiler, where there is one, builds the CPU kernels.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint quality clean help
+.PHONY: demo test lint quality speed clean help
 
 help:
 	@echo "make demo     quantize and judge a real small model, in minutes"
 	@echo "make test     run the tests"
 	@echo "make lint     check the style"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
+	@echo "make speed    measure export beside cp, and the CPU kernels beside a copy (25 GB of disk)"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/quantkit demo --overwrite
@@ -24,11 +25,15 @@ lint: $(VENV)/installed
 quality: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/quality.py --data $(DATA)
 
+speed: $(VENV)/installed
+	$(VENV)/bin/python kernels/bench/quantize_blocks.py -o kernels/bench/results/quantize_blocks.md
+	$(VENV)/bin/python benchmarks/export.py
+
 # The stamp is written last, so an interrupted install is begun again.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/cpu/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) quantkit-demo
+	rm -rf $(VENV) build quantkit-demo

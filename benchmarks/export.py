@@ -9,6 +9,7 @@ on files in the page cache, start and imports included; the programs take turns,
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -16,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ import click
 import torch
 
 from quantkit import ops
-from quantkit.layouts import FORMATS
 from quantkit.output import TensorPlan, plan_shards, shard_names, write_json, write_tensors
 from quantkit.report import markdown_table
 
@@ -73,22 +72,27 @@ def make_model(directory: Path, layers: int) -> None:
     write_json(directory / "config.json", config)
 
 
+# Runs a command from a small process: a child's peak begins with that of the process that it was forked from.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.monotonic()
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)]))
+"""
+
+
 def measure(command: list[str], output: Path | None = None) -> Run:
     """Run a command to its end; what it wrote to `output` is removed afterwards. Nothing is left to be written to disk when it starts."""
     os.sync()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    with tempfile.TemporaryFile() as said:
-        started = time.monotonic()
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}: {said.read().decode()[-2000:]}")
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, env=environment)
+    wall, cpu, peak, code = json.loads(done.stdout)
+    if code:
+        raise click.ClickException(f"{' '.join(command)} ended with {code}: {done.stderr[-2000:]}")
     if output is not None:
         shutil.rmtree(output)
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Run(wall, cpu, peak)
 
 
 def median(runs: list[Run]) -> Run:
@@ -134,7 +138,6 @@ def processor() -> str:
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS / "export.md", show_default=True)
 def main(layers: tuple[int, ...], schemes: tuple[str, ...], repeats: int, peer_python: str | None, peer_layers: int, work: Path | None, output: Path) -> None:
     """Measure export against cp."""
-    assert "compressed-tensors" in FORMATS
     rows, results = [], []
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         for count in layers:
@@ -149,7 +152,14 @@ def main(layers: tuple[int, ...], schemes: tuple[str, ...], repeats: int, peer_p
                     continue
                 times_copy = (run.wall - imports.wall) / copy.wall if name.startswith("quantkit") else run.wall / copy.wall
                 rows.append(
-                    (f"{nbytes / 1e9:.1f} GB", name, f"{run.wall:.2f}", f"{times_copy:.1f}" if name != "cp -r" else "1", f"{run.cpu:.1f}", f"{run.peak / 1e6:.0f}")
+                    (
+                        f"{nbytes / 1e9:.1f} GB",
+                        name,
+                        f"{run.wall:.2f}",
+                        f"{times_copy:.1f}" if name != "cp -r" else "1",
+                        f"{run.cpu:.1f}",
+                        f"{run.peak / 1e6:.0f}",
+                    )
                 )
                 results.append({"bytes": nbytes, "program": name, "wall_s": run.wall, "cpu_s": run.cpu, "peak_bytes": run.peak, "import_torch_s": imports.wall})
             for scheme, peer in (("fp8-dynamic", "FP8_DYNAMIC"), ("int8-dynamic", "W8A8")):

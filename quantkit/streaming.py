@@ -21,8 +21,8 @@ from quantkit.scheme import QuantSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of the source, in bytes: small enough to stay in a core's second-level cache, large enough that Python's part doesn't count.
-STEP_BYTES = 1 << 20
+# Of the source, in bytes: small enough to stay in a core's second-level cache with its codes, large enough that Python's part of a step doesn't count.
+STEP_BYTES = 2 << 20
 
 
 class WeightStream:
