@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantkit import __version__, ops
 from quantkit.checkpoint import DTYPES, INDEX_FILE, MODELOPT_FILE
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, OutputError
 from quantkit.interrupts import stop_between_steps
 from quantkit.layouts import encode_constants, encode_rows, kv_scale_module, kv_scale_name, modelopt_file, quantization_config
 from quantkit.output import (
@@ -73,15 +73,17 @@ def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda do
     finished = output.finished(names)
     try:
         _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
+        if checkpoint.source is not None:
+            checkpoint.source.clean()
+        _write_index(output.partial, names, shards)
+        _write_config(output.partial, plan)
+        _copy_others(output.partial, plan, others)
+        _write_manifest(output, plan)
     except CheckpointError:
         output.discard()  # this model can't be finished, so there is nothing to resume
         raise
-    if checkpoint.source is not None:
-        checkpoint.source.clean()
-    _write_index(output.partial, names, shards)
-    _write_config(output.partial, plan)
-    _copy_others(output.partial, plan, others)
-    _write_manifest(output, plan)
+    except OSError as error:
+        raise OutputError(f"can't write {output.partial} to its end: {error.strerror}; finished shards are kept: mend that and go on with --resume") from None
     output.commit()
     return summary
 

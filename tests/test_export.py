@@ -11,6 +11,7 @@ import torch
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
 
+from quantkit import ops
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from quantkit.export import export
@@ -357,3 +358,20 @@ def test_dry_run_counts_the_scales_of_fp8_blocks_with_their_weights(export_to):
     assert plan.bytes_before == Checkpoint.open(blocks).nbytes and not any(row.name.endswith("scale_inv") for row in plan.parameters)
     row = next(row for row in plan.parameters if row.name.endswith("0.self_attn.o_proj.weight"))
     assert row.bytes_after == 128 * 128 * 2 and "FP8 blocks become BF16" in row.reason
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_export_without_kernels_writes_the_same_bytes(scheme, export_to, monkeypatch):
+    compiled = export_to(scheme)
+    monkeypatch.setattr(ops, "cpu_kernels", lambda: None)
+    assert (export_to(scheme, name="reference") / "model.safetensors").read_bytes() == (compiled / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 700, 4096])
+def test_the_size_of_a_step_does_not_change_the_bytes(step, llama, export_to, monkeypatch):
+    for scheme in ("fp8-block", "fp8-tensor", "int8-weight-only"):
+        whole = export_to(scheme, name=f"{scheme}-whole")
+        with monkeypatch.context() as patch:
+            patch.setattr("quantkit.streaming.STEP_BYTES", step)
+            assert (export_to(scheme, name=f"{scheme}-{step}") / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+            assert verify(export_to(scheme, name=f"{scheme}-{step}-again"), llama).ok

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 import quantkit.quantize
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.formats import INT8
+from quantkit.quantize import dequantize
 from quantkit.scheme import SCHEMES
 from quantkit.served import load_served
 
@@ -95,3 +96,16 @@ def test_tied_model_loads_in_transformers(tmp_path, export_to):
 def test_generation_runs_on_an_exported_checkpoint(llama, export_to):
     theirs = AutoModelForCausalLM.from_pretrained(export_to("fp8-dynamic"), dtype="auto")
     assert theirs.generate(TOKENS[:1, :8], max_new_tokens=4, do_sample=False).shape == (1, 12)
+
+
+def test_transformers_reads_the_fp8_format(float32_model, export_to):
+    """On a CPU it dequantizes the blocks, which leaves weights alone quantized: the same values as ours, inputs as they are."""
+    out = export_to("fp8-block", float32_model, layout="fp8")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ours = load_served(out, "cpu", hardware="cpu")
+    for name, module in ours.model.named_modules():
+        if type(module).__name__ == "QuantizedLinear":
+            weight = dequantize(module.codes.float(), module.scale, module.spec.granularity)
+            assert torch.equal(theirs.get_submodule(name).weight, weight)
+    with torch.inference_mode():
+        assert distances(theirs(TOKENS).logits, ours.model(TOKENS).logits).median() < 1e-5
