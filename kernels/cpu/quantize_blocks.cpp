@@ -176,7 +176,7 @@ inline float choose_scale(float amax, int rule) {
 struct Divide {
     static constexpr bool BOUNDED = false;
     Float scale;
-    explicit Divide(float s) : scale(lanes::broadcast(s)) {}
+    Divide(float s, float) : scale(lanes::broadcast(s)) {}
     inline Float operator()(Float x) const { return lanes::divide(x, scale); }
 };
 
@@ -196,7 +196,7 @@ template <bool IS_POWER_OF_TWO, bool IS_BOUNDED>
 struct Multiply {
     static constexpr bool BOUNDED = IS_BOUNDED;
     Float scale, reciprocal;
-    explicit Multiply(float s) : scale(lanes::broadcast(s)), reciprocal(lanes::broadcast(1.0f / s)) {}
+    Multiply(float s, float r) : scale(lanes::broadcast(s)), reciprocal(lanes::broadcast(r)) {}
     inline Float operator()(Float x) const {
         Float product = lanes::multiply(x, reciprocal);
         if (IS_POWER_OF_TWO) return product;
@@ -300,22 +300,32 @@ inline void tile_amax(const QkMatrix& m, const typename Input::Stored* x, const 
 }
 
 template <class Input, class Format, class Division>
-inline void encode_rows(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, int64_t block, const Division& divide, uint8_t* codes) {
-    const int64_t column = tile.column + block * m.block_columns, width = block_width(m, tile, block);
+inline void encode_rows(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, const float* scales, const float* reciprocals, uint8_t* codes) {
     for (int64_t row = tile.row; row < tile.row + tile.rows; ++row)
-        encode_run<Input, Format>(x + row * m.row_stride + column, width, divide, codes + row * m.columns + column);
+        for (int64_t block = 0; block < tile.blocks; ++block) {
+            const int64_t column = tile.column + block * m.block_columns;
+            const Division divide(scales[block], reciprocals[block]);
+            encode_run<Input, Format>(x + row * m.row_stride + column, block_width(m, tile, block), divide, codes + row * m.columns + column);
+        }
 }
 
-// OWN_SCALE: the scale was chosen from this block's amax, so that no quotient lies beyond the format's range.
+// OWN_SCALE: the scales were chosen from the blocks' amax, so that no quotient lies beyond the format's range.
 template <class Input, class Format, bool OWN_SCALE>
-inline void encode_block(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, int64_t block, float scale, uint8_t* codes) {
+inline void encode_tile(const QkMatrix& m, const typename Input::Stored* x, const Tile& tile, const float* scales, uint8_t* codes) {
+    float reciprocals[TILE_BLOCKS];
 #if QK_FUSED_MULTIPLY_ADD
-    if (scale >= 0x1p-60f && scale <= 0x1p60f) {
-        if ((bits_of(scale) & 0x7FFFFFu) == 0) return encode_rows<Input, Format>(m, x, tile, block, Multiply<true, OWN_SCALE>(scale), codes);
-        return encode_rows<Input, Format>(m, x, tile, block, Multiply<false, OWN_SCALE>(scale), codes);
+    bool are_moderate = true, are_powers_of_two = true;
+    for (int64_t block = 0; block < tile.blocks; ++block) {
+        reciprocals[block] = 1.0f / scales[block];
+        are_moderate &= scales[block] >= 0x1p-60f && scales[block] <= 0x1p60f;
+        are_powers_of_two &= (bits_of(scales[block]) & 0x7FFFFFu) == 0;
     }
+    if (are_moderate && are_powers_of_two) return encode_rows<Input, Format, Multiply<true, OWN_SCALE>>(m, x, tile, scales, reciprocals, codes);
+    if (are_moderate) return encode_rows<Input, Format, Multiply<false, OWN_SCALE>>(m, x, tile, scales, reciprocals, codes);
+#else
+    for (int64_t block = 0; block < tile.blocks; ++block) reciprocals[block] = 0.0f;
 #endif
-    encode_rows<Input, Format>(m, x, tile, block, Divide(scale), codes);
+    encode_rows<Input, Format, Divide>(m, x, tile, scales, reciprocals, codes);
 }
 
 template <class Input>
@@ -328,7 +338,7 @@ template <class Input, class Format>
 void encode_blocks(const QkMatrix& m, const void* values, const float* scale, uint8_t* codes) {
     auto x = static_cast<const typename Input::Stored*>(values);
     each_tile(m, [&](const Tile& tile) {
-        for (int64_t block = 0; block < tile.blocks; ++block) encode_block<Input, Format, false>(m, x, tile, block, scale[tile.index + block], codes);
+        encode_tile<Input, Format, false>(m, x, tile, scale + tile.index, codes);
     });
 }
 
@@ -339,7 +349,7 @@ void quantize_blocks(const QkMatrix& m, const void* values, int rule, uint8_t* c
         float* scales = scale + tile.index;
         tile_amax<Input>(m, x, tile, scales);
         for (int64_t block = 0; block < tile.blocks; ++block) scales[block] = choose_scale<Format>(scales[block], rule);
-        for (int64_t block = 0; block < tile.blocks; ++block) encode_block<Input, Format, true>(m, x, tile, block, scales[block], codes);
+        encode_tile<Input, Format, true>(m, x, tile, scales, codes);
     });
 }
 
