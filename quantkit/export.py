@@ -24,6 +24,7 @@ from quantkit.interrupts import stop_between_steps
 from quantkit.layouts import encode_constants, encode_rows, kv_scale_module, kv_scale_name, modelopt_file, quantization_config
 from quantkit.output import (
     MANIFEST_FILE,
+    PROGRESS_FILE,
     OutputDirectory,
     ShardWriter,
     TensorPlan,
@@ -397,10 +398,10 @@ def _copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> Non
 
 def _write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
     """What lies here and from what it was made, for `verify` and for `--resume` of a run that was finished already."""
-    files = dict(output.done)
+    files = {name: entry for name, entry in output.done.items() if name.endswith(".safetensors")}
     for path in sorted(output.partial.rglob("*")):
         name = path.relative_to(output.partial).as_posix()
-        if path.is_file() and name not in files and path.name != "progress.json" and not name.endswith(".tmp"):
+        if path.is_file() and name not in files and path.name not in (PROGRESS_FILE, MANIFEST_FILE) and not name.endswith(".tmp"):
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     content = {"schema_version": 1, "quantkit_version": __version__, "fingerprint": plan.fingerprint, "files": dict(sorted(files.items()))}
     write_json(output.partial / MANIFEST_FILE, content)

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from quantkit.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST_FILE = "quantkit.json"
+MANIFEST_FILE, PROGRESS_FILE = "quantkit.json", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -204,20 +205,12 @@ def checksum(content: memoryview) -> int:
     return (total + int.from_bytes(content[whole * 8 :], "little") + len(content)) % 2**64
 
 
-@cache
-def _sync_file_range() -> Any:
-    """Linux's call of that name, or None."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
-    if function is not None:
-        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function
-
-
 def start_flush(descriptor: int, start: int, nbytes: int) -> None:
     """Have the kernel begin to write these bytes out, without waiting; a hint, so its errors are left to fsync."""
     begin_writing = 2  # SYNC_FILE_RANGE_WRITE
-    if _sync_file_range() is not None:
-        _sync_file_range()(descriptor, start, nbytes, begin_writing)
+    function = _c_function("sync_file_range")
+    if function is not None:
+        function(ctypes.c_int(descriptor), ctypes.c_int64(start), ctypes.c_int64(nbytes), ctypes.c_uint(begin_writing))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -303,7 +296,7 @@ class OutputDirectory:
         # Resolved, so that a link to a directory is filled, not replaced.
         self.path = Path(path).expanduser().resolve()
         self.partial = self.path.with_name(self.path.name + ".partial")
-        self._progress_file = self.partial / "progress.json"
+        self._progress_file = self.partial / PROGRESS_FILE
         check_output(self.path, overwrite=overwrite, reads=reads)
         self.progress: dict[str, Any] = {"fingerprint": dict(fingerprint), "done": {}}
         if self.partial.is_symlink():
@@ -322,9 +315,11 @@ class OutputDirectory:
             raise OutputError(f"can't write to {self.partial}: {error.strerror}; choose another -o") from None
 
     def _continue(self, fingerprint: dict[str, str]) -> None:
+        # A run that was stopped just before its last rename has the manifest, which says the same, in place of progress.json.
+        manifest, progress_file = self.partial / MANIFEST_FILE, self._progress_file
         try:
-            progress = json.loads(self._progress_file.read_text())
-            earlier, done = progress["fingerprint"], progress["done"]
+            progress = json.loads((progress_file if progress_file.is_file() or not manifest.is_file() else manifest).read_text())
+            earlier, done = progress["fingerprint"], progress["done" if "done" in progress else "files"]
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(f"{self.partial} has no readable progress.json, so it can't be continued; start again with --overwrite") from None
         require_same_fingerprint(f"{self.partial} was begun", fingerprint, earlier)
@@ -364,18 +359,39 @@ class OutputDirectory:
         shutil.rmtree(self.partial)
 
     def commit(self) -> None:
-        """Put the finished directory in place of `OUT`."""
+        """Put the finished directory in place of `OUT`, which is the old or the new one at every moment where the system can exchange names."""
         self._progress_file.unlink()
         fsync_directory(self.partial)
         replaced = self.path.with_name(self.path.name + ".replaced")
-        if self.path.exists():
+        if not os.path.lexists(self.path):
+            os.rename(self.partial, self.path)
+        elif not self.path.is_dir():
+            raise OutputError(f"{self.path} has become a file meanwhile; the result is in {self.partial}: move it where you want it")
+        else:
             if replaced.exists():
                 shutil.rmtree(replaced)
-            os.rename(self.path, replaced)
-        os.rename(self.partial, self.path)
+            if exchange_names(self.partial, self.path):
+                os.rename(self.partial, replaced)
+            else:
+                os.rename(self.path, replaced)
+                os.rename(self.partial, self.path)
         fsync_directory(self.path.parent)
-        if replaced.exists():
+        if replaced.exists():  # from now, or from a run that was stopped between the two renames
             shutil.rmtree(replaced)
+
+
+@cache
+def _c_function(name: str) -> Any:
+    """A function of the C library, or None where it has none of that name."""
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
+
+
+def exchange_names(first: Path, second: Path) -> bool:
+    """Exchange two files or directories in one step; False, with nothing done, where this system can't (Linux can, on most file systems)."""
+    function, current_directory, rename_exchange = _c_function("renameat2"), -100, 2
+    if function is None or sys.platform != "linux":
+        return False
+    return function(current_directory, os.fsencode(first), current_directory, os.fsencode(second), ctypes.c_uint(rename_exchange)) == 0
 
 
 def require_same_fingerprint(what: str, fingerprint: Mapping[str, str], earlier: Mapping[str, str]) -> None:
@@ -386,13 +402,17 @@ def require_same_fingerprint(what: str, fingerprint: Mapping[str, str], earlier:
 
 def finished_already(path: Path, fingerprint: Mapping[str, str]) -> bool:
     """Whether a whole output of the same work lies at `path`. Raises OutputError where it is of other work, or a file has changed its size since."""
-    if path.with_name(path.name + ".partial").exists() or not (path / MANIFEST_FILE).is_file():
+    path = path.resolve()
+    partial = path.with_name(path.name + ".partial")
+    if (partial / PROGRESS_FILE).exists() or not (path / MANIFEST_FILE).is_file():
         return False
     manifest = read_json(path / MANIFEST_FILE, "")
     require_same_fingerprint(f"{path} was made", fingerprint, manifest.get("fingerprint") or {})
     for name, entry in (manifest.get("files") or {}).items():
         if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
             raise OutputError(f"{path} was finished, but {name} has changed since; start again with --overwrite")
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial)  # what this output replaced, by a run that was stopped right after
     return True
 
 
@@ -407,7 +427,8 @@ def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> 
     for source in reads:
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputError(f"the output {path} is, or contains, the input {source}; choose another -o")
-    if path.is_file() or (path.is_symlink() and not path.exists()):
+    # A device, pipe or socket is neither file nor directory, and must never be put aside for an output.
+    if (path.exists() and not path.is_dir()) or (path.is_symlink() and not path.exists()):
         raise OutputError(f"{path} is a file; choose a directory for -o")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:

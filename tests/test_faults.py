@@ -181,7 +181,7 @@ assert ended(attempt(whole)) == 0
 expected, calls = tree(whole), int((place / "calls").read_text())
 out, report = place / "out", {"calls": calls, "killed": 0, "wrong": []}
 # Every call of the beginning and of the end, and some between: shards are written alike.
-for number in [*range(1, 12), *range(12, calls - 30, 29), *range(max(12, calls - 30), calls + 1)]:
+for number in [*range(1, 12), *range(12, calls - 20, 25), *range(calls - 20, calls + 1)]:
     code = ended(attempt(out, number))
     report["killed"] += code == -9
     if found(out, whole=expected) not in ("absent", "whole"):
@@ -201,7 +201,7 @@ print(json.dumps(report))
 
 def test_export_killed_at_any_change_of_the_file_system_resumes_to_the_same_bytes(tmp_path):
     report = drive(tmp_path, KILL_AT_EACH_CALL)
-    assert report["killed"] >= 40, report
+    assert report["killed"] >= 30, report
     assert not report["wrong"], "\n".join(report["wrong"])
 
 
@@ -214,7 +214,8 @@ shutil.copytree(old, out)
 assert ended(attempt(out, overwrite=True)) == 0
 calls, report = int((place / "calls").read_text()), {"killed": 0, "wrong": []}
 clean()
-for number in [*range(1, 8), *range(8, calls - 75, 40), *range(max(8, calls - 75), calls + 1)]:
+swap = calls - len(olds)  # about there; after it the old files are removed one by one
+for number in [*range(1, 8), *range(8, swap - 15, 60), *range(swap - 15, swap + 8), *range(swap + 8, calls, 15), calls]:
     shutil.copytree(old, out)
     code = ended(attempt(out, number, overwrite=True))
     report["killed"] += code == -9
@@ -237,7 +238,7 @@ print(json.dumps(report))
 
 def test_output_that_is_being_overwritten_is_the_old_one_or_the_new_one(tmp_path):
     report = drive(tmp_path, OVERWRITING)
-    assert report["killed"] >= 40, report
+    assert report["killed"] >= 30, report
     assert not report["wrong"], "\n".join(report["wrong"])
 
 

@@ -1,8 +1,14 @@
+import contextlib
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import quantkit.output
 from quantkit.errors import OutputError
 from quantkit.output import OutputDirectory, ShardWriter, TensorPlan, check_disk_space, check_output, parse_bytes, plan_shards, tensor_bytes, write_tensors
 
@@ -101,3 +107,72 @@ def test_sizes_are_read_in_decimal_and_binary_units():
     for wrong in ("", "many", "-1GB", "0", "5XB"):
         with pytest.raises(OutputError):
             parse_bytes(wrong)
+
+
+def test_overwriting_leaves_the_old_or_the_new_at_every_moment(tmp_path, monkeypatch):
+    """Stopped after any of commit's steps, OUT is whole."""
+
+    class Stopped(BaseException):
+        pass
+
+    for exchange in (quantkit.output.exchange_names, lambda first, second: False):
+        for steps in range(6):
+            out = tmp_path / f"{exchange.__name__}-{steps}"
+            out.mkdir()
+            (out / "config.json").write_text("old")
+            output = OutputDirectory(out, {"a": "1"}, overwrite=True)
+            (output.partial / "config.json").write_text("new")
+            left = steps
+
+            def step(function):
+                def call(*arguments, **options):
+                    nonlocal left
+                    if not left:
+                        raise Stopped
+                    left -= 1
+                    return function(*arguments, **options)
+
+                return call
+
+            with monkeypatch.context() as patch:
+                patch.setattr(quantkit.output, "exchange_names", step(exchange))
+                patch.setattr(os, "rename", step(os.rename))
+                patch.setattr(quantkit.output.shutil, "rmtree", step(quantkit.output.shutil.rmtree))
+                with contextlib.suppress(Stopped):
+                    output.commit()
+            if exchange is quantkit.output.exchange_names:
+                assert (out / "config.json").read_text() == ("new" if steps else "old")
+            again = OutputDirectory(out, {"a": "2"}, overwrite=True)
+            (again.partial / "config.json").write_text("newest")
+            again.commit()
+            assert (out / "config.json").read_text() == "newest" and sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(out.name)) == [
+                out.name
+            ]
+
+
+def test_a_run_stopped_before_its_last_rename_is_continued_from_the_manifest(tmp_path):
+    output = OutputDirectory(tmp_path / "out", {"a": "1"})
+    output.record("x.safetensors", {"bytes": 1, "sha256": "…"})
+    (output.partial / "quantkit.json").write_text(json.dumps({"fingerprint": {"a": "1"}, "files": {"x.safetensors": {"bytes": 1, "sha256": "…"}}}))
+    (output.partial / "progress.json").unlink()
+    assert set(OutputDirectory(tmp_path / "out", {"a": "1"}, resume=True).done) == {"x.safetensors"}
+    (output.partial / "progress.json").unlink()
+    with pytest.raises(OutputError, match="different a"):
+        OutputDirectory(tmp_path / "out", {"a": "2"}, resume=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "device", "fifo", "dangling link", "link to a device"])
+def test_output_that_is_no_directory_is_refused_even_with_overwrite(kind, tmp_path):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "fifo":
+        os.mkfifo(out)
+    elif kind == "dangling link":
+        out.symlink_to(tmp_path / "gone")
+    elif kind == "link to a device":
+        out.symlink_to("/dev/null")
+    else:
+        out = Path("/dev/full")
+    with pytest.raises(OutputError, match="is a file"):
+        check_output(out, overwrite=True)
