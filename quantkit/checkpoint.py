@@ -78,11 +78,12 @@ def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]
             begin, end = entry["data_offsets"]
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             if dtype not in DTYPES:
-                raise CheckpointError(f"{path}: tensor '{name}' has the dtype {dtype!r}, which quantkit doesn't read")
+                raise CheckpointError(f"{path}: tensor '{name}' has the dtype {dtype!r}; quantkit reads {', '.join(DTYPES)}")
             if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)):
-                raise CheckpointError(f"{path}: tensor '{name}' has a negative or fractional size")
+                raise CheckpointError(f"{path}: tensor '{name}' has a negative or fractional size; fetch or copy it again")
+            name.encode()  # half a surrogate pair is no name
             if not name:
-                raise CheckpointError(f"{path} has a tensor without a name")
+                raise CheckpointError(f"{path} has a tensor without a name; fetch or copy it again")
             info = TensorInfo(name, dtype, shape, path, 8 + length + begin)
             if end - begin != info.nbytes or 8 + length + end > size:
                 raise CheckpointError(
@@ -95,7 +96,7 @@ def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]
     spans.sort()
     for (_, previous_end, previous), (begin, _, name) in zip(spans, spans[1:]):
         if begin < previous_end:
-            raise CheckpointError(f"{path}: the tensors '{previous}' and '{name}' overlap")
+            raise CheckpointError(f"{path}: the tensors '{previous}' and '{name}' overlap; fetch or copy it again")
     # Without overlap, the tensors fill the file exactly when their sizes add up to it.
     if sum(info.nbytes for info in tensors.values()) != size - 8 - length:
         raise CheckpointError(f"{path} has bytes that belong to no tensor, which other readers refuse; fetch or copy it again")
@@ -146,12 +147,17 @@ class MappedShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _open_to_read(path) as file:
-            self._size = os.fstat(file.fileno()).st_size
-            # Private, so that no one can write to the file through it; writable, because torch wants its memory so.
-            protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_NORESERVE
-            self._map = mmap.mmap(file.fileno(), self._size, flags=flags, prot=protection)
+        self._file = _open_to_read(path)
+        size = self._size()
+        if not size:
+            raise CheckpointError(f"{path} is empty, though it wasn't when the checkpoint was opened; fetch or copy it again")
+        # Private, so that no one can write to the file through it; writable, because torch wants its memory so.
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_NORESERVE
+        self._map = mmap.mmap(self._file.fileno(), size, flags=flags, prot=protection)
         self._can_populate = True
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
 
     def rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
         """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a copy. Valid until released."""
@@ -176,19 +182,25 @@ class MappedShard:
         return info.start + first * row_bytes, (last - first) * row_bytes
 
     def _require_readable(self, info: TensorInfo, start: int, length: int) -> None:
+        # Behind a file's end its last page reads as zeros, and the pages after that end the process.
+        if start + length > min(self._size(), len(self._map)):
+            raise self._cut_short(info)
         if not self._can_populate:
             return
         begin = start // mmap.PAGESIZE * mmap.PAGESIZE
         try:
             self._map.madvise(MADV_POPULATE_READ, begin, start + length - begin)
         except OSError as error:
-            if error.errno == errno.EINVAL:  # a kernel before 5.14
-                self._can_populate = False
-                return
-            raise CheckpointError(f"{self.path} can't be read at the tensor '{info.name}': it was cut short meanwhile, or its disk fails") from None
+            if error.errno != errno.EINVAL:
+                raise self._cut_short(info) from None
+            self._can_populate = False  # a kernel before 5.14
+
+    def _cut_short(self, info: TensorInfo) -> CheckpointError:
+        return CheckpointError(f"{self.path} can't be read at the tensor '{info.name}': it was cut short meanwhile, or its disk fails; fetch or copy it again")
 
     def close(self) -> None:
         try:
+            self._file.close()
             self._map.close()
         except BufferError:  # a tensor still looks at it, as when an error is on its way; it goes with that tensor
             del self._map
@@ -298,7 +310,10 @@ def require_inside(path: Path, directory: Path) -> Path:
 
     The hub's cache is made of links from snapshots/REVISION to blobs beside snapshots; those are inside.
     """
-    root, target = directory.resolve(), path.resolve()
+    try:
+        root, target = directory.resolve(), path.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path} is a link to itself; put a copy of the file in its place") from None
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(f"{path} is a link to {target}, out of its directory; put a copy in its place if you trust it")
@@ -332,6 +347,13 @@ def merge_headers(path: Path, headers: Mapping[Path, Mapping[str, TensorInfo]], 
     return tensors
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
+
+
 def indexed_shards(index: Path, content: Mapping[str, Any]) -> list[str]:
     """The shards that an index names: files beside it, and nothing else."""
     weight_map = content.get("weight_map")
@@ -340,7 +362,7 @@ def indexed_shards(index: Path, content: Mapping[str, Any]) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-            raise CheckpointError(f"{index} names the shard {name!r}, which is not a .safetensors file beside it; don't use this checkpoint")
+            raise CheckpointError(f"{index} names the shard {name[:200]!r}, which is not a .safetensors file beside it; don't use this checkpoint")
     return names
 
 
@@ -350,8 +372,8 @@ def _shard_paths(path: Path) -> list[Path]:
         require_inside(index, path)
         names = indexed_shards(index, read_json(index, ""))
         for name in names:
-            if not (path / name).is_file():
-                raise CheckpointError(f"{index} names the shard {name}, which is not there; fetch the model again")
+            if not _is_file(path / name):
+                raise CheckpointError(f"{index} names the shard {name[:200]!r}, which is not there; fetch the model again")
         return [path / name for name in names]
     shards = [p for p in sorted(path.glob("*.safetensors")) if not p.name.startswith("adapter_") and p.is_file()]
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():

@@ -23,6 +23,11 @@ WORST_SHOWN = 5  # of the layers that `verify --base` compares
 HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
 
 
+def one_line(text: str) -> str:
+    """A message as one line without control characters: names in a checkpoint are its publisher's, and a terminal obeys escapes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 class _Refusal(click.ClickException):
     """A QuantkitError on its way to stderr and an exit code."""
 
@@ -31,7 +36,7 @@ class _Refusal(click.ClickException):
         self.exit_code = exit_code
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"Error: {self.format_message()}", file=file, err=file is None)
+        click.echo(f"Error: {one_line(self.format_message())}", file=file, err=file is None)
 
 
 class _Group(click.Group):
@@ -93,7 +98,7 @@ class Output:
             click.echo(text, err=True)
 
     def warn(self, text: str) -> None:
-        click.echo(f"Warning: {text}", err=True)
+        click.echo(f"Warning: {one_line(text)}", err=True)
 
     def quiet_libraries(self) -> None:
         """transformers and the hub report with their own bars and warnings; -v lets them."""

@@ -33,6 +33,7 @@ from quantkit.output import (
     cores,
     finished_already,
     format_bytes,
+    new_file,
     plan_shards,
     sha256_file,
     shard_names,
@@ -40,7 +41,7 @@ from quantkit.output import (
     write_json,
     write_text,
 )
-from quantkit.plan import ExportPlan, linear_plans
+from quantkit.plan import ExportPlan, file_times, linear_plans
 from quantkit.quantize import choose_scale, kv_scale
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
@@ -74,6 +75,10 @@ def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda do
     finished = output.finished(names)
     try:
         _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
+        if file_times(checkpoint) != plan.fingerprint["model files"]:
+            raise CheckpointError(
+                f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of {checkpoint.path} changed while it was read; export again"
+            )
         if checkpoint.source is not None:
             checkpoint.source.clean()
         _write_index(output.partial, names, shards)
@@ -388,9 +393,12 @@ def _write_config(partial: Path, plan: ExportPlan) -> None:
 def _copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None:
     for path in others:
         target = partial / path.relative_to(plan.checkpoint.path)
+        if target.parent.is_symlink():
+            raise OutputError(f"{target.parent} is a link; nothing is written through it, so remove it")
         target.parent.mkdir(exist_ok=True)
         if path.name != "README.md":
-            target.write_bytes(path.read_bytes())
+            with new_file(target) as file:
+                file.write(path.read_bytes())
     card = plan.checkpoint.path / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if card in others else ""
     write_text(partial / "README.md", text + model_card_section(plan))

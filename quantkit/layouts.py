@@ -269,7 +269,9 @@ class QuantizationLayout:
                 return cls._modelopt(stored)
         except (RecipeError, KeyError, TypeError, ValueError, AttributeError, re.error) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"the quantization_config can't be used: {reason}") from None
+            raise CheckpointError(
+                f"config.json's quantization_config ({method}) can't be used: {reason}; give the original model, or fetch this one again"
+            ) from None
         raise CheckpointError(
             f"the checkpoint is quantized with '{method}', which quantkit doesn't read; it reads compressed-tensors, block fp8 and modelopt FP8"
         )
@@ -292,6 +294,10 @@ class QuantizationLayout:
     def _fp8_block(cls, stored: Mapping[str, Any]) -> QuantizationLayout:
         if not stored.get("weight_block_size") or stored.get("activation_scheme") != "dynamic":
             raise CheckpointError("the 'fp8' checkpoint is not in blocks with dynamic inputs, the only such form that quantkit reads")
+        if not isinstance(stored["weight_block_size"], list) or len(stored["weight_block_size"]) != 2:
+            raise CheckpointError(
+                f"the fp8 checkpoint's weight_block_size is {stored['weight_block_size']!r}, not [rows, columns]; fetch its config.json again"
+            )
         rows, columns = stored["weight_block_size"]
         weight = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [rows, columns]}
         inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": columns, "dynamic": True}

@@ -89,7 +89,7 @@ class ShardWriter:
         self._pieces: dict[int, _Piece] = {}
         self._changed = threading.Condition()
         self._abandoned = False
-        self._file = open(self._partial, "w+b", buffering=0)
+        self._file = new_file(self._partial)
         self._put(memoryview(bytearray(len(raw).to_bytes(8, "little") + raw)), 0)
 
     @property
@@ -225,9 +225,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         writer.release()
 
 
+def new_file(path: Path) -> Any:
+    """A file made anew for reading and writing, unbuffered: what lies there under its name, a link above all, is removed and not written to."""
+    path.unlink(missing_ok=True)
+    return open(path, "x+b", buffering=0)
+
+
 def write_json(path: Path, content: Any) -> None:
     """A JSON file, durable and atomic."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold only as an escape
+        text = json.dumps(content, indent=2) + "\n"
+    write_text(path, text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -236,9 +247,8 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    with new_file(partial) as file:
+        file.write(text.encode())
         os.fsync(file.fileno())
     os.replace(partial, path)
     fsync_directory(path.parent)
@@ -294,7 +304,7 @@ class OutputDirectory:
 
     def __init__(self, path: str | Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
         # Resolved, so that a link to a directory is filled, not replaced.
-        self.path = Path(path).expanduser().resolve()
+        self.path = resolved_output(Path(path).expanduser())
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._progress_file = self.partial / PROGRESS_FILE
         check_output(self.path, overwrite=overwrite, reads=reads)
@@ -362,7 +372,8 @@ class OutputDirectory:
         """Put the finished directory in place of `OUT`, which is the old or the new one at every moment where the system can exchange names."""
         self._progress_file.unlink()
         fsync_directory(self.partial)
-        replaced = self.path.with_name(self.path.name + ".replaced")
+        # The name is hidden and odd, so that nobody's own directory has it.
+        replaced = self.path.with_name(f".{self.path.name}.quantkit-replaced")
         if not os.path.lexists(self.path):
             os.rename(self.partial, self.path)
         elif not self.path.is_dir():
@@ -402,7 +413,7 @@ def require_same_fingerprint(what: str, fingerprint: Mapping[str, str], earlier:
 
 def finished_already(path: Path, fingerprint: Mapping[str, str]) -> bool:
     """Whether a whole output of the same work lies at `path`. Raises OutputError where it is of other work, or a file has changed its size since."""
-    path = path.resolve()
+    path = resolved_output(path)
     partial = path.with_name(path.name + ".partial")
     if (partial / PROGRESS_FILE).exists() or not (path / MANIFEST_FILE).is_file():
         return False
@@ -421,9 +432,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def resolved_output(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise OutputError(f"{path} is a link to itself; choose another -o") from None
+
+
 def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
     """Refuse an output that exists, or that would replace what is being read."""
-    resolved = path.resolve()
+    resolved = resolved_output(path)
     for source in reads:
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputError(f"the output {path} is, or contains, the input {source}; choose another -o")

@@ -128,12 +128,20 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     fingerprint["shard size"] = str(options.max_shard_bytes)
     dense_dtype = _dense_dtype(checkpoint)
     parameters = _parameter_plans(checkpoint, options.layout, infos, linears, reasons, scales, dense_dtype)
-    if recipe.kv_cache and calibration:
-        names = [kv_scale_name(module, suffix, options.layout) for module in calibration.kv_amax for suffix in ("k_scale", "v_scale")]
-        clash = [name for name in names if name in checkpoint.tensors]
-        if clash:
-            raise CheckpointError(f"{options.model} holds a tensor {clash[0]} already; export from the original model")
+    _refuse_clashes(options, checkpoint, linears, calibration, scales)
     return ExportPlan(options, checkpoint, calibration, fingerprint, tuple(parameters), linears, tuple(left), tuple(warnings), scales, dense_dtype)
+
+
+def _refuse_clashes(
+    options: ExportOptions, checkpoint: Checkpoint, linears: Mapping[str, QuantizedLinearInfo], calibration: Calibration | None, scales: Mapping[str, str]
+) -> None:
+    """Refuse where the checkpoint has a tensor of the name of one that would be made."""
+    made = {plan.name for linear in linears.values() for plan in linear_plans(linear, options.layout)}
+    if options.recipe.kv_cache and calibration:
+        made |= {kv_scale_name(module, suffix, options.layout) for module in calibration.kv_amax for suffix in ("k_scale", "v_scale")}
+    kept = set(checkpoint.tensors) - {f"{name}.weight" for name in linears} - set(scales.values())
+    for name in sorted(made & kept):
+        raise CheckpointError(f"{options.model} holds a tensor {name} already; export from the original model")
 
 
 def file_times(checkpoint: Checkpoint) -> str:
@@ -191,6 +199,8 @@ def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpo
             continue
         if entry:
             used.add(entry[0])
+        if 0 in info.shape:
+            raise CheckpointError(f"{info.tensor} has the empty shape {list(info.shape)}, so it can't be quantized; leave it out of the recipe's layers")
         obstacle = shape_obstacle(scheme, info.shape)
         if obstacle:
             reasons[info.tensor] = f"left because of its shape: {obstacle}"

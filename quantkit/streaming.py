@@ -46,6 +46,8 @@ class WeightStream:
         info = self.checkpoint.tensors[name]
         if name in self.block_scales:
             multiple = math.lcm(multiple, self.source_spec.granularity.rows)
+        if not info.nbytes:
+            return
         rows, row_bytes = row_count(info), max(1, info.nbytes // max(1, row_count(info)))
         step = max(1, STEP_BYTES // row_bytes // multiple) * multiple
         for first in range(0, rows, step):
@@ -144,7 +146,9 @@ def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
                 raise CheckpointError(f"{name} scales no matrix of FP8 codes called {module}.weight; fetch the model again")
             expected = spec.granularity.scale_shape(*weight.shape)
             if info.shape != expected or info.dtype not in ("F32", "BF16", "F16"):
-                raise CheckpointError(f"{name} is {info.dtype} {list(info.shape)}; blocks of {list(weight.shape)} need floating-point scales {list(expected)}")
+                raise CheckpointError(
+                    f"{name} is {info.dtype} {list(info.shape)}: blocks of {list(weight.shape)} need floating-point scales {list(expected)}; fetch the model again"
+                )
             scales[f"{module}.weight"] = name
     for name, info in checkpoint.tensors.items():
         if info.dtype.startswith("F8_") and name not in scales:

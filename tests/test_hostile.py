@@ -27,7 +27,7 @@ UP, DOWN, NORM = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_p
 SHARD = "model.safetensors"
 # A sentence that advises uses one of these.
 ADVICE = re.compile(
-    r"\b(fetch|choose|remove|export from|use|mend|put|convert|give|don't use|continue|make room|start again|copy|tell|leave|add|quantizes|reads)\b"
+    r"\b(fetch|choose|remove|export from|export again|use|mend|put|convert|give|don't use|continue|make room|start again|copy|tell|leave|add|quantizes|reads)\b"
 )
 
 

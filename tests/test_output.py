@@ -145,7 +145,7 @@ def test_overwriting_leaves_the_old_or_the_new_at_every_moment(tmp_path, monkeyp
             again = OutputDirectory(out, {"a": "2"}, overwrite=True)
             (again.partial / "config.json").write_text("newest")
             again.commit()
-            assert (out / "config.json").read_text() == "newest" and sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(out.name)) == [
+            assert (out / "config.json").read_text() == "newest" and sorted(path.name for path in tmp_path.iterdir() if out.name in path.name) == [
                 out.name
             ]
 
