@@ -71,19 +71,24 @@ def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]
         raise CheckpointError(f"{path} claims a header of {length} bytes but is {size} bytes long; fetch or copy it again")
     raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        # Strict where Python's reader is generous: other readers refuse what is not UTF-8, and numbers that are no sizes.
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_size, parse_float=_no_size, parse_constant=_no_size)
+        _require_metadata(header.pop("__metadata__", None))
         tensors, spans = {}, []
-        for name, entry in entries.items():
+        for name, entry in header.items():
+            name.encode()  # half of a surrogate pair can be escaped in JSON but is no text
+            if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["shape"], list):
+                raise ValueError("a tensor has a dtype, a shape and data_offsets")
             begin, end = entry["data_offsets"]
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             if dtype not in DTYPES:
                 raise CheckpointError(f"{path}: tensor '{name}' has the dtype {dtype!r}; quantkit reads {', '.join(DTYPES)}")
-            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)):
-                raise CheckpointError(f"{path}: tensor '{name}' has a negative or fractional size; fetch or copy it again")
-            name.encode()  # half a surrogate pair is no name
+            if not all(isinstance(n, int) and not isinstance(n, bool) for n in (*shape, begin, end)):
+                raise CheckpointError(f"{path}: tensor '{name}' has a size that is no whole number; fetch or copy it again")
             if not name:
                 raise CheckpointError(f"{path} has a tensor without a name; fetch or copy it again")
+            if not _is_countable(shape, dtype):
+                raise CheckpointError(f"{path}: tensor '{name}' has a shape that no memory holds; fetch or copy it again")
             info = TensorInfo(name, dtype, shape, path, 8 + length + begin)
             if end - begin != info.nbytes or 8 + length + end > size:
                 raise CheckpointError(
@@ -101,6 +106,34 @@ def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]
     if sum(info.nbytes for info in tensors.values()) != size - 8 - length:
         raise CheckpointError(f"{path} has bytes that belong to no tensor, which other readers refuse; fetch or copy it again")
     return tensors
+
+
+def _size(text: str) -> int:
+    """A JSON number that is a size: no sign, no more digits than 64 bits hold."""
+    if text[0] == "-" or len(text) > 20:
+        raise ValueError(f"{text[:20]} is no size")
+    return int(text)
+
+
+def _no_size(text: str) -> int:
+    raise ValueError(f"{text[:20]} is no size")
+
+
+def _require_metadata(metadata: Any) -> None:
+    """The format allows text only, and other readers refuse the rest."""
+    if metadata is not None:
+        for text in [*metadata.keys(), *metadata.values()]:
+            text.encode()  # AttributeError for what is no text
+
+
+def _is_countable(shape: Sequence[int], dtype: str) -> bool:
+    """Whether sizes and strides of a tensor fit into 63 bits, also where a dimension is zero; stops at the first product that doesn't."""
+    nbytes = DTYPES[dtype][0]
+    for size in shape:
+        nbytes *= max(1, size)
+        if nbytes >= 2**63:
+            return False
+    return True
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any
 import click
 
 from quantkit import __version__
-from quantkit.errors import FaultsFound, Inconclusive, OutputError, QuantkitError
+from quantkit.errors import FaultsFound, Inconclusive, Interrupted, OutputError, QuantkitError
 
 RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
@@ -48,7 +50,7 @@ class _Group(click.Group):
         except QuantkitError as error:
             raise _Refusal(str(error), error.exit_code) from None
         except KeyboardInterrupt:
-            raise _Refusal("interrupted", 130) from None
+            raise _Refusal("interrupted; run the same command again, with --resume if it has one", Interrupted.exit_code) from None
         except BrokenPipeError:
             sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
             raise click.exceptions.Exit(0) from None
@@ -92,12 +94,17 @@ class Output:
 
     def __init__(self, quiet: bool, verbose: bool, as_json: bool) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
+        self._warned: set[str] = set()
 
     def note(self, text: str) -> None:
         if not self.quiet:
             click.echo(text, err=True)
 
     def warn(self, text: str) -> None:
+        """Once: `quantize` finds the same in its plan and in its result."""
+        if text in self._warned:
+            return
+        self._warned.add(text)
         click.echo(f"Warning: {one_line(text)}", err=True)
 
     def quiet_libraries(self) -> None:
@@ -289,7 +296,7 @@ def export_command(
                 "warnings": list(summary.warnings),
             }
         )
-    out.note(f"Next: quantkit eval {model} {output} --data FILE")
+    out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE")
 
 
 def _open_for_export(model: str, output: Path, calibration: Path | None, stream_download: bool) -> tuple[Path, Any]:
@@ -318,6 +325,9 @@ def _export(out: Output, plan: Any) -> tuple[Any, float]:
     if out.verbose:
         for row in plan.parameters:
             out.note(f"  {row.status:9} {row.name}: {row.reason}")
+    if summary.was_finished:
+        out.note(f"{summary.path} was finished already, and its files are as they were exported; nothing was written")
+        return summary, seconds
     ratio = summary.bytes_after / summary.bytes_before
     schemes = {linear.scheme.name for linear in plan.linears.values()}
     out.note(
@@ -409,7 +419,7 @@ def quantize_command(
             }
         )
     _raise_faults(found)
-    out.note(f"Next: quantkit eval {model} {output} --data FILE\n      vllm serve {output}")
+    out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n      vllm serve {output}")
 
 
 def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dict[str, Any]) -> None:
@@ -445,7 +455,7 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
     if not out.as_json and found.sqnr_db:
         shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
         title = "worst first" + ("" if len(shown) == len(found.sqnr_db) else f", {len(shown)} of {len(found.sqnr_db)} (all with -v)")
-        print_table(("Linear", "weight SQNR dB"), [(name, f"{value:.1f}") for name, value in shown], title, right=(1,))
+        print_table(("Linear", "weight SQNR dB"), [(name, f"{value:.1f}" if math.isfinite(value) else "exact") for name, value in shown], title, right=(1,))
     if not out.as_json and out.verbose and found.left:
         print_table(("left unquantized", "why"), list(found.left.items()))
     _raise_faults(found)
@@ -462,7 +472,7 @@ def _verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> 
         for warning in found.warnings:
             out.warn(warning)
     if not found.faults:
-        worst = f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB" if found.sqnr_db else ""
+        worst = f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB" if found.sqnr_db and math.isfinite(min(found.sqnr_db.values())) else ""
         out.note(
             f"{path}: sound; {found.tensors} tensors, {found.quantized} Linears quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s"
         )

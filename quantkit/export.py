@@ -7,10 +7,11 @@ cache and codes go from a core's own cache to the file: memory holds a few megab
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class ExportSummary:
     bytes_before: int
     bytes_after: int
     warnings: tuple[str, ...]
+    was_finished: bool = False  # by an earlier run; nothing was written
 
 
 def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None) -> ExportSummary:
@@ -63,8 +65,8 @@ def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda do
     options, checkpoint = plan.options, plan.checkpoint
     quantized = sum(row.status == "quantized" for row in plan.parameters)
     summary = ExportSummary(options.output, quantized, len(plan.left), plan.bytes_before, plan.bytes_after, plan.warnings)
-    if options.resume and finished_already(options.output, plan.fingerprint):
-        return summary
+    if options.resume and finished_already(options.output, plan.fingerprint, options.overwrite):
+        return replace(summary, was_finished=True)
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
     others = checkpoint.other_files()
     jobs = _jobs(plan)
@@ -77,7 +79,7 @@ def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda do
         _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
         if file_times(checkpoint) != plan.fingerprint["model files"]:
             raise CheckpointError(
-                f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of {checkpoint.path} changed while it was read; export again"
+                f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of {checkpoint.path} changed while it was read; leave it alone and export again"
             )
         if checkpoint.source is not None:
             checkpoint.source.clean()
@@ -400,7 +402,10 @@ def _copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> Non
             with new_file(target) as file:
                 file.write(path.read_bytes())
     card = plan.checkpoint.path / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if card in others else ""
+    text = card.read_text(encoding="utf-8", errors="replace") if card in others else ""
+    # What an earlier export says of its own files is not true of these.
+    text = re.sub(r"(?ms)^## Quantization\n\nQuantized with quantkit .*?(?=^#|\Z)", "", text).rstrip()
+    text += "\n\n" if text else ""
     write_text(partial / "README.md", text + model_card_section(plan))
 
 
@@ -426,6 +431,6 @@ def model_card_section(plan: ExportPlan) -> str:
         lines.append(f"- static scales measured on {described['tokens']} tokens ({', '.join(described['data']['sources'])})")
     if plan.options.recipe.kv_cache:
         lines.append("- scales for an FP8 KV cache")
-    unchanged = "; embeddings, norms and lm_head are as they were" if "lm_head" in plan.left else ""
+    unchanged = "; embeddings, norms and lm_head are not quantized" if "lm_head" in plan.left else ""
     lines.append(f"- {format_bytes(plan.bytes_before)} of weights became {format_bytes(plan.bytes_after)}{unchanged}")
     return f"## Quantization\n\nQuantized with quantkit {__version__} (format {plan.options.layout}):\n\n" + "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import INDEX_FILE, Checkpoint, indexed_shards, is_carried_over, merge_headers, parse_header, read_config, read_json
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, QuantkitError
 
 # Never fetched: other frameworks' weights, and second copies.
 IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
@@ -41,14 +41,15 @@ def resolve_model(model: str) -> Path:
 
 @contextmanager
 def _hub_errors(model: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except QuantkitError:
+        raise
+    except Exception as error:  # the hub library raises its own, its HTTP client's and the system's
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(
             f"there is no directory {model}, and as a hub id it can't be fetched ({type(error).__name__}: {reason}); check the name or give a local directory"
@@ -62,12 +63,14 @@ def open_hub_model(model: str, download_to: Path | None = None) -> Checkpoint:
     Without a connection, the model must lie in the cache as a whole.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     with _hub_errors(model):
         try:
             info = HfApi().model_info(model, files_metadata=True)
-        except (OfflineModeIsEnabled, ConnectionError) as error:
+        except HfHubHTTPError:
+            raise  # the hub has answered
+        except Exception as error:  # offline, or no connection: as many kinds as there are ways to be so
             if download_to is not None:
                 raise CheckpointError(
                     f"--stream-download needs the hub, which can't be reached ({type(error).__name__}); leave it out to use the cache"

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -312,9 +313,9 @@ class OutputDirectory:
         if self.partial.is_symlink():
             raise OutputError(f"{self.partial} is a link; nothing is written through it, so remove it or choose another -o")
         if self.partial.exists():
-            if resume:
-                self._continue(dict(fingerprint))
-            elif overwrite:
+            if resume and self._can_continue(dict(fingerprint), overwrite):
+                self._continue()
+            elif resume or overwrite:
                 shutil.rmtree(self.partial)
             else:
                 raise OutputError(f"{self.partial} was left by an interrupted run; continue it with --resume, or start again with --overwrite")
@@ -324,16 +325,33 @@ class OutputDirectory:
         except OSError as error:
             raise OutputError(f"can't write to {self.partial}: {error.strerror}; choose another -o") from None
 
-    def _continue(self, fingerprint: dict[str, str]) -> None:
-        # A run that was stopped just before its last rename has the manifest, which says the same, in place of progress.json.
-        manifest, progress_file = self.partial / MANIFEST_FILE, self._progress_file
+    def _can_continue(self, fingerprint: dict[str, str], overwrite: bool) -> bool:
+        """Whether there is work of an earlier run to go on with. Raises OutputError where it is other work, which only `overwrite` may throw away."""
+        if all(path.name == f"{PROGRESS_FILE}.tmp" for path in self.partial.iterdir()):
+            return False  # stopped before its first step
         try:
-            progress = json.loads((progress_file if progress_file.is_file() or not manifest.is_file() else manifest).read_text())
-            earlier, done = progress["fingerprint"], progress["done" if "done" in progress else "files"]
+            require_same_fingerprint(f"{self.partial} was begun", fingerprint, self._earlier()["fingerprint"])
+        except OutputError:
+            if not overwrite:
+                raise
+            return False
+        return True
+
+    def _continue(self) -> None:
+        earlier = self._earlier()
+        self.progress = {"fingerprint": earlier["fingerprint"], "done": earlier["done" if "done" in earlier else "files"]}
+
+    def _earlier(self) -> dict[str, Any]:
+        # A run that was stopped just before its last rename has the manifest, which says the same, in place of progress.json.
+        manifest = self.partial / MANIFEST_FILE
+        source = self._progress_file if self._progress_file.is_file() or not manifest.is_file() else manifest
+        try:
+            progress = json.loads(source.read_text())
+            if not isinstance(progress["fingerprint"], dict) or not isinstance(progress["done" if "done" in progress else "files"], dict):
+                raise TypeError
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(f"{self.partial} has no readable progress.json, so it can't be continued; start again with --overwrite") from None
-        require_same_fingerprint(f"{self.partial} was begun", fingerprint, earlier)
-        self.progress = {"fingerprint": earlier, "done": done}
+        return progress
 
     @property
     def done(self) -> dict[str, Any]:
@@ -351,18 +369,8 @@ class OutputDirectory:
         """Which of these files earlier runs finished and are still as they were recorded: their bytes are read and hashed again."""
         recorded = {name: self.done[name] for name in names if name in self.done}
         with ThreadPoolExecutor(cores()) as pool:
-            same = pool.map(lambda item: self._is_as_recorded(*item), recorded.items())
+            same = pool.map(lambda item: _is_as_recorded(self.partial, *item), recorded.items())
         return {name: entry for (name, entry), is_same in zip(recorded.items(), same) if is_same}
-
-    def _is_as_recorded(self, name: str, entry: Mapping[str, Any]) -> bool:
-        path = self.partial / name
-        return (
-            isinstance(entry, Mapping)
-            and path.is_file()
-            and not path.is_symlink()
-            and path.stat().st_size == entry["bytes"]
-            and sha256_file(path) == entry["sha256"]
-        )
 
     def discard(self) -> None:
         """Remove what was begun, when it can't be finished."""
@@ -372,23 +380,19 @@ class OutputDirectory:
         """Put the finished directory in place of `OUT`, which is the old or the new one at every moment where the system can exchange names."""
         self._progress_file.unlink()
         fsync_directory(self.partial)
-        # The name is hidden and odd, so that nobody's own directory has it.
-        replaced = self.path.with_name(f".{self.path.name}.quantkit-replaced")
         if not os.path.lexists(self.path):
             os.rename(self.partial, self.path)
         elif not self.path.is_dir():
             raise OutputError(f"{self.path} has become a file meanwhile; the result is in {self.partial}: move it where you want it")
-        else:
-            if replaced.exists():
-                shutil.rmtree(replaced)
-            if exchange_names(self.partial, self.path):
-                os.rename(self.partial, replaced)
-            else:
-                os.rename(self.path, replaced)
-                os.rename(self.partial, self.path)
+        elif not exchange_names(self.partial, self.path):
+            # A new name, so that no directory of the user's own is taken for what is replaced.
+            aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced-", dir=self.path.parent)) / self.path.name
+            os.rename(self.path, aside)
+            os.rename(self.partial, self.path)
+            shutil.rmtree(aside.parent)
         fsync_directory(self.path.parent)
-        if replaced.exists():  # from now, or from a run that was stopped between the two renames
-            shutil.rmtree(replaced)
+        if self.partial.exists():
+            shutil.rmtree(self.partial)  # what was replaced
 
 
 @cache
@@ -411,25 +415,50 @@ def require_same_fingerprint(what: str, fingerprint: Mapping[str, str], earlier:
         raise OutputError(f"{what} with a different {', '.join(differing)}; use the same, or start again with --overwrite")
 
 
-def finished_already(path: Path, fingerprint: Mapping[str, str]) -> bool:
-    """Whether a whole output of the same work lies at `path`. Raises OutputError where it is of other work, or a file has changed its size since."""
+def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> bool:
+    """Whether a whole output of the same work lies at `path`, each file with the hash that it was exported with.
+
+    Raises OutputError where it is of other work or a file has changed; with `overwrite` those are just not it.
+    """
     path = resolved_output(path)
     partial = path.with_name(path.name + ".partial")
     if (partial / PROGRESS_FILE).exists() or not (path / MANIFEST_FILE).is_file():
         return False
-    manifest = read_json(path / MANIFEST_FILE, "")
-    require_same_fingerprint(f"{path} was made", fingerprint, manifest.get("fingerprint") or {})
-    for name, entry in (manifest.get("files") or {}).items():
-        if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
-            raise OutputError(f"{path} was finished, but {name} has changed since; start again with --overwrite")
+    try:
+        manifest = read_json(path / MANIFEST_FILE, "")
+        require_same_fingerprint(f"{path} was made", fingerprint, manifest.get("fingerprint") or {})
+        files = manifest.get("files") or {}
+        with ThreadPoolExecutor(cores()) as pool:
+            same = pool.map(lambda item: _is_as_recorded(path, *item), files.items())
+        changed = [name for name, is_same in zip(files, same) if not is_same]
+        if changed:
+            raise OutputError(f"{path} was finished, but {changed[0]} has changed since; start again with --overwrite")
+    except OutputError:
+        if not overwrite:
+            raise
+        return False
     if partial.is_dir() and not partial.is_symlink():
         shutil.rmtree(partial)  # what this output replaced, by a run that was stopped right after
     return True
 
 
+def _is_as_recorded(directory: Path, name: str, entry: Any) -> bool:
+    path = directory / name
+    if not isinstance(entry, Mapping) or path.is_symlink() or not path.is_file():
+        return False
+    return path.stat().st_size == entry.get("bytes") and sha256_file(path) == entry.get("sha256")
+
+
 def cores() -> int:
     """How many threads can run at once: the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_quantized(path: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return True  # whatever it is, no runtime loads it
 
 
 def resolved_output(path: Path) -> Path:
@@ -445,6 +474,8 @@ def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> 
     for source in reads:
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputError(f"the output {path} is, or contains, the input {source}; choose another -o")
+    if resolved in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(f"the output {path} is, or contains, the current directory; name a directory to be made")
     # A device, pipe or socket is neither file nor directory, and must never be put aside for an output.
     if (path.exists() and not path.is_dir()) or (path.is_symlink() and not path.exists()):
         raise OutputError(f"{path} is a file; choose a directory for -o")
@@ -453,6 +484,8 @@ def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> 
             raise OutputError(f"{path} exists and is not empty; choose another -o or pass --overwrite")
         if not any((path / name).is_file() for name in ("config.json", "calibration.json")):
             raise OutputError(f"{path} is neither a checkpoint nor a calibration, so --overwrite won't replace it; choose another -o")
+        if any(path.glob("*.safetensors")) and not any((path / name).is_file() for name in ("calibration.json", MANIFEST_FILE)) and not _is_quantized(path):
+            raise OutputError(f"{path} is a model that is not quantized, so --overwrite won't replace it; choose another -o")
     # The nearest directory that exists must take new files.
     parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -463,6 +496,7 @@ def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> 
 
 def check_disk_space(path: Path, needed: int) -> None:
     """Refuse before the start what won't fit. What an interrupted run left beside `path` counts as room: it is continued or replaced."""
+    path = resolved_output(path)
     partial = path.with_name(path.name + ".partial")
     if partial.is_dir():
         needed -= sum(file.stat().st_size for file in partial.iterdir() if file.is_file())

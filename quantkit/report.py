@@ -34,7 +34,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 220, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    if title:
+        console.print(_escape(title), style="bold", soft_wrap=True)  # a table's own title would be wrapped to its columns
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number in right else "left", overflow="fold")
     for row in rows:

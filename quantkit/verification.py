@@ -30,6 +30,7 @@ from quantkit.streaming import WeightStream
 
 # Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
 LEAST_PLAUSIBLE_SQNR_DB = 15.0
+CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 
 
 @dataclass
@@ -72,7 +73,12 @@ def verify(
     path: Path, base: Path | None = None, runtime: str | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
     """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all)."""
-    checkpoint = Checkpoint.open(path)
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointError as error:
+        if not (path / "config.json").is_file():
+            raise  # no checkpoint to find faults in
+        return Verification(path, faults=[("", f"can't be opened: {error}")])
     base_checkpoint = Checkpoint.open(base) if base else None
     base_layout = QuantizationLayout.read(base_checkpoint.config) if base_checkpoint else None
     if base_layout is not None and base_layout.method != "fp8":
@@ -90,6 +96,7 @@ def verify(
             found.warnings.append("the checkpoint is not quantized")
     found.quantized = len(linears)
     if base_checkpoint is not None:
+        _check_config_against_base(found, checkpoint, base_checkpoint)
         _check_names_against_base(found, checkpoint, base_checkpoint, stored)
     _check_values(found, checkpoint, base_checkpoint, stored, linears, on_progress)
     _check_manifest(found, checkpoint)
@@ -149,6 +156,8 @@ def _check_names(
             continue
         if layout.scheme_of(info.name) is None:
             left[info.name] = info.reason or "ignored in quantization_config"
+        elif checkpoint.tensors[info.tensor].dtype in CODES:
+            found.fault(info.tensor, "holds codes, but their scales are missing")
         elif info.kind == "linear" or checkpoint.tensors[info.tensor].dtype not in ("BF16", "F16", "F32"):
             found.fault(info.tensor, "is neither quantized nor ignored in quantization_config: vLLM would use scales that were never loaded")
         else:
@@ -229,8 +238,8 @@ class _ValueReader:
         module = names[0].rpartition(".")[0]
         if self.base is not None and module in self.stored:
             faults += self._against_base(module, f"{module}.weight") if not faults and module in self.linears else []
-        elif self.base is not None and names[0] in self.base.checkpoint.tensors and not self._equals_base(names[0]):
-            self.found.warnings.append(f"{names[0]} differs from the base's, though it isn't quantized")
+        elif self.base is not None and names[0] in self.base.checkpoint.tensors and not faults:
+            faults += self._left_against_base(names[0])
         return faults
 
     def _values_fault(self, name: str) -> str | None:
@@ -254,16 +263,26 @@ class _ValueReader:
                     return "holds NaN or infinity"
         return None
 
-    def _equals_base(self, name: str) -> bool:
+    def _left_against_base(self, name: str) -> list[tuple[str, str]]:
+        """A tensor that isn't quantized is the base's; one that some algorithm has changed a little is worth a warning."""
         ours, theirs = self.stream.checkpoint.tensors[name], self.base.checkpoint.tensors[name]
-        dense = name in self.base.block_scales
-        if ours.shape != theirs.shape or (ours.dtype != theirs.dtype and not dense):
-            return False
+        if ours.shape != theirs.shape:
+            return [(name, f"has the shape {list(ours.shape)}; the base has {list(theirs.shape)}")]
+        if ours.dtype in CODES:
+            return []  # codes without their scales are a fault already
+        signal = noise = 0.0
         for first, last in self.base.steps(name):
             with self.stream.stored_rows(name, first, last) as rows, self.base.rows(name, first, last) as expected:
                 if not torch.equal(rows, expected.to(rows.dtype)):
-                    return False
-        return True
+                    expected, difference = expected.double(), rows.double() - expected.double()
+                    noise += float(difference.square().sum())
+                signal += float(expected.double().square().sum())
+        sqnr = _decibels(signal, noise)
+        if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
+            return [(name, f"isn't quantized but is {sqnr:.1f} dB from the base's: it is another tensor")]
+        if noise or ours.dtype != theirs.dtype and name not in self.base.block_scales:
+            self.found.warnings.append(f"{name} differs from the base's, though it isn't quantized")
+        return []
 
     def _against_base(self, module: str, name: str) -> list[tuple[str, str]]:
         original = self.base.checkpoint.tensors.get(name)
@@ -287,8 +306,7 @@ class _ValueReader:
                 signal += float(torch.dot(values.flatten(), values.flatten()))
                 difference = values.sub_(rounded).flatten() if values is not expected else (values - rounded).flatten()
                 noise += float(torch.dot(difference, difference))
-        sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
-        self.found.sqnr_db[module] = sqnr
+        sqnr = self.found.sqnr_db[module] = _decibels(signal, noise)
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
             return [(name, f"is {sqnr:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB or more")]
         return []
@@ -299,6 +317,11 @@ class _ValueReader:
         stored = self.stream.checkpoint.read(f"{module}.{suffix}")
         scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
         return scale.reshape(scheme.weight.granularity.scale_shape(*shape))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """Signal to noise of two sums of squares: infinite for no noise, minus infinity for noise alone."""
+    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
 
 
 def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
@@ -361,6 +384,22 @@ def _check_fused_sets(found: Verification, checkpoint: Checkpoint, linears: Mapp
                     f"{members[0]}.{suffix}",
                     f"differs among {', '.join(member.rpartition('.')[2] for member in members)}, which runtimes merge under one scale",
                 )
+
+
+def _check_config_against_base(found: Verification, checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """The model is the base's: what decides its shapes is the same, and what else differs is said."""
+    quiet = {"quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+    shaping = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    for key in sorted((checkpoint.config.keys() | base.config.keys()) - quiet):
+        ours, theirs = checkpoint.config.get(key), base.config.get(key)
+        if ours == theirs:
+            continue
+        if key in ("hidden_size", "vocab_size", "model_type"):
+            raise CheckpointError(f"{base.path} has {key} {theirs} and {checkpoint.path} {ours}: it is not the model that was quantized; give its own base")
+        if key in shaping:
+            found.fault("config.json", f"has {key} {ours}; the base has {theirs}")
+        else:
+            found.warnings.append(f"config.json has {key} {ours!r}; the base has {theirs!r}")
 
 
 def _check_names_against_base(found: Verification, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]) -> None:

@@ -145,9 +145,18 @@ def test_overwriting_leaves_the_old_or_the_new_at_every_moment(tmp_path, monkeyp
             again = OutputDirectory(out, {"a": "2"}, overwrite=True)
             (again.partial / "config.json").write_text("newest")
             again.commit()
-            assert (out / "config.json").read_text() == "newest" and sorted(path.name for path in tmp_path.iterdir() if out.name in path.name) == [
-                out.name
-            ]
+            assert (out / "config.json").read_text() == "newest" and not out.with_name(f"{out.name}.partial").exists()
+
+
+def test_overwrite_does_not_replace_a_model_that_is_not_quantized(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    write_tensors(model / "model.safetensors", TENSORS)
+    with pytest.raises(OutputError, match="not quantized"):
+        check_output(model, overwrite=True)
+    (model / "config.json").write_text('{"quantization_config": {}}')
+    check_output(model, overwrite=True)
 
 
 def test_a_run_stopped_before_its_last_rename_is_continued_from_the_manifest(tmp_path):

@@ -13,7 +13,7 @@ def change(copy):
     """change(checkpoint, function) → a copy whose tensors the function has changed in place."""
 
     def make(directory, function):
-        damaged = copy(directory, "damaged")
+        damaged = copy(directory, f"damaged-{directory.name}")
         tensors = load_file(damaged / "model.safetensors")
         function(tensors)
         save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
@@ -199,3 +199,34 @@ def test_verify_against_a_quantized_base_is_refused(export_to, llama):
 
     with pytest.raises(CheckpointError, match="quantized itself"):
         verify(llama, export_to("fp8-dynamic"))
+
+
+def test_left_tensor_that_is_another_is_a_fault_against_the_base(export_to, change, llama):
+    damaged = change(export_to("fp8-dynamic", name="zeroed"), lambda tensors: tensors["model.norm.weight"].zero_())
+    assert faults(damaged) == {} and "another tensor" in faults(damaged, base=llama)["model.norm.weight"]
+    nudged = change(export_to("fp8-dynamic", name="again"), lambda tensors: tensors["model.norm.weight"].mul_(1.01))
+    assert faults(nudged, base=llama) == {} and any("model.norm.weight differs" in warning for warning in verify(nudged, llama).warnings)
+
+
+def test_config_of_another_depth_is_a_fault_and_of_another_model_is_refused(export_to, llama, tmp_path):
+    from conftest import make_llama
+
+    from quantkit.errors import CheckpointError
+
+    out = export_to("fp8-dynamic")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert "num_hidden_layers 3; the base has 2" in faults(out, base=llama)["config.json"]
+    with pytest.raises(CheckpointError, match="give its own base"):
+        verify(out, make_llama(tmp_path / "wide", hidden_size=256))
+
+
+def test_checkpoint_that_cannot_be_opened_is_a_fault_and_nothing_at_all_an_error(run, export_to, tmp_path):
+    out = export_to("fp8-dynamic")
+    shard = out / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    result = run("verify", out, "--json")
+    assert result.exit_code == 3 and not json.loads(result.stdout)["ok"] and result.stderr.count("\n") == 1
+    shard.unlink()
+    assert run("verify", out).exit_code == 3
+    assert run("verify", tmp_path / "nothing").exit_code == 1
