@@ -86,6 +86,7 @@ def measure(command: list[str], output: Path | None = None) -> Run:
     """Run a command to its end; what it wrote to `output` is removed afterwards. Nothing is left to be written to disk when it starts."""
     os.sync()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles each module at each start
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, env=environment)
     wall, cpu, peak, code = json.loads(done.stdout)
     if code:

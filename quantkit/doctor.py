@@ -10,7 +10,7 @@ from typing import Any
 from quantkit import __version__
 
 # The least version that quantkit works with; optional ones give features and are no fault when missing.
-REQUIRED = {"torch": (2, 10), "transformers": (5,), "safetensors": (), "click": (), "numpy": (), "PyYAML": (), "rich": ()}
+REQUIRED = {"torch": (2, 10), "transformers": (5,), "safetensors": (), "click": (), "numpy": (), "PyYAML": (), "rich": (), "blake3": ()}
 OPTIONAL = {"gguf": "demo", "accelerate": "demo", "matplotlib": "report", "pyarrow": "hub", "datasets": "hub"}
 
 

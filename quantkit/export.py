@@ -29,6 +29,7 @@ from quantkit.output import (
     OutputDirectory,
     ShardWriter,
     TensorPlan,
+    blake3_file,
     check_disk_space,
     check_output,
     cores,
@@ -36,7 +37,6 @@ from quantkit.output import (
     format_bytes,
     new_file,
     plan_shards,
-    sha256_file,
     shard_names,
     tensor_bytes,
     write_json,
@@ -244,7 +244,7 @@ class _Run:
             self._unfinished.release()
         if digest is not None:
             with self._lock:
-                self._output.record(name, {"bytes": (self._output.partial / name).stat().st_size, "sha256": digest})
+                self._output.record(name, {"bytes": (self._output.partial / name).stat().st_size, "blake3": digest})
                 self._recorded += 1
 
     # ---- One job: parts of tensors, each a name, rows of it, and their place in bytes.
@@ -415,7 +415,7 @@ def _write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
     for path in sorted(output.partial.rglob("*")):
         name = path.relative_to(output.partial).as_posix()
         if path.is_file() and name not in files and path.name not in (PROGRESS_FILE, MANIFEST_FILE) and not name.endswith(".tmp"):
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            files[name] = {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
     content = {"schema_version": 1, "quantkit_version": __version__, "fingerprint": plan.fingerprint, "files": dict(sorted(files.items()))}
     write_json(output.partial / MANIFEST_FILE, content)
 

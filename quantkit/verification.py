@@ -21,7 +21,7 @@ from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
 from quantkit.model import classify_tensors, fused_sets
-from quantkit.output import MANIFEST_FILE, cores, sha256_file
+from quantkit.output import MANIFEST_FILE, blake3_file, cores
 from quantkit.packing import unpack_int8
 from quantkit.quantize import QuantizedTensor
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
@@ -336,10 +336,9 @@ def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
     present = {
         name: entry for name, entry in files.items() if name == Path(name).as_posix() and ".." not in Path(name).parts and (checkpoint.path / name).is_file()
     }
-    with ThreadPoolExecutor(cores()) as pool:
-        digests = dict(zip(present, pool.map(lambda name: sha256_file(checkpoint.path / name), present)))
+    digests = {name: blake3_file(checkpoint.path / name) for name in present}
     for name, entry in files.items():
-        if digests.get(name) == entry.get("sha256"):
+        if digests.get(name) == entry.get("blake3"):
             continue
         message = "is not the file that was exported" if name in digests else "was exported but is not here"
         if name.endswith((".safetensors", ".index.json")):

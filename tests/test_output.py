@@ -161,8 +161,8 @@ def test_overwrite_does_not_replace_a_model_that_is_not_quantized(tmp_path):
 
 def test_a_run_stopped_before_its_last_rename_is_continued_from_the_manifest(tmp_path):
     output = OutputDirectory(tmp_path / "out", {"a": "1"})
-    output.record("x.safetensors", {"bytes": 1, "sha256": "…"})
-    (output.partial / "quantkit.json").write_text(json.dumps({"fingerprint": {"a": "1"}, "files": {"x.safetensors": {"bytes": 1, "sha256": "…"}}}))
+    output.record("x.safetensors", {"bytes": 1, "blake3": "…"})
+    (output.partial / "quantkit.json").write_text(json.dumps({"fingerprint": {"a": "1"}, "files": {"x.safetensors": {"bytes": 1, "blake3": "…"}}}))
     (output.partial / "progress.json").unlink()
     assert set(OutputDirectory(tmp_path / "out", {"a": "1"}, resume=True).done) == {"x.safetensors"}
     (output.partial / "progress.json").unlink()
