@@ -2,6 +2,7 @@
 
     QuantkitError            1   failed: what was given, what is allowed, what to do
     ├── CheckpointError      1   a model directory that can't be read or isn't supported
+    ├── DownloadError        1   a shard that the hub didn't give; what is done is kept
     ├── RecipeError          1   a scheme, recipe or pattern that makes no sense for this model
     ├── CalibrationError     1   statistics missing, or of another model or recipe
     ├── DataError            1   text that can't be read or is too short
@@ -22,6 +23,10 @@ class QuantkitError(Exception):
 
 
 class CheckpointError(QuantkitError):
+    pass
+
+
+class DownloadError(QuantkitError):
     pass
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import INDEX_FILE, Checkpoint, indexed_shards, is_carried_over, merge_headers, parse_header, read_config, read_json
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.errors import CheckpointError, DownloadError, QuantkitError
 
 # Never fetched: other frameworks' weights, and second copies.
 IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
@@ -133,8 +133,11 @@ class HubShards:
         with self._lock:
             self._held.add(path)
             self.most_held = max(self.most_held, len(self._held))
-        with _hub_errors(self.model):
+        try:
             hf_hub_download(self.model, path.name, revision=self.revision, local_dir=None if self.keep else self.directory)
+        except Exception as error:  # as many kinds as for `_hub_errors`; here a part of the work is done
+            reason = str(error).strip().split("\n")[0][:200]
+            raise DownloadError(f"{self.model}'s {path.name} can't be fetched ({type(error).__name__}: {reason}); go on with --resume") from None
 
     def release(self, path: Path) -> None:
         if self.keep:

@@ -20,6 +20,7 @@ class Hub:
     def __init__(self, models: dict[str, Path]) -> None:
         self.models = models
         self.on_fetch = lambda name: None
+        self.broken: str | None = None  # a file that the hub fails to give
         self.fetched: Counter[str] = Counter()
         self.requests: list[str] = []
 
@@ -94,6 +95,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 content, status = content[int(first) : end], 206
             if with_body and status == 200:
                 hub.on_fetch(path.name)
+                if path.name == hub.broken:
+                    self._send(500, b"")
+                    return
             if with_body:
                 hub.fetched[path.name] += len(content)
             self._send(status, content, headers, with_body)

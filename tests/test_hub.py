@@ -73,6 +73,20 @@ def test_streamed_shards_are_gone_when_their_tensors_are_done(hub, sharded, expo
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 
+def test_a_download_that_fails_keeps_what_is_done(hub, sharded, export_to, tmp_path):
+    arguments = ("export", "org/tiny", "-o", tmp_path / "out", "--scheme", "fp8-dynamic", "--stream-download", "--max-shard-size", "50kB")
+    hub.server.broken = sorted(path.name for path in sharded.glob("*.safetensors"))[-2]
+    result = hub(*arguments)
+    assert result.returncode == 1 and "--resume" in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    kept = set(json.loads((tmp_path / "out.partial" / "progress.json").read_text())["done"])
+    assert kept and not (tmp_path / "out").exists()
+    hub.server.broken = None
+    result = hub(*arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    local = export_to("fp8-dynamic", sharded, name="local", max_shard_bytes=50_000)
+    assert all((tmp_path / "out" / path.name).read_bytes() == path.read_bytes() for path in local.glob("*.safetensors"))
+
+
 def test_dry_run_of_a_hub_model_fetches_no_whole_shard(hub, tmp_path):
     fetched = []
     hub.server.on_fetch = fetched.append
