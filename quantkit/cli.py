@@ -285,17 +285,7 @@ def export_command(
     if out.as_json:
         from quantkit.report import print_json
 
-        print_json(
-            {
-                "path": str(summary.path),
-                "quantized": summary.quantized,
-                "left": summary.left,
-                "bytes_before": summary.bytes_before,
-                "bytes_after": summary.bytes_after,
-                "seconds": seconds,
-                "warnings": list(summary.warnings),
-            }
-        )
+        print_json(summary.to_json() | {"seconds": seconds})
     out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE")
 
 
@@ -338,25 +328,12 @@ def _export(out: Output, plan: Any) -> tuple[Any, float]:
 
 
 def _print_plan(out: Output, plan: Any) -> None:
-    from quantkit.output import format_bytes
-    from quantkit.report import print_json, print_table
+    from quantkit.report import PLAN_COLUMNS, plan_rows, print_json, print_table
 
     if out.as_json:
-        print_json(
-            {
-                "parameters": [row.to_json() for row in plan.parameters],
-                "bytes_before": plan.bytes_before,
-                "bytes_after": plan.bytes_after,
-                "warnings": list(plan.warnings),
-            }
-        )
+        print_json(plan.to_json())
     else:
-        rows = [
-            (row.name, row.status, row.reason, row.scheme.name if row.scheme else "", format_bytes(row.bytes_before), format_bytes(row.bytes_after))
-            for row in plan.parameters
-        ]
-        rows.append(("total", "", "", "", format_bytes(plan.bytes_before), format_bytes(plan.bytes_after)))
-        print_table(("parameter", "status", "how, or why not", "scheme", "before", "after"), rows, right=(4, 5))
+        print_table(PLAN_COLUMNS, plan_rows(plan), right=(4, 5))
     for warning in plan.warnings:
         out.warn(warning)
 
@@ -407,17 +384,7 @@ def quantize_command(
     if out.as_json:
         from quantkit.report import print_json
 
-        print_json(
-            {
-                "path": str(output),
-                "quantized": summary.quantized,
-                "left": summary.left,
-                "bytes_before": summary.bytes_before,
-                "bytes_after": summary.bytes_after,
-                "seconds": seconds,
-                "verify": found.to_json(),
-            }
-        )
+        print_json(summary.to_json() | {"seconds": seconds, "verify": found.to_json()})
     _raise_faults(found)
     out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n      vllm serve {output}")
 

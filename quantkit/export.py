@@ -59,6 +59,12 @@ class ExportSummary:
     warnings: tuple[str, ...]
     was_finished: bool = False  # by an earlier run; nothing was written
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path), "quantized": self.quantized, "left": self.left, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+
 
 def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None) -> ExportSummary:
     """Write the checkpoint. on_progress(bytes read, bytes in all) is called in this thread, several times a second."""

@@ -9,10 +9,9 @@ import json
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +113,6 @@ class HubShards:
     revision: str
     directory: Path
     keep: bool
-    most_held: int = 0  # shards on this disk at one time, for those that are not kept
-    _held: set[Path] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def header(self, name: str, size: int) -> Mapping[str, Any]:
         """A shard's tensors, from its first bytes alone."""
@@ -130,9 +126,6 @@ class HubShards:
 
         if self.keep and path.is_file():
             return
-        with self._lock:
-            self._held.add(path)
-            self.most_held = max(self.most_held, len(self._held))
         try:
             hf_hub_download(self.model, path.name, revision=self.revision, local_dir=None if self.keep else self.directory)
         except Exception as error:  # as many kinds as for `_hub_errors`; here a part of the work is done
@@ -142,8 +135,6 @@ class HubShards:
     def release(self, path: Path) -> None:
         if self.keep:
             return
-        with self._lock:
-            self._held.discard(path)
         path.unlink(missing_ok=True)
 
     def clean(self) -> None:

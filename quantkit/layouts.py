@@ -115,12 +115,6 @@ def encode_constants(
     return tensors
 
 
-def encode_linear(quantized: QuantizedTensor, scheme: QuantScheme, input_scale: Tensor | None = None, layout: str = "compressed-tensors") -> dict[str, Tensor]:
-    """One quantized weight as the tensors of `linear_tensors`."""
-    constants = encode_constants(scheme, tuple(quantized.qdata.shape), layout, quantized.scale, input_scale)
-    return encode_rows(quantized, scheme, layout) | constants
-
-
 def decode_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str) -> tuple[QuantizedTensor, Tensor | None]:
     """Read back one Linear, whoever wrote it: the quantized weight and its static input scale [1], if it has one."""
     import torch

@@ -94,11 +94,6 @@ def quantize(values: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> Qua
     return QuantizedTensor(codes, scale, spec)
 
 
-def block_amax(values: Tensor, spec: QuantSpec) -> Tensor:
-    """Largest magnitude of each of the spec's blocks, float32."""
-    return torch.ops.quantkit.block_amax(values, *spec.granularity.block_shape(*values.shape))
-
-
 def dequantize(quantized: QuantizedTensor) -> Tensor:
     """The values the codes stand for, [rows, columns] float32."""
     blocks = quantized.spec.granularity.block_shape(*quantized.qdata.shape)

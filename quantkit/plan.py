@@ -84,6 +84,13 @@ class ExportPlan:
         """Quantized Linear → the fused set that it is a member of, if it is."""
         return {member: members for members in fused_sets(self.linears) for member in members}
 
+    def to_json(self) -> dict[str, Any]:
+        """What `export --dry-run --json` prints."""
+        return {
+            "parameters": [row.to_json() for row in self.parameters], "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+
     @property
     def bytes_before(self) -> int:
         return sum(row.bytes_before for row in self.parameters)

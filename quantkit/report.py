@@ -6,12 +6,15 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError
 from quantkit.output import format_bytes
 from quantkit.runtimes import FORMAT_SCHEMES, FORMAT_SUPPORT, HARDWARE, RUNTIMES, SUPPORT, Support, hardware_mode
 from quantkit.scheme import ALIASES, SCHEMES
+
+if TYPE_CHECKING:
+    from quantkit.plan import ExportPlan
 
 
 def print_json(content: Any) -> None:
@@ -154,6 +157,18 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+PLAN_COLUMNS = ("parameter", "status", "how, or why not", "scheme", "before", "after")
+
+
+def plan_rows(plan: ExportPlan) -> list[tuple[str, ...]]:
+    """The table of `export --dry-run`: a row for each parameter and their total."""
+    rows = [
+        (row.name, row.status, row.reason, row.scheme.name if row.scheme else "", format_bytes(row.bytes_before), format_bytes(row.bytes_after))
+        for row in plan.parameters
+    ]
+    return [*rows, ("total", "", "", "", format_bytes(plan.bytes_before), format_bytes(plan.bytes_after))]
 
 
 def schemes_description() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import Checkpoint, MappedShard, row_count, row_elements
+from quantkit.checkpoint import Checkpoint, MappedShard, row_count
 from quantkit.errors import CheckpointError
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout
 from quantkit.scheme import QuantSpec
@@ -80,10 +80,6 @@ class WeightStream:
         finally:
             del values
             shard.release(info, first, last)
-
-    def row_bytes(self, name: str) -> int:
-        info = self.checkpoint.tensors[name]
-        return row_elements(info) * (info.nbytes // max(1, math.prod(info.shape)))
 
     def _shard(self, path: Path) -> MappedShard:
         with self._lock:

@@ -8,7 +8,8 @@ from quantkit.layouts import (
     QuantizationLayout,
     compressed_tensors_config,
     decode_linear,
-    encode_linear,
+    encode_constants,
+    encode_rows,
     layout_name,
     linear_tensors,
     shape_obstacle,
@@ -39,6 +40,11 @@ ON_DISK = {
     "int8-group64-weight-only": ("pack-quantized", PACKED | {"weight_scale": ("F32", (192, 4))}),
 }
 ALL = SCHEMES | {INT8_GROUPS.name: INT8_GROUPS}
+
+
+def encode_linear(quantized, scheme, input_scale=None, layout="compressed-tensors"):
+    """One quantized weight as the tensors of `linear_tensors`."""
+    return encode_rows(quantized, scheme, layout) | encode_constants(scheme, tuple(quantized.qdata.shape), layout, quantized.scale, input_scale)
 
 
 def weight_of(rows: int, columns: int) -> torch.Tensor:
