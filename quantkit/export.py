@@ -180,7 +180,11 @@ class _Run:
                     stop.check("between two tensors; finished shards are kept")
                 on_progress(self._read, self._plan.bytes_before)
         finally:
+            # Also where this thread is torn out of its loop, by a second signal: no follower may wait for what nobody will make.
             self._stopping.set()
+            with self._lock:
+                for writer in self._writers.values():
+                    writer.abandon()
             torch.set_num_threads(threads_before)
             self._stream.close()
 

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -375,3 +376,18 @@ def test_the_size_of_a_step_does_not_change_the_bytes(step, llama, export_to, mo
             patch.setattr("quantkit.streaming.STEP_BYTES", step)
             assert (export_to(scheme, name=f"{scheme}-{step}") / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
             assert verify(export_to(scheme, name=f"{scheme}-{step}-again"), llama).ok
+
+
+def test_no_thread_outlives_an_export_that_is_torn_out_of_its_loop(llama, tmp_path, monkeypatch):
+    """As by a second Ctrl-C: the process must be able to end."""
+
+    def die(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.streaming.STEP_BYTES", 1)
+    with pytest.raises(KeyboardInterrupt):
+        export(plan_export(ExportOptions(llama, tmp_path / "out", Recipe(QuantScheme.parse("fp8-dynamic")))), die)
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith(("maker", "follower"))]
+    for thread in ours:
+        thread.join(20)
+    assert ours and not any(thread.is_alive() for thread in ours) and not (tmp_path / "out").exists()
