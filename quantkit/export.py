@@ -180,11 +180,15 @@ class _Run:
                     stop.check("between two tensors; finished shards are kept")
                 on_progress(self._read, self._plan.bytes_before)
         finally:
-            # Also where this thread is torn out of its loop, by a second signal: no follower may wait for what nobody will make.
+            # Also where this thread is torn out of its loop, by a second signal: no follower may wait for what nobody will make, and
+            # no maker may look at a shard that is closed.
             self._stopping.set()
             with self._lock:
                 for writer in self._writers.values():
                     writer.abandon()
+            for thread in (*makers, *self._followers):
+                if thread.ident is not None:
+                    thread.join()
             torch.set_num_threads(threads_before)
             self._stream.close()
 
@@ -219,7 +223,7 @@ class _Run:
             if writer is None:
                 return
             for tensor, content, offset in self._parts(job):
-                if self._error is not None:
+                if writer.is_abandoned:
                     return
                 writer.write_part(tensor, tensor_bytes(content), offset)
             self._stream.done(self._touched(job))

@@ -99,6 +99,10 @@ class ShardWriter:
     def is_complete(self) -> bool:
         return not self._left
 
+    @property
+    def is_abandoned(self) -> bool:
+        return self._abandoned
+
     def write(self, name: str, tensor: Tensor) -> None:
         """A whole tensor."""
         plan = self._plans[name]

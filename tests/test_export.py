@@ -387,7 +387,5 @@ def test_no_thread_outlives_an_export_that_is_torn_out_of_its_loop(llama, tmp_pa
     monkeypatch.setattr("quantkit.streaming.STEP_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
         export(plan_export(ExportOptions(llama, tmp_path / "out", Recipe(QuantScheme.parse("fp8-dynamic")))), die)
-    ours = [thread for thread in threading.enumerate() if thread.name.startswith(("maker", "follower"))]
-    for thread in ours:
-        thread.join(20)
-    assert ours and not any(thread.is_alive() for thread in ours) and not (tmp_path / "out").exists()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("maker", "follower"))]
+    assert not (tmp_path / "out").exists()
