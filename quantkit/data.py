@@ -6,6 +6,7 @@ a protocol (EVALUATION terms: `gptq`, `llamacpp`, `lmeval`); calibration draws w
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
@@ -17,7 +18,11 @@ from typing import Any
 from quantkit.errors import DataError
 
 PROTOCOLS = ("gptq", "llamacpp", "lmeval")
-BUNDLED_CALIBRATION = Path(__file__).parent / "texts" / "calibration.txt"
+BUNDLED_CALIBRATION = Path(__file__).parent / "texts" / "calibration.jsonl"
+# Fewer tokens at a source's end are no window of their own: most would be first positions and their neighbours.
+MIN_REST = 32
+# Windows are told apart by pieces of this many tokens, wherever in another window they stand.
+PIECE = 32
 BUNDLED_EVALUATION = Path(__file__).parent / "texts" / "evaluation.txt"
 
 
@@ -245,11 +250,11 @@ def _rolling_windows(tokens: list[int], prefix: int, seq_len: int) -> list[Windo
 def calibration_windows(names: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Windows:
     """Draw `num_samples` windows of `seq_len` tokens, evenly from all sources, each source's windows without overlap.
 
-    Fewer come back when the text holds fewer; none is an error.
+    Where the text holds fewer, the rest of each source is a shorter window of its own; with these too, fewer may come back. None is an error.
     """
     prefix = _leading_special_tokens(tokenizer)
     sources = [read_source(name, tokenizer) for name in names]
-    available = []
+    available, rests = [], []
     for source in sources:
         stream = [token for document in source.documents for token in prefix + _encode(tokenizer, document)]
         windows = [Window(tuple(stream[start : start + seq_len])) for start in range(0, len(stream) - seq_len + 1, seq_len)]
@@ -257,11 +262,48 @@ def calibration_windows(names: Sequence[str], tokenizer: Any, num_samples: int, 
             raise DataError(f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}; give more text or a smaller --seq-len")
         random.Random(f"{seed}:{source.sha256}").shuffle(windows)
         available.append(windows)
+        rest = stream[len(stream) - len(stream) % seq_len :]
+        if len(rest) >= min(seq_len, MIN_REST):
+            rests.append(Window(tuple(rest)))
     chosen: list[Window] = []
     while len(chosen) < num_samples and any(available):
         chosen += [windows.pop() for windows in available if windows][: num_samples - len(chosen)]
+    chosen += rests[: num_samples - len(chosen)]
     digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest() if len(sources) > 1 else sources[0].sha256
     return Windows(tuple(chosen), digest)
+
+
+def token_pieces(windows: Windows) -> str:
+    """Hashes of the windows' successive pieces of PIECE tokens, base64 of little-endian 64-bit numbers: what `count_known_windows` looks for."""
+    import numpy as np
+
+    hashes = [_piece_hashes(np.array(window.tokens), PIECE) for window in windows.windows]
+    kept = np.unique(np.concatenate([window[::PIECE] for window in hashes])) if hashes else np.zeros(0, "<u8")
+    return base64.b64encode(kept.astype("<u8").tobytes()).decode()
+
+
+def count_known_windows(windows: Windows, pieces: str) -> int:
+    """How many of the windows hold a piece of the text that `pieces` were made of, at any place."""
+    import numpy as np
+
+    known = np.frombuffer(base64.b64decode(pieces), "<u8")
+    return sum(bool(np.isin(_piece_hashes(np.array(window.tokens), PIECE), known).any()) for window in windows.windows)
+
+
+def _piece_hashes(tokens: Any, length: int) -> Any:
+    """A polynomial hash modulo 2^64 of each run of `length` tokens, by the position where it begins; none where there are fewer."""
+    import numpy as np
+
+    if len(tokens) < length:
+        return np.zeros(0, np.uint64)
+    with np.errstate(over="ignore"):
+        # Mixed first: token ids are small numbers, and sums of their multiples would meet too often.
+        mixed = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        hashes = np.zeros(len(tokens) - length + 1, np.uint64)
+        for offset in range(length):
+            hashes = hashes * np.uint64(0xBF58476D1CE4E5B9) + mixed[offset : offset + len(hashes)]
+        return hashes ^ (hashes >> np.uint64(32))
 
 
 def window_length(requested: int | None, model_limit: int | None, default: int = 2048) -> int:
