@@ -4,11 +4,13 @@
     encode_blocks(values, scale, block_rows, block_columns, format) -> codes
     quantize_blocks(values, block_rows, block_columns, format, rule) -> (codes, scale)
     dequantize_blocks(codes, scale, block_rows, block_columns) -> values
+    observe_rows(rows, above, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts): adds what calibration keeps
 
 A matrix [rows, columns] is cut into blocks of block_rows × block_columns, the last ones as large as what is left; amax and scale are
 [block rows, block columns] float32. format: a NumberFormat's name. rule, how a scale follows from an amax: "stored" (rounded to bfloat16 for a
 file), "power_of_two" (E8M0) or "dynamic" (a server's, with its floor). Kernels: kernels/cpu/quantize_blocks.cpp, equal to quantize.py bit for
-bit for finite values; NaN gives NaN scales. They run in the calling thread without Python's lock, so callers may use several threads.
+bit for finite values; NaN gives NaN scales. They run in the calling thread without Python's lock, so callers may use several threads. observe_rows
+(kernels/cpu/observe_rows.cpp) uses torch.get_num_threads() itself.
 
 The environment variable QUANTKIT_KERNELS chooses "avx512", "avx2", "scalar" or "reference" instead of the best that this machine has.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -30,13 +33,30 @@ from quantkit.formats import E8M0, FP8_E4M3, INT8
 from quantkit.quantize import QuantizedTensor
 from quantkit.scheme import QuantSpec, block
 
-LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 1
+LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 2
 LEVELS = ("scalar", "avx2", "avx512")
 FORMATS = {number_format.name: number_format for number_format in (INT8, FP8_E4M3)}
 # The order of the enums in kernels/cpu/quantize_blocks.h.
 _INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _FORMATS = {"INT8": 0, "FP8_E4M3": 1}
 _RULES = {"stored": 0, "power_of_two": 1, "dynamic": 2}
+_STATISTICS = {
+    "channel_amax": torch.float32,
+    "channel_sum_of_squares": torch.float64,
+    "histogram": torch.int64,
+    "token_histogram": torch.int64,
+    "extremes": torch.float32,
+    "counts": torch.int64,
+}
+
+# |x| is binned by the top bits of its float32: 8 of exponent, 4 of mantissa, so 16 bins an octave, from 2^-32 to 2^32. Fixed bins, so histograms add.
+HISTOGRAM_BINS = 1024
+HISTOGRAM_SHIFT = 19
+HISTOGRAM_OFFSET = (127 - 32) << 4
+_CHUNK = 64  # rows whose squares are summed in float32 before they go to float64
+_RANGE = 64  # threads share a matrix in ranges of columns that are multiples of this
+# A thread's least share. With two threads half of it is break-even: another wakes late, above all while torch's own still spin after a product.
+_VALUES_PER_THREAD = 1 << 20
 
 
 # ---- The compiled library.
@@ -63,6 +83,8 @@ def cpu_kernels() -> ctypes.CDLL | None:
     library.qk_encode_blocks.argtypes = [pointer, number, *matrix, number, pointer, pointer]
     library.qk_quantize_blocks.argtypes = [pointer, number, *matrix, number, number, pointer, pointer]
     library.qk_dequantize_blocks.argtypes = [pointer, number, *matrix, pointer, pointer]
+    library.qk_observe_rows.argtypes = [pointer, number, *[size] * 4, ctypes.c_float, *[pointer] * 6]
+    library.qk_count_magnitudes.argtypes = [pointer, size, size, pointer]
     if wanted and library.qk_select_cpu_level(LEVELS.index(wanted)) != 0:
         raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, which this processor doesn't have")
     return library
@@ -81,6 +103,10 @@ _library.define("block_amax(Tensor values, int block_rows, int block_columns) ->
 _library.define("encode_blocks(Tensor values, Tensor scale, int block_rows, int block_columns, str format) -> Tensor")
 _library.define("quantize_blocks(Tensor values, int block_rows, int block_columns, str format, str rule) -> (Tensor, Tensor)")
 _library.define("dequantize_blocks(Tensor codes, Tensor scale, int block_rows, int block_columns) -> Tensor")
+_library.define(
+    "observe_rows(Tensor rows, float above, Tensor(a!) channel_amax, Tensor(b!) channel_sum_of_squares, Tensor(c!) histogram, "
+    "Tensor(d!) token_histogram, Tensor(e!) extremes, Tensor(f!) counts) -> ()"
+)
 
 
 def quantize(values: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> QuantizedTensor:
@@ -106,6 +132,13 @@ def scale_rule(spec: QuantSpec) -> str:
     return "dynamic" if spec.dynamic else "stored"
 
 
+def histogram_edges() -> Tensor:
+    """Lower edge of each bin of |x|, [HISTOGRAM_BINS] float32. The first bin holds all below its end, the last all from its edge on, and NaN."""
+    edges = (torch.arange(HISTOGRAM_BINS, dtype=torch.int32) + HISTOGRAM_OFFSET << HISTOGRAM_SHIFT).view(torch.float32)
+    edges[0] = 0.0
+    return edges
+
+
 # ---- Reference, for every device and for what the kernels don't take.
 
 
@@ -128,6 +161,59 @@ def _reference_quantize_blocks(values: Tensor, block_rows: int, block_columns: i
 
 def _reference_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
     return reference.dequantize(codes, scale, block(block_rows, block_columns))
+
+
+def _reference_observe_rows(
+    rows: Tensor,
+    above: float,
+    channel_amax: Tensor,
+    channel_sum_of_squares: Tensor,
+    histogram: Tensor,
+    token_histogram: Tensor,
+    extremes: Tensor,
+    counts: Tensor,
+) -> None:
+    """Add the statistics of rows [tokens, features], of any floating-point type, to:
+
+    channel_amax: [features] float32, of |x|. A NaN makes it NaN.
+    channel_sum_of_squares: [features] float64. Chunks of 64 rows, counted from the first of this call, are summed row by row in float32.
+    histogram: [HISTOGRAM_BINS] int64 of |x|; NaN is in the last bin.
+    token_histogram: [HISTOGRAM_BINS] int64 of each row's largest |x|.
+    extremes: [2] float32, minimum and maximum, without the sign of zeros. A NaN makes both NaN.
+    counts: [2] int64, rows, and how many |x| > above, compared in float32; NaN is not above.
+    """
+    _check_statistics(rows, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts)
+    counts[0] += rows.shape[0]
+    if not rows.numel():
+        return
+    values = rows.detach().float()
+    magnitudes = values.abs()
+    torch.maximum(channel_amax, magnitudes.amax(0), out=channel_amax)
+    chunks = torch.nn.functional.pad(values.square(), (0, 0, 0, -rows.shape[0] % _CHUNK)).unflatten(0, (-1, _CHUNK))
+    for chunk_sum in sum(chunks.unbind(1)):
+        channel_sum_of_squares += chunk_sum
+    histogram += _count_bins(magnitudes)
+    token_histogram += _count_bins(magnitudes.amax(1))
+    low, high = values.aminmax()
+    extremes.copy_(torch.stack([torch.minimum(extremes[0], low + 0.0), torch.maximum(extremes[1], high + 0.0)]))
+    counts[1] += (magnitudes > torch.tensor(above, dtype=torch.float32)).sum()
+
+
+def _count_bins(magnitudes: Tensor) -> Tensor:
+    """[HISTOGRAM_BINS] int64."""
+    # A NaN keeps its sign bit through abs().
+    keys = (magnitudes.contiguous().view(torch.int32) & 0x7FFFFFFF) >> HISTOGRAM_SHIFT
+    return torch.bincount((keys - HISTOGRAM_OFFSET).clamp_(0, HISTOGRAM_BINS - 1).flatten(), minlength=HISTOGRAM_BINS)
+
+
+def _check_statistics(rows: Tensor, *statistics: Tensor) -> None:
+    """Refuse what a kernel would write beyond."""
+    if rows.dim() != 2 or not rows.is_floating_point():
+        raise ValueError(f"the rows are {rows.dtype} {list(rows.shape)}, not a floating-point matrix")
+    features = rows.shape[1]
+    for (name, dtype), length, tensor in zip(_STATISTICS.items(), (features, features, HISTOGRAM_BINS, HISTOGRAM_BINS, 2, 2), statistics):
+        if tensor.shape != (length,) or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; needed is a contiguous {dtype} [{length}]")
 
 
 # ---- CPU kernels.
@@ -202,6 +288,65 @@ def _cpu_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_
     return values
 
 
+def _cpu_observe_rows(
+    rows: Tensor,
+    above: float,
+    channel_amax: Tensor,
+    channel_sum_of_squares: Tensor,
+    histogram: Tensor,
+    token_histogram: Tensor,
+    extremes: Tensor,
+    counts: Tensor,
+) -> None:
+    statistics = (channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts)
+    if not _is_ready(rows):
+        return _reference_observe_rows(rows, above, *statistics)
+    _check_statistics(rows, *statistics)
+    rows = _rows_dense(rows)
+    tokens, features = rows.shape
+    ranges = _column_ranges(features, min(torch.get_num_threads(), rows.numel() // _VALUES_PER_THREAD))
+    row_magnitudes = torch.empty(len(ranges), tokens, dtype=torch.float32)
+    channels = (channel_amax, channel_sum_of_squares)  # each in one range only
+    if len(ranges) == 1:
+        _observe_columns(rows, *ranges[0], above, *channels, histogram, extremes, counts[1:], row_magnitudes)
+    else:
+        # The calling thread takes the first range and adds to the outputs themselves, the other threads have their own.
+        others = len(ranges) - 1
+        histograms, above_counts = torch.zeros(others, HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(others, 1, dtype=torch.int64)
+        pairs = torch.tensor([[torch.inf, -torch.inf]] * others)
+        calls = [(rows, *ranges[1 + i], above, *channels, histograms[i], pairs[i], above_counts[i], row_magnitudes[1 + i]) for i in range(others)]
+        running = [_pool(os.getpid(), others).submit(_observe_columns, *call) for call in calls]
+        _observe_columns(rows, *ranges[0], above, *channels, histogram, extremes, counts[1:], row_magnitudes)
+        for future in running:
+            future.result()
+        histogram += histograms.sum(0)
+        extremes.copy_(torch.stack([torch.minimum(extremes[0], pairs[:, 0].amin()), torch.maximum(extremes[1], pairs[:, 1].amax())]))
+        counts[1] += above_counts.sum()
+    counts[0] += tokens
+    _ran(cpu_kernels().qk_count_magnitudes(row_magnitudes.data_ptr(), len(ranges), tokens, token_histogram.data_ptr()))
+    return None
+
+
+def _observe_columns(rows: Tensor, first: int, last: int, above: float, *statistics: Tensor) -> None:
+    """Columns first .. last. Tensors, not pointers, so that what a thread works on lives until it ends, should an interrupt end the call before."""
+    stride = max(rows.stride(0), rows.shape[1]) if rows.shape[0] > 1 else rows.shape[1]
+    pointers = [tensor.data_ptr() for tensor in statistics]
+    _ran(cpu_kernels().qk_observe_rows(rows.data_ptr(), _INPUTS[rows.dtype], rows.shape[0], stride, first, last, above, *pointers))
+
+
+def _column_ranges(features: int, threads: int) -> list[tuple[int, int]]:
+    """At most `threads` ranges of columns, about as wide as one another."""
+    units = -(-features // _RANGE)
+    count = max(1, min(threads, units))
+    return [(units * i // count * _RANGE, min(features, units * (i + 1) // count * _RANGE)) for i in range(count)]
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that wait between calls. process: its number, since threads don't live on in a fork."""
+    return ThreadPoolExecutor(threads, "quantkit-observe")
+
+
 # ---- Fakes: shapes and dtypes only.
 
 
@@ -222,7 +367,11 @@ def _fake_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
-for _name in ("block_amax", "encode_blocks", "quantize_blocks", "dequantize_blocks"):
+def _fake_observe_rows(rows: Tensor, above: float, *statistics: Tensor) -> None:
+    _check_statistics(rows, *statistics)
+
+
+for _name in ("block_amax", "encode_blocks", "quantize_blocks", "dequantize_blocks", "observe_rows"):
     _library.impl(_name, globals()[f"_reference_{_name}"], "CompositeExplicitAutograd")
     _library.impl(_name, globals()[f"_cpu_{_name}"], "CPU")
     torch.library.register_fake(f"quantkit::{_name}", globals()[f"_fake_{_name}"], lib=_library)

@@ -13,6 +13,21 @@
 #endif
 
 namespace QK_LEVEL {
+
+constexpr uint32_t INFINITY_BITS = 0x7F800000u;
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
 namespace lanes {
 
 #if defined(__AVX512BW__)
@@ -66,9 +81,24 @@ inline Word choose(Mask m, Word yes, Word no) { return _mm512_mask_blend_epi32(m
 inline Float choose(Mask m, Float yes, Float no) { return _mm512_mask_blend_ps(m, no, yes); }
 
 inline Word larger(Word a, Word b) { return _mm512_max_epu32(a, b); }  // unsigned
+inline Word smaller(Word a, Word b) { return _mm512_min_epu32(a, b); }
+inline Word larger_signed(Word a, Word b) { return _mm512_max_epi32(a, b); }
+inline Word subtract(Word a, Word b) { return _mm512_sub_epi32(a, b); }
+// Both count 1 more in the lanes where x is at most `limit`, unsigned.
+inline Word count_at_most(Word count, Word x, Word limit) { return _mm512_mask_sub_epi32(count, _mm512_cmple_epu32_mask(x, limit), count, _mm512_set1_epi32(-1)); }
+inline void store_words(void* p, Word x) { _mm512_storeu_si512(p, x); }
 inline Word load_words(const void* p) { return _mm512_loadu_si512(p); }
 inline uint32_t largest(Word x) { return _mm512_reduce_max_epu32(x); }
 inline Narrow load_narrow(const void* p, uint16_t mask) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(short(mask))); }
+inline Narrow broadcast_narrow(uint16_t x) { return _mm512_set1_epi16(short(x)); }
+inline Narrow only_narrow(Narrow a, uint16_t b) { return _mm512_and_si512(a, broadcast_narrow(b)); }
+inline Narrow smaller_narrow(Narrow a, Narrow b) { return _mm512_min_epu16(a, b); }
+inline Narrow larger_signed_narrow(Narrow a, Narrow b) { return _mm512_max_epi16(a, b); }
+inline Narrow subtract_narrow(Narrow a, Narrow b) { return _mm512_sub_epi16(a, b); }
+inline Narrow subtract_to_zero_narrow(Narrow a, Narrow b) { return _mm512_subs_epu16(a, b); }
+inline Narrow count_at_most_narrow(Narrow count, Narrow x, Narrow limit) {
+    return _mm512_mask_sub_epi16(count, _mm512_cmple_epu16_mask(x, limit), count, _mm512_set1_epi16(-1));
+}
 inline Narrow no_narrow() { return _mm512_setzero_si512(); }
 inline Narrow larger_narrow(Narrow a, Narrow b) { return _mm512_max_epu16(a, b); }
 inline uint16_t largest_narrow(Narrow x) {
@@ -137,6 +167,11 @@ inline Float choose(Mask m, Float yes, Float no) { return _mm256_blendv_ps(no, y
 inline Word choose(Mask m, Word yes, Word no) { return as_word(choose(m, as_float(yes), as_float(no))); }
 
 inline Word larger(Word a, Word b) { return _mm256_max_epu32(a, b); }
+inline Word smaller(Word a, Word b) { return _mm256_min_epu32(a, b); }
+inline Word larger_signed(Word a, Word b) { return _mm256_max_epi32(a, b); }
+inline Word subtract(Word a, Word b) { return _mm256_sub_epi32(a, b); }
+inline Word count_at_most(Word count, Word x, Word limit) { return _mm256_sub_epi32(count, _mm256_cmpeq_epi32(_mm256_min_epu32(x, limit), x)); }
+inline void store_words(void* p, Word x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline Word load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline uint32_t largest(Word x) {
     __m128i half = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -144,6 +179,13 @@ inline uint32_t largest(Word x) {
     return uint32_t(_mm_extract_epi32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xB1)), 0));
 }
 inline Narrow load_narrow(const void* p, uint16_t mask) { return _mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_set1_epi16(short(mask))); }
+inline Narrow broadcast_narrow(uint16_t x) { return _mm256_set1_epi16(short(x)); }
+inline Narrow only_narrow(Narrow a, uint16_t b) { return _mm256_and_si256(a, broadcast_narrow(b)); }
+inline Narrow smaller_narrow(Narrow a, Narrow b) { return _mm256_min_epu16(a, b); }
+inline Narrow larger_signed_narrow(Narrow a, Narrow b) { return _mm256_max_epi16(a, b); }
+inline Narrow subtract_narrow(Narrow a, Narrow b) { return _mm256_sub_epi16(a, b); }
+inline Narrow subtract_to_zero_narrow(Narrow a, Narrow b) { return _mm256_subs_epu16(a, b); }
+inline Narrow count_at_most_narrow(Narrow count, Narrow x, Narrow limit) { return _mm256_sub_epi16(count, _mm256_cmpeq_epi16(_mm256_min_epu16(x, limit), x)); }
 inline Narrow no_narrow() { return _mm256_setzero_si256(); }
 inline Narrow larger_narrow(Narrow a, Narrow b) { return _mm256_max_epu16(a, b); }
 inline uint16_t largest_narrow(Narrow x) {
@@ -204,6 +246,11 @@ inline Word choose(Mask m, Word yes, Word no) { return m ? yes : no; }
 inline Float choose(Mask m, Float yes, Float no) { return m ? yes : no; }
 
 inline Word larger(Word a, Word b) { return a.bits > b.bits ? a : b; }
+inline Word smaller(Word a, Word b) { return a.bits < b.bits ? a : b; }
+inline Word larger_signed(Word a, Word b) { return int32_t(a.bits) > int32_t(b.bits) ? a : b; }
+inline Word subtract(Word a, Word b) { return {a.bits - b.bits}; }
+inline Word count_at_most(Word count, Word x, Word limit) { return {count.bits + (x.bits <= limit.bits)}; }
+inline void store_words(void* p, Word x) { std::memcpy(p, &x.bits, 4); }
 inline Word load_words(const void* p) { return {load<uint32_t>(p)}; }
 inline uint32_t largest(Word x) { return x.bits; }
 inline Narrow load_narrow(const void* p, uint16_t mask) { return load<uint16_t>(p) & mask; }

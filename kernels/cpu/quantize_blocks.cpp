@@ -17,20 +17,6 @@ using lanes::Float;
 using lanes::Word;
 using lanes::WIDTH;
 
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-
-inline float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-constexpr uint32_t INFINITY_BITS = 0x7F800000u;
-
 // ---- Inputs: how a type is read, and its largest magnitude. As integers, magnitudes have the order of their values, NaN above infinity above
 // all numbers: a NaN anywhere makes the amax NaN.
 
