@@ -11,7 +11,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make lint     check the style"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
-	@echo "make speed    measure export beside cp, and the CPU kernels beside a copy (25 GB of disk)"
+	@echo "make speed    measure export beside cp, calibrate beside the forward, CPU kernels beside a copy (25 GB of disk)"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/quantkit demo --overwrite
@@ -27,7 +27,9 @@ quality: $(VENV)/installed
 
 speed: $(VENV)/installed
 	$(VENV)/bin/python kernels/bench/quantize_blocks.py -o kernels/bench/results/quantize_blocks.md
+	$(VENV)/bin/python kernels/bench/observe_rows.py -o kernels/bench/results/observe_rows.md
 	$(VENV)/bin/python benchmarks/export.py
+	$(VENV)/bin/python benchmarks/calibrate.py
 
 # The stamp is written last, so an interrupted install is begun again.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/cpu/*)

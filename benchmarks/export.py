@@ -39,16 +39,17 @@ model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme=sys.ar
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: wall seconds, CPU seconds (user and system), peak resident bytes."""
+    """One finished process: wall seconds, CPU seconds (user and system), peak resident bytes, and what it printed."""
 
     wall: float
     cpu: float
     peak: int
+    printed: str = ""
 
 
-def make_model(directory: Path, layers: int) -> None:
+def make_model(directory: Path, layers: int, vocabulary: int = VOCABULARY) -> None:
     """The model, in shards of SHARD_BYTES with an index, as save_pretrained lays it out."""
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    shapes = {"model.embed_tokens.weight": (vocabulary, HIDDEN)}
     kv = KV_HEADS * HIDDEN // HEADS
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -56,7 +57,7 @@ def make_model(directory: Path, layers: int) -> None:
         shapes |= {prefix + f"self_attn.{name}_proj.weight": (rows, HIDDEN) for name, rows in (("q", HIDDEN), ("k", kv), ("v", kv), ("o", HIDDEN))}
         shapes |= {prefix + f"mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
         shapes |= {prefix + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE)}
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocabulary, HIDDEN)}
     shards = plan_shards([[TensorPlan(name, "BF16", shape)] for name, shape in shapes.items()], SHARD_BYTES)
     generator, weight_map = torch.Generator().manual_seed(0), {}
     directory.mkdir(parents=True)
@@ -66,7 +67,7 @@ def make_model(directory: Path, layers: int) -> None:
     write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "tie_word_embeddings": False, "dtype": "bfloat16",
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": vocabulary, "tie_word_embeddings": False, "dtype": "bfloat16",
         "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     }  # fmt: skip
     write_json(directory / "config.json", config)
@@ -93,7 +94,7 @@ def measure(command: list[str], output: Path | None = None) -> Run:
         raise click.ClickException(f"{' '.join(command)} ended with {code}: {done.stderr[-2000:]}")
     if output is not None:
         shutil.rmtree(output)
-    return Run(wall, cpu, peak)
+    return Run(wall, cpu, peak, done.stderr)
 
 
 def median(runs: list[Run]) -> Run:

@@ -1,42 +1,58 @@
-"""`calibrate`: run text through the model and record the statistics of every Linear's input and of keys and values.
+"""`calibrate`: run text through the model, block by block, and record the statistics of every Linear's input and of keys and values.
 
-CALIB holds `calibration.json` (what was measured, from what) and `statistics.safetensors`. The statistics serve every scheme:
-calibrate once, export many. Between batches the state is saved now and then, which is what `--resume` continues from.
+CALIB holds `calibration.json` (what was measured, from what) and a `block-NNNNN.safetensors` for each decoder block, written when the block is
+finished: that is what `--resume` continues from. The statistics serve every scheme: calibrate once, export many.
 """
 
 from __future__ import annotations
 
-import inspect
 import platform
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
 from quantkit.checkpoint import Checkpoint, read_header, read_json, read_tensor
-from quantkit.data import BUNDLED_CALIBRATION, calibration_windows, load_tokenizer, window_length
+from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, token_pieces, window_length
 from quantkit.errors import CalibrationError, CheckpointError
-from quantkit.interrupts import stop_between_steps
+from quantkit.interrupts import StopRequest, stop_between_steps
 from quantkit.layouts import QuantizationLayout
-from quantkit.output import OutputDirectory, check_output, write_json, write_tensors
-from quantkit.scheme import Recipe
+from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
+from quantkit.ranks import Ranks, joined_ranks
+from quantkit.scheme import ObserverChoice, Pattern, QuantSpec, Recipe
+from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from quantkit.blockwise import BlockwiseModel
+    from quantkit.observers import InputObserver
+    from quantkit.recording import BlockStatistics
 
-    from quantkit.observers import HeadObserver, InputObserver
-
-SCHEMA_VERSION = 1
-STATISTICS_FILE = "statistics.safetensors"
-SECONDS_BETWEEN_SAVES = 30.0
-TOKENS_PER_BATCH = 4096
+SCHEMA_VERSION = 2
+# The entry of progress.json for the hidden states that a run goes on from.
+HIDDEN_STATES = "hidden states"
+# Hidden states that are in memory are saved when this much work would have to be done again. Finished blocks are always kept.
+SECONDS_BETWEEN_SAVES = 120.0
+# A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
+# An expert that saw fewer tokens gets a scale from its weights and the layer's other experts.
+MIN_EXPERT_TOKENS = 64
+# What counts as not settled: a last quarter of the data that raised an input's amax by more than this, or in which more values than this exceed it.
+UNSETTLED_GROWTH = 0.25
+UNSETTLED_SHARE = 1e-4
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
+    """What to calibrate and how.
+
+    memory: bytes that hidden states may hold before they go to a file; None is half of what the machine has to spare.
+    all_experts: show every token to every expert. gram: patterns of the Linears whose inputs' Gram matrix is kept.
+    """
+
     model: Path
     output: Path
     data: tuple[str, ...] = ()
@@ -46,6 +62,9 @@ class CalibrationOptions:
     batch_size: int | None = None
     seed: int = 0
     device: str = "auto"
+    memory: int | None = None
+    all_experts: bool = False
+    gram: tuple[str, ...] = ()
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
@@ -53,13 +72,21 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What was seen at one input: which Linears read it, and its largest magnitudes."""
+    """What was seen at one input: which Linears read it, and its largest magnitudes.
 
+    amax: outside the first positions; estimated where an expert saw too few tokens. quarters: amax after each quarter of the data.
+    file: the block's, in CALIB.
+    """
+
+    name: str
     linears: tuple[str, ...]
     in_features: int
     tokens: int
     amax: float
     first_position_amax: float
+    quarters: tuple[float, ...] = ()
+    is_estimated: bool = False
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,20 +101,23 @@ class Calibration:
     @classmethod
     def open(cls, path: str | Path) -> Calibration:
         path = Path(path)
-        if not (path / "calibration.json").is_file():
-            raise CalibrationError(f"{path} is no calibration (it has no calibration.json); make one with: quantkit calibrate MODEL -o {path}")
+        if not (path / CALIBRATION_FILE).is_file():
+            raise CalibrationError(f"{path} is no calibration (it has no {CALIBRATION_FILE}); make one with: quantkit calibrate MODEL -o {path}")
         try:
-            description = read_json(path / "calibration.json", "")
+            description = read_json(path / CALIBRATION_FILE, "")
             if description["schema_version"] != SCHEMA_VERSION:
                 raise CalibrationError(f"{path} has calibration format {description['schema_version']}, this quantkit reads {SCHEMA_VERSION}; calibrate again")
             inputs: dict[str, InputStatistics] = {}
             for entry in description["inputs"]:
-                statistics = InputStatistics(tuple(entry["linears"]), entry["in_features"], entry["tokens"], entry["amax"], entry["first_position_amax"])
+                statistics = InputStatistics(
+                    entry["name"], tuple(entry["linears"]), entry["in_features"], entry["tokens"], entry["amax"], entry["first_position_amax"],
+                    tuple(entry["amax_quarters"]), entry["estimated"], entry["file"],
+                )  # fmt: skip
                 inputs |= dict.fromkeys(statistics.linears, statistics)
             kv_amax = {entry["module"]: (entry["k_amax"], entry["v_amax"]) for entry in description["kv"]}
             description["model"]["fingerprint"]
         except (KeyError, TypeError, CheckpointError) as error:
-            raise CalibrationError(f"{path}/calibration.json is damaged ({error}); calibrate again") from None
+            raise CalibrationError(f"{path}/{CALIBRATION_FILE} is damaged ({error}); calibrate again") from None
         return cls(path, description, inputs, kv_amax)
 
     def require_same_model(self, checkpoint: Checkpoint, fingerprint: str) -> None:
@@ -99,21 +129,52 @@ class Calibration:
     def require_same_recipe(self, recipe: Recipe) -> None:
         """A calibration made for a recipe serves that one only; one made without serves all."""
         earlier = self.description.get("recipe")
-        if earlier is not None and Recipe.from_mapping(earlier, str(self.path)).canonical() != recipe.canonical():
+        neutral = ObserverChoice()  # the statistics serve every observer
+        if (
+            earlier is not None
+            and replace(Recipe.from_mapping(earlier, str(self.path)), observer=neutral).canonical() != replace(recipe, observer=neutral).canonical()
+        ):
             raise CalibrationError(f"{self.path} was made for another recipe; export with the same recipe, or calibrate without one, which serves every scheme")
 
-    def observers(self) -> dict[str, InputObserver]:
-        """The full statistics, by the name of each input's first Linear."""
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def observer(self, linear: str) -> InputObserver:
+        """The full statistics of a Linear's input."""
         from quantkit.observers import InputObserver
 
-        header = read_header(self.path / STATISTICS_FILE)
-        tensors = {name: read_tensor(info) for name, info in header.items()}
-        names = dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(".histogram"))
-        return {name: InputObserver.from_tensors(name, tensors) for name in names}
+        statistics = self.inputs[linear]
+        if statistics.file not in self._headers:
+            if Path(statistics.file).name != statistics.file:
+                raise CalibrationError(f"{self.path}/{CALIBRATION_FILE} names the file {statistics.file!r}, which is not beside it; calibrate again")
+            self._headers[statistics.file] = read_header(self.path / statistics.file)
+        header = self._headers[statistics.file]
+        try:
+            names = [f"{statistics.name}.{name}" for name in InputObserver.__dataclass_fields__]
+            return InputObserver.from_tensors(statistics.name, {name: read_tensor(header[name]) for name in names})
+        except KeyError as error:
+            raise CalibrationError(f"{self.path}/{statistics.file} lacks {error}; calibrate again") from None
+
+    def static_amax(self, linear: str, spec: QuantSpec, observer: ObserverChoice) -> float:
+        """The magnitude that a static input scale maps to the largest code.
+
+        INT8 leaves the first positions out: one enormous token there would take the codes from all others. A float format has range to
+        spare and clipping that token costs more.
+        """
+        statistics = self.inputs[linear]
+        amax = statistics.amax
+        if observer.kind != "absmax" and not statistics.is_estimated:
+            from quantkit.observers import observed_amax
+
+            amax = observed_amax(self.observer(linear), observer, spec)
+        return max(amax, statistics.first_position_amax if spec.format.kind == "float" or not amax else 0.0)
 
 
 @dataclass(frozen=True)
 class CalibrationSummary:
+    """What a run did. unsettled: inputs whose amax still grew; starved: experts with too few tokens."""
+
     path: Path
     windows: int
     seq_len: int
@@ -122,248 +183,417 @@ class CalibrationSummary:
     linears: int
     seconds: float
     tokens_per_second: float
+    peak_memory_bytes: int
+    unsettled: tuple[str, ...] = ()
+    starved: tuple[str, ...] = ()
+    was_finished: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
 
 
-def calibrate(options: CalibrationOptions, on_progress: Callable[[int, int], None] = lambda done, total: None) -> CalibrationSummary:
-    """Measure and write CALIB. on_progress(windows done, windows in all) is called after each batch."""
-    check_output(options.output, overwrite=options.overwrite, reads=[options.model])
+# on_progress(done, in all, what is being done)
+Progress = Callable[[float, float, str], None]
+
+
+def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, total, text: None) -> CalibrationSummary:
+    """Measure and write CALIB."""
+    check_output(options.output, overwrite=options.overwrite or options.resume, reads=[options.model])
     checkpoint = Checkpoint.open(options.model)
     if QuantizationLayout.read(checkpoint.config) is not None:
         raise CheckpointError(f"{options.model} is quantized already; calibrate the original model")
 
+    from quantkit.model import pick_device
+
+    device = pick_device(options.device)
+    with joined_ranks(device) as ranks:
+        plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
+        finished = ranks.first_decides(lambda: options.resume and finished_already(options.output, plan.fingerprint, options.overwrite))
+        if finished:
+            return _summary_of(options, Calibration.open(options.output).description, 0.0, was_finished=True)
+        ranks.first_decides(lambda: check_output(options.output, overwrite=options.overwrite, reads=[options.model]))
+        with stop_between_steps() as stop:
+            return _Run(options, checkpoint, plan, ranks, stop, on_progress).run()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What decides the bytes, made by the first rank."""
+
+    windows: Windows
+    seq_len: int
+    batch_size: int
+    sources: tuple[str, ...]
+    fingerprint: dict[str, str]
+
+    @property
+    def batches(self) -> list[list[tuple[int, ...]]]:
+        """Token windows that go through together; the windows of a batch have one length, so none is padded."""
+        batches: list[list[tuple[int, ...]]] = []
+        for window in self.windows.windows:
+            if not batches or len(batches[-1]) == self.batch_size or len(batches[-1][0]) != len(window.tokens):
+                batches.append([])
+            batches[-1].append(window.tokens)
+        return batches
+
+
+def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _Plan:
     import torch
     import transformers
 
-    from quantkit.model import auto_config, load_model, pick_device
+    from quantkit.model import auto_config
 
     config = auto_config(options.model, options.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     seq_len = window_length(options.seq_len, getattr(config.get_text_config(), "max_position_embeddings", None))
     names = options.data or (str(BUNDLED_CALIBRATION),)
     windows = calibration_windows(names, tokenizer, options.num_samples, seq_len, options.seed)
-    batch_size = options.batch_size or max(1, TOKENS_PER_BATCH // seq_len)
-    device = pick_device(options.device)
+    kind = device.split(":")[0]
+    # At least four batches where there are four windows: the data's quarters tell whether there was enough.
+    batch_size = options.batch_size or max(1, min(TOKENS_PER_BATCH[kind] // seq_len, len(windows.windows) // 4))
     fingerprint = {
-        "model": checkpoint.fingerprint(),
-        "data": windows.tokens_sha256,
+        "model files": checkpoint.fingerprint(),
+        "data": windows.data_sha256,
+        "windows": windows.tokens_sha256,
+        "seed": str(options.seed),
         "recipe": options.recipe.canonical() if options.recipe else "",
         "batch size": str(batch_size),
-        "device": device.split(":")[0],
+        "choice of experts": "all" if options.all_experts else "router's",
+        "Gram matrices": " ".join(options.gram),
+        "device": f"{kind} {torch.backends.cpu.get_cpu_capability()}" if kind == "cpu" else f"{kind} {torch.cuda.get_device_name(device)}",
         "quantkit version": __version__,
         "torch version": torch.__version__,
         "transformers version": transformers.__version__,
     }
-    with stop_between_steps() as stop, torch.inference_mode():
-        output = OutputDirectory(options.output, fingerprint, resume=options.resume, overwrite=options.overwrite, reads=[options.model])
-        model = load_model(options.model, device, trust_remote_code=options.trust_remote_code)
-        started = time.monotonic()
-        statistics = _Statistics.resumed(output)
-        batches = [windows.windows[start : start + batch_size] for start in range(0, len(windows.windows), batch_size)]
-        groups = _groups_of_shared_inputs(model, torch.tensor([windows.windows[0].tokens[:8]], device=device))
-        saved = time.monotonic()
-        for number, batch in enumerate(batches[statistics.batches_done :], statistics.batches_done + 1):
-            tokens = torch.tensor([window.tokens for window in batch], device=device)
-            with _observing(model, groups, statistics) as cache:
-                _forward(model, tokens, cache)
-            statistics.batches_done = number
-            on_progress(min(number * batch_size, len(windows.windows)), len(windows.windows))
-            if stop.signal_name or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                statistics.save(output)
-                saved = time.monotonic()
-            stop.check(f"after {number} of {len(batches)} batches, which are kept")
-    seconds = time.monotonic() - started
-    write_tensors(output.partial / STATISTICS_FILE, statistics.tensors())
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "quantkit_version": __version__,
-        "model": {"path": str(options.model), "fingerprint": fingerprint["model"]},
-        "recipe": options.recipe.to_mapping() if options.recipe else None,
-        "data": {
-            "sources": [str(name) if options.data else "bundled" for name in names],
-            "sha256": windows.data_sha256,
-            "tokens_sha256": windows.tokens_sha256,
-        },
-        "windows": len(windows.windows),
-        "windows_requested": options.num_samples,
-        "seq_len": seq_len,
-        "tokens": len(windows.windows) * seq_len,
-        "seed": options.seed,
-        "fingerprint": fingerprint,
-        "python_version": platform.python_version(),
-        "inputs": statistics.describe_inputs(groups),
-        "kv": statistics.describe_kv(_attention_names(model)),
-    }
-    write_json(output.partial / "calibration.json", description)
-    statistics.discard_saved(output)
-    output.commit()
-    tokens = len(windows.windows) * seq_len
-    linears = sum(len(group) for group in groups)
-    return CalibrationSummary(options.output, len(windows.windows), seq_len, options.num_samples, len(groups), linears, seconds, tokens / seconds)
+    sources = tuple(str(name) for name in options.data) or ("bundled",)
+    return _Plan(windows, seq_len, batch_size, sources, fingerprint)
 
 
-class _Statistics:
-    """All observers of one run, and how to save and continue them."""
+def block_file(number: int) -> str:
+    return f"block-{number:05d}.safetensors"
 
-    def __init__(self) -> None:
-        self.inputs: dict[str, InputObserver] = {}
-        self.heads: dict[tuple[int, str], HeadObserver] = {}
-        self.batches_done = 0
 
-    @classmethod
-    def resumed(cls, output: OutputDirectory) -> _Statistics:
-        from quantkit.observers import HeadObserver, InputObserver
+@dataclass
+class _Run:
+    """One calibration on one rank: its batches, the blocks one after the other, and on the first rank CALIB."""
 
-        statistics = cls()
-        record = output.done.get("state")
-        if record is None:
-            return statistics
-        tensors = {name: read_tensor(info) for name, info in read_header(output.partial / record["file"]).items()}
-        for name in dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(".histogram")):
-            statistics.inputs[name] = InputObserver.from_tensors(name, tensors)
-        for name, tensor in tensors.items():
-            if name.startswith("kv."):
-                _, layer, which = name.split(".")
-                statistics.heads[int(layer), which] = HeadObserver(tensor)
-        statistics.batches_done = record["batches"]
-        return statistics
+    options: CalibrationOptions
+    checkpoint: Checkpoint
+    plan: _Plan
+    ranks: Ranks
+    stop: StopRequest
+    on_progress: Progress
+    output: OutputDirectory | None = None
+    started: float = field(default_factory=time.monotonic)
 
-    def save(self, output: OutputDirectory) -> None:
-        """Write the state under a new name, then point to it: a crash in between keeps the former."""
-        former = output.done.get("state")
-        name = f"state-{self.batches_done}.safetensors"
-        write_tensors(output.partial / name, self.tensors())
-        output.record("state", {"file": name, "batches": self.batches_done})
-        if former is not None and former["file"] != name:
-            (output.partial / former["file"]).unlink(missing_ok=True)
-
-    @staticmethod
-    def discard_saved(output: OutputDirectory) -> None:
-        for path in output.partial.glob("state-*.safetensors*"):
-            path.unlink()
-
-    def tensors(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, observer in self.inputs.items():
-            tensors |= observer.tensors(name)
-        return tensors | {f"kv.{layer}.{which}": observer.amax for (layer, which), observer in self.heads.items()}
-
-    def describe_inputs(self, groups: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        described = []
-        for group in groups:
-            observer = self.inputs.get(group[0])
-            if observer is None:
-                continue
-            described.append(
-                {
-                    "name": group[0],
-                    "linears": list(group),
-                    "in_features": observer.channel_amax.numel(),
-                    "tokens": int(observer.counts.sum()),
-                    "amax": observer.amax,
-                    "first_position_amax": observer.first_amax,
-                }
-            )
-        return described
-
-    def describe_kv(self, attention_names: Mapping[int, str]) -> list[dict[str, Any]]:
-        layers = sorted({layer for layer, _ in self.heads})
-        return [
-            {"module": attention_names[layer], "k_amax": float(self.heads[layer, "k"].amax.max()), "v_amax": float(self.heads[layer, "v"].amax.max())}
-            for layer in layers
-            if layer in attention_names
-        ]
-
-    def observe_heads(self, layer: int, which: str, states: Tensor) -> None:
+    def run(self) -> CalibrationSummary:
         import torch
 
-        from quantkit.observers import HeadObserver
+        self.batches = [torch.tensor(batch) for batch in self.plan.batches]
+        # Every rank takes whole batches, the same ones whatever their number: a batch of another make rounds otherwise.
+        self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
+        self.threads = max(1, torch.get_num_threads())
+        self.model = self._build()
+        done = self.ranks.first_decides(self._open_output)
+        self.partial = self.ranks.first_decides(lambda: self.output.partial)
+        if len(done) < self.model.block_count:
+            states = HiddenStates(self._memory(), self.partial if self.ranks.is_first else None, self._states_device())
+            try:
+                self._run_blocks(states, done)
+            finally:
+                states.close()
+                self.model.close()
+        description = self.ranks.first_decides(self._finish)
+        return _summary_of(self.options, description, time.monotonic() - self.started)
 
-        observer = self.heads.setdefault((layer, which), HeadObserver(torch.zeros(states.shape[1])))
-        observer.update(states)
+    def _build(self) -> BlockwiseModel:
+        from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
+        from quantkit.recording import EXPERTS_IMPLEMENTATION, register_observing_experts
+
+        register_observing_experts()
+        settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
+        skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
+        return BlockwiseModel(skeleton, StoredWeights(self.checkpoint), str(self.checkpoint.path), self.ranks.device)
+
+    def _open_output(self) -> dict[int, dict[str, Any]]:
+        """CALIB.partial, and which blocks an earlier run finished."""
+        options = self.options
+        self.output = OutputDirectory(options.output, self.plan.fingerprint, resume=options.resume, overwrite=options.overwrite, reads=[options.model])
+        names = {block_file(number): number for number in range(self.model.block_count)}
+        return {names[name]: entry for name, entry in self.output.finished(names).items()}
+
+    def _memory(self) -> int:
+        share = self.options.memory if self.options.memory is not None else available_memory() // 2
+        return share // self.ranks.count
+
+    def _states_device(self) -> str:
+        """Hidden states stay on a GPU that has room for them beside the blocks."""
+        import torch
+
+        if not self.ranks.device.startswith("cuda"):
+            return "cpu"
+        hidden_size = self.model.model.config.get_text_config().hidden_size
+        needed = sum(self.batches[number].numel() for number in self.mine) * hidden_size * self.model.states_dtype.itemsize
+        return self.ranks.device if needed < torch.cuda.mem_get_info(self.ranks.device)[0] // 4 else "cpu"
+
+    # -- The blocks.
+
+    def _run_blocks(self, states: HiddenStates, done: Mapping[int, Any]) -> None:
+        from quantkit.recording import ObservingCache
+
+        hidden_size = self.model.model.config.get_text_config().hidden_size
+        self.on_progress(0, self.model.block_count, "calibrate: embeddings")
+        states.expect({number: (*self.batches[number].shape, hidden_size) for number in self.mine}, self.model.states_dtype)
+        self.model.load_outer(with_head=False)
+        calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
+        self.model.free_outer()
+        first = self._restore(states)
+        self._saved = time.monotonic()
+        for number in range(first, self.model.block_count):
+            with self.model.block(number) as block:
+                if number in done:
+                    self._pass(number, block, calls, states)
+                else:
+                    self._measure(number, block, calls, states)
+            for batch in self.mine:
+                calls[batch][number] = None
+            states.turn()
+            self._stop_or_save(number, states)
+
+    def _measure(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
+        from quantkit.recording import BlockRecorder, BlockStatistics
+
+        patterns = [Pattern(text) for text in self.options.gram]
+        recorder = BlockRecorder(self.model, number, block, self.options.all_experts, lambda name: any(pattern.matches(name) for pattern in patterns))
+        total, earlier = BlockStatistics(), {}
+        quarter_of = {batch: 4 * batch // len(self.batches) for batch in self.mine}
+
+        def work(batch: int) -> BlockStatistics:
+            with recorder.batch(self.batches[batch].shape, quarter_of[batch], earlier) as statistics:
+                hidden = states.get(batch).to(self.model.device)
+                states.put(batch, self.model.run_block(block, calls[batch][number], hidden))
+            return statistics
+
+        try:
+            held_out = [batch for batch in self.mine if quarter_of[batch] == 3]
+            for batches in ([batch for batch in self.mine if quarter_of[batch] < 3], held_out):
+                for batch, statistics in zip(batches, self._each(work, batches)):
+                    statistics.require_finite()
+                    total.merge(statistics)
+                    self._tell(number, batch)
+                if batches is not held_out:
+                    for amaxes in self.ranks.all_gather({name: observer.amax for name, observer in total.inputs.items()}):
+                        earlier |= {name: max(amax, earlier.get(name, 0.0)) for name, amax in amaxes.items()}
+        finally:
+            recorder.close()
+        whole = recorder.complete(total.reduced(self.ranks))
+        if not whole.inputs:
+            raise CalibrationError(f"no Linear of {self.model.block_name(number)} was reached; quantkit calibrates models made of torch.nn.Linear")
+        if self.ranks.is_first:
+            self._write(number, whole, recorder)
+
+    def _pass(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
+        """Run a block whose statistics are there, for the hidden states behind it."""
+
+        def work(batch: int) -> None:
+            states.put(batch, self.model.run_block(block, calls[batch][number], states.get(batch).to(self.model.device)))
+
+        for batch, _ in zip(self.mine, self._each(work, self.mine)):
+            self._tell(number, batch, "again, ")
+
+    def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Any:
+        from quantkit.blockwise import each_batch
+
+        return each_batch(work, batches, self.model.device, self.threads)
+
+    def _tell(self, block: int, batch: int, how: str = "") -> None:
+        from quantkit.output import format_bytes
+
+        done = block + (self.mine.index(batch) + 1) / len(self.mine)
+        tokens = sum(self.batches[number].numel() for number in self.mine) * self.ranks.count
+        rate = tokens * done / self.model.block_count / max(1e-9, time.monotonic() - self.started)
+        text = f"calibrate: {how}block {block + 1} of {self.model.block_count}, {rate:.0f} tokens/s, peak {format_bytes(peak_memory_bytes())}"
+        self.on_progress(done, self.model.block_count, text)
+
+    def _write(self, number: int, statistics: BlockStatistics, recorder: Any) -> None:
+        name = block_file(number)
+        path = self.output.partial / name
+        write_tensors(path, statistics.tensors())
+        described = describe_block(statistics, recorder, name)
+        self.output.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described})
+
+    # -- Stopping and going on.
+
+    def _restore(self, states: HiddenStates) -> int:
+        """The block to begin with: the one behind the hidden states that an earlier run saved, if it did."""
+        saved = self.ranks.first_decides(self._saved_states)
+        if saved is None:
+            return 0
+        paths = [self.partial / name for name in saved["files"]]
+        found = {int(name): info for path in paths if path.is_file() for name, info in read_header(path).items()}
+        if not all(self.ranks.all_gather(all(batch in found for batch in self.mine))):
+            return 0
+        for batch in self.mine:
+            states.put(batch, read_tensor(found[batch]))
+        states.turn()
+        return saved["block"] + 1
+
+    def _saved_states(self) -> dict[str, Any] | None:
+        saved = self.output.done.get(HIDDEN_STATES)
+        return saved if saved is not None and all(is_as_recorded(self.partial, *item) for item in saved["files"].items()) else None
+
+    def _stop_or_save(self, number: int, states: HiddenStates) -> None:
+        stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
+        late = self.ranks.first_decides(lambda: time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES)
+        if (stopped or late) and number + 1 < self.model.block_count:
+            self._save(number, states)
+            self._saved = time.monotonic()
+        if stopped:
+            StopRequest(stopped[0]).check(f"after block {number + 1} of {self.model.block_count}; what is done is kept")
+
+    def _save(self, number: int, states: HiddenStates) -> None:
+        """Each rank writes those of its batches, where all see the same directory; any number of ranks can read them."""
+        saved = None
+        if self.partial.is_dir():
+            path = self.partial / f"hidden-states-{number:05d}-{self.ranks.rank}.safetensors"
+            states.save(path)
+            saved = path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
+        gathered = self.ranks.all_gather(saved)
+        if not self.ranks.is_first or None in gathered:
+            return
+        former = self.output.done.get(HIDDEN_STATES, {"files": {}})
+        files = dict(gathered)
+        self.output.record(HIDDEN_STATES, {"block": number, "files": files})
+        for name in former["files"].keys() - files.keys():
+            (self.partial / name).unlink(missing_ok=True)
+
+    # -- The end.
+
+    def _finish(self) -> dict[str, Any]:
+        options, plan = self.options, self.plan
+        names = [block_file(number) for number in range(self.model.block_count)]
+        entries = [self.output.done[name] for name in names]
+        if any("description" not in entry for entry in entries):
+            # An earlier run was stopped just before its last rename: everything is written.
+            description = Calibration.open(self.partial).description
+            self.output.commit()
+            return description
+        blocks = [entry["description"] for entry in entries]
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "quantkit_version": __version__,
+            "model": {"path": str(options.model), "fingerprint": plan.fingerprint["model files"]},
+            "recipe": options.recipe.to_mapping() if options.recipe else None,
+            "data": {"sources": list(plan.sources), "sha256": plan.windows.data_sha256, "tokens_sha256": plan.windows.tokens_sha256},
+            "windows": len(plan.windows.windows),
+            "windows_requested": options.num_samples,
+            "seq_len": plan.seq_len,
+            "tokens": sum(len(window.tokens) for window in plan.windows.windows),
+            "seed": options.seed,
+            "all_experts": options.all_experts,
+            "fingerprint": plan.fingerprint,
+            "python_version": platform.python_version(),
+            "inputs": [entry for block in blocks for entry in block["inputs"]],
+            "kv": [entry for block in blocks for entry in block["kv"]],
+            "experts": [entry for block in blocks for entry in block["experts"]],
+            "token_pieces": token_pieces(plan.windows),
+            "files": {name: {"bytes": entry["bytes"], "blake3": entry["blake3"]} for name, entry in zip(names, entries)},
+        }
+        write_json(self.output.partial / CALIBRATION_FILE, description)
+        for path in self.output.partial.iterdir():
+            if path.name not in names and path.name not in (CALIBRATION_FILE, "progress.json"):
+                path.unlink()
+        self.output.commit()
+        return description
 
 
-def _forward(model: nn.Module, tokens: Tensor, cache: Any) -> None:
-    """The model's forward without the cost of logits."""
-    arguments: dict[str, Any] = {"input_ids": tokens}
-    accepted = inspect.signature(model.forward).parameters
-    if cache is not None and "past_key_values" in accepted:
-        arguments |= {"past_key_values": cache, "use_cache": True}
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = 1
-    model(**arguments)
+# ---- What CALIB says of a block.
 
 
-def _groups_of_shared_inputs(model: nn.Module, tokens: Tensor) -> list[list[str]]:
-    """Linears by shared input: those that are handed the very same tensor (q, k and v; gate and up). Found by one short forward."""
-    from quantkit.model import named_linears
-
-    groups: dict[tuple[int, int], list[str]] = {}
-    alive: list[Tensor] = []  # as long as they live, no other tensor gets their address
-    handles = []
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            alive.append(arguments[0])
-            groups.setdefault((arguments[0].data_ptr(), arguments[0].numel()), []).append(name)
-
-        return hook
-
-    output_embedding = model.get_output_embeddings()
-    for name, module in named_linears(model):
-        if module is not output_embedding:
-            handles.append(module.register_forward_pre_hook(record(name)))
-    try:
-        _forward(model, tokens, None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not groups:
-        raise CalibrationError("no Linear of this model was reached by a forward pass; quantkit calibrates models made of torch.nn.Linear")
-    return list(groups.values())
+def describe_block(statistics: BlockStatistics, recorder: Any, file: str) -> dict[str, Any]:
+    """The JSON of one block: its inputs, keys and values, experts. Experts that saw too few tokens get their amax estimated here."""
+    inputs = {name: _describe_input(name, statistics.linears[name], observer, file) for name, observer in statistics.inputs.items()}
+    experts = _estimate_starved_experts(inputs, recorder)
+    for module, counts in statistics.experts.items():
+        experts.setdefault(module, {"module": module, "starved": []})["tokens"] = counts.tolist()
+    modules = dict.fromkeys(module for module, _ in statistics.heads)
+    kv = []
+    for module in modules:
+        keys, values = (statistics.heads[module, which].amax for which in "kv")
+        kv.append({"module": module, "heads": keys.numel(), "k_amax": float(keys.max()), "v_amax": float(values.max())})
+    return {"inputs": list(inputs.values()), "kv": kv, "experts": list(experts.values())}
 
 
-@contextmanager
-def _observing(model: nn.Module, groups: Sequence[Sequence[str]], statistics: _Statistics) -> Iterator[Any]:
-    """Hook the first Linear of each group; yields the cache that observes keys and values after rotary embedding."""
-    import torch
-    from transformers import DynamicCache
-
-    from quantkit.observers import InputObserver
-
-    class ObservingCache(DynamicCache):
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            statistics.observe_heads(layer_idx, "k", key_states)
-            statistics.observe_heads(layer_idx, "v", value_states)
-            return key_states, value_states
-
-    modules = dict(model.named_modules())
-    handles = []
-
-    def observe(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            inputs = arguments[0]
-            if not torch.isfinite(inputs.abs().amax()):
-                raise CalibrationError(f"the input of {name} holds NaN or infinity; the model overflows on this text or its weights are damaged")
-            statistics.inputs.setdefault(name, InputObserver.empty(inputs.shape[-1])).update(inputs)
-
-        return hook
-
-    for group in groups:
-        handles.append(modules[group[0]].register_forward_pre_hook(observe(group[0])))
-    try:
-        yield ObservingCache()
-    finally:
-        for handle in handles:
-            handle.remove()
+def _describe_input(name: str, linears: Sequence[str], observer: InputObserver, file: str) -> dict[str, Any]:
+    quarters: list[float] = []
+    for amax in observer.quarter_amax:
+        quarters.append(max(amax or 0.0, quarters[-1] if quarters else 0.0))
+    tokens, first_tokens, held_out, above = observer.counts.tolist()
+    return {
+        "name": name,
+        "linears": list(linears),
+        "in_features": observer.channel_amax.numel(),
+        "tokens": tokens + first_tokens,
+        "amax": observer.amax,
+        "first_position_amax": observer.first_amax,
+        "amax_quarters": quarters,
+        "held_out_values": held_out,
+        "held_out_above": above,
+        "estimated": False,
+        "file": file,
+    }
 
 
-def _attention_names(model: nn.Module) -> dict[int, str]:
-    """Layer index → the attention module's name: the deepest module that knows its layer's index and holds Linears."""
-    from torch import nn
+def is_unsettled(entry: Mapping[str, Any]) -> bool:
+    """Whether the last quarter of the data still showed much that the others hadn't."""
+    if not entry["held_out_values"] or entry["estimated"]:
+        return False
+    before, after = entry["amax_quarters"][-2:]
+    return after > before * (1 + UNSETTLED_GROWTH) or entry["held_out_above"] > UNSETTLED_SHARE * entry["held_out_values"]
 
-    names: dict[int, str] = {}
-    for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and any(isinstance(child, nn.Linear) for child in module.children()):
-            names[index] = name
-    return names
+
+def _estimate_starved_experts(inputs: dict[str, dict[str, Any]], recorder: Any) -> dict[str, dict[str, Any]]:
+    """Give each expert that saw fewer than MIN_EXPERT_TOKENS an amax that is neither zero nor NaN, in place; returns the starved ones by module.
+
+    All experts of a layer read the same hidden states, so the largest amax of the others serves their first input. Their second input
+    is act(g·x)·(u·x), which grows with the norms of their weights' rows: the largest of the others' amax ÷ gain, times their own gain.
+    """
+    starved: dict[str, dict[str, Any]] = {}
+    for module, members in _expert_groups(inputs, recorder).items():
+        entries = [(number, inputs[name], gain) for number, name, gain in members if name in inputs]
+        fed = [entry for entry in entries if entry[1]["tokens"] >= MIN_EXPERT_TOKENS] or [entry for entry in entries if entry[1]["tokens"]]
+        per_gain = max((statistics["amax"] / gain for _, statistics, gain in fed if gain > 0), default=0.0)
+        listed = starved.setdefault(module[0], {"module": module[0], "starved": []})
+        for number, statistics, gain in entries:
+            if statistics["tokens"] < MIN_EXPERT_TOKENS:
+                statistics["amax"] = max(statistics["amax"], per_gain * gain)
+                statistics["estimated"] = True
+                if number not in listed["starved"]:
+                    listed["starved"].append(number)
+    return starved
+
+
+def _expert_groups(inputs: Mapping[str, Any], recorder: Any) -> dict[tuple[str, str], list[tuple[int, str, float]]]:
+    """Inputs that differ only by their expert: (experts' module, which input) → (expert, input's name, gain of its weights)."""
+    groups: dict[tuple[str, str], list[tuple[int, str, float]]] = {}
+    known = set()
+    for experts in recorder.experts.values():
+        for which, linears, gains in (("first", experts.first, [1.0] * experts.count), ("down", experts.down, experts.gains.tolist())):
+            groups[experts.name, which] = [(number, names[0], gain) for number, (names, gain) in enumerate(zip(linears, gains))]
+            known |= {names[0] for names in linears}
+    for name in inputs:
+        found = re.match(r"(?P<module>.*\.experts)\.(?P<number>\d+)\.(?P<leaf>.*)$", name)
+        if found and name not in known:
+            groups.setdefault((found["module"], found["leaf"]), []).append((int(found["number"]), name, 1.0))
+    return groups
+
+
+def _summary_of(options: CalibrationOptions, description: Mapping[str, Any], seconds: float, was_finished: bool = False) -> CalibrationSummary:
+    inputs = description["inputs"]
+    return CalibrationSummary(
+        options.output, description["windows"], description["seq_len"], description["windows_requested"], len(inputs),
+        sum(len(entry["linears"]) for entry in inputs), seconds, description["tokens"] / seconds if seconds else 0.0, peak_memory_bytes(),
+        tuple(entry["name"] for entry in inputs if is_unsettled(entry)),
+        tuple(f"{entry['module']}.{number}" for entry in description["experts"] for number in entry["starved"]),
+        was_finished,
+    )  # fmt: skip

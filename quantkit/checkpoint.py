@@ -157,10 +157,16 @@ def read_tensor(info: TensorInfo) -> Tensor:
             if not read:
                 raise CheckpointError(f"{info.path} ends inside the tensor '{info.name}'; fetch or copy it again")
             position += read
-    dtype = getattr(torch, DTYPES[info.dtype][1])
     if not buffer:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+        return torch.empty(info.shape, dtype=torch_dtype(info))
+    return torch.frombuffer(buffer, dtype=torch_dtype(info)).reshape(info.shape)
+
+
+def torch_dtype(info: TensorInfo) -> Any:
+    """torch's dtype of a stored tensor."""
+    import torch
+
+    return getattr(torch, DTYPES[info.dtype][1])
 
 
 def _open_to_read(path: Path) -> Any:
@@ -197,7 +203,7 @@ class MappedShard:
         import torch
 
         start, length = self._span(info, first, last)
-        dtype = getattr(torch, DTYPES[info.dtype][1])
+        dtype = torch_dtype(info)
         if not length:
             return torch.empty(last - first, row_elements(info), dtype=dtype)
         self._require_readable(info, start, length)

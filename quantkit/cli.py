@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import math
-import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,64 +13,32 @@ from typing import Any
 import click
 
 from quantkit import __version__
-from quantkit.errors import FaultsFound, Inconclusive, Interrupted, OutputError, QuantkitError
+from quantkit.console import (
+    RUNTIME_NAMES,
+    ErrorGroup,
+    Output,
+    UserPath,
+    calibration_options,
+    data_option,
+    device_option,
+    directory_output,
+    export_options,
+    model_argument,
+    recipe_options,
+    remote_code_option,
+    resume_options,
+)
+from quantkit.errors import FaultsFound, Inconclusive, OutputError, QuantkitError
 
-RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
-FORMAT_NAMES = ("compressed-tensors", "fp8", "modelopt")
 WORST_SHOWN = 5  # of the layers that `verify --base` compares
 HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
-
-
-def one_line(text: str) -> str:
-    """A message as one line without control characters: names in a checkpoint are its publisher's, and a terminal obeys escapes."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-class _Refusal(click.ClickException):
-    """A QuantkitError on its way to stderr and an exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"Error: {one_line(self.format_message())}", file=file, err=file is None)
-
-
-class _Group(click.Group):
-    """Turns quantkit's errors into one line and an exit code, in this one place. Other exceptions are bugs and keep their traceback."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except QuantkitError as error:
-            raise _Refusal(str(error), error.exit_code) from None
-        except KeyboardInterrupt:
-            raise _Refusal("interrupted; run the same command again, with --resume if it has one", Interrupted.exit_code) from None
-        except BrokenPipeError:
-            sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
-            raise click.exceptions.Exit(0) from None
-        except OSError as error:
-            reasons = {
-                errno.ENOSPC: "make room",
-                errno.EDQUOT: "make room",
-                errno.EROFS: "choose another place",
-                errno.EACCES: "choose another place or mend its permissions",
-                errno.ENAMETOOLONG: "choose a shorter name",
-                errno.EISDIR: "give a file",
-                errno.ENOTDIR: "give a directory",
-            }
-            if error.errno not in reasons:
-                raise
-            where = f" ({error.filename})" if error.filename else ""
-            raise _Refusal(f"{error.strerror}{where}; {reasons[error.errno]} and run the command again", 1) from None
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(cls=_Group, context_settings=CONTEXT)
+@click.group(cls=ErrorGroup, context_settings=CONTEXT)
 @click.version_option(__version__, "--version", prog_name="quantkit")
 def main() -> None:
     """Quantize Hugging Face checkpoints to FP8 or INT8, and measure what that costs.
@@ -87,38 +52,6 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad usage, 3 a gate failed or verify found a fault,
     4 inconclusive (eval --strict), 5 not comparable, 75 interrupted (--resume continues).
     """
-
-
-class Output:
-    """What a command says: data on stdout, everything else on stderr."""
-
-    def __init__(self, quiet: bool, verbose: bool, as_json: bool) -> None:
-        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
-        self._warned: set[str] = set()
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            click.echo(text, err=True)
-
-    def warn(self, text: str) -> None:
-        """Once: `quantize` finds the same in its plan and in its result."""
-        if text in self._warned:
-            return
-        self._warned.add(text)
-        click.echo(f"Warning: {one_line(text)}", err=True)
-
-    def quiet_libraries(self) -> None:
-        """transformers and the hub report with their own bars and warnings; -v lets them."""
-        if self.verbose:
-            return
-        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-        import warnings
-
-        import transformers
-
-        warnings.filterwarnings("ignore", module="(torch|transformers|huggingface_hub)")
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -139,61 +72,13 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     return decorate
 
 
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-class _UserPath(click.Path):
-    """A path as the shell would have it: `~` is the home directory also in --option=~/x."""
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
-        return Path(super().convert(value, param, context)).expanduser()
-
-
-model_argument = click.argument("model")
-directory_output = click.option("-o", "--output", required=True, type=_UserPath(), help="Directory to write; appears when it is whole.")
-data_option = click.option("--data", multiple=True, metavar="FILE", help=".txt, .jsonl (text or messages), .parquet, or dataset:NAME[:CONFIG[:SPLIT]].")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-remote_code_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that lies in the checkpoint.")
-resume_options = _options(
-    click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-    click.option("--overwrite", is_flag=True, help="Replace what is at the output."),
-)
-calibration_options = _options(
-    click.option("--num-samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text."),
-    click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]"),
-    click.option("--batch-size", type=click.IntRange(1), help="Windows at a time.  [default: about 4096 tokens]"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows."),
-    device_option,
-    remote_code_option,
-)
-recipe_options = _options(
-    click.option("--scheme", help="One of those that `quantkit schemes` lists."),
-    click.option("--recipe", type=_UserPath(), help="YAML file: a scheme with exceptions."),
-)
-export_options = _options(
-    click.option("--calibration", type=_UserPath(), metavar="CALIB", help="Statistics for static scales."),
-    click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these Linears: a name, a glob, or re:REGEX."),
-    click.option("--kv-cache", type=click.Choice(["fp8"]), help="Write scales for a quantized KV cache."),
-    click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Refuse what this runtime can't load."),
-    click.option("--format", "layout", type=click.Choice(FORMAT_NAMES), default="compressed-tensors", show_default=True, help="Layout of the files."),
-    click.option("--max-shard-size", default="5GB", show_default=True, help="Start a new file beyond this size."),
-    click.option("--dry-run", is_flag=True, help="Print what would become of every parameter; write nothing."),
-)
-
-
-def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...] = (), kv_cache: str | None = None) -> Any:
+def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...], kv_cache: str | None, observer: str | None) -> Any:
     from quantkit.scheme import QuantScheme, Recipe
 
     if (scheme is None) == (recipe is None):
         raise click.UsageError("give either --scheme or --recipe; `quantkit schemes` lists the schemes")
     chosen = Recipe.load(recipe) if recipe is not None else Recipe(QuantScheme.parse(scheme))
-    return chosen.with_options(ignore, kv_cache)
+    return chosen.with_options(ignore, kv_cache, observer)
 
 
 def _export_options(
@@ -209,13 +94,14 @@ def _export_options(
 @model_argument
 @directory_output
 @data_option
-@click.option("--recipe", type=_UserPath(), help="Only for this recipe; without, the statistics serve every scheme.")
+@click.option("--recipe", type=UserPath(), help="Only for this recipe; without, the statistics serve every scheme.")
 @calibration_options
 @resume_options
 def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ...], recipe: Path | None, **options: Any) -> None:
-    """Run text through MODEL and record the statistics of every Linear's input.
+    """Run text through MODEL, block by block, and record the statistics of every Linear's input.
 
-    Without --data a small text that comes with quantkit is used.
+    Without --data a small text that comes with quantkit is used. Several processes share the work:
+    torchrun --nproc-per-node N -m quantkit calibrate ...
     """
     from quantkit.hub import resolve_model
     from quantkit.scheme import Recipe
@@ -225,36 +111,47 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
     if out.as_json:
         from quantkit.report import print_json
 
-        print_json(
-            {
-                "path": str(summary.path),
-                "windows": summary.windows,
-                "seq_len": summary.seq_len,
-                "inputs": summary.inputs,
-                "linears": summary.linears,
-                "seconds": summary.seconds,
-                "tokens_per_second": summary.tokens_per_second,
-            }
-        )
-    out.note(f"Next: quantkit export {model} -o OUT --scheme fp8-static --calibration {output}")
+        print_json(summary.to_json())
+    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT --scheme fp8-static --calibration {shlex.quote(str(output))}")
 
 
-def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
+def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, memory: str | None, **options: Any) -> Any:
     from quantkit.calibration import CalibrationOptions, calibrate
-    from quantkit.output import check_output
+    from quantkit.output import format_bytes, parse_bytes
+    from quantkit.ranks import rank_of_environment
     from quantkit.report import Progress
 
-    check_output(output, overwrite=options["overwrite"], reads=[model])
+    out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
+    held = parse_bytes(memory) if memory is not None else None
     with Progress("calibrate", out.quiet) as progress:
-        summary = calibrate(CalibrationOptions(model, output, data, recipe, **options), progress.update)
-    if summary.windows < summary.requested:
-        out.warn(f"the text holds {summary.windows} windows of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; give more with --data")
+        summary = calibrate(CalibrationOptions(model, output, data, recipe, memory=held, **options), progress.update)
+    if summary.was_finished:
+        out.note(f"{output} was finished already, and its files are as they were written; nothing was measured")
+        return summary
+    if rank_of_environment() == 0:
+        _warn_of_calibration(out, summary)
     out.note(
         f"{output}: statistics of {summary.inputs} inputs ({summary.linears} Linears) from {summary.windows} windows of {summary.seq_len} tokens, "
-        f"{summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s"
+        f"{summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s, peak memory {format_bytes(summary.peak_memory_bytes)}"
     )
     return summary
+
+
+def _warn_of_calibration(out: Output, summary: Any) -> None:
+    if summary.windows < summary.requested:
+        out.warn(f"the text holds {summary.windows} windows of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; give more with --data")
+    if summary.unsettled:
+        count, name = len(summary.unsettled), summary.unsettled[0]
+        out.warn(
+            f"{count} of {summary.inputs} inputs still grew in the last quarter of the data ({name}{' and others' if count > 1 else ''}); "
+            f"static scales want more text: raise --num-samples. `quantkit inspect {summary.path}` shows them"
+        )
+    if summary.starved:
+        out.warn(
+            f"{len(summary.starved)} experts saw too few tokens ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); "
+            "their scales are estimated from their weights and the other experts: give more text, or --all-experts"
+        )
 
 
 @command("export")
@@ -265,8 +162,8 @@ def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], re
 @click.option("--stream-download", is_flag=True, help="Of a hub id, keep only the shards in work on the disk.")
 @resume_options
 def export_command(
-    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...], kv_cache: str | None,
-    runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
+    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...],
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Write MODEL's quantized checkpoint, a few rows at a time.
 
@@ -274,7 +171,7 @@ def export_command(
     """
     from quantkit.plan import plan_export
 
-    chosen = _recipe(scheme, recipe, ignore, kv_cache)
+    chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
     path, checkpoint = _open_for_export(model, output, calibration, stream_download)
     options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
     plan = plan_export(options, checkpoint=checkpoint)
@@ -348,7 +245,8 @@ def _print_plan(out: Output, plan: Any) -> None:
 @resume_options
 def quantize_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, data: tuple[str, ...], calibration: Path | None, ignore: tuple[str, ...],
-    kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, resume: bool, overwrite: bool, **calibrating: Any,
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, resume: bool, overwrite: bool,
+    **calibrating: Any,
 ) -> None:  # fmt: skip
     """Calibrate where the recipe needs it, export, verify: MODEL to a checked checkpoint.
 
@@ -359,7 +257,7 @@ def quantize_command(
     from quantkit.hub import resolve_model
     from quantkit.plan import plan_export
 
-    chosen = _recipe(scheme, recipe, ignore, kv_cache)
+    chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
     options = _export_options(resolve_model(model), output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
     plan = plan_export(options, calibration_follows=chosen.needs_calibration and calibration is None)
     if dry_run:
@@ -399,6 +297,7 @@ def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dic
         "--num-samples": made["windows_requested"] == asked["num_samples"],
         "--seq-len": asked["seq_len"] in (None, made["seq_len"]),
         "--seed": made["seed"] == asked["seed"],
+        "--all-experts": made["all_experts"] == asked["all_experts"],
     }
     differing = [option for option, equal in same.items() if not equal]
     if differing:
@@ -460,9 +359,9 @@ def _raise_faults(found: Any) -> None:
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many.")
 @click.option("--protocol", type=click.Choice(PROTOCOL_NAMES), default="gptq", show_default=True, help="How windows are cut and scored.")
-@click.option("-o", "--output", type=_UserPath(dir_okay=False), help="Write the result as JSON.")
-@click.option("--html", type=_UserPath(dir_okay=False), help="Write a self-contained page.")
-@click.option("--markdown", type=_UserPath(dir_okay=False), help="Write a section for a model card.")
+@click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
+@click.option("--html", type=UserPath(dir_okay=False), help="Write a self-contained page.")
+@click.option("--markdown", type=UserPath(dir_okay=False), help="Write a section for a model card.")
 @click.option("--gate", "gates", multiple=True, metavar="EXPR", help="Exit 3 unless e.g. 'ppl_delta_pct<=1.0' holds; also kld_mean, top1, size_ratio.")
 @click.option("--strict", is_flag=True, help="Exit 4 when the text can't decide a gate.")
 @click.option("--exec", "exec_", type=click.Choice(["auto", "kernel", "reference"]), default="auto", show_default=True, help="Which arithmetic runs.")
@@ -576,7 +475,7 @@ def doctor_command(out: Output) -> None:
 
 
 @command("demo")
-@click.option("-o", "--output", type=_UserPath(), default=Path("quantkit-demo"), show_default=True, help="Directory for the results.")
+@click.option("-o", "--output", type=UserPath(), default=Path("quantkit-demo"), show_default=True, help="Directory for the results.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo's results.")
 def demo_command(out: Output, output: Path, overwrite: bool) -> None:
     """The whole story on a real small model (SmolLM2-135M), in minutes."""

@@ -108,10 +108,11 @@ def _convert(gguf_file: Path, target: Path) -> None:
 def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: bool) -> Story:
     """calibrate → export twice → verify → eval, each with its time."""
     from quantkit.calibration import CalibrationOptions, calibrate
-    from quantkit.evaluation import EvaluationOptions, evaluate, peak_memory_bytes
+    from quantkit.evaluation import EvaluationOptions, evaluate
     from quantkit.export import export
     from quantkit.plan import ExportOptions, plan_export
     from quantkit.report import Progress
+    from quantkit.states import peak_memory_bytes
     from quantkit.verification import verify
 
     for name in ("calibration", *DEMO_SCHEMES):

@@ -12,6 +12,7 @@
     ├── FaultsFound          3   a gate failed, or `verify` found a fault
     ├── Inconclusive         4   `eval --strict`: the text can't decide a gate
     ├── NotComparableError   5   results of different protocols, tokens or bases
+    ├── FollowerStopped      n   a process of several, ended because the first one refused; says nothing itself
     └── Interrupted         75   stopped by a signal; `--resume` continues
 
 The command line turns these into one line in one place; every other exception is a bug and keeps its traceback.
@@ -64,6 +65,12 @@ class Inconclusive(QuantkitError):
 
 class NotComparableError(QuantkitError):
     exit_code = 5
+
+
+class FollowerStopped(QuantkitError):
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
 
 
 class Interrupted(QuantkitError):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint
-from quantkit.data import Windows, evaluation_windows, load_tokenizer, window_length
+from quantkit.checkpoint import Checkpoint, read_json
+from quantkit.data import Windows, count_known_windows, evaluation_windows, load_tokenizer, window_length
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.layouts import QuantizationLayout, decode_linear, stored_linears
 from quantkit.model import classify_tensors
+from quantkit.output import MANIFEST_FILE
 from quantkit.runtimes import HARDWARE, as_computed
+from quantkit.states import HiddenStates, peak_memory_bytes
 from quantkit.statistics import Interval, paired_interval, perplexity_change_pct
 
 if TYPE_CHECKING:
@@ -120,10 +120,10 @@ class _Judged:
         return self.tokens / self.seconds
 
 
-def evaluate(options: EvaluationOptions, on_progress: Callable[[str, int, int], None] = lambda name, done, total: None) -> dict[str, Any]:
+def evaluate(options: EvaluationOptions, on_progress: Callable[[str, float, float], None] = lambda name, done, total: None) -> dict[str, Any]:
     """Judge the candidates against the base; returns the result as DESIGN's JSON, which `report` prints.
 
-    on_progress(model's name, windows done, windows in all).
+    on_progress(model's name, blocks done, blocks in all).
     """
     gates = [Gate.parse(expr) for expr in options.gates]
     if gates and not options.quants:
@@ -151,7 +151,7 @@ def evaluate(options: EvaluationOptions, on_progress: Callable[[str, int, int], 
 
 def _judge_all(
     options: EvaluationOptions, gates: Sequence[Gate], base_checkpoint: Checkpoint, candidates: Sequence[Checkpoint],
-    tokenizer: Any, windows: Windows, seq_len: int, device: str, on_progress: Callable[[str, int, int], None],
+    tokenizer: Any, windows: Windows, seq_len: int, device: str, on_progress: Callable[[str, float, float], None],
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
@@ -162,16 +162,16 @@ def _judge_all(
     tokens_per_unit = windows.tokens_scored / units
     with torch.inference_mode():
         base = load_served(options.base, device, options.hardware, options.trust_remote_code)
-        hidden, seconds = _hidden_states(base, windows, seq_len, device, on_progress)
-        base_head = _Head(base.model)
+        hidden, seconds = _hidden_states(base, windows, seq_len, on_progress)
+        base_head = _Head(base.blocks.model)
         del base
         base_judged = _judge(windows, base_head, hidden, seconds, None, None)
         base_nll = _per_window(base_judged.nll, counts)
         quants = []
         for checkpoint in candidates:
             served = load_served(checkpoint.path, device, options.hardware, options.trust_remote_code)
-            own_hidden, seconds = _hidden_states(served, windows, seq_len, device, on_progress)
-            head = _Head(served.model)
+            own_hidden, seconds = _hidden_states(served, windows, seq_len, on_progress)
+            head = _Head(served.blocks.model)
             judged = _judge(windows, head, own_hidden, seconds, base_head, hidden)
             quants.append(_quant_result(options, gates, base_checkpoint, served, judged, base_judged, counts, tokens_per_unit, tokenizer, windows))
             del served, head, own_hidden
@@ -237,34 +237,54 @@ def _require_same_tokenizer(tokenizer: Any, path: Path, options: EvaluationOptio
         raise NotComparableError(f"the tokenizer of {path} differs from the base's, so their perplexities can't be compared; copy the base's tokenizer into it")
 
 
-def _hidden_states(
-    served: ServedModel, windows: Windows, seq_len: int, device: str, on_progress: Callable[[str, int, int], None]
-) -> tuple[list[Tensor], float]:
-    """Final hidden states of the scored positions' predecessors, one [scored, hidden] tensor per window, and the seconds it took."""
+def _hidden_states(served: ServedModel, windows: Windows, seq_len: int, on_progress: Callable[[str, float, float], None]) -> tuple[list[Tensor], float]:
+    """Final hidden states of the scored positions' predecessors, one [scored, hidden] tensor per window, and the seconds it took.
+
+    Leaves the model with its output head in memory and without its blocks.
+    """
     import torch
 
-    body = _body(served.model)
-    states, seconds = [], 0.0
-    for number, window in enumerate(windows.windows, 1):
-        # lmeval's windows carry one token more, which is predicted but not read.
-        tokens = torch.tensor([window.tokens[:seq_len]], device=device)
-        started = time.perf_counter()
-        cache = served.new_cache()
-        output = body(input_ids=tokens, past_key_values=cache, use_cache=True) if cache is not None else body(input_ids=tokens, use_cache=False)
-        kept = output.last_hidden_state[0, window.first_scored - 1 : len(window.tokens) - 1].clone()
-        seconds += time.perf_counter() - started
-        if not torch.isfinite(kept).all():
-            raise EvaluationError(f"{served.checkpoint.path} gives NaN or infinity in window {number}; `quantkit verify` tells whether its files are sound")
-        states.append(kept)
-        on_progress(served.checkpoint.path.name, number, len(windows.windows))
-    return states, seconds
+    from quantkit.blockwise import each_batch
+
+    started, blocks = time.perf_counter(), served.blocks
+    # lmeval's windows carry one token more, which is predicted but not read.
+    batches = [torch.tensor([window.tokens[:seq_len]]) for window in windows.windows]
+    _require_head(blocks.model)
+    config, numbers = blocks.model.config, range(len(batches))
+    states = HiddenStates(device=blocks.device)
+    try:
+        states.expect({number: (*tokens.shape, config.get_text_config().hidden_size) for number, tokens in enumerate(batches)}, blocks.states_dtype)
+        blocks.load_outer(with_head=False)
+        calls = blocks.record(batches, states, served.new_cache())
+        blocks.free_outer()
+        for number in range(blocks.block_count):
+            with blocks.block(number) as block:
+
+                def work(batch: int, block: nn.Module = block, number: int = number) -> None:
+                    states.put(batch, blocks.run_block(block, calls[batch][number], states.get(batch).to(blocks.device)))
+
+                for batch, _ in enumerate(each_batch(work, numbers, blocks.device, torch.get_num_threads()), 1):
+                    on_progress(served.checkpoint.path.name, number + batch / len(batches), blocks.block_count)
+            states.turn()
+        blocks.load_outer(with_head=True)
+        kept = []
+        for number, window in enumerate(windows.windows):
+            final = blocks.finish(batches[number], states.get(number), served.new_cache())
+            kept.append(final[0, window.first_scored - 1 : len(window.tokens) - 1].clone())
+            if not torch.isfinite(kept[-1]).all():
+                raise EvaluationError(
+                    f"{served.checkpoint.path} gives NaN or infinity in window {number + 1}; `quantkit verify` tells whether its files are sound"
+                )
+    finally:
+        states.close()
+        blocks.close()
+    return kept, time.perf_counter() - started
 
 
-def _body(model: nn.Module) -> nn.Module:
+def _require_head(model: nn.Module) -> None:
     body = getattr(model, model.base_model_prefix, None)
     if body is None or body is model or model.get_output_embeddings() is None:
         raise EvaluationError(f"{type(model).__name__} is no causal language model with an output head, which is what eval judges")
-    return body
 
 
 class _Head:
@@ -403,6 +423,7 @@ def _quant_result(
         "exec": "reference",
         "activations_quantized": served.activations_quantized,
         "kv_cache_quantized": served.kv_scales is not None,
+        "windows_calibrated_on": _windows_calibrated_on(checkpoint, windows),
         "linears_quantized": served.quantized_linears,
         "linears_left": _linears_left(checkpoint),
         "weights_only_linears": list(served.weights_only),
@@ -446,6 +467,18 @@ def _linears_left(checkpoint: Checkpoint) -> list[str]:
     return left if "lm_head" in left or "lm_head" in stored else [*left, "lm_head"]
 
 
+def _windows_calibrated_on(checkpoint: Checkpoint, windows: Windows) -> int:
+    """How many of these windows hold text that the checkpoint's scales were made with, by its own manifest."""
+    manifest = checkpoint.path / MANIFEST_FILE
+    if not manifest.is_file():
+        return 0
+    calibrated_on = read_json(manifest, "").get("calibrated_on")
+    try:
+        return count_known_windows(windows, calibrated_on["token_pieces"]) if calibrated_on else 0
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{manifest} is damaged (calibrated_on); export again") from None
+
+
 def _layer_figures(base: Checkpoint, quant: Checkpoint) -> list[dict[str, Any]]:
     """Weight SQNR of each quantized Linear against the base's weight, worst first; empty where the base is quantized itself."""
     from quantkit.quantize import sqnr_db
@@ -463,9 +496,3 @@ def _layer_figures(base: Checkpoint, quant: Checkpoint) -> list[dict[str, Any]]:
         if original.shape == tuple(weight.qdata.shape):
             rows.append({"name": module, "weight_sqnr_db": float(sqnr_db(base.read(original.name), weight.dequantize()))})
     return sorted(rows, key=lambda row: row["weight_sqnr_db"])
-
-
-def peak_memory_bytes() -> int:
-    """The process's largest resident memory so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -376,14 +376,9 @@ def _input_scale(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
 
 
 def _static_amax(linear: QuantizedLinearInfo, plan: ExportPlan) -> float:
-    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep one scale for it.
-
-    INT8 leaves the first positions out: one enormous token there would take the codes from all others. A float format has range to
-    spare and clipping that token costs more.
-    """
-    seen = [plan.calibration.inputs[member] for member in plan.fused_with.get(linear.name, (linear.name,))]
-    with_first = linear.scheme.input.format.kind == "float"
-    return max(max(statistics.amax, statistics.first_position_amax if with_first or not statistics.amax else 0.0) for statistics in seen)
+    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep one scale for it."""
+    members = plan.fused_with.get(linear.name, (linear.name,))
+    return max(plan.calibration.static_amax(member, linear.scheme.input, plan.options.recipe.observer) for member in members)
 
 
 # ---- What stands beside the shards.
@@ -431,6 +426,9 @@ def _write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
         if path.is_file() and name not in files and path.name not in (PROGRESS_FILE, MANIFEST_FILE) and not name.endswith(".tmp"):
             files[name] = {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
     content = {"schema_version": 1, "quantkit_version": __version__, "fingerprint": plan.fingerprint, "files": dict(sorted(files.items()))}
+    if plan.calibration:
+        # So that `eval` can say when it judges on the text that the scales were made with.
+        content["calibrated_on"] = {"sources": plan.calibration.description["data"]["sources"], "token_pieces": plan.calibration.description["token_pieces"]}
     write_json(output.partial / MANIFEST_FILE, content)
 
 

@@ -6,25 +6,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration import Calibration
+from quantkit.calibration import Calibration, is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.layouts import QuantizationLayout, stored_linears
 from quantkit.model import classify_tensors
+from quantkit.output import CALIBRATION_FILE
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
     """A description of whatever lies there; `kind` is "checkpoint" or "calibration"."""
     if not path.exists():
         raise CheckpointError(f"there is nothing at {path}; give a model directory or a calibration directory")
-    if (path / "calibration.json").is_file():
+    if (path / CALIBRATION_FILE).is_file():
         return {"kind": "calibration"} | _describe_calibration(Calibration.open(path))
     return {"kind": "checkpoint"} | _describe_checkpoint(Checkpoint.open(path))
 
 
 def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
-    keys = ("model", "data", "windows", "windows_requested", "seq_len", "tokens", "seed", "recipe", "quantkit_version", "inputs", "kv")
-    return {"path": str(calibration.path)} | {key: calibration.description.get(key) for key in keys}
+    keys = ("model", "data", "windows", "windows_requested", "seq_len", "tokens", "seed", "recipe", "all_experts", "quantkit_version", "kv", "experts")
+    description = {"path": str(calibration.path)} | {key: calibration.description.get(key) for key in keys}
+    return description | {"inputs": [entry | {"unsettled": is_unsettled(entry)} for entry in calibration.description["inputs"]]}
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,26 +1,25 @@
-"""Running statistics of one input, in bounded memory.
+"""Running statistics in bounded memory.
 
 Two observers of the same input merge by adding counts and sums and taking maxima, so batches, resumed runs and processes combine to the
-same result. Sums are float64, counts int64.
+same result. Sums are float64, counts int64. What is measured in one pass over the values is `torch.ops.quantkit.observe_rows`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# |x| is binned by the top bits of its bfloat16: 8 of exponent, 2 of mantissa. Fixed bins, four to an octave, so histograms add.
-HISTOGRAM_SHIFT = 5
-HISTOGRAM_BINS = 1 << (15 - HISTOGRAM_SHIFT)
+from quantkit.ops import HISTOGRAM_BINS, histogram_edges
+from quantkit.quantize import encode_codes
+from quantkit.scheme import ObserverChoice, QuantSpec
 
-
-def histogram_edges() -> Tensor:
-    """Lower edge of each bin of |x|, [HISTOGRAM_BINS] float32."""
-    bits = torch.arange(HISTOGRAM_BINS, dtype=torch.int32) << HISTOGRAM_SHIFT
-    return bits.to(torch.int16).view(torch.bfloat16).float()
+# The data come in quarters, by batches. The last one is held out: how far it goes beyond the others says whether there was enough.
+QUARTERS = 4
+HELD_OUT = QUARTERS - 1
 
 
 @dataclass
@@ -32,74 +31,99 @@ class InputObserver:
 
     channel_amax: [in_features] float32, without the first positions.
     channel_sum_of_squares: [in_features] float64, likewise.
-    histogram: [HISTOGRAM_BINS] int64 of |x|, likewise.
-    extremes: [4] float32: minimum and maximum, then the same of the first positions.
-    counts: [2] int64: tokens without, and of, the first positions.
+    histogram: [HISTOGRAM_BINS] int64 of |x|, likewise, in the bins of `ops.histogram_edges`.
+    token_histogram: [HISTOGRAM_BINS] int64 of each token's largest |x|, likewise.
+    extremes: [QUARTERS, 2] float32: minimum and maximum in each quarter of the data, likewise.
+    first_extremes: [2] float32: the same of the first positions.
+    counts: [4] int64: tokens without, and of, the first positions; values held out; how many of these exceed every earlier magnitude.
     """
 
     channel_amax: Tensor
     channel_sum_of_squares: Tensor
     histogram: Tensor
+    token_histogram: Tensor
     extremes: Tensor
+    first_extremes: Tensor
     counts: Tensor
 
+    # Which fields add; the others are maxima, or a minimum beside a maximum.
+    SUMS = ("channel_sum_of_squares", "histogram", "token_histogram", "counts")
+
     @classmethod
-    def empty(cls, in_features: int) -> InputObserver:
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputObserver:
+        nothing_yet = torch.tensor([torch.inf, -torch.inf], device=device)
         return cls(
-            torch.zeros(in_features),
-            torch.zeros(in_features, dtype=torch.float64),
-            torch.zeros(HISTOGRAM_BINS, dtype=torch.int64),
-            torch.tensor([torch.inf, -torch.inf, torch.inf, -torch.inf]),
-            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(in_features, device=device),
+            torch.zeros(in_features, dtype=torch.float64, device=device),
+            torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=device),
+            torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=device),
+            nothing_yet.repeat(QUARTERS, 1),
+            nothing_yet,
+            torch.zeros(4, dtype=torch.int64, device=device),
         )
 
-    def update(self, inputs: Tensor) -> None:
-        """Add a batch. inputs: [windows, positions, in_features], or [tokens, in_features] where positions are unknown."""
-        if inputs.dim() >= 3:
-            first, rest = inputs[..., :1, :], inputs[..., 1:, :]
-            self._count(first.reshape(-1, first.shape[-1]), 1)
-        else:
-            rest = inputs
-        rest = rest.reshape(-1, rest.shape[-1])
-        if not self._count(rest, 0):
-            return
-        magnitudes = rest.abs()
-        self.channel_amax = torch.maximum(self.channel_amax, magnitudes.amax(0).float().cpu())
-        self.channel_sum_of_squares += rest.float().square().sum(0, dtype=torch.float64).cpu()
-        bins = magnitudes.bfloat16().contiguous().view(torch.int16)
-        # A NaN keeps its sign bit through abs(); without the mask its bin would be negative.
-        bins = (bins & 0x7FFF) >> HISTOGRAM_SHIFT
-        self.histogram += torch.bincount(bins.reshape(-1).int(), minlength=HISTOGRAM_BINS).cpu()
+    def update(self, inputs: Tensor, quarter: int = 0, earlier_amax: float = math.inf) -> None:
+        """Add a batch. inputs: [windows, positions, in_features], or [tokens, in_features] where positions are unknown.
 
-    def _count(self, rows: Tensor, which: int) -> int:
-        if rows.numel():
-            low, high = rows.aminmax()
-            pair = self.extremes[2 * which : 2 * which + 2]
-            pair[0] = torch.minimum(pair[0], low.float().cpu())
-            pair[1] = torch.maximum(pair[1], high.float().cpu())
-            self.counts[which] += rows.shape[0]
-        return rows.numel()
+        quarter: which of the data this belongs to. earlier_amax: in the held-out quarter, the largest magnitude of the others.
+        """
+        if inputs.dim() == 2:
+            self.update_rows(inputs, quarter, earlier_amax)
+            return
+        self.update_first(inputs[:, :1].flatten(0, 1))
+        for window in inputs[:, 1:]:
+            self.update_rows(window, quarter, earlier_amax)
+
+    def update_rows(self, rows: Tensor, quarter: int = 0, earlier_amax: float = math.inf) -> None:
+        """Add tokens that are no first positions. rows: [tokens, in_features]."""
+        if not rows.numel():
+            return
+        counts = torch.zeros(2, dtype=torch.int64, device=rows.device)
+        torch.ops.quantkit.observe_rows(
+            rows, earlier_amax, self.channel_amax, self.channel_sum_of_squares, self.histogram, self.token_histogram, self.extremes[quarter], counts
+        )
+        self.counts[0] += counts[0]
+        if quarter == HELD_OUT:
+            self.counts[2] += rows.numel()
+            self.counts[3] += counts[1]
+
+    def update_first(self, rows: Tensor) -> None:
+        """Add first positions. rows: [windows, in_features]."""
+        if not rows.numel():
+            return
+        low, high = (bound.float() for bound in rows.aminmax())
+        self.first_extremes = torch.stack([torch.minimum(self.first_extremes[0], low), torch.maximum(self.first_extremes[1], high)])
+        self.counts[1] += rows.shape[0]
 
     def merge(self, other: InputObserver) -> None:
         self.channel_amax = torch.maximum(self.channel_amax, other.channel_amax)
-        self.channel_sum_of_squares = self.channel_sum_of_squares + other.channel_sum_of_squares
-        self.histogram = self.histogram + other.histogram
-        low, high = torch.minimum(self.extremes, other.extremes), torch.maximum(self.extremes, other.extremes)
-        self.extremes = torch.stack([low[0], high[1], low[2], high[3]])
-        self.counts = self.counts + other.counts
+        for name in self.SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("extremes", "first_extremes"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, torch.stack([torch.minimum(ours[..., 0], theirs[..., 0]), torch.maximum(ours[..., 1], theirs[..., 1])], dim=-1))
+
+    def is_finite(self) -> bool:
+        """Whether no NaN and no infinity was seen."""
+        return bool(torch.isfinite(self.channel_amax).all()) and not (self.counts[1] and not bool(torch.isfinite(self.first_extremes).all()))
 
     @property
     def amax(self) -> float:
         """Largest magnitude outside the first positions; 0 when nothing was seen."""
-        return float(self.extremes[:2].abs().max()) if self.counts[0] else 0.0
+        return float(self.channel_amax.max()) if self.channel_amax.numel() else 0.0
 
     @property
     def first_amax(self) -> float:
         """Largest magnitude in the first positions."""
-        return float(self.extremes[2:].abs().max()) if self.counts[1] else 0.0
+        return float(self.first_extremes.abs().max()) if self.counts[1] else 0.0
+
+    @property
+    def quarter_amax(self) -> list[float | None]:
+        """Largest magnitude in each quarter of the data by itself; None where it had no tokens."""
+        return [float(pair.abs().max()) if torch.isfinite(pair).all() else None for pair in self.extremes]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return {f"{name}.{field}": getattr(self, field) for field in self.__dataclass_fields__}
+        return {f"{name}.{field}": getattr(self, field).cpu() for field in self.__dataclass_fields__}
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> InputObserver:
@@ -114,7 +138,74 @@ class HeadObserver:
 
     def update(self, states: Tensor) -> None:
         """states: [windows, heads, positions, head_dim]."""
-        self.amax = torch.maximum(self.amax, states.abs().amax(dim=(0, 2, 3)).float().cpu())
+        self.amax = torch.maximum(self.amax, states.abs().amax(dim=(0, 2, 3)).float())
 
     def merge(self, other: HeadObserver) -> None:
         self.amax = torch.maximum(self.amax, other.amax)
+
+
+@dataclass
+class GramObserver:
+    """Sum of x xᵀ over the tokens of an input, what GPTQ calls the Hessian up to a factor. gram: [in_features, in_features] float32.
+
+    It needs in_features² numbers, so it is kept only for the inputs that are asked for.
+    """
+
+    gram: Tensor
+
+    def update(self, inputs: Tensor) -> None:
+        """inputs: [..., in_features]."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.gram = torch.addmm(self.gram, rows.T, rows)
+
+    def merge(self, other: GramObserver) -> None:
+        self.gram = self.gram + other.gram
+
+
+# ---- How far a static scale should reach, from what was observed.
+
+# Points per bin of the histogram; and how far below the largest magnitude clipping is tried: 2^-5, in steps of a bin.
+_POINTS_PER_BIN = 32
+_CLIPPING_STEPS = 80
+
+
+def observed_amax(observer: InputObserver, choice: ObserverChoice, spec: QuantSpec) -> float:
+    """The magnitude that a static scale maps to the largest code, from the tokens outside the first positions."""
+    if choice.kind == "absmax" or not observer.counts[0]:
+        return observer.amax
+    return percentile_amax(observer, choice.percentile) if choice.kind == "percentile" else least_error_amax(observer, spec)
+
+
+def percentile_amax(observer: InputObserver, percentile: float) -> float:
+    """The magnitude that this share of the values doesn't exceed, from the histogram: exact to its bin, which is 1/16 of an octave."""
+    counts = observer.histogram.double().cumsum(0)
+    wanted = counts[-1] * percentile / 100
+    position = int(torch.searchsorted(counts, wanted))
+    if position >= HISTOGRAM_BINS - 1:
+        return observer.amax
+    before = counts[position - 1] if position else counts.new_zeros(())
+    share = float((wanted - before) / (counts[position] - before).clamp(min=1))
+    edges = histogram_edges()
+    low, high = float(edges[position]), float(edges[position + 1])
+    return min(low + share * (high - low), observer.amax)
+
+
+def least_error_amax(observer: InputObserver, spec: QuantSpec) -> float:
+    """The magnitude whose scale gives the least squared error over the histogram, clipping counted; at most the amax."""
+    filled = observer.histogram.nonzero().reshape(-1)
+    amax = observer.amax
+    if not len(filled) or not amax:
+        return amax
+    edges = torch.cat([histogram_edges(), torch.tensor([2.0**32])])
+    low, high = edges[filled], edges[filled + 1].clamp(max=max(amax, float(edges[filled[-1]])))
+    steps = (torch.arange(_POINTS_PER_BIN) + 0.5) / _POINTS_PER_BIN
+    points = low[:, None] + (high - low)[:, None] * steps  # [bins, points per bin]
+    weights = observer.histogram[filled].double()[:, None] / _POINTS_PER_BIN
+
+    def error(limit: float) -> float:
+        scale = limit / spec.format.max
+        values = encode_codes(points / scale, spec.format).float() * scale
+        return float(((values - points).double().square() * weights).sum())
+
+    candidates = [amax * 2.0 ** (-step / 16) for step in range(_CLIPPING_STEPS)]
+    return min(candidates, key=error)

@@ -32,7 +32,8 @@ from quantkit.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST_FILE, PROGRESS_FILE = "quantkit.json", "progress.json"
+# The first two end a directory: they hold the fingerprint of what made it, and the hash of each file.
+MANIFEST_FILE, CALIBRATION_FILE, PROGRESS_FILE = "quantkit.json", "calibration.json", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -354,8 +355,8 @@ class OutputDirectory:
 
     def _earlier(self) -> dict[str, Any]:
         # A run that was stopped just before its last rename has the manifest, which says the same, in place of progress.json.
-        manifest = self.partial / MANIFEST_FILE
-        source = self._progress_file if self._progress_file.is_file() or not manifest.is_file() else manifest
+        manifest = manifest_of(self.partial)
+        source = self._progress_file if self._progress_file.is_file() or manifest is None else manifest
         try:
             progress = json.loads(source.read_text())
             if not isinstance(progress["fingerprint"], dict) or not isinstance(progress["done" if "done" in progress else "files"], dict):
@@ -380,7 +381,7 @@ class OutputDirectory:
         """Which of these files earlier runs finished and are still as they were recorded: their bytes are read and hashed again."""
         recorded = {name: self.done[name] for name in names if name in self.done}
         with ThreadPoolExecutor(cores()) as pool:
-            same = pool.map(lambda item: _is_as_recorded(self.partial, *item), recorded.items())
+            same = pool.map(lambda item: is_as_recorded(self.partial, *item), recorded.items())
         return {name: entry for (name, entry), is_same in zip(recorded.items(), same) if is_same}
 
     def discard(self) -> None:
@@ -420,6 +421,11 @@ def exchange_names(first: Path, second: Path) -> bool:
     return function(current_directory, os.fsencode(first), current_directory, os.fsencode(second), ctypes.c_uint(rename_exchange)) == 0
 
 
+def manifest_of(directory: Path) -> Path | None:
+    """The file that says what a finished directory was made from and holds."""
+    return next((directory / name for name in (MANIFEST_FILE, CALIBRATION_FILE) if (directory / name).is_file()), None)
+
+
 def require_same_fingerprint(what: str, fingerprint: Mapping[str, str], earlier: Mapping[str, str]) -> None:
     differing = sorted(key for key in fingerprint.keys() | earlier.keys() if fingerprint.get(key) != earlier.get(key))
     if differing:
@@ -433,14 +439,15 @@ def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool
     """
     path = resolved_output(path)
     partial = path.with_name(path.name + ".partial")
-    if (partial / PROGRESS_FILE).exists() or not (path / MANIFEST_FILE).is_file():
+    manifest_file = manifest_of(path)
+    if (partial / PROGRESS_FILE).exists() or manifest_file is None:
         return False
     try:
-        manifest = read_json(path / MANIFEST_FILE, "")
+        manifest = read_json(manifest_file, "")
         require_same_fingerprint(f"{path} was made", fingerprint, manifest.get("fingerprint") or {})
         files = manifest.get("files") or {}
         with ThreadPoolExecutor(cores()) as pool:
-            same = pool.map(lambda item: _is_as_recorded(path, *item), files.items())
+            same = pool.map(lambda item: is_as_recorded(path, *item), files.items())
         changed = [name for name, is_same in zip(files, same) if not is_same]
         if changed:
             raise OutputError(f"{path} was finished, but {changed[0]} has changed since; start again with --overwrite")
@@ -453,7 +460,8 @@ def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool
     return True
 
 
-def _is_as_recorded(directory: Path, name: str, entry: Any) -> bool:
+def is_as_recorded(directory: Path, name: str, entry: Any) -> bool:
+    """Whether a file has the size and the hash of its entry."""
     path = directory / name
     if not isinstance(entry, Mapping) or path.is_symlink() or not path.is_file():
         return False
@@ -493,9 +501,9 @@ def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> 
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise OutputError(f"{path} exists and is not empty; choose another -o or pass --overwrite")
-        if not any((path / name).is_file() for name in ("config.json", "calibration.json")):
+        if not any((path / name).is_file() for name in ("config.json", CALIBRATION_FILE)):
             raise OutputError(f"{path} is neither a checkpoint nor a calibration, so --overwrite won't replace it; choose another -o")
-        if any(path.glob("*.safetensors")) and not any((path / name).is_file() for name in ("calibration.json", MANIFEST_FILE)) and not _is_quantized(path):
+        if any(path.glob("*.safetensors")) and not any((path / name).is_file() for name in (CALIBRATION_FILE, MANIFEST_FILE)) and not _is_quantized(path):
             raise OutputError(f"{path} is a model that is not quantized, so --overwrite won't replace it; choose another -o")
     # The nearest directory that exists must take new files.
     parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())

@@ -19,7 +19,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError, RuntimeLimitError
 from quantkit.layouts import QuantizationLayout, format_obstacle, kv_scale_name, linear_tensors, shape_obstacle
 from quantkit.model import ModuleInfo, classify_tensors, fused_sets
-from quantkit.output import TensorPlan, sha256_file
+from quantkit.output import CALIBRATION_FILE, TensorPlan, sha256_file
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
 from quantkit.scheme import TENSOR, Pattern, QuantScheme, Recipe
 from quantkit.streaming import block_scales
@@ -121,7 +121,7 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     linears = {module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme) for module, scheme in schemes.items()}
     _refuse_dtypes(checkpoint, infos, linears, scales)
     left = _left_linears(infos, linears, checkpoint)
-    warnings = _shape_warnings(reasons) + _runtime_warnings(options, linears, left)
+    warnings = _shape_warnings(reasons) + _runtime_warnings(options, linears, left) + _observer_warnings(recipe, linears)
     fingerprint = {
         "model": checkpoint.fingerprint(),
         "model files": file_times(checkpoint),
@@ -131,7 +131,7 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
         "torch version": version("torch"),
     }
     calibration = None if calibration_follows else _calibration_for(options, checkpoint, fingerprint["model"], linears)
-    fingerprint["calibration"] = sha256_file(calibration.path / "calibration.json") if calibration else ""
+    fingerprint["calibration"] = sha256_file(calibration.path / CALIBRATION_FILE) if calibration else ""
     fingerprint["shard size"] = str(options.max_shard_bytes)
     dense_dtype = _dense_dtype(checkpoint)
     parameters = _parameter_plans(checkpoint, options.layout, infos, linears, reasons, scales, dense_dtype)
@@ -266,6 +266,17 @@ def _runtime_warnings(options: ExportOptions, linears: Mapping[str, QuantizedLin
     return [problem for name in RUNTIMES for problem in runtime_problems(name, linears.values(), left, options.layout)]
 
 
+def _observer_warnings(recipe: Recipe, linears: Mapping[str, QuantizedLinearInfo]) -> list[str]:
+    if recipe.observer.kind == "absmax":
+        return []
+    static = [linear.scheme for linear in linears.values() if linear.scheme.needs_calibration]
+    if not static:
+        return [f"the observer {recipe.observer} changes nothing: no scheme here has static input scales"]
+    if recipe.observer.kind == "percentile" and any(scheme.input.format.kind == "float" for scheme in static):
+        return [f"the observer {recipe.observer} clips inputs that FP8 has range for; absmax or mse usually loses less"]
+    return []
+
+
 def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str, linears: Mapping[str, QuantizedLinearInfo]) -> Calibration | None:
     static = [linear for linear in linears.values() if linear.scheme.needs_calibration]
     if options.calibration is None:
@@ -278,7 +289,7 @@ def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str,
     calibration.require_same_recipe(options.recipe)
     for linear in static:
         statistics = calibration.inputs.get(linear.name)
-        if statistics is None or statistics.tokens == 0:
+        if statistics is None or not (statistics.tokens or statistics.amax):
             raise CalibrationError(f"{calibration.path} has no statistics of {linear.name}'s input; leave it with --ignore, or give it a dynamic scheme")
         if statistics.in_features != linear.shape[1]:
             raise CalibrationError(

@@ -134,6 +134,10 @@ def evaluation_remarks(result: dict[str, Any]) -> list[str]:
             remarks.append(f"{quant['path']}: one window gives no interval; give more text or a smaller --seq-len")
         if delta["smallest_resolvable"]:
             remarks.append(f"{quant['path']}: this much text resolves differences of about {delta['smallest_resolvable']:.2f} %")
+        if quant["windows_calibrated_on"]:
+            remarks.append(
+                f"Warning: {quant['path']} was calibrated on text of {quant['windows_calibrated_on']} of these {result['windows']} windows; judge it on text that it hasn't seen"
+            )
         if quant["weights_only_linears"]:
             remarks.append(f"{quant['path']}: {len(quant['weights_only_linears'])} fused experts ran with unquantized inputs")
         if quant["layers"]:
@@ -225,13 +229,28 @@ def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[s
                 entry["name"],
                 str(len(entry["linears"])),
                 str(entry["in_features"]),
-                f"{entry['amax']:.4g}",
-                f"{entry['first_position_amax']:.4g}",
                 str(entry["tokens"]),
+                f"{entry['amax']:.4g}" + (" (estimated)" if entry["estimated"] else ""),
+                " ".join(f"{amax:.4g}" for amax in entry["amax_quarters"]),
+                f"{1e6 * entry['held_out_above'] / entry['held_out_values']:.3g}" if entry["held_out_values"] else "",
+                "no" if entry["unsettled"] else "yes" if entry["held_out_values"] else "",
+                f"{entry['first_position_amax']:.4g}",
             ]
             for entry in description["inputs"]
         ]
-        tables = [(title, ("input of", "Linears", "features", "amax", "amax, first position", "tokens"), rows, (1, 2, 3, 4, 5))]
+        columns = ("input of", "Linears", "features", "tokens", "amax", "after each quarter", "held out above, ppm", "settled", "amax, first position")
+        tables = [(title, columns, rows, (1, 2, 3, 4, 5, 6, 8))]
+        if description["experts"]:
+            rows = [
+                [
+                    entry["module"],
+                    str(len(entry["tokens"])),
+                    *(str(count) for count in _spread(entry["tokens"])),
+                    " ".join(map(str, entry["starved"])),
+                ]
+                for entry in description["experts"]
+            ]
+            tables.append(("tokens per expert", ("experts", "count", "least", "median", "most", "too few tokens"), rows, (1, 2, 3, 4)))
         if description["kv"]:
             rows = [[entry["module"], f"{entry['k_amax']:.4g}", f"{entry['v_amax']:.4g}"] for entry in description["kv"]]
             tables.append(("keys and values, after rotary embedding", ("attention", "key amax", "value amax"), rows, (1, 2)))
@@ -247,6 +266,11 @@ def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[s
     if counts:
         tables.append(("Linears in the decoder blocks", ("scheme", "Linears"), counts, (1,)))
     return tables
+
+
+def _spread(counts: Sequence[int]) -> tuple[int, int, int]:
+    ordered = sorted(counts)
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
 class Progress:

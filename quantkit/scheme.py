@@ -11,7 +11,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,34 @@ def _algorithm_name(entry: Any, where: str) -> str:
     return str(name)
 
 
+OBSERVERS = ("absmax", "percentile", "mse")
+DEFAULT_PERCENTILE = 99.99
+
+
+@dataclass(frozen=True)
+class ObserverChoice:
+    """How a static input scale follows from what calibration saw: `absmax`, `percentile` (or `percentile:99.9`), `mse` (the least squared error)."""
+
+    kind: str = "absmax"
+    percentile: float = DEFAULT_PERCENTILE
+
+    @classmethod
+    def parse(cls, text: Any) -> ObserverChoice:
+        kind, given, number = str(text).strip().lower().partition(":")
+        if kind not in OBSERVERS or (given and kind != "percentile"):
+            raise RecipeError(f"unknown observer '{text}'; choose one of {', '.join(OBSERVERS)}, or for example percentile:99.9")
+        try:
+            percentile = float(number) if given else DEFAULT_PERCENTILE
+        except ValueError:
+            percentile = -1.0
+        if not 50 <= percentile <= 100:
+            raise RecipeError(f"the observer '{text}' needs a percentile from 50 to 100, for example percentile:99.9")
+        return cls(kind, percentile)
+
+    def __str__(self) -> str:
+        return f"percentile:{self.percentile:g}" if self.kind == "percentile" else self.kind
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A scheme, with algorithms and exceptions.
@@ -331,6 +359,7 @@ class Recipe:
     ignore: Linears left as they are.
     layers: exceptions, first match wins; an entry also reaches what is otherwise left by rule (`lm_head`, routers).
     kv_cache: "fp8", or None to leave the cache as it is.
+    observer: how static input scales follow from the calibration.
     """
 
     scheme: QuantScheme
@@ -338,6 +367,7 @@ class Recipe:
     ignore: tuple[Pattern, ...] = ()
     layers: tuple[tuple[Pattern, QuantScheme], ...] = ()
     kv_cache: str | None = None
+    observer: ObserverChoice = ObserverChoice()
 
     def __post_init__(self) -> None:
         for algorithm in self.algorithms:
@@ -350,9 +380,9 @@ class Recipe:
     def from_mapping(cls, content: Any, where: str) -> Recipe:
         if not isinstance(content, Mapping):
             raise RecipeError(f"{where} is not a recipe: it must be a mapping with at least 'scheme'")
-        unknown = set(content) - {"scheme", "algorithms", "ignore", "layers", "kv_cache"}
+        unknown = set(content) - {"scheme", "algorithms", "ignore", "layers", "kv_cache", "observer"}
         if unknown:
-            raise RecipeError(f"{where} has the unknown key {_quoted(unknown)}; allowed are scheme, algorithms, ignore, layers, kv_cache")
+            raise RecipeError(f"{where} has the unknown key {_quoted(unknown)}; allowed are scheme, algorithms, ignore, layers, kv_cache, observer")
         if content.get("scheme") is None:
             raise RecipeError(f"{where} names no scheme; add for example 'scheme: fp8-dynamic'")
         ignore, layers, algorithms = content.get("ignore") or [], content.get("layers") or {}, content.get("algorithms") or []
@@ -368,6 +398,7 @@ class Recipe:
             ignore=tuple(Pattern(text) for text in ignore),
             layers=tuple((Pattern(text), QuantScheme.parse(entry, f"{where}: layers: {text}")) for text, entry in layers.items()),
             kv_cache=content.get("kv_cache"),
+            observer=ObserverChoice.parse(content.get("observer") or "absmax"),
         )
 
     @classmethod
@@ -391,6 +422,7 @@ class Recipe:
             "ignore": [pattern.text for pattern in self.ignore],
             "layers": {pattern.text: scheme.to_description() for pattern, scheme in self.layers},
             "kv_cache": self.kv_cache,
+            "observer": str(self.observer),
         }
 
     def canonical(self) -> str:
@@ -399,10 +431,11 @@ class Recipe:
         layers = [[pattern.text, scheme.to_description()] for pattern, scheme in self.layers]
         return json.dumps(self.to_mapping() | {"layers": layers}, sort_keys=True)
 
-    def with_options(self, ignore: Iterable[str] = (), kv_cache: str | None = None) -> Recipe:
-        """This recipe with the command line's `--ignore` and `--kv-cache` added."""
+    def with_options(self, ignore: Iterable[str] = (), kv_cache: str | None = None, observer: str | None = None) -> Recipe:
+        """This recipe with the command line's `--ignore`, `--kv-cache` and `--observer` added."""
         added = tuple(Pattern(text) for text in ignore)
-        return Recipe(self.scheme, self.algorithms, self.ignore + added, self.layers, kv_cache or self.kv_cache)
+        choice = self.observer if observer is None else ObserverChoice.parse(observer)
+        return replace(self, ignore=self.ignore + added, kv_cache=kv_cache or self.kv_cache, observer=choice)
 
     @property
     def schemes(self) -> tuple[QuantScheme, ...]:

@@ -1,25 +1,26 @@
 """A checkpoint as a server runs it: quantized Linears that quantize their inputs, and keys and values kept in FP8.
 
-Codes and scales come from the files as they lie on disk, never from a model in memory; any checkpoint that `layouts` understands can be loaded,
+Codes and scales come from the files as they lie on disk, block by block; any checkpoint that `layouts` understands can be loaded,
 whoever wrote it. `hardware` computes what that hardware computes (`runtimes.as_computed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from quantkit.checkpoint import Checkpoint
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
+from quantkit.checkpoint import Checkpoint, torch_dtype
 from quantkit.errors import CheckpointError
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
-from quantkit.model import auto_config, load_model, require_no_missing
 from quantkit.quantize import QuantizedTensor, quantize, quantized_linear
+from quantkit.recording import PassingCache
 from quantkit.runtimes import as_computed
 from quantkit.scheme import QuantScheme
 
@@ -46,7 +47,7 @@ class QuantizedLinear(nn.Module):
         return output.reshape(*inputs.shape[:-1], self.out_features)
 
 
-class QuantizedCache(DynamicCache):
+class QuantizedCache(PassingCache):
     """A KV cache of one window that stores FP8: what attention reads are the quantized keys and values.
 
     scales: layer → (scale of keys, scale of values), each [1].
@@ -68,14 +69,14 @@ def _through_fp8(states: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model ready to be judged.
+    """A model ready to be judged, its decoder blocks still on disk.
 
     scheme: the scheme of most Linears, "mixed" with several, or the stored dtype of an unquantized model.
     activations_quantized: True, False, or "partial".
     weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: fused experts.
     """
 
-    model: nn.Module
+    blocks: BlockwiseModel
     checkpoint: Checkpoint
     scheme: str
     quantized_linears: int
@@ -88,98 +89,109 @@ class ServedModel:
 
 
 def load_served(path: Path, device: str, hardware: str | None = None, trust_remote_code: bool = False) -> ServedModel:
-    """Load a checkpoint, quantized or not, for evaluation."""
+    """Open a checkpoint, quantized or not, for evaluation."""
     checkpoint = Checkpoint.open(path)
     layout = QuantizationLayout.read(checkpoint.config)
+    skeleton = build_skeleton(checkpoint, trust_remote_code)
     if layout is None:
         dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-        return ServedModel(load_model(path, device, trust_remote_code=trust_remote_code), checkpoint, dtype, 0, False, (), None)
-    config, skeleton = _skeleton(path, trust_remote_code)
-    state, linears, kv_tensors = _read(checkpoint, layout, skeleton)
-    model = _build(path, config, type(skeleton), state, linears, device)
-    del state
-    modules = dict(model.named_modules())
-    weights_only = []
+        return ServedModel(BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None)
     computed = {scheme: as_computed(scheme, hardware) for scheme in layout.schemes}
-    inputs_quantized = 0
-    for name in list(linears):
-        weight, scheme, input_scale = linears.pop(name)
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            # Experts that transformers keeps in one three-dimensional parameter: their dequantized weights are in it.
-            weights_only.append(name)
-            continue
-        parent, _, leaf = name.rpartition(".")
-        weight = replace(weight, qdata=weight.qdata.to(device), scale=weight.scale.to(device))
-        input_scale = None if input_scale is None else input_scale.to(device)
-        setattr(modules[parent] if parent else model, leaf, QuantizedLinear(weight, computed[scheme], input_scale, module.bias))
-        inputs_quantized += computed[scheme].input is not None
-    total = sum(isinstance(module, QuantizedLinear) for module in model.modules()) + len(weights_only)
+    weights = QuantizedWeights(checkpoint, layout, skeleton, computed, device)
+    blocks = BlockwiseModel(skeleton, weights, str(path), device)
+    strangers = [name for name in weights.linears if f"{name}.weight" in blocks.unexpected]
+    if strangers:
+        raise CheckpointError(f"{path} quantizes {strangers[0]}, which transformers' {type(skeleton).__name__} doesn't have; it can't be judged")
+    inputs_quantized = sum(computed[weights.linears[name]].input is not None for name in weights.linears if name in weights.modules)
+    total = len(weights.linears)
     activations: bool | str = inputs_quantized == total if inputs_quantized in (0, total) else "partial"
     names = list(dict.fromkeys(scheme.name for scheme in layout.schemes))
+    weights_only = [name for name in weights.linears if name not in weights.modules]
     dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
-    return ServedModel(model, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, _kv_scales(layout, model, kv_tensors, device))
+    kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, device)
+    return ServedModel(blocks, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, kv_scales)
 
 
-def _skeleton(path: Path, trust_remote_code: bool) -> tuple[Any, nn.Module]:
-    """The model's configuration, as if it were not quantized, and its modules without memory."""
-    config = auto_config(path, trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if not isinstance(getattr(config, "dtype", None), torch.dtype):
-        config.dtype = torch.bfloat16
-    try:
-        with torch.device("meta"):
-            return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises every kind
-        raise CheckpointError(f"transformers can't build {path}: {' '.join(str(error).split())[:300]}") from None
+class QuantizedWeights:
+    """The tensors of a quantized checkpoint, and the QuantizedLinears that take the place of Linears.
 
-
-def _read(checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """All tensors: a state dict for transformers, the quantized Linears, and the scales of keys and values.
-
-    A quantized weight that is a Linear's stands in the state dict as a shape alone, since codes replace it; one that transformers
-    merges into another tensor (experts) is dequantized.
+    linears: each quantized module of the checkpoint and its scheme. modules: those of them that are Linears of the module tree under their own
+    name; others are merged by transformers into stacked experts, and go there dequantized.
     """
-    dtype = skeleton.config.dtype
-    own_module = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
-    state: dict[str, Tensor] = {}
-    linears: dict[str, Any] = {}
-    stored = stored_linears(checkpoint.tensors)
-    for module, suffixes in stored.items():
-        scheme = layout.scheme_of(module)
-        if scheme is None:
-            raise CheckpointError(f"{module} has quantized tensors but quantization_config ignores it; `quantkit verify {checkpoint.path}` lists all faults")
-        tensors = {suffix: checkpoint.read(f"{module}.{suffix}") for suffix in suffixes}
-        weight, input_scale = decode_linear(tensors, scheme, module)
-        linears[module] = (weight, scheme, input_scale)
-        placeholder = torch.zeros((), dtype=dtype).expand(weight.qdata.shape)
-        state[f"{module}.weight"] = placeholder if module in own_module else weight.dequantize().to(dtype)
-        if "bias" in tensors:
-            state[f"{module}.bias"] = tensors["bias"]
-    kv_tensors = {}
-    for name in checkpoint.tensors:
+
+    def __init__(
+        self, checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Module, computed: Mapping[QuantScheme, QuantScheme], device: str
+    ) -> None:
+        self._checkpoint, self._computed, self._device = checkpoint, computed, device
+        self._dtype = skeleton.config.dtype
+        self._stored = stored_linears(checkpoint.tensors)
+        self.linears: dict[str, QuantScheme] = {}
+        for module in self._stored:
+            scheme = layout.scheme_of(module)
+            if scheme is None:
+                raise CheckpointError(
+                    f"{module} has quantized tensors but quantization_config ignores it; `quantkit verify {checkpoint.path}` lists all faults"
+                )
+            self.linears[module] = scheme
+            self._require_readable(module)
+        self.modules = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)} & set(self.linears)
+        self.kv_tensors: dict[str, Tensor] = {}
+        self._others = []
+        for name, info in checkpoint.tensors.items():
+            module, _, suffix = name.rpartition(".")
+            attention = kv_scale_module(name)
+            if attention is not None:
+                self.kv_tensors[f"{attention}.{suffix}"] = checkpoint.read(name).float().reshape(-1)
+            elif module not in self._stored:
+                if info.dtype in ("I8", "F8_E4M3", "F8_E5M2", "U8"):
+                    raise CheckpointError(f"{name} holds codes, but {module}.weight_scale is missing; `quantkit verify {checkpoint.path}` lists all faults")
+                self._others.append(name)
+
+    def _require_readable(self, module: str) -> None:
+        """Refuse now, from headers alone, what would be found when the module's block has its turn."""
+        tensors = {}
+        for suffix in self._stored[module]:
+            info = self._checkpoint.tensors[f"{module}.{suffix}"]
+            tensors[suffix] = self._checkpoint.read(info.name) if suffix == "weight_shape" else torch.empty(info.shape, dtype=torch_dtype(info), device="meta")
+        decode_linear(tensors, self.linears[module], module)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = {name: self._checkpoint.tensors[name].shape for name in self._others}
+        for module, suffixes in self._stored.items():
+            shapes[f"{module}.weight"] = self._weight_shape(module, suffixes)
+            if "bias" in suffixes:
+                shapes[f"{module}.bias"] = self._checkpoint.tensors[f"{module}.bias"].shape
+        return shapes
+
+    def _weight_shape(self, module: str, suffixes: Sequence[str]) -> tuple[int, ...]:
+        if "weight" in suffixes:
+            return self._checkpoint.tensors[f"{module}.weight"].shape
+        return tuple(self._decoded(module)[0].qdata.shape)
+
+    def _decoded(self, module: str) -> tuple[QuantizedTensor, Tensor | None]:
+        tensors = {suffix: self._checkpoint.read(f"{module}.{suffix}") for suffix in self._stored[module]}
+        return decode_linear(tensors, self.linears[module], module)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as transformers shall have it. A weight whose codes come in its place later is a shape alone."""
         module, _, suffix = name.rpartition(".")
-        attention = kv_scale_module(name)
-        if attention is not None:
-            kv_tensors[f"{attention}.{suffix}"] = checkpoint.read(name).float().reshape(-1)
-        elif module not in stored:
-            if checkpoint.tensors[name].dtype in ("I8", "F8_E4M3", "F8_E5M2", "U8"):
-                raise CheckpointError(f"{name} holds codes, but {module}.weight_scale is missing; `quantkit verify {checkpoint.path}` lists all faults")
-            state[name] = checkpoint.read(name)
-    return state, linears, kv_tensors
+        if module not in self.linears or suffix != "weight":
+            return self._checkpoint.read(name)
+        if module in self.modules:
+            return torch.zeros((), dtype=self._dtype).expand(self._weight_shape(module, self._stored[module]))
+        return self._decoded(module)[0].dequantize().to(self._dtype)
 
-
-def _build(path: Path, config: Any, architecture: type, state: dict[str, Tensor], linears: Mapping[str, Any], device: str) -> nn.Module:
-    try:
-        model, report = architecture.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype, output_loading_info=True)
-    except Exception as error:  # transformers and its backends raise every kind
-        raise CheckpointError(f"transformers can't build {path}: {' '.join(str(error).split())[:300]}") from None
-    require_no_missing(path, report["missing_keys"])
-    strangers = [name for name in linears if f"{name}.weight" in report["unexpected_keys"]]
-    if strangers:
-        raise CheckpointError(f"{path} quantizes {strangers[0]}, which transformers' {architecture.__name__} doesn't have; it can't be judged")
-    return model.to(device).eval().requires_grad_(False)
+    def finish(self, model: nn.Module, prefix: str) -> None:
+        """Put QuantizedLinears in place of the Linears under `prefix` that have their weights; of all outside of the blocks with ""."""
+        for name in [name for name in self.modules if name.startswith(f"{prefix}.") or not prefix]:
+            linear = model.get_submodule(name)
+            if not isinstance(linear, nn.Linear) or linear.weight.is_meta:
+                continue
+            weight, input_scale = self._decoded(name)
+            weight = replace(weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device))
+            input_scale = None if input_scale is None else input_scale.to(self._device)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, self._computed[self.linears[name]], input_scale, linear.bias))
 
 
 def _kv_scales(layout: QuantizationLayout, model: nn.Module, tensors: Mapping[str, Tensor], device: str) -> dict[int, tuple[Tensor, Tensor]] | None:

@@ -79,6 +79,14 @@ def make_llama(directory: Path, *, tie: bool = False, dtype: torch.dtype = torch
     return directory
 
 
+def whole_model(served) -> torch.nn.Module:
+    """A ServedModel with all of its blocks in memory at once."""
+    for number in range(served.blocks.block_count):
+        served.blocks._load_block(number)
+    served.blocks.load_outer(with_head=True)
+    return served.blocks.model
+
+
 @pytest.fixture(scope="session")
 def _llama_master(tmp_path_factory) -> Path:
     return make_llama(tmp_path_factory.mktemp("models") / "llama")

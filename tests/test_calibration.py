@@ -3,14 +3,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_llama, make_text
+from conftest import make_llama, make_text, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from quantkit.calibration import Calibration, CalibrationOptions, calibrate
+from quantkit.blockwise import one_thread
+from quantkit.calibration import MIN_EXPERT_TOKENS, Calibration, CalibrationOptions, calibrate, is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import calibration_windows, load_tokenizer
 from quantkit.errors import CalibrationError, OutputError
-from quantkit.observers import histogram_edges
+from quantkit.export import export
+from quantkit.ops import histogram_edges
+from quantkit.plan import ExportOptions, plan_export
+from quantkit.scheme import QuantScheme, Recipe
 
 
 @pytest.fixture
@@ -20,18 +24,19 @@ def options(llama, text, tmp_path):
 
 def test_statistics_are_those_of_an_ordinary_forward(llama, text, options):
     calibrate(options)
-    observers = Calibration.open(options.output).observers()
+    calibration = Calibration.open(options.output)
     windows = calibration_windows([str(text)], load_tokenizer(llama), 5, 32, 0)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").eval()
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    # In the same batches: a CPU's matrix product may round otherwise for another batch.
-    with torch.inference_mode():
+    # In the same batches and on one thread: a CPU's matrix product may round otherwise for others.
+    with one_thread(), torch.inference_mode():
         for start in (0, 2, 4):
             model(torch.tensor([window.tokens for window in windows.windows[start : start + 2]]))
     inputs = torch.cat([batch.reshape(-1, 32, batch.shape[-1]) for batch in seen]).float()
-    observer = observers["model.layers.1.mlp.down_proj"]
-    assert observer.counts.tolist() == [5 * 31, 5]
+    observer = calibration.observer("model.layers.1.mlp.down_proj")
+    # Three batches, two windows in each but the last; the quarters are of batches.
+    assert observer.counts.tolist() == [5 * 31, 5, 0, 0]
     assert torch.equal(observer.channel_amax, inputs[:, 1:].abs().amax((0, 1)))
     assert observer.first_amax == inputs[:, 0].abs().max()
     torch.testing.assert_close(observer.channel_sum_of_squares, inputs[:, 1:].double().square().sum((0, 1)), rtol=1e-6, atol=0)
@@ -56,39 +61,100 @@ def test_keys_are_measured_after_rotary_embedding(llama, text, options):
     assert entry == (cache.layers[0].keys.abs().max().item(), cache.layers[0].values.abs().max().item())
 
 
+def contents(path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 def test_same_seed_gives_the_same_bytes_and_another_gives_others(options):
     calibrate(options)
-    first = (options.output / "statistics.safetensors").read_bytes()
+    first = contents(options.output)
     calibrate(replace(options, overwrite=True))
-    assert (options.output / "statistics.safetensors").read_bytes() == first
+    assert contents(options.output) == first
     calibrate(replace(options, overwrite=True, seed=1))
-    assert (options.output / "statistics.safetensors").read_bytes() != first
+    assert contents(options.output)["block-00000.safetensors"] != first["block-00000.safetensors"]
 
 
-def test_killed_calibration_resumes_to_the_same_bytes(options, tmp_path, monkeypatch):
+def test_neither_threads_nor_files_of_hidden_states_change_a_byte(options, tmp_path):
     calibrate(options)
-    undisturbed = {path.name: path.read_bytes() for path in options.output.iterdir()}
-    monkeypatch.setattr("quantkit.calibration.SECONDS_BETWEEN_SAVES", 0.0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        calibrate(replace(options, output=tmp_path / "one"))
+    finally:
+        torch.set_num_threads(threads)
+    calibrate(replace(options, output=tmp_path / "file", memory=0))
+    assert contents(options.output) == contents(tmp_path / "one") == contents(tmp_path / "file")
 
-    class Killed(BaseException):
-        pass
 
-    def die(done: int, total: int) -> None:
-        if done >= 4:
+class Killed(BaseException):
+    pass
+
+
+def die_in_block(number: int):
+    """Progress that ends the run inside a block."""
+
+    def progress(done: float, total: float, text: str) -> None:
+        if done > number:
             raise Killed
 
-    killed = replace(options, output=tmp_path / "killed")
+    return progress
+
+
+@pytest.fixture
+def killed(options, tmp_path):
+    """Options of a run that was killed in its second block."""
+    options = replace(options, output=tmp_path / "killed")
     with pytest.raises(Killed):
-        calibrate(killed, die)
+        calibrate(options, die_in_block(1))
+    return options
+
+
+def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
     assert not killed.output.exists()
     with pytest.raises(OutputError, match="--resume"):
         calibrate(killed)
-    with pytest.raises(OutputError, match="different data"):
-        calibrate(replace(killed, resume=True, seed=3))
-    seen = []
-    calibrate(replace(killed, resume=True), lambda done, total: seen.append(done))
-    assert seen[0] > 2  # the first batch was not run again
-    assert {path.name: path.read_bytes() for path in killed.output.iterdir()} == undisturbed
+    told = []
+    calibrate(replace(killed, resume=True), lambda done, total, text: told.append(text))
+    assert any("again, block 1 of 2" in text for text in told)  # run for its hidden states, not measured
+    calibrate(options)
+    assert contents(killed.output) == contents(options.output)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 3}, "seed, windows"),
+        ({"batch_size": 1}, "batch size"),
+        ({"num_samples": 4}, "windows"),
+        ({"recipe": Recipe(QuantScheme.parse("fp8-static"))}, "recipe"),
+        ({"all_experts": True}, "choice of experts"),
+    ],
+)
+def test_other_work_is_not_continued_and_the_refusal_says_what_differs(killed, change, named):
+    with pytest.raises(OutputError, match=f"with a different {named};"):
+        calibrate(replace(killed, resume=True, **change))
+
+
+def test_changed_text_or_model_is_not_continued(options, killed, copy, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(make_text(6000, seed=8))
+    with pytest.raises(OutputError, match="with a different data, windows;"):
+        calibrate(replace(killed, resume=True, data=(str(other),)))
+    model = make_llama(tmp_path / "another", seed=4)
+    with pytest.raises(OutputError, match="with a different model files;"):
+        calibrate(replace(killed, resume=True, model=model))
+
+
+def test_finished_calibration_is_not_made_again(options):
+    calibrate(options)
+    before = contents(options.output)
+    summary = calibrate(replace(options, resume=True))
+    assert summary.was_finished and contents(options.output) == before
+    with pytest.raises(OutputError, match="different seed"):
+        calibrate(replace(options, resume=True, seed=9))
+    (options.output / "block-00001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(OutputError, match="block-00001.safetensors has changed"):
+        calibrate(replace(options, resume=True))
 
 
 def test_fewer_windows_than_asked_for_are_used_and_told(options, run, tmp_path):
@@ -134,3 +200,169 @@ def test_windows_are_mixed_evenly_from_several_files(llama, text, tmp_path):
     calibrate(CalibrationOptions(llama, tmp_path / "c", (str(text), str(second)), num_samples=4, seq_len=32))
     described = json.loads((tmp_path / "c" / "calibration.json").read_text())
     assert described["windows"] == 4 and described["data"]["sources"] == [str(text), str(second)]
+
+
+# ---- Was there enough text?
+
+
+def test_growth_and_held_out_share_are_those_of_the_quarters(llama, text, options):
+    calibrate(replace(options, num_samples=8, batch_size=1))
+    windows = calibration_windows([str(text)], load_tokenizer(llama), 8, 32, 0)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").eval()
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0, 1:].float().abs()))
+    with one_thread(), torch.inference_mode():
+        for window in windows.windows:
+            model(torch.tensor([window.tokens]))
+    quarters = [torch.stack(seen[start : start + 2]) for start in (0, 2, 4, 6)]
+    growth = [max(float(quarter.max()) for quarter in quarters[: count + 1]) for count in range(4)]
+    described = json.loads((options.output / "calibration.json").read_text())["inputs"]
+    entry = next(entry for entry in described if entry["name"] == "model.layers.1.mlp.down_proj")
+    assert entry["amax_quarters"] == growth and entry["amax"] == growth[-1]
+    assert entry["held_out_values"] == quarters[3].numel()
+    assert entry["held_out_above"] == int((quarters[3] > growth[2]).sum())
+
+
+@pytest.mark.parametrize(
+    ("quarters", "above", "unsettled"),
+    [((1.0, 2.0, 3.0, 3.0), 0, False), ((1.0, 2.0, 3.0, 3.3), 1, False), ((1.0, 2.0, 3.0, 4.0), 1, True), ((1.0, 2.0, 3.0, 3.1), 200, True)],
+)
+def test_inputs_that_still_grow_are_unsettled(quarters, above, unsettled):
+    entry = {"amax_quarters": list(quarters), "held_out_values": 1_000_000, "held_out_above": above, "estimated": False}
+    assert is_unsettled(entry) == unsettled
+    assert not is_unsettled(entry | {"estimated": True})
+
+
+def test_unsettled_inputs_are_warned_of_and_shown(llama, text, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("quantkit.calibration.UNSETTLED_GROWTH", -1.0)
+    result = run("calibrate", llama, "-o", tmp_path / "c", "--data", text, "--num-samples", 8, "--seq-len", 32)
+    assert "8 of 8 inputs still grew" in result.stderr and "--num-samples" in result.stderr
+    shown = run("inspect", tmp_path / "c")
+    assert shown.exit_code == 0 and "after each quarter" in shown.stdout and "held out above, ppm" in shown.stdout
+
+
+# ---- Experts
+
+
+@pytest.fixture
+def mixtral(tmp_path):
+    """Four experts, of which the router never chooses the last."""
+    from safetensors.torch import load_file, save_file
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    directory = tmp_path / "mixtral"
+    directory.mkdir()
+    vocabulary = make_tokenizer(directory)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=vocabulary, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256, initializer_range=0.08, **sizes)
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for layer in range(2):
+        gate = next(tensor for name, tensor in tensors.items() if f"layers.{layer}." in name and name.endswith(".gate.weight"))
+        gate[3] = -1
+        # Hidden states sum to something positive, so the last expert's logit is far below the others.
+        tensors[f"model.layers.{layer}.post_attention_layernorm.weight"].fill_(1)
+    tensors["model.embed_tokens.weight"] += 0.04
+    for name in tensors:
+        if name.endswith(("o_proj.weight", "w2.weight")):
+            tensors[name] *= 0.01
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def expert_inputs(path, leaf: str, layer: int = 1) -> dict[int, dict]:
+    described = json.loads((path / "calibration.json").read_text())["inputs"]
+    wanted = {f"model.layers.{layer}.block_sparse_moe.experts.{number}.{leaf}": number for number in range(4)}
+    return {wanted[linear]: entry for entry in described for linear in entry["linears"] if linear in wanted}
+
+
+def test_an_expert_without_tokens_gets_a_scale_from_its_weights_and_the_others(mixtral, text, tmp_path, run):
+    result = run("calibrate", mixtral, "-o", tmp_path / "c", "--data", text, "--num-samples", 8, "--seq-len", 64)
+    assert result.exit_code == 0 and "2 experts saw too few tokens" in result.stderr and "--all-experts" in result.stderr
+    (first, second) = json.loads((tmp_path / "c" / "calibration.json").read_text())["experts"]
+    assert second["module"] == "model.layers.1.block_sparse_moe.experts" and second["starved"] == first["starved"] == [3]
+    assert second["tokens"][3] == 0 and sum(second["tokens"]) == 2 * 8 * 64
+    for leaf in ("w1", "w2"):
+        entries = expert_inputs(tmp_path / "c", leaf)
+        others = [entries[number]["amax"] for number in range(3)]
+        assert entries[3]["estimated"] and not entries[0]["estimated"]
+        assert entries[3]["amax"] == max(others) if leaf == "w1" else 0.3 * max(others) < entries[3]["amax"] < 3 * max(others)
+    shown = run("inspect", tmp_path / "c")
+    assert "(estimated)" in shown.stdout and "tokens per expert" in shown.stdout
+    out = tmp_path / "out"
+    export(plan_export(ExportOptions(mixtral, out, Recipe(QuantScheme.parse("fp8-static")), tmp_path / "c")))
+    checkpoint = Checkpoint.open(out)
+    for leaf in ("w1", "w2", "w3"):
+        scale = checkpoint.read(f"model.layers.1.block_sparse_moe.experts.3.{leaf}.input_scale")
+        assert torch.isfinite(scale).all() and (scale > 1e-6).all()
+
+
+def test_an_estimate_follows_the_experts_own_weights(mixtral, text, tmp_path):
+    """Ten times the gate's and up's weights give about a hundred times the second input, where the activation is linear enough."""
+    from safetensors.torch import load_file, save_file
+
+    options = CalibrationOptions(mixtral, tmp_path / "c", (str(text),), num_samples=4, seq_len=64)
+    calibrate(options)
+    tensors = load_file(mixtral / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.experts.3.w3.weight"] *= 8
+    save_file(tensors, mixtral / "model.safetensors", {"format": "pt"})
+    calibrate(replace(options, output=tmp_path / "larger"))
+    before, after = (expert_inputs(tmp_path / name, "w2")[3]["amax"] for name in ("c", "larger"))
+    assert after == pytest.approx(8 * before, rel=1e-3)
+    assert expert_inputs(tmp_path / "larger", "w1")[3]["amax"] == expert_inputs(tmp_path / "c", "w1")[3]["amax"]
+
+
+def test_all_experts_see_every_token_when_asked(mixtral, text, tmp_path):
+    calibrate(CalibrationOptions(mixtral, tmp_path / "c", (str(text),), num_samples=4, seq_len=64, all_experts=True))
+    assert {entry["tokens"] for leaf in ("w1", "w2") for entry in expert_inputs(tmp_path / "c", leaf).values()} == {4 * 64}
+    described = json.loads((tmp_path / "c" / "calibration.json").read_text())
+    assert [entry["starved"] for entry in described["experts"]] == [[], []] and described["experts"][0]["tokens"][3] == 0
+    # The router's choice alone goes on, so what later blocks see is the same.
+    calibrate(CalibrationOptions(mixtral, tmp_path / "d", (str(text),), num_samples=4, seq_len=64))
+    ours, theirs = (json.loads((tmp_path / name / "calibration.json").read_text())["kv"] for name in "cd")
+    assert ours == theirs
+    assert MIN_EXPERT_TOKENS <= 4 * 64
+
+
+# ---- What is done with it
+
+
+def test_observers_are_chosen_at_export(llama, calib, tmp_path, run):
+    scales = {}
+    for observer in ("absmax", "percentile:99", "mse"):
+        out = tmp_path / observer.replace(":", "-")
+        result = run("export", llama, "-o", out, "--scheme", "int8-static", "--calibration", calib, "--observer", observer)
+        assert result.exit_code == 0, result.stderr
+        scales[observer] = float(Checkpoint.open(out).read("model.layers.1.mlp.down_proj.input_scale"))
+    assert scales["percentile:99"] < scales["mse"] < scales["absmax"]
+    refused = run("export", llama, "-o", tmp_path / "x", "--scheme", "int8-static", "--calibration", calib, "--observer", "entropy")
+    assert refused.exit_code == 1 and "absmax, percentile, mse" in refused.stderr
+    warned = run("export", llama, "-o", tmp_path / "y", "--scheme", "fp8-static", "--calibration", calib, "--observer", "percentile")
+    assert warned.exit_code == 0 and "FP8 has range for" in warned.stderr
+
+
+def test_eval_warns_of_text_that_was_calibrated_on(llama, text, tmp_path, run, run_json):
+    calibrate(CalibrationOptions(llama, tmp_path / "c", (str(text),), num_samples=200, seq_len=64))
+    export(plan_export(ExportOptions(llama, tmp_path / "q", Recipe(QuantScheme.parse("fp8-static")), tmp_path / "c")))
+    result = run("eval", llama, tmp_path / "q", "--data", text, "--seq-len", 48, "--max-tokens", 960)
+    assert result.exit_code == 0 and "was calibrated on text of" in result.stderr
+    fresh = tmp_path / "fresh.txt"
+    fresh.write_text(make_text(800, seed=77))
+    (quant,) = run_json("eval", llama, tmp_path / "q", "--data", fresh, "--seq-len", 48)["quants"]
+    assert quant["windows_calibrated_on"] == 0
+
+
+def test_gram_matrices_are_kept_where_they_are_asked_for(llama, text, options):
+    calibrate(replace(options, gram=("re:.*layers.0.*o_proj",), num_samples=1, batch_size=1))
+    from safetensors.torch import load_file
+
+    tensors = load_file(options.output / "block-00000.safetensors")
+    assert [name for name in tensors if name.endswith(".gram")] == ["model.layers.0.self_attn.o_proj.gram"]
+    window = calibration_windows([str(text)], load_tokenizer(llama), 1, 32, 0).windows[0]
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").eval()
+    seen = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0].double()))
+    with one_thread(), torch.inference_mode():
+        model(torch.tensor([window.tokens]))
+    torch.testing.assert_close(tensors["model.layers.0.self_attn.o_proj.gram"].double(), seen[0].T @ seen[0], rtol=1e-5, atol=1e-6)

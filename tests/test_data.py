@@ -1,13 +1,26 @@
 """Text to token windows, against loops that follow each protocol's own description."""
 
+import base64
 import json
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from quantkit.data import Window, Windows, calibration_windows, evaluation_windows, read_source, window_length
+from quantkit.data import (
+    MIN_REST,
+    PIECE,
+    Window,
+    Windows,
+    calibration_windows,
+    count_known_windows,
+    evaluation_windows,
+    read_source,
+    token_pieces,
+    window_length,
+)
 from quantkit.errors import DataError
 
 BOS, EOS = 1, 2
@@ -339,6 +352,32 @@ def test_fewer_windows_come_back_when_the_text_holds_fewer(write):
     assert {len(window.tokens) for window in windows} == {10}
 
 
+def test_the_rest_of_a_source_is_a_window_where_more_are_asked_for_than_there_are(write):
+    # BOS and 114 words: two windows of 40 tokens and a rest of 35.
+    name, tokenizer = write("a.txt", numbers(0, 114)), FakeTokenizer()
+    for asked, lengths in ((1, [40]), (2, [40, 40]), (3, [40, 40, 35]), (9, [40, 40, 35])):
+        windows = calibration_windows([name], tokenizer, asked, 40, seed=0).windows
+        assert [len(window.tokens) for window in windows] == lengths
+    stream = [token for window in sorted(windows, key=lambda window: window.tokens) for token in window.tokens]
+    assert sorted(stream) == sorted([BOS, *plain(tokenizer, numbers(0, 114))])
+    assert windows[-1].tokens == tuple(plain(tokenizer, numbers(79, 114)))
+
+
+def test_each_source_has_a_rest_and_whole_windows_come_first(write):
+    names = [write("a.txt", numbers(0, 79)), write("b.txt", numbers(500, 612)), write("c.txt", numbers(900, 1019))]  # rests of 0, 33 and 0 tokens beside BOS
+    tokenizer = FakeTokenizer()
+    lengths = [len(window.tokens) for window in calibration_windows(names, tokenizer, 99, 40, seed=0).windows]
+    assert lengths == [40] * 7 + [33]
+    assert len(calibration_windows(names, tokenizer, 7, 40, seed=0).windows) == 7
+
+
+@pytest.mark.parametrize("length, is_window", [(MIN_REST, True), (MIN_REST - 1, False)])
+def test_a_rest_of_few_tokens_is_dropped(write, length, is_window):
+    name = write("a.txt", numbers(0, 99 + length))
+    windows = calibration_windows([name], FakeTokenizer(), 9, 100, seed=0).windows
+    assert [len(window.tokens) for window in windows] == [100] + [length] * is_window
+
+
 def test_every_calibration_document_begins_as_the_model_expects(write):
     tokenizer = FakeTokenizer(append_eos=True)
     windows = calibration_windows([write("a.jsonl", jsonl({"text": numbers(0, 4)}, {"text": numbers(4, 8)}))], tokenizer, 9, 5, seed=0).windows
@@ -364,6 +403,65 @@ def test_the_bundled_texts_are_readable():
     for path in (BUNDLED_CALIBRATION, BUNDLED_EVALUATION):
         assert Path(path).is_file()
         assert len(evaluation_windows([str(path)], FakeTokenizer(), "gptq", 2048).windows) >= 2
+
+
+# Whether windows were seen before
+
+
+def random_windows(*lengths: int, seed: int = 0) -> Windows:
+    generator = random.Random(seed)
+    return Windows(tuple(Window(tuple(generator.randrange(1000) for _ in range(length))) for length in lengths), "")
+
+
+def cut(windows: Windows, start: int, stop: int) -> Windows:
+    """A window of other tokens, and between them a part of the first window's."""
+    others = random_windows(50, 50, seed=99).windows
+    return Windows((Window(others[0].tokens + windows.windows[0].tokens[start:stop] + others[1].tokens),), "")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 17, PIECE - 1, PIECE])
+def test_text_that_was_seen_is_known_at_any_place(offset):
+    seen = random_windows(256, 100)
+    # From any place on, so many tokens hold a whole piece.
+    assert count_known_windows(cut(seen, offset, offset + 2 * PIECE - 1), token_pieces(seen)) == 1
+
+
+def test_less_than_a_piece_is_not_known():
+    seen = random_windows(256)
+    assert count_known_windows(cut(seen, 0, PIECE), token_pieces(seen)) == 1
+    assert count_known_windows(cut(seen, 0, PIECE - 1), token_pieces(seen)) == 0
+    assert count_known_windows(cut(seen, 1, PIECE), token_pieces(seen)) == 0
+
+
+def test_each_window_is_counted_by_itself():
+    seen, new = random_windows(128, 128, 128), random_windows(128, 128, seed=1)
+    mixed = Windows((seen.windows[2], new.windows[0], seen.windows[0], new.windows[1]), "")
+    assert count_known_windows(mixed, token_pieces(seen)) == 2
+    assert count_known_windows(seen, token_pieces(seen)) == 3
+
+
+def test_unrelated_text_and_the_same_tokens_in_another_order_are_not_known():
+    seen = random_windows(*[512] * 20)
+    pieces = token_pieces(seen)
+    assert count_known_windows(random_windows(*[512] * 20, seed=1), pieces) == 0
+    assert count_known_windows(Windows(tuple(Window(window.tokens[::-1]) for window in seen.windows), ""), pieces) == 0
+    swapped = [tuple(token for pair in zip(window.tokens[1::2], window.tokens[::2]) for token in pair) for window in seen.windows]
+    assert count_known_windows(Windows(tuple(map(Window, swapped)), ""), pieces) == 0
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (1, 5), (PIECE - 1,)])
+def test_windows_without_a_whole_piece_are_neither_known_nor_make_others_known(lengths):
+    short, seen = random_windows(*lengths), random_windows(256)
+    assert token_pieces(short) == ""
+    assert count_known_windows(short, token_pieces(seen)) == 0
+    assert count_known_windows(seen, token_pieces(short)) == 0
+
+
+def test_pieces_are_64_bits_for_each_piece_of_text():
+    pieces = token_pieces(random_windows(256, 100))
+    assert len(base64.b64decode(pieces)) == 8 * (256 // PIECE + 100 // PIECE)
+    twice = Windows(random_windows(256).windows * 2, "")
+    assert token_pieces(twice) == token_pieces(random_windows(256))
 
 
 # Window length

@@ -1,5 +1,7 @@
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from quantkit.data import evaluation_windows, load_tokenizer
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
 from quantkit.evaluation import EvaluationOptions, Gate, evaluate
 from quantkit.layouts import QuantizationLayout
+from quantkit.quantize import QuantizedTensor
 from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
-from quantkit.served import load_served
+from quantkit.served import QuantizedLinear, ServedModel, load_served
+from quantkit.states import HiddenStates
 from quantkit.statistics import Interval
 
 
@@ -31,6 +35,12 @@ def documents(tmp_path):
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": make_text(40, seed)}) + "\n" for seed in range(12)))
     return path
+
+
+def quantized_linears(served: ServedModel, number: int, block: torch.nn.Module) -> dict[str, QuantizedLinear]:
+    """Those of one decoder block, by their names in the checkpoint."""
+    prefix = served.blocks.block_name(number)
+    return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 def test_base_perplexity_is_that_of_transformers_in_float32_logits(llama, text, judge):
@@ -61,17 +71,26 @@ def test_exported_file_gives_the_figures_of_its_dequantized_weights(scheme, llam
     served = load_served(out, "cpu", None)
     dense = copy(llama, "dense")
     tensors = load_file(dense / "model.safetensors")
-    from quantkit.served import QuantizedLinear
+    judged = []
+    for number in range(served.blocks.block_count):
+        with served.blocks.block(number) as block:
+            for name, module in quantized_linears(served, number, block).items():
+                restored = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
+                error = (restored - tensors[f"{name}.weight"].float()).norm() / restored.norm()
+                assert error < (0.04 if "fp8" in scheme else 0.02), name
+                assert module.scheme.same_arithmetic == SCHEMES[scheme].same_arithmetic
+                judged.append(name)
+    assert len(judged) == 14
 
-    layers = {name: module for name, module in served.model.named_modules() if isinstance(module, QuantizedLinear)}
-    assert len(layers) == 14
-    for name, module in layers.items():
-        from quantkit.quantize import QuantizedTensor
 
-        restored = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
-        error = (restored - tensors[f"{name}.weight"].float()).norm() / restored.norm()
-        assert error < (0.04 if "fp8" in scheme else 0.02), name
-        assert module.scheme.same_arithmetic == SCHEMES[scheme].same_arithmetic
+def test_codes_leave_memory_with_their_block(export_to):
+    served = load_served(export_to("int8-dynamic"), "cpu")
+    with served.blocks.block(0) as block:
+        codes = [weakref.ref(module.codes) for module in quantized_linears(served, 0, block).values()]
+        assert len(codes) == 7 and all(reference() is not None for reference in codes)
+    del block
+    gc.collect()
+    assert not any(reference() is not None for reference in codes)
 
 
 def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, export_to, text):
@@ -79,14 +98,18 @@ def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, exp
     out = export_to("int8-weight-only", model)
     dense = AutoModelForCausalLM.from_pretrained(model)
     served = load_served(out, "cpu")
-    for name, module in served.model.named_modules():
-        if type(module).__name__ == "QuantizedLinear":
-            from quantkit.quantize import QuantizedTensor
-
-            dense.get_submodule(name).weight.data = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
-    tokens = torch.arange(2, 60)[None]
+    tokens, states = torch.arange(2, 60)[None], HiddenStates()
+    served.blocks.load_outer(with_head=True)
+    calls = served.blocks.record([tokens], states, served.new_cache())
     with torch.inference_mode():
-        torch.testing.assert_close(served.model(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+        for number in range(served.blocks.block_count):
+            with served.blocks.block(number) as block:
+                for name, module in quantized_linears(served, number, block).items():
+                    dense.get_submodule(name).weight.data = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
+                states.put(0, served.blocks.run_block(block, calls[0][number], states.get(0)))
+            states.turn()
+        logits = served.blocks.model.lm_head(served.blocks.finish(tokens, states.get(0)))
+        torch.testing.assert_close(logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_damage_in_one_layer_is_ranked_first(llama, export_to, judge):

@@ -13,20 +13,25 @@ ORDER = (
     ("formats",),
     ("scheme",),
     ("quantize", "packing"),
-    ("ops", "layouts", "observers", "statistics"),
+    ("ops", "layouts", "statistics"),
+    ("observers", "ranks"),
     ("model", "data", "checkpoint"),
     ("output", "streaming", "hub"),
+    ("states",),
+    ("blockwise",),
+    ("recording",),
     ("runtimes",),
     ("calibration", "served"),
     ("plan",),
     ("export", "evaluation", "verification", "inspection"),
     ("report", "doctor"),
     ("demo",),
+    ("console",),
     ("cli",),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "cli")
+WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "console", "cli")
 
 
 def imported_modules(path: Path) -> list[tuple[str, bool]]:

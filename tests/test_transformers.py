@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, whole_model
 from transformers import AutoModelForCausalLM
 
 import quantkit.quantize
@@ -37,7 +37,7 @@ def logits_of_both(out, cache: bool = False) -> tuple[torch.Tensor, torch.Tensor
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     served = load_served(out, "cpu")
     with torch.inference_mode():
-        return theirs(TOKENS).logits, served.model(TOKENS, past_key_values=served.new_cache(), use_cache=cache).logits
+        return theirs(TOKENS).logits, whole_model(served)(TOKENS, past_key_values=served.new_cache(), use_cache=cache).logits
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +102,10 @@ def test_transformers_reads_the_fp8_format(float32_model, export_to):
     """On a CPU it dequantizes the blocks, which leaves weights alone quantized: the same values as ours, inputs as they are."""
     out = export_to("fp8-block", float32_model, layout="fp8")
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    ours = load_served(out, "cpu", hardware="cpu")
-    for name, module in ours.model.named_modules():
+    ours = whole_model(load_served(out, "cpu", hardware="cpu"))
+    for name, module in ours.named_modules():
         if type(module).__name__ == "QuantizedLinear":
             weight = dequantize(module.codes.float(), module.scale, module.spec.granularity)
             assert torch.equal(theirs.get_submodule(name).weight, weight)
     with torch.inference_mode():
-        assert distances(theirs(TOKENS).logits, ours.model(TOKENS).logits).median() < 1e-5
+        assert distances(theirs(TOKENS).logits, ours(TOKENS).logits).median() < 1e-5

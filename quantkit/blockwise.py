@@ -1,0 +1,575 @@
+"""A causal language model run one decoder block at a time: the model is built without memory, and each block's weights come from disk, meet all
+windows, and go again.
+
+What a block is called with is not guessed: the model's own forward runs once per batch with recorders in place of its blocks, which keep their
+arguments (masks, position embeddings, caches) and return the hidden states unchanged. Then the blocks are run from those records, and at the end
+the forward runs again with the last hidden states in place, for whatever comes after the blocks.
+
+On a CPU each batch goes through a block on one thread, and as many batches at once as there are threads: that is faster than sharing one batch,
+and the result doesn't depend on the number of threads. It equals the ordinary forward of the same batch on one thread to the last bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.checkpoint import DTYPES, Checkpoint
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.model import auto_config, require_no_missing
+from quantkit.states import HiddenStates
+
+# How a block's hidden states are called where they aren't the first positional argument.
+_HIDDEN_NAMES = ("hidden_states", "x", "inputs")
+
+
+class Weights(Protocol):
+    """Where a model's tensors come from, under the names of an unquantized checkpoint."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def finish(self, model: nn.Module, prefix: str) -> None:
+        """Called when the parameters under `prefix` are in place: put other modules there, if any."""
+
+
+class StoredWeights:
+    """The tensors of an unquantized checkpoint, as they are."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self._checkpoint.tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._checkpoint.read(name)
+
+    def finish(self, model: nn.Module, prefix: str) -> None:
+        pass
+
+
+def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **settings: Any) -> nn.Module:
+    """The model in its stored dtype with parameters that have shapes but no memory; buffers that no checkpoint holds are filled.
+
+    settings: of transformers' configuration, such as `experts_implementation`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = auto_config(checkpoint.path, trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else _stored_dtype(checkpoint)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype, **settings)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor._is_hf_initialized = True
+        for name, buffer in list(model.named_non_persistent_buffers()):
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, torch.empty_like(buffer, device="cpu"))
+        model.initialize_weights()
+    except Exception as error:  # transformers raises every kind
+        raise CheckpointError(f"transformers can't build {checkpoint.path}: {' '.join(str(error).split())[:300]}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the first floating-point tensor, as transformers chooses where the configuration doesn't say."""
+    names = ("BF16", "F16", "F32", "F64")
+    return next((getattr(torch, DTYPES[info.dtype][1]) for info in checkpoint.tensors.values() if info.dtype in names), torch.bfloat16)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and list of a model's decoder blocks: as many as its configuration says layers, and the largest such list."""
+    layers = model.config.get_text_config().num_hidden_layers
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers and layers]
+    if not lists:
+        raise CheckpointError(f"{type(model).__name__} has no list of {layers} decoder blocks; quantkit runs decoder-only language models")
+    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+# ---- Which tensors of a checkpoint make which parameters.
+
+
+@dataclass(frozen=True)
+class ParameterSource:
+    """The tensors that make one parameter: one, or lists of equal length that transformers merges (experts).
+
+    lists: one for each kind of tensor (gate_proj, up_proj), each with its tensors in the order in which they are stacked.
+    """
+
+    lists: tuple[tuple[str, ...], ...]
+
+
+class _WeightMap:
+    """transformers' own mapping from a checkpoint's names to a model's, looked at before anything is loaded."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.conversions = get_model_conversion_mapping(model)
+        expected = model.state_dict()
+        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        self.target_of: dict[str, str] = {}  # checkpoint's tensor → parameter (its first, where one tensor becomes several)
+        self.unexpected: list[str] = []
+        patterns: dict[str, dict[str, list[str]]] = {}
+        self.mapped: set[str] = set()
+        self._plain: set[str] = set()
+        self._split_under: set[str] = set()  # modules in which a tensor is split into several parameters
+        for name in names:
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+            if target not in expected and name in expected:
+                target, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
+            if target not in expected:
+                self.unexpected.append(name)
+                continue
+            self.target_of[name] = target
+            self.mapped.add(target)
+            patterns.setdefault(target, {}).setdefault(pattern or name, []).append(name)
+            if pattern is None:
+                self._plain.add(target)
+            elif len(by_pattern[pattern].target_patterns) > 1:
+                self._split_under.add(".".join(target.split(".")[:-2]))
+        self.sources = {target: ParameterSource(tuple(tuple(_in_order(tensors)) for tensors in by.values())) for target, by in patterns.items()}
+
+    def is_split(self, parameter: str) -> bool:
+        """Whether its tensor becomes other parameters too."""
+        return any(parameter.startswith(f"{module}.") for module in self._split_under)
+
+    def is_plain(self, parameter: str) -> bool:
+        """Whether its tensor is at most renamed."""
+        return parameter in self._plain
+
+    def is_made(self, parameter: str) -> bool:
+        return parameter in self.mapped or self.is_split(parameter)
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
+
+
+class _Unread:
+    """A tensor that is read when it is looked into, which is how transformers' loader takes its turn."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self._weights.read(self._name)
+
+
+# ---- The model.
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one block was called with beside its hidden states, for one batch. hidden_name: their keyword, or "" for the first argument."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    hidden_name: str
+
+
+class _WrongReturn(Exception):
+    """The model's loop takes the blocks' outputs apart in another way than the recorders return them."""
+
+
+class _Recorder(nn.Module):
+    """Stands in place of a block: keeps what it is called with, returns its hidden states (or, from the last one, those that were given)."""
+
+    def __init__(self, block: nn.Module, arrive: Callable[[tuple[Any, ...], dict[str, Any]], Tensor], outputs: int) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # no child: its parameters are not this module's
+        self._arrive, self._outputs = arrive, outputs
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        hidden = self._arrive(arguments, keywords)
+        return (hidden, None)[: self._outputs] if self._outputs else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their blocks for what kind they are (`attention_type`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+
+class BlockwiseModel:
+    """A model whose decoder blocks come into memory one at a time. Each block can be run once."""
+
+    def __init__(self, skeleton: nn.Module, weights: Weights, where: str, device: str = "cpu") -> None:
+        self.model, self.device, self.where = skeleton, torch.device(device), where
+        self._weights = weights
+        self.blocks_name, self._blocks = decoder_blocks(skeleton)
+        shapes = weights.shapes()
+        self._map = _WeightMap(skeleton, list(shapes))
+        self._require_whole(shapes)
+        self._outer_names = [name for name, target in self._map.target_of.items() if not target.startswith(f"{self.blocks_name}.")]
+        self._loader: ThreadPoolExecutor | None = None
+        self._outputs = 0  # of a recorder: a tensor, or a tuple of this length
+        for name, buffer in list(skeleton.named_buffers()):
+            if not buffer.is_meta and self.device.type != "cpu":
+                module, _, leaf = name.rpartition(".")
+                setattr(skeleton.get_submodule(module), leaf, buffer.to(self.device))
+
+    @property
+    def states_dtype(self) -> torch.dtype:
+        """What holds the hidden states between blocks without rounding them: Mamba's residual stream is float32 in a bfloat16 model."""
+        return torch.float32 if getattr(self.model.config, "residual_in_fp32", False) else self.model.config.dtype
+
+    @property
+    def block_count(self) -> int:
+        return len(self._blocks)
+
+    def block_name(self, number: int) -> str:
+        return f"{self.blocks_name}.{number}"
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Tensors of the checkpoint that the model has no place for."""
+        return self._map.unexpected
+
+    def sources(self, parameter: str) -> ParameterSource | None:
+        """The tensors on disk that make a parameter of the module tree."""
+        return self._map.sources.get(parameter)
+
+    def _require_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse now what would otherwise be found when its block's turn comes, hours from here."""
+        expected = self.model.state_dict()
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        ignored = self.model._keys_to_ignore_on_load_missing or ()
+        missing = [name for name in expected if not self._map.is_made(name) and name not in tied and not any(_matches(p, name) for p in ignored)]
+        require_no_missing(self.where, missing)
+        for target, source in self._map.sources.items():
+            counts = {len(names) for names in source.lists}
+            if len(counts) > 1:
+                raise CheckpointError(f"{self.where} lacks some of the tensors that make {target}: {sorted(counts)} are there; fetch or export it again")
+            for names in source.lists:
+                usual = Counter(shapes[name] for name in names).most_common(1)[0][0]
+                odd = next((name for name in names if shapes[name] != usual), None)
+                if odd is not None:
+                    raise CheckpointError(f"{odd} in {self.where} has the shape {list(shapes[odd])}, others of its kind {list(usual)}; fetch it again")
+            if self._map.is_split(target):
+                continue
+            name, wanted = source.lists[0][0], expected[target].shape
+            found = sum(math.prod(shapes[name]) for names in source.lists for name in names)
+            # Transposed or merged, but as many numbers; a tensor that is only renamed has the same shape.
+            if found != wanted.numel() or (self._map.is_plain(target) and shapes[name] != tuple(wanted)):
+                described = f"{name} has the shape {list(shapes[name])}" if len(source.lists[0]) == 1 else f"{len(source.lists[0])} tensors make"
+                raise CheckpointError(f"in {self.where} {described}, {target} needs {list(wanted)} by the model's configuration; fetch it again")
+
+    # -- Weights.
+
+    def load_outer(self, with_head: bool) -> None:
+        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is asked for."""
+        head = self.model.get_output_embeddings()
+        head_names = {name for name, module in self.model.named_modules() if module is head}
+        names = [name for name in self._outer_names if with_head or self._map.target_of[name].rpartition(".")[0] not in head_names]
+        names = [name for name in names if self._is_parameter(self._map.target_of[name])]
+        self._load(names)
+        tied = self.model.all_tied_weights_keys
+        self.model.tie_weights(missing_keys={*tied, *tied.values()} - {self._map.target_of[name] for name in names}, recompute_mapping=False)
+        self._weights.finish(self.model, "")
+
+    def _is_parameter(self, name: str) -> bool:
+        """False where another module has taken the place of the one that had it."""
+        module, _, leaf = name.rpartition(".")
+        return leaf in self.model.get_submodule(module).state_dict()
+
+    def free_outer(self) -> None:
+        """Let go of what `load_outer` brought; buffers stay."""
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.is_meta:
+                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _block_names(self, number: int) -> list[str]:
+        prefix = f"{self.block_name(number)}."
+        return [name for name, target in self._map.target_of.items() if target.startswith(prefix)]
+
+    def _load(self, names: Sequence[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        if not names:
+            return
+        dtype = self.model.config.dtype
+        settings = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            weight_mapping=copy.deepcopy(self._map.conversions),
+            device_map={"": str(self.device)},
+        )
+        try:
+            with _no_progress_bar():
+                found, _ = convert_and_load_state_dict_in_model(self.model, {name: _Unread(self._weights, name) for name in names}, settings)
+        except QuantkitError:
+            raise
+        except Exception as error:  # transformers raises every kind
+            raise CheckpointError(f"transformers can't load {names[0]} and its like from {self.where}: {' '.join(str(error).split())[:300]}") from None
+        problems = [*found.mismatched_keys, *found.conversion_errors.items(), *found.error_msgs]
+        if problems:
+            raise CheckpointError(f"{self.where} doesn't fit the model that its configuration describes: {' '.join(str(problems[0]).split())[:200]}")
+
+    def _load_block(self, number: int) -> nn.Module:
+        self._load(self._block_names(number))
+        block = self._blocks[number]
+        self._weights.finish(self.model, self.block_name(number))
+        empty = [name for name, tensor in itertools.chain(block.named_parameters(), block.named_buffers()) if tensor.is_meta]
+        require_no_missing(self.where, [f"{self.block_name(number)}.{name}" for name in empty])
+        return block
+
+    # -- Running.
+
+    def record(self, batches: Sequence[Tensor], states: HiddenStates, cache: Any = None, numbers: Sequence[int] | None = None) -> list[list[Call | None]]:
+        """Run what comes before the blocks: fills `states`, returns each batch's calls of each block.
+
+        batches: token ids, [windows, positions]; numbers: what they are called in `states`, unless 0, 1, 2 ...
+        """
+        known = _Interned()
+        calls: list[list[Call | None]] = []
+        for number, tokens in zip(numbers if numbers is not None else itertools.count(), batches):
+            hidden, batch_calls = self._record(tokens.to(self.device), cache)
+            states.put(number, hidden)
+            calls.append([known.call(call) for call in batch_calls])
+            known.forget_identities()
+        states.turn()
+        return calls
+
+    def _record(self, tokens: Tensor, cache: Any) -> tuple[Tensor, list[Call]]:
+        reason = "its blocks pass on more than hidden states"
+        for outputs in dict.fromkeys((self._outputs, 0, 1, 2)):
+            tape = _Tape(tokens.shape)
+            try:
+                with self._recorders(tape, outputs):
+                    tape.require_end(self._forward(tokens, cache))
+            except _WrongReturn as wrong:
+                reason = str(wrong) or reason
+                continue
+            if len(tape.calls) != len(self._blocks):
+                raise self._unusual(f"its forward calls {len(tape.calls)} of {len(self._blocks)} blocks")
+            self._outputs = outputs
+            return tape.first, tape.calls
+        raise self._unusual(reason)
+
+    def _unusual(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{type(self.model).__name__} can't be run block by block: {why}")
+
+    def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
+        body = self.model.get_submodule(self.blocks_name.rpartition(".")[0])
+        accepted = inspect.signature(body.forward).parameters
+        keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+        if cache is not None and "past_key_values" in accepted:
+            keywords = {"past_key_values": cache, "use_cache": True}
+        with one_thread(), torch.inference_mode():
+            try:
+                return body(input_ids=tokens, **keywords)[0]
+            except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+                # A loop that takes its blocks' outputs apart otherwise than a recorder returns them.
+                raise _WrongReturn(f"{type(error).__name__}: {error}") from error
+
+    @contextmanager
+    def _recorders(self, tape: _Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
+        blocks, last = list(self._blocks), len(self._blocks) - 1
+        for number, block in enumerate(blocks):
+            arrive = (lambda *_: final) if final is not None and number == last else tape.arrive
+            self._blocks[number] = _Recorder(block, arrive, outputs)
+        try:
+            yield
+        finally:
+            for number, block in enumerate(blocks):
+                self._blocks[number] = block
+
+    @contextmanager
+    def block(self, number: int, prefetch: bool | None = None) -> Iterator[nn.Module]:
+        """A block with its weights, for as long as the context lasts. On a GPU the next one loads meanwhile."""
+        prefetch = self.device.type == "cuda" if prefetch is None else prefetch
+        if prefetch and self._loader is None:
+            self._loader = ThreadPoolExecutor(1)
+            self._coming = self._loader.submit(self._load_block_aside, number)
+        block = self._coming.result() if prefetch else self._load_block(number)
+        if prefetch and number + 1 < len(self._blocks):
+            self._coming = self._loader.submit(self._load_block_aside, number + 1)
+        try:
+            yield block
+        finally:
+            # Its weights go; what the model's forward may ask it for (its kind) stays.
+            self._blocks[number] = _empty(block)
+
+    def _load_block_aside(self, number: int) -> nn.Module:
+        if self.device.type != "cuda":
+            return self._load_block(number)
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            block = self._load_block(number)
+        stream.synchronize()
+        return block
+
+    def run_block(self, block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
+        """One batch through one block. hidden: [windows, positions, hidden size]."""
+        arguments, keywords = call.arguments, call.keywords
+        if call.hidden_name:
+            keywords = keywords | {call.hidden_name: hidden}
+        else:
+            arguments = (hidden, *arguments)
+        output = block(*arguments, **keywords)
+        return output[0] if isinstance(output, (tuple, list)) else output
+
+    def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:
+        """What the model makes of the last block's output (its last norm). hidden: [windows, positions, hidden size]."""
+        with self._recorders(_Tape(tokens.shape), self._outputs, hidden.to(self.device)):
+            return self._forward(tokens.to(self.device), cache)
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.shutdown(wait=True, cancel_futures=True)
+            self._loader = None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one for each load, which here is each block."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _matches(pattern: str, name: str) -> bool:
+    import re
+
+    return re.search(pattern, name) is not None
+
+
+def _empty(block: nn.Module) -> nn.Module:
+    """The block without its weights, also those that replaced Linears keep outside of parameters."""
+    for module in block.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                setattr(module, name, None)
+    return block.to("meta")
+
+
+class _Tape:
+    """The calls of one forward, in the order of the blocks. shape: of the batch's tokens."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.calls: list[Call] = []
+        self.first: Tensor | None = None
+        self._shape = tuple(shape)
+
+    def arrive(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+        name = "" if arguments else next((name for name in _HIDDEN_NAMES if name in keywords), None)
+        if name is None:
+            raise CheckpointError(f"a decoder block is called without hidden states, only with {', '.join(keywords)}; it can't be run block by block")
+        hidden = arguments[0] if arguments else keywords[name]
+        if self.first is None:
+            self.first = hidden
+        elif not isinstance(hidden, Tensor) or hidden.shape != self.first.shape:
+            raise _WrongReturn
+        self.calls.append(Call(arguments[1:], {key: value for key, value in keywords.items() if key != name}, name))
+        return hidden
+
+    def require_end(self, output: Any) -> None:
+        if not isinstance(output, Tensor) or tuple(output.shape[:2]) != self._shape:
+            raise _WrongReturn
+
+
+class _Interned:
+    """Tensors that hold the same are kept once: masks and position embeddings of batch after batch."""
+
+    COMPARED = 8  # the last few of a shape; values that depend on the tokens never come again
+
+    def __init__(self) -> None:
+        self._by_shape: dict[tuple[Any, ...], deque[Tensor]] = {}
+        self._seen: dict[int, tuple[Any, Tensor]] = {}
+
+    def call(self, call: Call) -> Call:
+        return Call(self._value(call.arguments), self._value(call.keywords), call.hidden_name)
+
+    def forget_identities(self) -> None:
+        self._seen.clear()
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if type(value) in (tuple, list):
+            return type(value)(self._value(item) for item in value)
+        return {key: self._value(item) for key, item in value.items()} if type(value) is dict else value
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self._seen:
+            return self._seen[id(tensor)][1]
+        alike = self._by_shape.setdefault((tuple(tensor.shape), tensor.stride(), tensor.dtype), deque(maxlen=self.COMPARED))
+        same = next((known for known in alike if torch.equal(known, tensor)), None)
+        if same is None:
+            alike.append(tensor)
+            same = tensor
+        self._seen[id(tensor)] = (tensor, same)  # the first keeps the identity from being used again
+        return same
+
+
+# ---- Threads.
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's operations on one thread, also those that new threads call."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def each_batch(work: Callable[[int], Any], numbers: Sequence[int], device: torch.device, threads: int) -> Iterator[Any]:
+    """work(number) for each, its results in this order. On a CPU `threads` of them run at once, each on one thread of its own."""
+    if device.type != "cpu" or threads < 2 or len(numbers) < 2:
+        with one_thread() if device.type == "cpu" else nullcontext():
+            for number in numbers:
+                with torch.inference_mode():
+                    result = work(number)
+                yield result
+        return
+
+    def run(number: int) -> Any:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            return work(number)
+
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Any] = deque()
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(run, number))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,421 @@
+"""What is measured while a decoder block runs: the inputs of its Linears and experts, its keys and values, and how its tokens spread over experts.
+
+A `BlockRecorder` hooks one block. Each batch is recorded by itself, in the thread that runs it, into a `BlockStatistics`; those merge.
+Linears that are handed the same tensor (q, k and v; gate and up) are observed once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from quantkit.blockwise import BlockwiseModel, ParameterSource
+from quantkit.errors import CalibrationError
+from quantkit.observers import HELD_OUT, GramObserver, HeadObserver, InputObserver
+from quantkit.ranks import Ranks
+
+# The name under which transformers finds the experts' forward of this file.
+EXPERTS_IMPLEMENTATION = "quantkit_observing"
+
+
+@dataclass
+class BlockStatistics:
+    """All observers of one block.
+
+    inputs: by the name, on disk, of the first Linear that reads the input. linears: the same name → all Linears that read it.
+    heads: (attention module, "k" or "v") → observer. experts: experts' module → tokens per expert, [experts] int64.
+    grams: by the name of the first Linear, where they are asked for.
+    """
+
+    inputs: dict[str, InputObserver] = field(default_factory=dict)
+    linears: dict[str, list[str]] = field(default_factory=dict)
+    heads: dict[tuple[str, str], HeadObserver] = field(default_factory=dict)
+    experts: dict[str, Tensor] = field(default_factory=dict)
+    grams: dict[str, GramObserver] = field(default_factory=dict)
+
+    def input(self, linears: Sequence[str], in_features: int, device: torch.device | str = "cpu") -> InputObserver:
+        """The observer of the input that these Linears read, made when it is first asked for."""
+        name = linears[0]
+        if name not in self.inputs:
+            self.inputs[name] = InputObserver.empty(in_features, device)
+            self.linears[name] = list(linears)
+        return self.inputs[name]
+
+    def merge(self, other: BlockStatistics) -> None:
+        for name, linears in other.linears.items():
+            known = self.linears.setdefault(name, [])
+            known += [linear for linear in linears if linear not in known]
+        for ours, theirs in ((self.inputs, other.inputs), (self.heads, other.heads), (self.grams, other.grams)):
+            for name, observer in theirs.items():
+                if name in ours:
+                    ours[name].merge(observer)
+                else:
+                    ours[name] = observer
+        for name, counts in other.experts.items():
+            self.experts[name] = self.experts[name] + counts if name in self.experts else counts
+
+    def require_finite(self) -> None:
+        """Raise CalibrationError that names the first Linear whose input holds NaN or infinity."""
+        for name, observer in self.inputs.items():
+            if not observer.is_finite():
+                raise CalibrationError(f"the input of {name} holds NaN or infinity; the model overflows on this text or its weights are damaged")
+        for (module, which), observer in self.heads.items():
+            if not torch.isfinite(observer.amax).all():
+                raise CalibrationError(f"the {'keys' if which == 'k' else 'values'} of {module} hold NaN or infinity; the model overflows on this text")
+
+    def reduced(self, ranks: Ranks) -> BlockStatistics:
+        """The statistics of all ranks together, on every rank: counts and maxima as one process gets them, to the last bit."""
+        if ranks.count == 1:
+            return self
+        whole = self._structure_of_all(ranks)
+        whole.merge(self)
+        tensors = whole.reducible()
+        for dtype, operation in {(tensor.dtype, operation): None for tensor, operation, _ in tensors}:
+            chosen = [(tensor, put) for tensor, kind, put in tensors if (tensor.dtype, kind) == (dtype, operation)]
+            for (_, put), reduced in zip(chosen, ranks.reduce([tensor for tensor, _ in chosen], operation)):
+                put(reduced)
+        return whole
+
+    def _structure_of_all(self, ranks: Ranks) -> BlockStatistics:
+        """Empty observers for whatever any rank has seen, in the same order everywhere: a rank may have met experts that another hasn't."""
+        whole = BlockStatistics()
+        device = next((observer.channel_amax.device for observer in self.inputs.values()), ranks.device)
+        described = (
+            [(self.linears[name], observer.channel_amax.numel()) for name, observer in self.inputs.items()],
+            [(key, observer.amax.numel()) for key, observer in self.heads.items()],
+            [(name, counts.numel()) for name, counts in self.experts.items()],
+            [(name, observer.gram.shape[0]) for name, observer in self.grams.items()],
+        )
+        for inputs, heads, experts, grams in ranks.all_gather(described):
+            for linears, in_features in inputs:
+                whole.input(linears, in_features, device)
+            for key, count in heads:
+                whole.heads.setdefault(key, HeadObserver(torch.zeros(count, device=device)))
+            for name, count in experts:
+                whole.experts.setdefault(name, torch.zeros(count, dtype=torch.int64))
+            for name, size in grams:
+                whole.grams.setdefault(name, GramObserver(torch.zeros(size, size, device=device)))
+        return whole
+
+    def reducible(self) -> list[tuple[Tensor, str, Callable[[Tensor], None]]]:
+        """Each tensor, whether it adds or is a maximum, and where its reduced value goes."""
+        found: list[tuple[Tensor, str, Callable[[Tensor], None]]] = []
+
+        def add(place: Any, name: str, operation: str) -> None:
+            found.append((getattr(place, name), operation, lambda value: setattr(place, name, value)))
+
+        for observer in self.inputs.values():
+            add(observer, "channel_amax", "max")
+            for name in InputObserver.SUMS:
+                add(observer, name, "sum")
+            for name in ("extremes", "first_extremes"):
+                found.append((_upward(getattr(observer, name)), "max", lambda value, place=observer, name=name: setattr(place, name, _upward(value))))
+        for head in self.heads.values():
+            add(head, "amax", "max")
+        for name in self.experts:
+            found.append((self.experts[name], "sum", lambda value, name=name: self.experts.__setitem__(name, value)))
+        for gram in self.grams.values():
+            add(gram, "gram", "sum")
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as it is stored: NAME.FIELD of inputs, MODULE.k_amax and .v_amax per head, MODULE.expert_tokens, NAME.gram."""
+        tensors: dict[str, Tensor] = {}
+        for name, observer in self.inputs.items():
+            tensors |= observer.tensors(name)
+        tensors |= {f"{module}.{which}_amax": observer.amax.cpu() for (module, which), observer in self.heads.items()}
+        tensors |= {f"{module}.expert_tokens": counts.cpu() for module, counts in self.experts.items()}
+        return tensors | {f"{name}.gram": observer.gram.cpu() for name, observer in self.grams.items()}
+
+
+def _upward(extremes: Tensor) -> Tensor:
+    """Minimum and maximum as two numbers of which the larger counts; its own inverse."""
+    return extremes * torch.tensor([-1.0, 1.0], device=extremes.device)
+
+
+# ---- Recording.
+
+
+@dataclass
+class _Batch:
+    """What the hooks of one thread write to, for the batch that it runs."""
+
+    statistics: BlockStatistics
+    recorder: BlockRecorder
+    positions: int
+    windows: int
+    quarter: int
+    earlier: Mapping[str, float]
+    seen: dict[tuple[int, int], str] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)  # as long as they live, no other tensor gets their address
+
+    def observe(self, linears: Sequence[str], inputs: Tensor, first: Tensor | None = None) -> None:
+        """inputs: [windows, positions, in_features], or tokens [n, in_features] of which `first`, [n] bool, are first positions."""
+        name = linears[0]
+        observer = self.statistics.input(linears, inputs.shape[-1], inputs.device)
+        earlier = self.earlier.get(name, torch.inf) if self.quarter == HELD_OUT else torch.inf
+        if inputs.dim() == 2 and first is not None:
+            observer.update_first(inputs[first])
+            observer.update_rows(inputs[~first], self.quarter, earlier)
+        else:
+            observer.update(inputs, self.quarter, earlier)
+        if self.recorder.wants_gram(name):
+            self.statistics.grams.setdefault(name, GramObserver(torch.zeros(inputs.shape[-1], inputs.shape[-1], device=inputs.device))).update(inputs)
+
+
+_here = threading.local()
+
+
+def _current() -> _Batch | None:
+    return getattr(_here, "batch", None)
+
+
+class BlockRecorder:
+    """The hooks of one block. all_experts: show every token to every expert (its output stays the router's choice)."""
+
+    def __init__(
+        self, model: BlockwiseModel, number: int, block: nn.Module, all_experts: bool = False, wants_gram: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        self.all_experts, self.wants_gram = all_experts, wants_gram
+        prefix = model.block_name(number)
+        self._handles = []
+        self.experts: dict[nn.Module, _Experts] = {}
+        self._linears: dict[str, int] = {}  # name on disk → in_features, of every Linear here
+        self._order: dict[str, int] = {}  # name on disk → its place in the block
+        self.heads_of: dict[int, str] = {}
+        for path, module in block.named_modules():
+            name = f"{prefix}.{path}" if path else prefix
+            if isinstance(module, nn.Linear):
+                names = names_on_disk(model.sources(f"{name}.weight"), name)
+                self._linears |= dict.fromkeys(names, module.in_features)
+                self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
+            elif all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in _first_and_down(module)):
+                self.experts[module] = experts = _Experts.of(module, name, model)
+                names = [linear for linears, _ in experts.inputs() for linear in linears]
+            else:
+                names = []
+            self._order |= {name: len(self._order) + position for position, name in enumerate(names)}
+        for path, module in block.named_modules():
+            index = getattr(module, "layer_idx", None)
+            linears = [leaf for leaf, child in module.named_children() if isinstance(child, nn.Linear)]
+            if isinstance(index, int) and linears:
+                child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
+                self.heads_of[index] = names_on_disk(model.sources(f"{child}.weight"), child)[0].rpartition(".")[0]
+
+    @contextmanager
+    def batch(self, shape: Sequence[int], quarter: int, earlier: Mapping[str, float]) -> Iterator[BlockStatistics]:
+        """Record what this thread runs. shape: windows and positions of the batch; earlier: see `InputObserver.update`."""
+        statistics = BlockStatistics()
+        _here.batch = _Batch(statistics, self, shape[1], shape[0], quarter, earlier)
+        try:
+            yield statistics
+        finally:
+            _here.batch = None
+
+    def complete(self, statistics: BlockStatistics) -> BlockStatistics:
+        """The same with an empty observer for each Linear and expert that no token reached, and all in the order of the block."""
+        reached = {linear for linears in statistics.linears.values() for linear in linears}
+        for experts in self.experts.values():
+            for linears, in_features in experts.inputs():
+                statistics.input(linears, in_features)
+            statistics.experts.setdefault(experts.name, torch.zeros(experts.count, dtype=torch.int64))
+            reached.update(linear for linears, _ in experts.inputs() for linear in linears)
+        for name, in_features in self._linears.items():
+            if name not in reached:
+                statistics.input([name], in_features)
+        for part in ("inputs", "linears"):
+            setattr(statistics, part, dict(sorted(getattr(statistics, part).items(), key=lambda item: self._order[item[0]])))
+        return statistics
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def names_on_disk(source: ParameterSource | None, name: str) -> list[str]:
+    """The Linears of the checkpoint that a Linear of the module tree is made of: itself, or several that transformers merges."""
+    if source is None:
+        return [name]
+    return [tensor.removesuffix(".weight") for tensors in source.lists for tensor in tensors]
+
+
+def _linear_hook(names: Sequence[str]) -> Callable[..., None]:
+    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        batch = _current()
+        if batch is None:
+            return
+        inputs = arguments[0]
+        if not inputs.numel():
+            return
+        key = (inputs.data_ptr(), inputs.numel())
+        if key in batch.seen:
+            linears = batch.statistics.linears[batch.seen[key]]
+            linears += [name for name in names if name not in linears]
+            return
+        batch.seen[key] = names[0]
+        batch.alive.append(inputs)
+        if inputs.shape[:-1].numel() == batch.windows * batch.positions:
+            inputs = inputs.reshape(batch.windows, batch.positions, -1)  # also where a dimension of one head stands between
+        else:
+            inputs = inputs.flatten(0, -2)
+        batch.observe(names, inputs)
+
+    return hook
+
+
+class PassingCache(DynamicCache):
+    """A cache without a past that keeps nothing: layers with a recurrent state begin afresh in each window, and threads can share it."""
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def get_recurrent_state(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def update_conv_state(self, conv_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return recurrent_states
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def is_recording_past(self, *_: Any, **__: Any) -> bool:
+        return False
+
+
+class ObservingCache(PassingCache):
+    """Stands for a KV cache: measures keys and values after rotary embedding and hands them back; keeps nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        batch = _current()
+        module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None
+        if module is not None:
+            for which, states in (("k", key_states), ("v", value_states)):
+                heads = batch.statistics.heads
+                heads.setdefault((module, which), HeadObserver(torch.zeros(states.shape[1], device=states.device))).update(states)
+        return key_states, value_states
+
+
+# ---- Experts that transformers keeps in one tensor of three dimensions.
+
+
+def _first_and_down(module: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """An experts' module: how many, and what their Linears are called on disk.
+
+    first, down: for each expert the Linears that read the layer's hidden states, and those that read what comes of it.
+    """
+
+    name: str
+    count: int
+    first: list[list[str]]
+    down: list[list[str]]
+    in_features: int
+    intermediate: int
+    gains: Tensor  # [experts]: how large an expert's second input grows for the same hidden states, by its weights
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _Experts:
+        leaf, down = _first_and_down(module)
+        weight, transposed = getattr(module, leaf), getattr(module, "is_transposed", False)
+        count = weight.shape[0]
+        on_disk = [_expert_linears(model.sources(f"{name}.{part}"), f"{name}.{part}", count) for part in (leaf, down)]
+        stored = on_disk[0][0][0]
+        name_on_disk = stored[: stored.index(".experts") + len(".experts")] if ".experts" in stored else name
+        in_features = weight.shape[1] if transposed else weight.shape[2]
+        down_weight = getattr(module, down)
+        return cls(name_on_disk, count, *on_disk, in_features, down_weight.shape[1] if transposed else down_weight.shape[2], _expert_gains(module, weight))
+
+    def inputs(self) -> list[tuple[list[str], int]]:
+        """Each input's Linears and features."""
+        return [pair for first, down in zip(self.first, self.down) for pair in ((first, self.in_features), (down, self.intermediate))]
+
+
+def _expert_linears(source: ParameterSource | None, name: str, count: int) -> list[list[str]]:
+    """For each expert the Linears on disk that make its part of a stacked parameter; numbered where they are stacked on disk too."""
+    if source is not None and all(len(tensors) == count for tensors in source.lists):
+        return [[tensors[expert].removesuffix(".weight") for tensors in source.lists] for expert in range(count)]
+    stored = source.lists[0][0] if source is not None else name
+    return [[f"{stored}.{expert}"] for expert in range(count)]
+
+
+def _expert_gains(module: nn.Module, weight: Tensor) -> Tensor:
+    """For each expert the largest, over the features of its second input, of the product of the row norms of gate and up: act(g·x)·(u·x) grows with it."""
+    rows = weight.float().norm(dim=1 if getattr(module, "is_transposed", False) else 2)  # [experts, rows]
+    if getattr(module, "has_gate", True):
+        gate, up = rows.chunk(2, dim=1) if getattr(module, "is_concatenated", True) else (rows[:, ::2], rows[:, 1::2])
+        rows = gate * up
+    return rows.amax(1).cpu()
+
+
+def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of stacked experts, one expert after the other, as transformers' `eager` computes it; observes each expert's two inputs.
+
+    hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token].
+    """
+    batch = _current()
+    experts = batch.recorder.experts.get(module) if batch is not None else None
+    leaf, down = _first_and_down(module)
+    first_position = None
+    if experts is not None:
+        if hidden_states.shape[0] == batch.windows * batch.positions:
+            first_position = torch.arange(hidden_states.shape[0], device=hidden_states.device) % batch.positions == 0
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)[: experts.count].cpu()
+        batch.statistics.experts[experts.name] = batch.statistics.experts.get(experts.name, torch.zeros_like(counts)) + counts
+    output = torch.zeros_like(hidden_states)
+    for expert in range(module.num_experts):
+        position, token = torch.where((top_k_index == expert).T)  # in the order of the eager forward
+        if experts is not None and batch.recorder.all_experts:
+            _observe_expert(batch, module, experts, expert, hidden_states, first_position)
+        if not len(token):
+            continue
+        states = hidden_states[token]
+        intermediate = _intermediate(module, leaf, expert, states)
+        if experts is not None and not batch.recorder.all_experts:
+            first = None if first_position is None else first_position[token]
+            batch.observe(experts.first[expert], states, first)
+            batch.observe(experts.down[expert], intermediate, first)
+        states = _expert_linear(module, down, expert, intermediate)
+        if getattr(module, "has_post_expert_norm", False):
+            states = module.post_expert_norm(states)
+        states = states * top_k_weights[token, position, None]
+        output.index_add_(0, token, states.to(output.dtype))
+    return output
+
+
+def _observe_expert(batch: _Batch, module: nn.Module, experts: _Experts, expert: int, states: Tensor, first: Tensor | None) -> None:
+    batch.observe(experts.first[expert], states, first)
+    batch.observe(experts.down[expert], _intermediate(module, _first_and_down(module)[0], expert, states), first)
+
+
+def _intermediate(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
+    """What the expert's last Linear reads."""
+    projected = _expert_linear(module, leaf, expert, states)
+    return module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
+
+
+def _expert_linear(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
+    weight = getattr(module, leaf)[expert]
+    bias = getattr(module, f"{leaf}_bias")[expert] if module.has_bias else None
+    if module.is_transposed:
+        return states @ weight if bias is None else states @ weight + bias
+    return nn.functional.linear(states, weight, bias)
+
+
+def register_observing_experts() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, observing_experts)

@@ -1,0 +1,103 @@
+"""Tiny random models of many architectures, as checkpoints, and the batches that go through them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton, one_thread
+from quantkit.checkpoint import Checkpoint
+
+SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GPT2_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SHORT_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# What each architecture needs beside SIZES. Together they have sliding windows, experts, latent attention, ALiBi, learned positions, state spaces.
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": SHORT_WINDOW,
+    "gemma3_text": SHORT_WINDOW,
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {},
+    "qwen3_moe": EXPERTS,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **SHORT_WINDOW},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "qwen3_next": {
+        **EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_expert_intermediate_size": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "gpt_neox": {},
+    "gpt2": GPT2_SIZES,
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "phi3": {},
+    "cohere2": SHORT_WINDOW,
+    "bamba": {"attn_layer_indices": [1], "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
+}
+
+
+def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **changes) -> nn.Module:
+    """A random model of a kind that transformers knows, saved in `directory` and returned."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**(SIZES | ARCHITECTURES.get(kind, {}) | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        # Norms and biases too: what isn't loaded must show.
+        parameter.data.add_(torch.randn(parameter.shape) * 0.05)
+    model.save_pretrained(directory)
+    return model
+
+
+def make_batches(*shapes: tuple[int, int]) -> list[Tensor]:
+    """Token ids, [windows, positions] each."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(2, SIZES["vocab_size"], shape, generator=generator) for shape in shapes]
+
+
+def open_blockwise(directory: Path, **settings) -> BlockwiseModel:
+    checkpoint = Checkpoint.open(directory)
+    return BlockwiseModel(build_skeleton(checkpoint, **settings), StoredWeights(checkpoint), str(directory))
+
+
+def ordinary_hidden_states(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """What the whole model's forward hands to its output head, batch by batch."""
+    body = model.get_decoder() if model.config.model_type == "opt" else model.base_model
+    with one_thread(), torch.inference_mode():
+        return [body(input_ids=tokens, use_cache=False)[0] for tokens in batches]
