@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.model import auto_config, require_no_missing
-from quantkit.states import HiddenStates
+from quantkit.states import HiddenStates, release_freed_memory
 
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
@@ -413,6 +413,8 @@ class BlockwiseModel:
         finally:
             # Its weights go; what the model's forward may ask it for (its kind) stays.
             self._blocks[number] = _empty(block)
+            del block
+            release_freed_memory()
 
     def _load_block_aside(self, number: int) -> nn.Module:
         if self.device.type != "cuda":

@@ -115,7 +115,8 @@ class Calibration:
                 )  # fmt: skip
                 inputs |= dict.fromkeys(statistics.linears, statistics)
             kv_amax = {entry["module"]: (entry["k_amax"], entry["v_amax"]) for entry in description["kv"]}
-            description["model"]["fingerprint"]
+            # What others read of it, so that they needn't ask whether it is there.
+            description["model"]["fingerprint"], description["data"]["sources"], description["token_pieces"], description["experts"], description["tokens"]
         except (KeyError, TypeError, CheckpointError) as error:
             raise CalibrationError(f"{path}/{CALIBRATION_FILE} is damaged ({error}); calibrate again") from None
         return cls(path, description, inputs, kv_amax)
@@ -146,7 +147,7 @@ class Calibration:
 
         statistics = self.inputs[linear]
         if statistics.file not in self._headers:
-            if Path(statistics.file).name != statistics.file:
+            if Path(str(statistics.file)).name != statistics.file:
                 raise CalibrationError(f"{self.path}/{CALIBRATION_FILE} names the file {statistics.file!r}, which is not beside it; calibrate again")
             self._headers[statistics.file] = read_header(self.path / statistics.file)
         header = self._headers[statistics.file]

@@ -6,6 +6,7 @@ what a process leaves when it is killed can be continued from.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import resource
@@ -21,16 +22,28 @@ from torch import Tensor
 from quantkit.errors import OutputError
 from quantkit.output import format_bytes, new_file, write_tensors
 
+# Where a container's limit and use stand (Linux, cgroup v2).
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def available_memory() -> int:
-    """Bytes that this machine has to spare, from /proc/meminfo; half of a gigabyte where it can't be read."""
+    """Bytes that this machine, or the container, has to spare; half of a gigabyte where that can't be read."""
+    spare = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
+        spare += [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            spare.append(max(0, int(limit) - int((_CGROUP / "memory.current").read_text())))
+    except (OSError, ValueError):
         pass
-    return 500_000_000
+    return min(spare, default=500_000_000)
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what the allocator keeps of memory that was freed: it would grow with each block by what doesn't fit the next one (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_memory_bytes() -> int:
