@@ -11,73 +11,28 @@ import sys
 import tempfile
 
 from conftest import make_llama, make_text
+from killing import KILLING
 
 LAYERS = 4
 
-DRIVER = """
-import hashlib, json, os, random, shutil, signal, sys, time
-from pathlib import Path
-import torch, transformers
+DRIVER = KILLING + """
+import transformers
 transformers.utils.logging.disable_progress_bar()
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import quantkit.recording
 from quantkit import calibration
 from quantkit.calibration import CalibrationOptions, calibrate
-from quantkit.errors import QuantkitError
 
-torch.set_num_threads(1)  # the parent starts no threads that a child would miss
 model, text, place = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "open")
-
-
-def run(out, **changes):
-    calibrate(CalibrationOptions(model, out, (text,), **({"num_samples": 6, "seq_len": 32, "batch_size": 1, "device": "cpu"} | changes)))
-
-
-def kill_at(number):
-    # Dies before the call of that number among those that change the file system.
-    calls = []
-    def guarded(name, function):
-        def call(*arguments, **keywords):
-            if name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                calls.append(name)
-                if len(calls) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keywords)
-        return call
-    for name in CALLS:
-        setattr(os, name, guarded(name, getattr(os, name)))
-    return calls
 
 
 def attempt(out, number=0, seconds_between_saves=0.0, **changes):
-    child = os.fork()
-    if child:
-        return child
-    try:
+    def work():
         calibration.SECONDS_BETWEEN_SAVES = seconds_between_saves
         torch.set_num_threads(2)
-        started, calls = time.monotonic(), kill_at(number)
-        run(out, **changes)
-        (place / "calls").write_text(str(len(calls)))
-        (place / "seconds").write_text(str(time.monotonic() - started))
-        os._exit(0)
-    except QuantkitError as error:
-        (place / "error").write_text(str(error))
-        os._exit(error.exit_code)
-    except BaseException as error:
-        (place / "error").write_text(f"{type(error).__name__}: {error}")
-        os._exit(99)
+        calibrate(CalibrationOptions(model, out, (text,), **({"num_samples": 6, "seq_len": 32, "batch_size": 1, "device": "cpu"} | changes)))
 
-
-def ended(child):
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 1, -9), (place / "error").read_text()
-    return code
-
-
-def tree(path):
-    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.rglob("*")) if file.is_file()}
+    return attempt_of(work, number)
 
 
 whole = place / "whole"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from killing import KILLING
 from safetensors.torch import save_file
 
 LAYERS, WIDTH = 30, 192
@@ -34,69 +35,18 @@ def make_model(path: Path) -> Path:
 
 
 # Functions that the tests' programs share. `attempt` starts an export in a child; `found` says what lies at OUT.
-DRIVER = """
-import hashlib, json, os, random, shutil, signal, sys, time
-from pathlib import Path
-import torch
+DRIVER = KILLING + """
 import quantkit.ops
-from quantkit.errors import QuantkitError
 from quantkit.export import export
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.scheme import QuantScheme, Recipe
 
-torch.set_num_threads(1)  # the parent starts no threads that a child would miss
 model, place = Path(sys.argv[1]), Path(sys.argv[2])
 FP8, INT8 = Recipe(QuantScheme.parse("fp8-dynamic")), Recipe(QuantScheme.parse("int8-dynamic"))
-CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "open", "ftruncate", "link", "symlink")
-
-
-def run(out, recipe=FP8, **options):
-    export(plan_export(ExportOptions(model, out, recipe, max_shard_bytes=80_000, **options)))
-
-
-def kill_at(number):
-    # Dies before the call of that number among those that change the file system; returns the list whose length counts them.
-    calls = []
-    def guarded(name, function):
-        def call(*arguments, **keywords):
-            if name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                calls.append(name)
-                if len(calls) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keywords)
-        return call
-    for name in CALLS:
-        setattr(os, name, guarded(name, getattr(os, name)))
-    return calls
 
 
 def attempt(out, number=0, recipe=FP8, **options):
-    child = os.fork()
-    if child:
-        return child
-    try:
-        started = time.monotonic()
-        calls = kill_at(number)
-        run(out, recipe, **options)
-        (place / "calls").write_text(str(len(calls)))
-        (place / "seconds").write_text(str(time.monotonic() - started))
-        os._exit(0)
-    except QuantkitError as error:
-        (place / "error").write_text(str(error))
-        os._exit(1)
-    except BaseException as error:
-        (place / "error").write_text(f"{type(error).__name__}: {error}")
-        os._exit(99)
-
-
-def ended(child):
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 1, -9), (place / "error").read_text()
-    return code
-
-
-def tree(path):
-    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.rglob("*")) if file.is_file()}
+    return attempt_of(lambda: export(plan_export(ExportOptions(model, out, recipe, max_shard_bytes=80_000, **options))), number)
 
 
 def found(out, **wholes):

@@ -194,3 +194,13 @@ def test_a_link_under_the_files_name_is_not_followed(tmp_path):
 def test_memory_figures_are_bytes():
     assert 2**24 < peak_memory_bytes() < 2**42
     assert 2**20 < available_memory() < 2**46
+
+
+@pytest.mark.parametrize(("limit", "most"), [("1000000", 600_000), ("400000", 0), ("max", None), ("broken", None)])
+def test_a_containers_limit_counts_as_the_memory_there_is(limit, most, tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    unlimited = available_memory()
+    monkeypatch.setattr("quantkit.states._CGROUP", tmp_path)
+    found = available_memory()
+    assert found == most if most is not None else found > unlimited / 2
