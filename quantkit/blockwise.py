@@ -15,6 +15,7 @@ import copy
 import inspect
 import itertools
 import math
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -256,7 +257,7 @@ class BlockwiseModel:
         expected = self.model.state_dict()
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         ignored = self.model._keys_to_ignore_on_load_missing or ()
-        missing = [name for name in expected if not self._map.is_made(name) and name not in tied and not any(_matches(p, name) for p in ignored)]
+        missing = [name for name in expected if not self._map.is_made(name) and name not in tied and not any(re.search(pattern, name) for pattern in ignored)]
         require_no_missing(self.where, missing)
         for target, source in self._map.sources.items():
             counts = {len(names) for names in source.lists}
@@ -458,12 +459,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-def _matches(pattern: str, name: str) -> bool:
-    import re
-
-    return re.search(pattern, name) is not None
 
 
 def _empty(block: nn.Module) -> nn.Module:

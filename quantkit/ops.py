@@ -9,8 +9,8 @@
 A matrix [rows, columns] is cut into blocks of block_rows × block_columns, the last ones as large as what is left; amax and scale are
 [block rows, block columns] float32. format: a NumberFormat's name. rule, how a scale follows from an amax: "stored" (rounded to bfloat16 for a
 file), "power_of_two" (E8M0) or "dynamic" (a server's, with its floor). Kernels: kernels/cpu/quantize_blocks.cpp, equal to quantize.py bit for
-bit for finite values; NaN gives NaN scales. They run in the calling thread without Python's lock, so callers may use several threads. observe_rows
-(kernels/cpu/observe_rows.cpp) uses torch.get_num_threads() itself.
+bit for finite values; NaN gives NaN scales. They run in the calling thread without Python's lock, so callers may use several threads. observe_rows:
+kernels/cpu/observe_rows.cpp.
 
 The environment variable QUANTKIT_KERNELS chooses "avx512", "avx2", "scalar" or "reference" instead of the best that this machine has.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -54,9 +53,6 @@ HISTOGRAM_BINS = 1024
 HISTOGRAM_SHIFT = 19
 HISTOGRAM_OFFSET = (127 - 32) << 4
 _CHUNK = 64  # rows whose squares are summed in float32 before they go to float64
-_RANGE = 64  # threads share a matrix in ranges of columns that are multiples of this
-# A thread's least share. With two threads half of it is break-even: another wakes late, above all while torch's own still spin after a product.
-_VALUES_PER_THREAD = 1 << 20
 
 
 # ---- The compiled library.
@@ -304,47 +300,13 @@ def _cpu_observe_rows(
     _check_statistics(rows, *statistics)
     rows = _rows_dense(rows)
     tokens, features = rows.shape
-    ranges = _column_ranges(features, min(torch.get_num_threads(), rows.numel() // _VALUES_PER_THREAD))
-    row_magnitudes = torch.empty(len(ranges), tokens, dtype=torch.float32)
-    channels = (channel_amax, channel_sum_of_squares)  # each in one range only
-    if len(ranges) == 1:
-        _observe_columns(rows, *ranges[0], above, *channels, histogram, extremes, counts[1:], row_magnitudes)
-    else:
-        # The calling thread takes the first range and adds to the outputs themselves, the other threads have their own.
-        others = len(ranges) - 1
-        histograms, above_counts = torch.zeros(others, HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(others, 1, dtype=torch.int64)
-        pairs = torch.tensor([[torch.inf, -torch.inf]] * others)
-        calls = [(rows, *ranges[1 + i], above, *channels, histograms[i], pairs[i], above_counts[i], row_magnitudes[1 + i]) for i in range(others)]
-        running = [_pool(os.getpid(), others).submit(_observe_columns, *call) for call in calls]
-        _observe_columns(rows, *ranges[0], above, *channels, histogram, extremes, counts[1:], row_magnitudes)
-        for future in running:
-            future.result()
-        histogram += histograms.sum(0)
-        extremes.copy_(torch.stack([torch.minimum(extremes[0], pairs[:, 0].amin()), torch.maximum(extremes[1], pairs[:, 1].amax())]))
-        counts[1] += above_counts.sum()
+    stride = max(rows.stride(0), features) if tokens > 1 else features
+    magnitudes = torch.empty(tokens, dtype=torch.float32)
+    pointers = [tensor.data_ptr() for tensor in (channel_amax, channel_sum_of_squares, histogram, extremes, counts[1:], magnitudes)]
+    _ran(cpu_kernels().qk_observe_rows(rows.data_ptr(), _INPUTS[rows.dtype], tokens, stride, 0, features, above, *pointers))
+    _ran(cpu_kernels().qk_count_magnitudes(magnitudes.data_ptr(), 1, tokens, token_histogram.data_ptr()))
     counts[0] += tokens
-    _ran(cpu_kernels().qk_count_magnitudes(row_magnitudes.data_ptr(), len(ranges), tokens, token_histogram.data_ptr()))
     return None
-
-
-def _observe_columns(rows: Tensor, first: int, last: int, above: float, *statistics: Tensor) -> None:
-    """Columns first .. last. Tensors, not pointers, so that what a thread works on lives until it ends, should an interrupt end the call before."""
-    stride = max(rows.stride(0), rows.shape[1]) if rows.shape[0] > 1 else rows.shape[1]
-    pointers = [tensor.data_ptr() for tensor in statistics]
-    _ran(cpu_kernels().qk_observe_rows(rows.data_ptr(), _INPUTS[rows.dtype], rows.shape[0], stride, first, last, above, *pointers))
-
-
-def _column_ranges(features: int, threads: int) -> list[tuple[int, int]]:
-    """At most `threads` ranges of columns, about as wide as one another."""
-    units = -(-features // _RANGE)
-    count = max(1, min(threads, units))
-    return [(units * i // count * _RANGE, min(features, units * (i + 1) // count * _RANGE)) for i in range(count)]
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that wait between calls. process: its number, since threads don't live on in a fork."""
-    return ThreadPoolExecutor(threads, "quantkit-observe")
 
 
 # ---- Fakes: shapes and dtypes only.

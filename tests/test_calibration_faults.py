@@ -15,7 +15,9 @@ from killing import KILLING
 
 LAYERS = 4
 
-DRIVER = KILLING + """
+DRIVER = (
+    KILLING
+    + """
 import transformers
 transformers.utils.logging.disable_progress_bar()
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -54,6 +56,7 @@ def finish(note):
     for path in place.glob("out*"):
         shutil.rmtree(path)
 """
+)
 
 RANDOM_KILLS = """
 random.seed(3)

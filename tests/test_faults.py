@@ -35,7 +35,9 @@ def make_model(path: Path) -> Path:
 
 
 # Functions that the tests' programs share. `attempt` starts an export in a child; `found` says what lies at OUT.
-DRIVER = KILLING + """
+DRIVER = (
+    KILLING
+    + """
 import quantkit.ops
 from quantkit.export import export
 from quantkit.plan import ExportOptions, plan_export
@@ -63,6 +65,7 @@ def clean():
         if path.name.startswith("out"):
             shutil.rmtree(path)
 """
+)
 
 
 def drive(tmp_path, program: str, timeout: float = 300) -> dict:

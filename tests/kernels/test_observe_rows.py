@@ -4,7 +4,6 @@ All six statistics are compared as bits; a NaN equals every NaN.
 """
 
 import ctypes
-import os
 from collections.abc import Callable
 
 import pytest
@@ -278,43 +277,7 @@ def test_above_is_strict_and_compared_in_float32(dtype):
         assert counts[1] == (values.float().abs() > torch.tensor(above, dtype=torch.float32)).sum()
 
 
-# Threads and memory.
-
-
-@input_types
-def test_any_number_of_threads_gives_the_same_bits(dtype, monkeypatch):
-    monkeypatch.setattr(ops, "_VALUES_PER_THREAD", 1)
-    for shape in ((130, 65), (65, 1000), (70, 192)):
-        batches = [sample(*shape, dtype, 1), sample(*shape, dtype, 2)]
-        batches[1][3, shape[1] - 1] = torch.nan
-        for part in (batches[:1], batches):
-            expected = observed(part, 0.3, ops._reference_observe_rows)
-            for level in LEVELS_HERE:
-                LIBRARY.qk_select_cpu_level(level)
-                for threads in (1, 2, 3):
-                    torch.set_num_threads(threads)
-                    assert_same(observed(part, 0.3), expected, f"{ops.LEVELS[level]}, {threads} threads")
-
-
-def test_ranges_of_columns_cover_each_once():
-    for features in (1, 63, 64, 65, 576, 1000, 4097):
-        for threads in (0, 1, 2, 3, 7, 100):
-            ranges = ops._column_ranges(features, threads)
-            assert ranges[0][0] == 0 and ranges[-1][1] == features and len(ranges) <= max(1, threads)
-            assert all(first < last and first % 64 == 0 for first, last in ranges)
-            assert all(before[1] == after[0] for before, after in zip(ranges, ranges[1:]))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_threads_work_in_a_forked_process(monkeypatch):
-    monkeypatch.setattr(ops, "_VALUES_PER_THREAD", 1)
-    values = sample(20, 256, torch.bfloat16)
-    torch.set_num_threads(2)
-    expected = observed([values], 0.3)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if all(torch.equal(a, b) for a, b in zip(observed([values], 0.3), expected)) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+# Memory.
 
 
 @input_types
