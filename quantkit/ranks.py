@@ -98,6 +98,9 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
+    # Imported later, by transformers, its functions' default arguments would hold this job's group: gloo's threads would outlive it and could abort the exit.
+    import torch.distributed.nn.functional  # noqa: F401
+
     on_gpu = device.startswith("cuda")
     if on_gpu:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -163,7 +163,7 @@ def test_two_processes_measure_what_one_does(llama, text, tmp_path):
 
 
 DYING = """
-import os, sys
+import atexit, os, pathlib, sys
 from quantkit import calibration
 from quantkit.errors import CalibrationError
 write = calibration._Run._measure
@@ -172,6 +172,11 @@ def measure(self, number, *arguments):
         raise CalibrationError("the input of model.layers.1.mlp.down_proj holds NaN")
     write(self, number, *arguments)
 calibration._Run._measure = measure
+def threads_left():
+    names = [task.read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print("gloo left behind" if any("gloo" in name for name in names) else "gloo is gone", file=sys.stderr)
+if "DIE" not in os.environ:
+    atexit.register(threads_left)
 from quantkit.cli import main
 main(sys.argv[1:])
 """
@@ -189,6 +194,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_reason_and_resume_continues(llam
     assert refused.returncode != 0 and len(re.findall(r"Error: .*--resume", refused.stderr)) == 1
     again = torchrun(str(program), *arguments, "--resume")
     assert again.returncode == 0, again.stderr
+    assert again.stderr.count("gloo is gone") == 2, again.stderr  # a thread of gloo's that frees a tensor while Python ends would abort the process
     whole = subprocess.run([sys.executable, *command(llama, text, tmp_path / "w")], capture_output=True, text=True, timeout=200)
     assert whole.returncode == 0, whole.stderr
     ours, theirs = contents(tmp_path / "c"), contents(tmp_path / "w")
