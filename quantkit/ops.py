@@ -4,7 +4,13 @@
     encode_blocks(values, scale, block_rows, block_columns, format) -> codes
     quantize_blocks(values, block_rows, block_columns, format, rule) -> (codes, scale)
     dequantize_blocks(codes, scale, block_rows, block_columns) -> values
+    quantize_rows(rows, group, format, rule) -> (codes, scale): activations, each row cut into groups; a group as long as a row is per token
     observe_rows(rows, above, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts): adds what calibration keeps
+    pack_weight(codes, packing) -> packed
+    matmul_int8(activations, activation_scale, packed, weight_scale, group, zero_point, weight_sums, bias, dtype) -> output
+    matmul_fp8(activations, activation_scale, packed, weight_scale, group, powers_of_two, bias, dtype) -> output
+    matmul_weight_only(inputs, packed, packing, weight_scale, group, powers_of_two, bias, dtype) -> output
+    matmul_bf16(inputs, packed, out_features, bias, dtype) -> output
 
 A matrix [rows, columns] is cut into blocks of block_rows × block_columns, the last ones as large as what is left; amax and scale are
 [block rows, block columns] float32. format: a NumberFormat's name. rule, how a scale follows from an amax: "stored" (rounded to bfloat16 for a
@@ -12,28 +18,27 @@ file), "power_of_two" (E8M0) or "dynamic" (a server's, with its floor). Kernels:
 bit for finite values; NaN gives NaN scales. They run in the calling thread without Python's lock, so callers may use several threads. observe_rows:
 kernels/cpu/observe_rows.cpp.
 
-The environment variable QUANTKIT_KERNELS chooses "avx512", "avx2", "scalar" or "reference" instead of the best that this machine has.
+Multiplications: activations are codes, or bfloat16 `inputs`, [tokens, in_features]; packed is a weight as pack_weight arranged it (PACKINGS, and
+QkPacking in kernels/cpu/matmul.h); output is [tokens, out_features] in `dtype`, bfloat16, float16 or float32. activation_scale: [tokens or 1,
+groups or 1] float32; weight_scale: [groups or 1, out_features] float32; group: in_features that share scales, a multiple of 4 if there are several
+groups. powers_of_two: all scales are (MX). bias: [out_features] float32. zero_point: [tokens] or [1] int32, of the activations; then weight_sums, [out_features]
+int32, the sum of each output feature's codes, and one group. Sums are int32, exact below 131072 in_features, or float32. They run on
+torch.get_num_threads() threads. Kernels: kernels/cpu/matmul_*.cpp.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import quantkit
 from quantkit import quantize as reference
-from quantkit.errors import QuantkitError
 from quantkit.formats import E8M0, FP8_E4M3, INT8
+from quantkit.native import cpu_kernels
 from quantkit.quantize import QuantizedTensor
 from quantkit.scheme import QuantSpec, block
 
-LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 2
-LEVELS = ("scalar", "avx2", "avx512")
 FORMATS = {number_format.name: number_format for number_format in (INT8, FP8_E4M3)}
 # The order of the enums in kernels/cpu/quantize_blocks.h.
 _INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -52,44 +57,11 @@ _STATISTICS = {
 HISTOGRAM_BINS = 1024
 HISTOGRAM_SHIFT = 19
 HISTOGRAM_OFFSET = (127 - 32) << 4
+# What a packed weight holds, and so which multiplication it is for: the order of QkPacking in kernels/cpu/matmul.h.
+PACKINGS = {"int8_dot": torch.int8, "int8": torch.int8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+_PACKED_TOGETHER = {"int8_dot": 4, "int8": 1, "e4m3": 1, "bf16": 2}  # input features side by side
+_PANEL, _INNER_UNIT = 16, 64
 _CHUNK = 64  # rows whose squares are summed in float32 before they go to float64
-
-
-# ---- The compiled library.
-
-
-@cache
-def cpu_kernels() -> ctypes.CDLL | None:
-    """The compiled CPU kernels, or None where they weren't built, are of another version, or QUANTKIT_KERNELS says so."""
-    wanted = os.environ.get("QUANTKIT_KERNELS", "")
-    if wanted not in ("", "reference", *LEVELS):
-        raise QuantkitError(f"QUANTKIT_KERNELS is '{wanted}'; choose one of {', '.join(LEVELS)}, reference")
-    # An editable install keeps the library beside the installed package, not in the source tree: look in all of the package's directories.
-    found = [path for directory in quantkit.__path__ if (path := Path(directory) / LIBRARY_NAME).is_file()]
-    if wanted == "reference" or not found:
-        if wanted in LEVELS:
-            raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, but the kernels weren't built; install quantkit where there is a C++ compiler")
-        return None
-    library = ctypes.CDLL(str(found[0]))
-    if library.qk_cpu_version() != LIBRARY_VERSION:
-        return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    matrix = [size] * 5
-    library.qk_block_amax.argtypes = [pointer, number, *matrix, pointer]
-    library.qk_encode_blocks.argtypes = [pointer, number, *matrix, number, pointer, pointer]
-    library.qk_quantize_blocks.argtypes = [pointer, number, *matrix, number, number, pointer, pointer]
-    library.qk_dequantize_blocks.argtypes = [pointer, number, *matrix, pointer, pointer]
-    library.qk_observe_rows.argtypes = [pointer, number, *[size] * 4, ctypes.c_float, *[pointer] * 6]
-    library.qk_count_magnitudes.argtypes = [pointer, size, size, pointer]
-    if wanted and library.qk_select_cpu_level(LEVELS.index(wanted)) != 0:
-        raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, which this processor doesn't have")
-    return library
-
-
-def cpu_level() -> str:
-    """The instruction set whose kernels run here: one of LEVELS, or "reference"."""
-    library = cpu_kernels()
-    return LEVELS[library.qk_cpu_level()] if library else "reference"
 
 
 # ---- Schemas, and how a QuantSpec speaks to them.
@@ -103,6 +75,21 @@ _library.define(
     "observe_rows(Tensor rows, float above, Tensor(a!) channel_amax, Tensor(b!) channel_sum_of_squares, Tensor(c!) histogram, "
     "Tensor(d!) token_histogram, Tensor(e!) extremes, Tensor(f!) counts) -> ()"
 )
+
+_library.define("quantize_rows(Tensor rows, int group, str format, str rule) -> (Tensor, Tensor)")
+_library.define("pack_weight(Tensor codes, str packing) -> Tensor")
+_library.define(
+    "matmul_int8(Tensor activations, Tensor activation_scale, Tensor packed, Tensor weight_scale, int group, Tensor? zero_point, Tensor? weight_sums, "
+    "Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "matmul_fp8(Tensor activations, Tensor activation_scale, Tensor packed, Tensor weight_scale, int group, bool powers_of_two, Tensor? bias, "
+    "ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "matmul_weight_only(Tensor inputs, Tensor packed, str packing, Tensor weight_scale, int group, bool powers_of_two, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_library.define("matmul_bf16(Tensor inputs, Tensor packed, int out_features, Tensor? bias, ScalarType dtype) -> Tensor")
 
 
 def quantize(values: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> QuantizedTensor:
@@ -212,6 +199,92 @@ def _check_statistics(rows: Tensor, *statistics: Tensor) -> None:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; needed is a contiguous {dtype} [{length}]")
 
 
+def _reference_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    return _reference_quantize_blocks(rows, 1, group, format, rule)
+
+
+def _packed_shape(codes: Tensor) -> tuple[int, int, int]:
+    return -(-codes.shape[0] // _PANEL), -(-codes.shape[1] // _INNER_UNIT) * _INNER_UNIT, _PANEL
+
+
+def _packed_dtype(packing: str) -> torch.dtype:
+    return torch.bfloat16 if packing == "bf16" else torch.uint8
+
+
+def _check_codes(codes: Tensor, packing: str) -> None:
+    if packing not in PACKINGS:
+        raise ValueError(f"unknown packing '{packing}'; choose one of {', '.join(PACKINGS)}")
+    if codes.dim() != 2 or codes.dtype != PACKINGS[packing]:
+        raise ValueError(f"the codes are {codes.dtype} {list(codes.shape)}; {packing} packs a matrix of {PACKINGS[packing]}")
+
+
+def _reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
+    """[panels of 16 output features, in_features padded to 64, 16]: see QkPacking in kernels/cpu/matmul.h for the order within a panel."""
+    _check_codes(codes, packing)
+    panels, inner, _ = _packed_shape(codes)
+    padding = (0, inner - codes.shape[1], 0, panels * _PANEL - codes.shape[0])
+    padded = torch.nn.functional.pad(codes.view(_packed_dtype(packing)), padding)
+    if packing == "int8_dot":
+        padded = padded ^ 0x80  # code + 128
+    together = _PACKED_TOGETHER[packing]
+    return padded.reshape(panels, _PANEL, inner // together, together).transpose(1, 2).reshape(panels, inner, _PANEL)
+
+
+def unpack_weight(packed: Tensor, packing: str, out_features: int, in_features: int) -> Tensor:
+    """The codes that pack_weight arranged, [out_features, in_features]."""
+    panels, inner, _ = packed.shape
+    together = _PACKED_TOGETHER[packing]
+    codes = packed.reshape(panels, inner // together, _PANEL, together).transpose(1, 2).reshape(panels * _PANEL, inner)[:out_features, :in_features]
+    return (codes ^ 0x80 if packing == "int8_dot" else codes).contiguous().view(PACKINGS[packing])
+
+
+def _reference_product(left: Tensor, left_scale: Tensor | None, right: Tensor, right_scale: Tensor, group: int) -> Tensor:
+    """left [tokens, in_features] times right [out_features, in_features] transposed, each with its scales, float32."""
+    if group >= left.shape[1]:
+        return left.float() @ right.float().T * (1.0 if left_scale is None else left_scale) * right_scale
+    across = block(1, group)
+    values = left.float() if left_scale is None else reference.dequantize(left, left_scale, across)
+    return values @ reference.dequantize(right, right_scale.T, across).T
+
+
+def _finished(output: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (output if bias is None else output + bias).to(dtype)
+
+
+def _reference_matmul_int8(
+    activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
+    zero_point: Tensor | None, weight_sums: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    codes = unpack_weight(packed, "int8_dot", weight_scale.shape[1], activations.shape[1])
+    if group < activations.shape[1]:
+        return _finished(_reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype)
+    # float64 holds every sum of fewer than 2^37 products of two bytes exactly.
+    sums = activations.double() @ codes.double().T
+    if zero_point is not None:
+        sums -= zero_point.reshape(-1, 1).double() * weight_sums.double()
+    return _finished(sums.float() * activation_scale * weight_scale, bias, dtype)
+
+
+def _reference_matmul_fp8(
+    activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
+    powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    codes = unpack_weight(packed, "e4m3", weight_scale.shape[1], activations.shape[1])
+    return _finished(_reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype)
+
+
+def _reference_matmul_weight_only(
+    inputs: Tensor, packed: Tensor, packing: str, weight_scale: Tensor, group: int, powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    codes = unpack_weight(packed, packing, weight_scale.shape[1], inputs.shape[1])
+    return _finished(_reference_product(inputs, None, codes, weight_scale, group), bias, dtype)
+
+
+def _reference_matmul_bf16(inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    weight = unpack_weight(packed, "bf16", out_features, inputs.shape[1])
+    return _finished(inputs.float() @ weight.float().T, bias, dtype)
+
+
 # ---- CPU kernels.
 
 
@@ -309,6 +382,133 @@ def _cpu_observe_rows(
     return None
 
 
+def _cpu_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    return _cpu_quantize_blocks(rows, 1, group, format, rule)
+
+
+def _cpu_pack_weight(codes: Tensor, packing: str) -> Tensor:
+    _check_codes(codes, packing)
+    if cpu_kernels() is None or not codes.numel():
+        return _reference_pack_weight(codes, packing)
+    codes = _rows_dense(codes)
+    packed = torch.empty(_packed_shape(codes), dtype=_packed_dtype(packing))
+    stride = max(codes.stride(0), codes.shape[1])
+    _ran(cpu_kernels().qk_pack_weight(list(PACKINGS).index(packing), codes.data_ptr(), *codes.shape, stride, packed.data_ptr()))
+    return packed
+
+
+def _multiplies(activations: Tensor, dtype: torch.dtype, packed: Tensor, out_features: int, packing: str, group: int | None = None) -> bool:
+    """Whether a kernel takes this, after refusing what would be read beyond its end."""
+    inner = activations.shape[1] if activations.dim() == 2 else 0
+    if activations.dim() != 2 or activations.dtype != dtype:
+        raise ValueError(f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of {dtype}")
+    needed = (-(-out_features // _PANEL), -(-inner // _INNER_UNIT) * _INNER_UNIT, _PANEL)
+    if tuple(packed.shape) != needed or packed.dtype != _packed_dtype(packing) or not packed.is_contiguous():
+        raise ValueError(f"the packed weight is {packed.dtype} {list(packed.shape)}; {out_features} output features of {inner} inputs need {list(needed)}")
+    whole = group is None or group >= inner or group % 4 == 0
+    fits_int32 = packing != "int8_dot" or inner < 1 << 17
+    return cpu_kernels() is not None and activations.numel() > 0 and out_features > 0 and whole and fits_int32
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _side(tensor: Tensor | None, dtype: torch.dtype, *sizes: tuple[int, ...]) -> Tensor | None:
+    """The tensor as a kernel reads it. sizes: the allowed ones of each dimension."""
+    if tensor is None:
+        return None
+    if tensor.dim() != len(sizes) or any(size not in allowed for size, allowed in zip(tensor.shape, sizes)):
+        raise ValueError(f"a scale, bias or zero point has the shape {list(tensor.shape)}; needed is {[' or '.join(map(str, sorted(set(s)))) for s in sizes]}")
+    return tensor.to(dtype).contiguous()
+
+
+def _scales(scale: Tensor, rows: int, inner: int, group: int) -> tuple[Tensor, int, int]:
+    """The scale [rows or 1, groups or 1] and its steps from one row and one group to the next."""
+    groups = -(-inner // group)
+    scale = _side(scale, torch.float32, (1, rows), (1, groups))
+    return scale, scale.stride(0) if scale.shape[0] > 1 else 0, 1 if scale.shape[1] > 1 else 0
+
+
+def _weight_scales(scale: Tensor, out_features: int, inner: int, group: int) -> tuple[Tensor, int]:
+    scale = _side(scale, torch.float32, (1, -(-inner // group)), (out_features,))
+    return scale, out_features if scale.shape[0] > 1 else 0
+
+
+def _matrix_of(activations: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    activations = _rows_dense(activations)
+    rows, inner = activations.shape
+    return activations, (activations.data_ptr(), rows, inner, max(activations.stride(0), inner))
+
+
+def _cpu_matmul_int8(
+    activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
+    zero_point: Tensor | None, weight_sums: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out_features = weight_scale.shape[1]
+    if not _multiplies(activations, torch.int8, packed, out_features, "int8_dot", group):
+        return _reference_matmul_int8(activations, activation_scale, packed, weight_scale, group, zero_point, weight_sums, bias, dtype)
+    activations, matrix = _matrix_of(activations)
+    rows, inner = activations.shape
+    own, *own_steps = _scales(activation_scale, rows, inner, group)
+    weight, weight_step = _weight_scales(weight_scale, out_features, inner, group)
+    bias, sums = _side(bias, torch.float32, (out_features,)), _side(weight_sums, torch.int32, (out_features,))
+    zero = _side(zero_point, torch.int32, (1, rows))
+    output = torch.empty(rows, out_features, dtype=dtype)
+    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
+    zeros = (_pointer(zero), 0 if zero is None or zero.numel() == 1 else 1, _pointer(sums))
+    _ran(cpu_kernels().qk_matmul_int8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, *zeros))
+    return output
+
+
+def _cpu_matmul_fp8(
+    activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
+    powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out_features = weight_scale.shape[1]
+    if not _multiplies(activations, torch.float8_e4m3fn, packed, out_features, "e4m3", group):
+        return _reference_matmul_fp8(activations, activation_scale, packed, weight_scale, group, powers_of_two, bias, dtype)
+    activations, matrix = _matrix_of(activations)
+    rows, inner = activations.shape
+    own, *own_steps = _scales(activation_scale, rows, inner, group)
+    weight, weight_step = _weight_scales(weight_scale, out_features, inner, group)
+    bias = _side(bias, torch.float32, (out_features,))
+    output = torch.empty(rows, out_features, dtype=dtype)
+    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
+    _ran(cpu_kernels().qk_matmul_fp8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, powers_of_two))
+    return output
+
+
+def _cpu_matmul_weight_only(
+    inputs: Tensor, packed: Tensor, packing: str, weight_scale: Tensor, group: int, powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    out_features = weight_scale.shape[1]
+    if not _multiplies(inputs, torch.bfloat16, packed, out_features, packing, group):
+        return _reference_matmul_weight_only(inputs, packed, packing, weight_scale, group, powers_of_two, bias, dtype)
+    inputs, matrix = _matrix_of(inputs)
+    rows, inner = inputs.shape
+    weight, weight_step = _weight_scales(weight_scale, out_features, inner, group)
+    bias = _side(bias, torch.float32, (out_features,))
+    output = torch.empty(rows, out_features, dtype=dtype)
+    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    which = list(PACKINGS).index(packing)
+    _ran(cpu_kernels().qk_matmul_weight_only(*matrix, packed.data_ptr(), which, out_features, group, weight.data_ptr(), weight_step, *to, powers_of_two))
+    return output
+
+
+def _cpu_matmul_bf16(inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if not _multiplies(inputs, torch.bfloat16, packed, out_features, "bf16"):
+        return _reference_matmul_bf16(inputs, packed, out_features, bias, dtype)
+    inputs, matrix = _matrix_of(inputs)
+    bias = _side(bias, torch.float32, (out_features,))
+    output = torch.empty(inputs.shape[0], out_features, dtype=dtype)
+    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    _ran(cpu_kernels().qk_matmul_bf16(*matrix, packed.data_ptr(), out_features, *to))
+    return output
+
+
 # ---- Fakes: shapes and dtypes only.
 
 
@@ -333,7 +533,35 @@ def _fake_observe_rows(rows: Tensor, above: float, *statistics: Tensor) -> None:
     _check_statistics(rows, *statistics)
 
 
-for _name in ("block_amax", "encode_blocks", "quantize_blocks", "dequantize_blocks", "observe_rows"):
+def _fake_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    return _fake_quantize_blocks(rows, 1, group, format, rule)
+
+
+def _fake_pack_weight(codes: Tensor, packing: str) -> Tensor:
+    _check_codes(codes, packing)
+    return codes.new_empty(_packed_shape(codes), dtype=_packed_dtype(packing))
+
+
+def _fake_matmul_int8(activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
+    return activations.new_empty(activations.shape[0], weight_scale.shape[1], dtype=rest[-1])
+
+
+def _fake_matmul_fp8(activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
+    return activations.new_empty(activations.shape[0], weight_scale.shape[1], dtype=rest[-1])
+
+
+def _fake_matmul_weight_only(inputs: Tensor, packed: Tensor, packing: str, weight_scale: Tensor, *rest: Any) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], weight_scale.shape[1], dtype=rest[-1])
+
+
+def _fake_matmul_bf16(inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], out_features, dtype=dtype)
+
+
+for _name in (
+    "block_amax", "encode_blocks", "quantize_blocks", "dequantize_blocks", "observe_rows", "quantize_rows",
+    "pack_weight", "matmul_int8", "matmul_fp8", "matmul_weight_only", "matmul_bf16",
+):  # fmt: skip
     _library.impl(_name, globals()[f"_reference_{_name}"], "CompositeExplicitAutograd")
     _library.impl(_name, globals()[f"_cpu_{_name}"], "CPU")
     torch.library.register_fake(f"quantkit::{_name}", globals()[f"_fake_{_name}"], lib=_library)

@@ -20,7 +20,7 @@ import torch
 from quantize_blocks import INPUTS, machine, seconds
 from torch import Tensor
 
-from quantkit import ops
+from quantkit import native, ops
 from quantkit.report import markdown_table
 
 ABOVE = 8.0
@@ -93,11 +93,11 @@ def kernel_run(library: ctypes.CDLL, case: Case, values: Tensor) -> Callable[[],
 
 def measure(rounds: int) -> list[dict]:
     """One record for each case and level: ns per value, and for the best level those of the copy, the op and torch's passes."""
-    library = ops.cpu_kernels()
+    library = native.cpu_kernels()
     if library is None:
         raise SystemExit("the CPU kernels aren't built here; see kernels/README.md")
-    best_level = library.qk_cpu_level()
-    levels = [level for level in range(len(ops.LEVELS)) if library.qk_select_cpu_level(level) == 0]
+    chosen = library.qk_cpu_level()
+    levels = [level for level in map(native.LEVELS.index, native.ELEMENTWISE_LEVELS) if library.qk_select_cpu_level(level) == 0]
     inputs = {case: case.values for case in cases()}
     targets = {case: torch.empty_like(values) for case, values in inputs.items()}
     statistics = {case: Statistics(case.columns) for case in inputs}
@@ -110,7 +110,7 @@ def measure(rounds: int) -> list[dict]:
             for level in reversed(levels):  # the best one beside the copy
                 library.qk_select_cpu_level(level)
                 times.append((kernel[case, level], seconds(run)))
-            library.qk_select_cpu_level(best_level)
+            library.qk_select_cpu_level(chosen)
             tensors = statistics[case].tensors()
             times.append((through_torch[case], seconds(lambda values=values, tensors=tensors: torch.ops.quantkit.observe_rows(values, ABOVE, *tensors))))
             if number <= TORCH_ROUNDS:
@@ -120,10 +120,10 @@ def measure(rounds: int) -> list[dict]:
                     measured.append(took * 1e9 / values.numel())
     records = []
     for case, level in kernel:
-        record = {"case": case.name, "level": ops.LEVELS[level], "ns": median(kernel[case, level]), "least_ns": min(kernel[case, level])}
+        record = {"case": case.name, "level": native.LEVELS[level], "ns": median(kernel[case, level]), "least_ns": min(kernel[case, level])}
         record["copy_ns"] = median(copied[case])
         record["times_the_copy"] = median(took / copy for copy, took in zip(copied[case], kernel[case, level]))
-        if level == best_level:
+        if level == levels[-1]:
             record["op_ns"], record["torch_ns"] = median(through_torch[case]), median(by_torch[case])
         records.append(record)
     return records
@@ -136,7 +136,7 @@ def markdown(records: list[dict], level: str, rounds: int) -> str:
         figures = (f"{record['ns']:.2f}", f"{record['least_ns']:.2f}", f"{record['copy_ns']:.2f}", f"{record['times_the_copy']:.1f}×", f"{record['op_ns']:.2f}")
         rows.append((record["case"], *figures, f"{record['torch_ns']:.1f}", f"{record['torch_ns'] / record['op_ns']:.0f}×"))
     table = markdown_table(("case", f"{level}, ns", "least", "copy, ns", "against copy", "torch op, ns", "torch's passes, ns", "passes against op"), rows)
-    others = [name for name in ops.LEVELS if name != level and any(record["level"] == name for record in records)]
+    others = [name for name in native.ELEMENTWISE_LEVELS if name != level and any(record["level"] == name for record in records)]
     by_level = {(record["case"], record["level"]): record for record in records}
     rows = [(record["case"], *(f"{by_level[record['case'], name]['ns']:.2f}" for name in others)) for record in best]
     other_table = f"\n## The other levels: ns\n\n{markdown_table(('case', *others), rows)}" if others else ""
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    level = ops.cpu_level()
+    level = native.elementwise_level()
     records = measure(arguments.rounds)
     table = markdown(records, level, arguments.rounds)
     if arguments.output:

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from quantkit import ops
+from quantkit import native, ops
 from quantkit import quantize as reference
 from quantkit.formats import E8M0, FP8_E4M3, INT8, NumberFormat
 from quantkit.report import markdown_table
@@ -30,7 +30,7 @@ from quantkit.scheme import CHANNEL, TENSOR, QuantSpec, block, group
 ROWS, COLUMNS = 8192, 4096
 REFERENCE_ROUNDS = 3
 INPUTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# In the order of ops.cpu_kernels()'s enums.
+# In the order of native.cpu_kernels()'s enums.
 INPUT_NUMBERS, FORMAT_NUMBERS, RULE_NUMBERS = tuple(INPUTS), (INT8, FP8_E4M3), ("stored", "power_of_two", "dynamic")
 
 
@@ -78,11 +78,11 @@ def kernel_run(library: ctypes.CDLL, case: Case, values: Tensor, codes: Tensor, 
 
 def measure(rounds: int) -> list[dict]:
     """One record for each case and level: GB/s, share of the copy's bandwidth; for the best level also through torch.ops and times the reference."""
-    library = ops.cpu_kernels()
+    library = native.cpu_kernels()
     if library is None:
         raise SystemExit("the CPU kernels aren't built here; see kernels/README.md")
-    best_level = library.qk_cpu_level()
-    levels = [level for level in range(len(ops.LEVELS)) if library.qk_select_cpu_level(level) == 0]
+    chosen = library.qk_cpu_level()
+    levels = [level for level in map(native.LEVELS.index, native.ELEMENTWISE_LEVELS) if library.qk_select_cpu_level(level) == 0]
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(ROWS, COLUMNS, generator=generator) * 0.02
     inputs = {dtype: matrix.to(dtype) for dtype in INPUTS}
@@ -99,7 +99,7 @@ def measure(rounds: int) -> list[dict]:
             for level in levels:
                 library.qk_select_cpu_level(level)
                 times.append((kernel[case, level], seconds(run)))
-            library.qk_select_cpu_level(best_level)
+            library.qk_select_cpu_level(chosen)
             times.append((through_torch[case], seconds(lambda case=case, values=values: ops.quantize(values, case.spec))))
             if number <= REFERENCE_ROUNDS:
                 times.append((by_reference[case], seconds(lambda case=case, values=values: reference.quantize(values, case.spec))))
@@ -109,11 +109,11 @@ def measure(rounds: int) -> list[dict]:
     records = []
     for case, level in kernel:
         gigabytes = case.bytes_moved / 1e9
-        record = {"case": case.name, "level": ops.LEVELS[level], "gb_per_s": gigabytes / median(kernel[case, level])}
+        record = {"case": case.name, "level": native.LEVELS[level], "gb_per_s": gigabytes / median(kernel[case, level])}
         record["best_gb_per_s"] = gigabytes / min(kernel[case, level])
         record["copy_gb_per_s"] = gigabytes / median(copied[case])
         record["share_of_copy"] = median(copy / took for copy, took in zip(copied[case], kernel[case, level]))
-        if level == best_level:
+        if level == levels[-1]:
             record["torch_op_gb_per_s"] = gigabytes / median(through_torch[case])
             record["reference_seconds"] = median(by_reference[case])
             record["times_the_reference"] = median(by_reference[case]) / median(through_torch[case])
@@ -136,7 +136,7 @@ def markdown(records: list[dict], level: str, rounds: int) -> str:
         figures = (f"{record['gb_per_s']:.1f}", f"{record['copy_gb_per_s']:.1f}", f"{100 * record['share_of_copy']:.0f} %")
         rows.append((record["case"], *figures, f"{record['torch_op_gb_per_s']:.1f}", f"{record['times_the_reference']:.0f}×"))
     table = markdown_table(("case", f"{level}, GB/s", "copy, GB/s", "share of copy", "torch op, GB/s", "op against reference"), rows)
-    others = [name for name in ops.LEVELS if name != level and any(record["level"] == name for record in records)]
+    others = [name for name in native.ELEMENTWISE_LEVELS if name != level and any(record["level"] == name for record in records)]
     by_level = {(record["case"], record["level"]): record for record in records}
     rows = [
         (
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    level = ops.cpu_level()
+    level = native.elementwise_level()
     records = measure(arguments.rounds)
     table = markdown(records, level, arguments.rounds)
     if arguments.output:

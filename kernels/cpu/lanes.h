@@ -58,6 +58,8 @@ inline void store_saturated(void* p, Word even, Word odd) {
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void store_float32(void* p, Float x) { _mm512_storeu_ps(p, x); }
+inline void store_low_words(void* p, Word x) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x)); }
+inline void store_float16(void* p, Float x) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 inline Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
 inline Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
@@ -145,6 +147,11 @@ inline void store_saturated(void* p, Word even, Word odd) {
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void store_float32(void* p, Float x) { _mm256_storeu_ps(static_cast<float*>(p), x); }
+inline void store_low_words(void* p, Word x) {
+    __m256i low = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+inline void store_float16(void* p, Float x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 inline Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
 inline Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
@@ -226,8 +233,18 @@ inline void store_low_bytes(void* p, Word even, Word odd) { store_low_bytes(p, e
 inline void store_saturated(void* p, Word even, Word odd) { store_saturated(p, even), store_saturated(static_cast<uint8_t*>(p) + 1, odd); }
 inline void prefetch(const void*) {}
 inline void store_float32(void* p, Float x) { std::memcpy(p, &x, 4); }
+inline void store_low_words(void* p, Word x) { uint16_t low = uint16_t(x.bits); std::memcpy(p, &low, 2); }
+inline void store_float16(void* p, Float x) {
+    uint32_t bits = as_word(x).bits, sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu, half;
+    if (magnitude > 0x7F800000u) half = 0x7E00u | (magnitude >> 13 & 0x3FFu);
+    else if (magnitude >= 0x477FF000u) half = 0x7C00u;  // what rounds to 2^16 or more
+    else if (magnitude < 0x38800000u) half = as_word(as_float({magnitude}) + 0.5f).bits - 0x3F000000u;  // subnormal: 2^-24 is the spacing of [0.5, 1)
+    else half = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+    store_low_words(p, {sign | half});
+}
 inline Float add(Float a, Float b) { return a + b; }
 inline Float multiply(Float a, Float b) { return a * b; }
+inline Float multiply_add(Float a, Float b, Float c) { return a * b + c; }  // rounds twice
 inline Float divide(Float a, Float b) { return a / b; }
 inline Float smaller(Float a, Float b) { return a < b ? a : b; }
 inline Float larger(Float a, Float b) { return a > b ? a : b; }
@@ -259,6 +276,13 @@ inline Narrow larger_narrow(Narrow a, Narrow b) { return a > b ? a : b; }
 inline uint16_t largest_narrow(Narrow x) { return x; }
 
 #endif
+
+// Rounded to nearest, ties to even; a NaN stays one.
+inline void store_bfloat16(void* p, Float x) {
+    Word bits = as_word(x), parity = only(shift_right<16>(bits), 1u);
+    Word rounded = add(add(bits, parity), broadcast(0x7FFFu));
+    store_low_words(p, shift_right<16>(choose(is_nan(x), broadcast(0x7FC00000u), rounded)));
+}
 
 }  // namespace lanes
 }  // namespace QK_LEVEL

@@ -8,6 +8,7 @@
 
 #include "quantize_blocks.h"
 
+#include "codes.h"
 #include "lanes.h"
 
 namespace QK_LEVEL {
@@ -97,13 +98,7 @@ struct E4M3 {
     static inline void store_interleaved(uint8_t* codes, Float even, Float even_dividend, Float odd, Float odd_dividend) {
         lanes::store_low_bytes(codes, encode<BOUNDED>(even, even_dividend), encode<BOUNDED>(odd, odd_dividend));
     }
-    static inline Float decode(const uint8_t* codes) {
-        Word code = lanes::load_bytes(codes), magnitude = lanes::only(code, 0x7Fu);
-        // Exponent and mantissa moved into place are 2^120 too small, subnormals included; the product is exact.
-        Word bits = lanes::as_word(lanes::multiply(lanes::as_float(lanes::shift_left<20>(magnitude)), lanes::broadcast(0x1p120f)));
-        bits = lanes::choose(lanes::equal(magnitude, 0x7Fu), lanes::broadcast(0x7FC00000u), bits);
-        return lanes::as_float(lanes::either(bits, lanes::shift_left<24>(lanes::only(code, 0x80u))));
-    }
+    static inline Float decode(const uint8_t* codes) { return decode_e4m3(codes); }
 };
 
 struct Int8 {
@@ -122,7 +117,7 @@ struct Int8 {
     static inline void store_interleaved(uint8_t* codes, Float even, Float, Float odd, Float) {
         lanes::store_saturated(codes, encode<BOUNDED>(even), encode<BOUNDED>(odd));
     }
-    static inline Float decode(const uint8_t* codes) { return lanes::to_float(lanes::load_signed_bytes(codes)); }
+    static inline Float decode(const uint8_t* codes) { return decode_int8(codes); }
 };
 
 // ---- One scale.

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import ops
+from quantkit import native, ops
 
-LIBRARY = ops.cpu_kernels()
+LIBRARY = native.cpu_kernels()
 if LIBRARY is None:
     pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference", allow_module_level=True)
 
@@ -29,7 +29,7 @@ input_types = pytest.mark.parametrize("dtype", INPUTS, ids=lambda dtype: str(dty
 def _levels_here() -> list[int]:
     """The levels that this processor has; the chosen one stays chosen."""
     chosen = LIBRARY.qk_cpu_level()
-    levels = [level for level in range(len(ops.LEVELS)) if LIBRARY.qk_select_cpu_level(level) == 0]
+    levels = [level for level in map(native.LEVELS.index, native.ELEMENTWISE_LEVELS) if LIBRARY.qk_select_cpu_level(level) == 0]
     LIBRARY.qk_select_cpu_level(chosen)
     return levels
 
@@ -95,7 +95,7 @@ def check(batches: Tensor | list[Tensor], above: float = 0.3) -> tuple[Tensor, .
     expected = observed(batches, above, ops._reference_observe_rows)
     for level in LEVELS_HERE:
         assert LIBRARY.qk_select_cpu_level(level) == 0
-        about = f"{ops.LEVELS[level]}, {batches[0].dtype} {[list(rows.shape) for rows in batches]}, above {above}"
+        about = f"{native.LEVELS[level]}, {batches[0].dtype} {[list(rows.shape) for rows in batches]}, above {above}"
         assert_same(observed(batches, above), expected, about)
     return expected
 
@@ -152,7 +152,7 @@ def test_two_halves_merge_to_the_whole_where_sums_are_exact(dtype):
         whole, first, second = (observed([part], 3.0) for part in (values, values[:83], values[83:]))
         low, high = torch.minimum(first[4], second[4]), torch.maximum(first[4], second[4])
         merged = (torch.maximum(first[0], second[0]), *(first[i] + second[i] for i in (1, 2, 3)), torch.stack([low[0], high[1]]), first[5] + second[5])
-        assert_same(merged, whole, ops.LEVELS[level])
+        assert_same(merged, whole, native.LEVELS[level])
         assert_same((whole[1],), (values.double().square().sum(0),), "squares")
 
 
@@ -298,7 +298,7 @@ def test_the_kernel_touches_only_its_columns(dtype):
             assert LIBRARY.qk_observe_rows(values.data_ptr(), INPUTS.index(dtype), 70, 300, first, last, 0.3, *pointers) == 0
             assert LIBRARY.qk_count_magnitudes(magnitudes[1:].data_ptr(), 1, 70, token_histogram.data_ptr()) == 0
             counts[0] = 70
-            assert_same((amax[first:last], squares[first:last], histogram, token_histogram, extremes, counts), expected, ops.LEVELS[level])
+            assert_same((amax[first:last], squares[first:last], histogram, token_histogram, extremes, counts), expected, native.LEVELS[level])
             outside = torch.cat([amax[:first], amax[last:], squares[:first].float(), squares[last:].float(), magnitudes[:1], magnitudes[71:]])
             assert (outside == -7).all()
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import ops
+from quantkit import native, ops
 from quantkit import quantize as reference
 from quantkit.formats import E8M0, FP8_E4M3, INT8
 from quantkit.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
 
-LIBRARY = ops.cpu_kernels()
+LIBRARY = native.cpu_kernels()
 if LIBRARY is None:
     pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference", allow_module_level=True)
 
@@ -41,7 +41,7 @@ granularities = pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def _levels_here() -> list[int]:
     """The levels that this processor has; the chosen one stays chosen."""
     chosen = LIBRARY.qk_cpu_level()
-    levels = [level for level in range(len(ops.LEVELS)) if LIBRARY.qk_select_cpu_level(level) == 0]
+    levels = [level for level in map(native.LEVELS.index, native.ELEMENTWISE_LEVELS) if LIBRARY.qk_select_cpu_level(level) == 0]
     LIBRARY.qk_select_cpu_level(chosen)
     return levels
 
@@ -133,7 +133,7 @@ def check_levels(compute: Callable[[], Tensor | tuple[Tensor, ...]], expected: t
         assert LIBRARY.qk_select_cpu_level(level) == 0
         results = compute()
         for actual, wanted in zip(results if isinstance(results, tuple) else (results,), expected):
-            assert_same_bits(actual, wanted, f"{ops.LEVELS[level]}, {about}")
+            assert_same_bits(actual, wanted, f"{native.LEVELS[level]}, {about}")
 
 
 def check_quantize(values: Tensor, spec: QuantSpec, rule: str) -> None:
@@ -408,7 +408,7 @@ def test_all_256_codes_decode(number_format):
     check_dequantize(codes.expand(len(scale), -1).contiguous(), scale, CHANNEL)
     for level in LEVELS_HERE:
         LIBRARY.qk_select_cpu_level(level)
-        assert_same_bits(OPS.dequantize_blocks(codes.reshape(1, -1), torch.ones(1, 1), 1, 300), codes.float().reshape(1, -1), ops.LEVELS[level])
+        assert_same_bits(OPS.dequantize_blocks(codes.reshape(1, -1), torch.ones(1, 1), 1, 300), codes.float().reshape(1, -1), native.LEVELS[level])
 
 
 # Memory.
@@ -478,7 +478,7 @@ def test_dequantize_stays_inside_its_buffer(number_format, granularity):
             LIBRARY.qk_select_cpu_level(level)
             values = Guarded(shape, torch.float32)
             assert LIBRARY.qk_dequantize_blocks(pointer, FORMATS.index(number_format), *shape, stride, *blocks, scale.data_ptr(), values.pointer) == 0
-            assert_same_bits(values.written(), expected, ops.LEVELS[level])
+            assert_same_bits(values.written(), expected, native.LEVELS[level])
 
 
 def test_nonsense_arguments_are_refused():
@@ -493,7 +493,7 @@ def test_nonsense_arguments_are_refused():
     matrix = (values.data_ptr(), *good.values())
     for number_format, rule in ((2, 0), (-1, 0), (0, 3), (0, -1)):
         assert LIBRARY.qk_quantize_blocks(*matrix, number_format, rule, out.data_ptr(), out.data_ptr()) == -1
-    assert LIBRARY.qk_select_cpu_level(len(ops.LEVELS)) == -1 and LIBRARY.qk_select_cpu_level(-1) == -1
+    assert LIBRARY.qk_select_cpu_level(len(native.LEVELS)) == -1 and LIBRARY.qk_select_cpu_level(-1) == -1
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3, 1), (1, 3)])
@@ -517,8 +517,8 @@ def test_several_threads_give_the_bits_of_one(number_format):
         with ThreadPoolExecutor(4) as pool:
             for _ in range(2):  # the same bits twice
                 for result, wanted in zip(pool.map(ops.quantize, matrices, specs), expected):
-                    assert_same_bits(result.qdata, wanted.qdata, ops.LEVELS[level])
-                    assert_same_bits(result.scale, wanted.scale, ops.LEVELS[level])
+                    assert_same_bits(result.qdata, wanted.qdata, native.LEVELS[level])
+                    assert_same_bits(result.scale, wanted.scale, native.LEVELS[level])
 
 
 @input_types
@@ -558,16 +558,20 @@ def test_schemas_and_fakes_describe_the_ops(shape, number_format):
 def test_the_environment_variable_chooses_the_level():
     script = """if True:
         import os
-        from quantkit import ops
-        print(ops.cpu_level())
+        from quantkit import native
+        print(native.cpu_level())
         for wanted in ("reference", "nonsense"):
             os.environ["QUANTKIT_KERNELS"] = wanted
-            ops.cpu_kernels.cache_clear()
+            native.cpu_kernels.cache_clear()
             try:
-                print(ops.cpu_level())
-            except ops.QuantkitError as error:
+                print(native.cpu_level())
+            except native.QuantkitError as error:
                 print(error)
     """
     environment = os.environ | {"QUANTKIT_KERNELS": "scalar"}
     printed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
-    assert printed.splitlines() == ["scalar", "reference", "QUANTKIT_KERNELS is 'nonsense'; choose one of scalar, avx2, avx512, reference"]
+    assert printed.splitlines() == [
+        "scalar",
+        "reference",
+        "QUANTKIT_KERNELS is 'nonsense'; choose one of scalar, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, reference",
+    ]

@@ -1,0 +1,19 @@
+// Codes to float32, for one instruction set.
+#pragma once
+
+#include "lanes.h"
+
+namespace QK_LEVEL {
+
+// E4M3: sign, 4 bits of exponent with bias 7, 3 of mantissa; 0x7F and 0xFF are NaN, there is no infinity.
+inline lanes::Float decode_e4m3(const uint8_t* codes) {
+    lanes::Word code = lanes::load_bytes(codes), magnitude = lanes::only(code, 0x7Fu);
+    // Exponent and mantissa moved into place are 2^120 too small, subnormals included; the product is exact.
+    lanes::Word bits = lanes::as_word(lanes::multiply(lanes::as_float(lanes::shift_left<20>(magnitude)), lanes::broadcast(0x1p120f)));
+    bits = lanes::choose(lanes::equal(magnitude, 0x7Fu), lanes::broadcast(0x7FC00000u), bits);
+    return lanes::as_float(lanes::either(bits, lanes::shift_left<24>(lanes::only(code, 0x80u))));
+}
+
+inline lanes::Float decode_int8(const uint8_t* codes) { return lanes::to_float(lanes::load_signed_bytes(codes)); }
+
+}  // namespace QK_LEVEL

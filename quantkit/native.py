@@ -1,0 +1,67 @@
+"""The compiled kernels: which library is there, and which instruction set of it runs.
+
+Functions take raw pointers and sizes (kernels/cpu/dispatch.cpp) and are called without Python's lock. The environment variable QUANTKIT_KERNELS
+chooses a level, or "reference" for none, instead of the best that this machine has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import quantkit
+from quantkit.errors import QuantkitError
+
+LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 3
+# The order of the enum in kernels/cpu/dispatch.cpp. "avx512vnni" has VNNI too, "avx512bf16" also VBMI and BF16, "amx" also AMX's tiles.
+LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
+# Those in which kernels other than multiplications differ.
+ELEMENTWISE_LEVELS = ("scalar", "avx2", "avx512")
+
+
+@cache
+def cpu_kernels() -> ctypes.CDLL | None:
+    """The compiled CPU kernels, or None where they weren't built, are of another version, or QUANTKIT_KERNELS says so."""
+    wanted = os.environ.get("QUANTKIT_KERNELS", "")
+    if wanted not in ("", "reference", *LEVELS):
+        raise QuantkitError(f"QUANTKIT_KERNELS is '{wanted}'; choose one of {', '.join(LEVELS)}, reference")
+    # An editable install keeps the library beside the installed package, not in the source tree: look in all of the package's directories.
+    found = [path for directory in quantkit.__path__ if (path := Path(directory) / LIBRARY_NAME).is_file()]
+    if wanted == "reference" or not found:
+        if wanted in LEVELS:
+            raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, but the kernels weren't built; install quantkit where there is a C++ compiler")
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    if library.qk_cpu_version() != LIBRARY_VERSION:
+        return None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    matrix = [size] * 5
+    library.qk_block_amax.argtypes = [pointer, number, *matrix, pointer]
+    library.qk_encode_blocks.argtypes = [pointer, number, *matrix, number, pointer, pointer]
+    library.qk_quantize_blocks.argtypes = [pointer, number, *matrix, number, number, pointer, pointer]
+    library.qk_dequantize_blocks.argtypes = [pointer, number, *matrix, pointer, pointer]
+    library.qk_observe_rows.argtypes = [pointer, number, *[size] * 4, ctypes.c_float, *[pointer] * 6]
+    library.qk_count_magnitudes.argtypes = [pointer, size, size, pointer]
+    library.qk_pack_weight.argtypes = [number, pointer, size, size, size, pointer]
+    activations, weight, output = [pointer, size, size, size], [pointer, size], [pointer, pointer, number, number]  # output: bias, values, type, threads
+    library.qk_matmul_int8.argtypes = [*activations, pointer, size, size, *weight, size, *weight, *output, *weight, pointer]
+    library.qk_matmul_fp8.argtypes = [*activations, pointer, size, size, *weight, size, *weight, *output, number]
+    library.qk_matmul_weight_only.argtypes = [*activations, pointer, number, size, size, *weight, *output, number]
+    library.qk_matmul_bf16.argtypes = [*activations, pointer, size, *output]
+    if wanted and library.qk_select_cpu_level(LEVELS.index(wanted)) != 0:
+        raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, which this processor doesn't have")
+    return library
+
+
+def cpu_level() -> str:
+    """The instruction set whose kernels run here: one of LEVELS, or "reference"."""
+    library = cpu_kernels()
+    return LEVELS[library.qk_cpu_level()] if library else "reference"
+
+
+def elementwise_level() -> str:
+    """The instruction set of all kernels but multiplications: one of ELEMENTWISE_LEVELS, or "reference"."""
+    level = cpu_level()
+    return level if level == "reference" else [name for name in ELEMENTWISE_LEVELS if LEVELS.index(name) <= LEVELS.index(level)][-1]
