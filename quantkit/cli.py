@@ -364,7 +364,14 @@ def _raise_faults(found: Any) -> None:
 @click.option("--markdown", type=UserPath(dir_okay=False), help="Write a section for a model card.")
 @click.option("--gate", "gates", multiple=True, metavar="EXPR", help="Exit 3 unless e.g. 'ppl_delta_pct<=1.0' holds; also kld_mean, top1, size_ratio.")
 @click.option("--strict", is_flag=True, help="Exit 4 when the text can't decide a gate.")
-@click.option("--exec", "exec_", type=click.Choice(["auto", "kernel", "reference"]), default="auto", show_default=True, help="Which arithmetic runs.")
+@click.option(
+    "--exec",
+    "exec_",
+    type=click.Choice(["auto", "kernel", "reference"]),
+    default="auto",
+    show_default=True,
+    help="Compiled kernels (refused where a Linear has none), the reference arithmetic, or kernels where there are any.",
+)
 @click.option("--hardware", type=click.Choice(HARDWARE_NAMES), help="Compute what this hardware computes.")
 @device_option
 @remote_code_option

@@ -67,10 +67,10 @@ def _check_kernels() -> dict[str, str]:
     """Which CPU kernels run, and whether they give the reference's codes here."""
     import torch
 
-    from quantkit import ops, quantize
+    from quantkit import native, ops, quantize
     from quantkit.scheme import SCHEMES
 
-    level = ops.cpu_level()
+    level = native.cpu_level()
     if level == "reference":
         asked = os.environ.get("QUANTKIT_KERNELS") == "reference"
         why = "switched off by QUANTKIT_KERNELS" if asked else "not built: install quantkit again where there is a C++ compiler"
@@ -80,7 +80,30 @@ def _check_kernels() -> dict[str, str]:
         ours, expected = ops.quantize(values, scheme.weight), quantize.quantize(values, scheme.weight)
         if not torch.equal(ours.qdata.view(torch.uint8), expected.qdata.view(torch.uint8)) or not torch.equal(ours.scale, expected.scale):
             return _check("CPU kernels", f"{level} gives other codes than the reference for {scheme.name}; set QUANTKIT_KERNELS=reference", "broken")
-    return _check("CPU kernels", f"{level}: quantize, dequantize; equal to the reference")
+    fault = _multiplication_fault()
+    if fault:
+        return _check("CPU kernels", f"{level} multiplies {fault} otherwise than the reference; set QUANTKIT_KERNELS=reference", "broken")
+    return _check("CPU kernels", f"{level}: quantize, dequantize, multiply INT8, FP8, bfloat16; equal to the reference")
+
+
+def _multiplication_fault() -> str | None:
+    """The scheme that a kernel multiplies wrong here, if one does."""
+    import torch
+
+    from quantkit import ops
+    from quantkit.formats import INT8
+    from quantkit.linear import QuantizedLinear
+    from quantkit.scheme import SCHEMES
+
+    values, inputs = torch.linspace(-3, 3, 48 * 256).sin().reshape(48, 256).bfloat16(), torch.linspace(-2, 2, 33 * 256).cos().reshape(33, 256).bfloat16()
+    for scheme in SCHEMES.values():
+        weight, scale = ops.quantize(values, scheme.weight), torch.tensor([0.0156]) if scheme.needs_calibration else None
+        ours, expected = (QuantizedLinear(weight, scheme, scale, None, torch.bfloat16, use_kernel)(inputs).float() for use_kernel in (True, False))
+        exact = scheme.weight.format is INT8 and scheme.input is not None
+        # INT8 sums are exact; others differ by float32's rounding of 256 products, and then by one step of bfloat16 at most.
+        if not torch.allclose(ours, expected, **({"rtol": 0, "atol": 0} if exact else {"rtol": 2.0**-7, "atol": 1e-4})):
+            return scheme.name
+    return None
 
 
 def _devices() -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from quantkit.data import Windows, count_known_windows, evaluation_windows, load
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.layouts import QuantizationLayout, decode_linear, stored_linears
 from quantkit.model import classify_tensors
+from quantkit.native import cpu_kernels, cpu_level
 from quantkit.output import MANIFEST_FILE
 from quantkit.runtimes import HARDWARE, as_computed
 from quantkit.states import HiddenStates, peak_memory_bytes
@@ -128,8 +129,6 @@ def evaluate(options: EvaluationOptions, on_progress: Callable[[str, float, floa
     gates = [Gate.parse(expr) for expr in options.gates]
     if gates and not options.quants:
         raise EvaluationError("--gate compares a quantized model with the base; give at least one QUANT")
-    if options.exec == "kernel":
-        raise EvaluationError("--exec kernel: this installation has no compiled kernels; use --exec reference or auto")
     if options.hardware is not None and options.hardware not in HARDWARE:
         raise EvaluationError(f"unknown hardware '{options.hardware}'; choose one of {', '.join(HARDWARE)}")
     base_checkpoint = _check_candidate(options.base, Checkpoint.open(options.base), options.hardware)
@@ -161,17 +160,17 @@ def _judge_all(
     units = windows.words if options.protocol == "lmeval" else windows.tokens_scored
     tokens_per_unit = windows.tokens_scored / units
     with torch.inference_mode():
-        base = load_served(options.base, device, options.hardware, options.trust_remote_code)
+        base = load_served(options.base, device, options.hardware, options.trust_remote_code, options.exec)
         hidden, seconds = _hidden_states(base, windows, seq_len, on_progress)
-        base_head = _Head(base.blocks.model)
+        base_head = _Head(base.blocks.model, options.exec != "reference")
         del base
         base_judged = _judge(windows, base_head, hidden, seconds, None, None)
         base_nll = _per_window(base_judged.nll, counts)
         quants = []
         for checkpoint in candidates:
-            served = load_served(checkpoint.path, device, options.hardware, options.trust_remote_code)
+            served = load_served(checkpoint.path, device, options.hardware, options.trust_remote_code, options.exec)
             own_hidden, seconds = _hidden_states(served, windows, seq_len, on_progress)
-            head = _Head(served.blocks.model)
+            head = _Head(served.blocks.model, options.exec != "reference")
             judged = _judge(windows, head, own_hidden, seconds, base_head, hidden)
             quants.append(_quant_result(options, gates, base_checkpoint, served, judged, base_judged, counts, tokens_per_unit, tokenizer, windows))
             del served, head, own_hidden
@@ -192,6 +191,7 @@ def _judge_all(
         "windows": len(windows.windows),
         "device": device,
         "hardware": options.hardware,
+        "kernel_level": cpu_level(),
         "base": {
             "path": str(options.base),
             "perplexity": _perplexity(base_judged.nll, units),
@@ -291,15 +291,16 @@ class _Head:
     """A model's last step, hidden states to float32 logits, without its body.
 
     The model's own forward runs with a stand-in for the body, so whatever the architecture does after `lm_head` (scaling, soft-capping)
-    is done here too. `lm_head` itself runs in float32: bfloat16 logits alone would add a KL of 1e-4.
+    is done here too. `lm_head` itself gives float32 (bfloat16 logits alone would add a KL of 1e-4): through a kernel that multiplies bfloat16 and loses
+    nothing, where hidden states and weights are of that type and there is one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, use_kernel: bool) -> None:
         from torch import nn
 
         output_embedding = model.get_output_embeddings()  # asked first: without a body transformers finds none
         if isinstance(output_embedding, nn.Linear):
-            model.set_output_embeddings(_float32_linear(output_embedding))
+            model.set_output_embeddings(_float32_linear(output_embedding, use_kernel))
         self._stand_in = _stand_in()
         setattr(model, model.base_model_prefix, self._stand_in)
         model.config.output_router_logits = False
@@ -337,17 +338,26 @@ def _stand_in() -> Any:
     return StandIn()
 
 
-def _float32_linear(linear: nn.Module) -> nn.Module:
-    """The same Linear with float32 arithmetic, its weight converted a slice of the vocabulary at a time."""
+def _float32_linear(linear: nn.Module, use_kernel: bool) -> nn.Module:
+    """The same Linear with a float32 result: from a kernel where its operands are bfloat16, else its weight converted a slice of the vocabulary at a time."""
     import torch
     from torch import nn
+
+    from quantkit import ops  # noqa: F401  (declares matmul_bf16)
 
     class Float32Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight, self.bias = linear.weight, linear.bias
+            ready = use_kernel and cpu_kernels() is not None and self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16
+            self.packed = torch.ops.quantkit.pack_weight(self.weight.detach(), "bf16") if ready else None
 
         def forward(self, hidden: Tensor) -> Tensor:
+            low = hidden.bfloat16()
+            if self.packed is not None and torch.equal(low.float(), hidden):
+                bias = None if self.bias is None else self.bias.float()
+                logits = torch.ops.quantkit.matmul_bf16(low.flatten(0, -2), self.packed, self.weight.shape[0], bias, torch.float32)
+                return logits.reshape(*hidden.shape[:-1], -1)
             logits = torch.empty(*hidden.shape[:-1], self.weight.shape[0], device=hidden.device)
             for start in range(0, self.weight.shape[0], VOCABULARY_PER_CHUNK):
                 part = slice(start, start + VOCABULARY_PER_CHUNK)
@@ -420,7 +430,8 @@ def _quant_result(
         "bits_per_weight": checkpoint.nbytes * 8 / _weights(base),
         "size_ratio": size_ratio,
         "tokens_per_second": judged.tokens_per_second,
-        "exec": "reference",
+        "exec": _exec(served.kernels),
+        "kernels": served.kernels,
         "activations_quantized": served.activations_quantized,
         "kv_cache_quantized": served.kv_scales is not None,
         "windows_calibrated_on": _windows_calibrated_on(checkpoint, windows),
@@ -444,6 +455,13 @@ def _quant_result(
             entry["more_tokens_needed"] = max(0, round(windows.tokens_scored * (factor - 1)))
         judged_gates.append(entry)
     return result, judged_gates
+
+
+def _exec(kernels: Mapping[str, int]) -> str:
+    """What ran: "kernel", "reference", or "mixed"."""
+    if not kernels or "reference" not in kernels:
+        return "kernel" if kernels else "reference"
+    return "mixed" if len(kernels) > 1 else "reference"
 
 
 def _place(token: int, counts: np.ndarray, windows: Windows, tokenizer: Any) -> dict[str, Any]:

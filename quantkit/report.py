@@ -120,13 +120,22 @@ def evaluation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 def evaluation_title(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     hardware = f", as {result['hardware']} computes" if result.get("hardware") else ""
-    return f"{result['tokens_scored']} tokens in {result['windows']} windows of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), reference arithmetic{hardware}"
+    return f"{result['tokens_scored']} tokens in {result['windows']} windows of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), {_arithmetic(result)}{hardware}"
+
+
+def _arithmetic(result: dict[str, Any]) -> str:
+    ran = {quant["exec"] for quant in result["quants"]}
+    if ran <= {"reference"}:
+        return "reference arithmetic"
+    return f"kernels ({result['kernel_level']})" if ran == {"kernel"} else f"kernels ({result['kernel_level']}) and reference arithmetic"
 
 
 def evaluation_remarks(result: dict[str, Any]) -> list[str]:
     """What a reader of the table must know beside it."""
     remarks = []
     for quant in result["quants"]:
+        if quant["exec"] == "mixed":
+            remarks.append(f"{quant['path']}: ran through {', '.join(f'{name} ({count} Linears)' for name, count in quant['kernels'].items())}")
         delta = quant["ppl_delta_pct"]
         if delta["method"] == "t":
             remarks.append(f"{quant['path']}: Student's t interval, since {result['windows']} windows are too few for a bootstrap")

@@ -17,34 +17,13 @@ from transformers import DynamicCache
 
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import Checkpoint, torch_dtype
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
-from quantkit.quantize import QuantizedTensor, quantize, quantized_linear
+from quantkit.linear import QuantizedLinear, kernel_for
+from quantkit.quantize import QuantizedTensor, quantize
 from quantkit.recording import PassingCache
 from quantkit.runtimes import as_computed
 from quantkit.scheme import QuantScheme
-
-
-class QuantizedLinear(nn.Module):
-    """One Linear computed from its codes; the arithmetic is `quantize.quantized_linear`.
-
-    input_scale: [1], of a static scheme; bias: [out_features] or None.
-    """
-
-    def __init__(self, weight: QuantizedTensor, scheme: QuantScheme, input_scale: Tensor | None, bias: Tensor | None) -> None:
-        super().__init__()
-        codes = weight.qdata
-        # bfloat16 holds every E4M3 value exactly, and torch converts it tens of times faster.
-        self.codes = codes.bfloat16() if codes.dtype == torch.float8_e4m3fn else codes
-        self.scale = weight.scale
-        self.spec, self.scheme, self.input_scale, self.bias = weight.spec, scheme, input_scale, bias
-        self.in_features, self.out_features = codes.shape[1], codes.shape[0]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        weight = QuantizedTensor(self.codes, self.scale, self.spec)
-        input_scale = self.input_scale if self.scheme.needs_calibration else None
-        output = quantized_linear(inputs.reshape(-1, self.in_features), weight, self.scheme.input, input_scale, self.bias)
-        return output.reshape(*inputs.shape[:-1], self.out_features)
 
 
 class QuantizedCache(PassingCache):
@@ -74,6 +53,7 @@ class ServedModel:
     scheme: the scheme of most Linears, "mixed" with several, or the stored dtype of an unquantized model.
     activations_quantized: True, False, or "partial".
     weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: fused experts.
+    kernels: how many quantized Linears run through each kernel, and under "reference" those that don't.
     """
 
     blocks: BlockwiseModel
@@ -83,21 +63,24 @@ class ServedModel:
     activations_quantized: bool | str
     weights_only: tuple[str, ...]
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None
+    kernels: dict[str, int]
 
     def new_cache(self) -> DynamicCache | None:
         return QuantizedCache(self.kv_scales) if self.kv_scales else None
 
 
-def load_served(path: Path, device: str, hardware: str | None = None, trust_remote_code: bool = False) -> ServedModel:
-    """Open a checkpoint, quantized or not, for evaluation."""
+def load_served(path: Path, device: str, hardware: str | None = None, trust_remote_code: bool = False, exec: str = "auto") -> ServedModel:
+    """Open a checkpoint, quantized or not, for evaluation. exec: "auto" runs kernels where there are any, "kernel" refuses Linears that have none."""
     checkpoint = Checkpoint.open(path)
     layout = QuantizationLayout.read(checkpoint.config)
     skeleton = build_skeleton(checkpoint, trust_remote_code)
     if layout is None:
         dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-        return ServedModel(BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None)
+        return ServedModel(BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None, {})
     computed = {scheme: as_computed(scheme, hardware) for scheme in layout.schemes}
-    weights = QuantizedWeights(checkpoint, layout, skeleton, computed, device)
+    weights = QuantizedWeights(checkpoint, layout, skeleton, computed, device, exec != "reference")
+    if exec == "kernel":
+        weights.require_kernels()
     blocks = BlockwiseModel(skeleton, weights, str(path), device)
     strangers = [name for name in weights.linears if f"{name}.weight" in blocks.unexpected]
     if strangers:
@@ -109,7 +92,7 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     weights_only = [name for name in weights.linears if name not in weights.modules]
     dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
     kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, device)
-    return ServedModel(blocks, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, kv_scales)
+    return ServedModel(blocks, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, kv_scales, weights.count_kernels())
 
 
 class QuantizedWeights:
@@ -120,9 +103,10 @@ class QuantizedWeights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Module, computed: Mapping[QuantScheme, QuantScheme], device: str
-    ) -> None:
-        self._checkpoint, self._computed, self._device = checkpoint, computed, device
+        self, checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Module, computed: Mapping[QuantScheme, QuantScheme], device: str,
+        use_kernels: bool = True,
+    ) -> None:  # fmt: skip
+        self._checkpoint, self._computed, self._device, self._use_kernels = checkpoint, computed, device, use_kernels
         self._dtype = skeleton.config.dtype
         self._stored = stored_linears(checkpoint.tensors)
         self.linears: dict[str, QuantScheme] = {}
@@ -146,6 +130,22 @@ class QuantizedWeights:
                 if info.dtype in ("I8", "F8_E4M3", "F8_E5M2", "U8"):
                     raise CheckpointError(f"{name} holds codes, but {module}.weight_scale is missing; `quantkit verify {checkpoint.path}` lists all faults")
                 self._others.append(name)
+
+    def _kernel_for(self, module: str) -> tuple[str | None, str]:
+        if module not in self.modules:
+            return None, "transformers stacks it with other experts, which run with dequantized weights"
+        scheme = self._computed[self.linears[module]]
+        return kernel_for(scheme.weight, scheme.input, self._weight_shape(module, self._stored[module])[1], self._dtype, self._device)
+
+    def require_kernels(self) -> None:
+        for module in self.linears:
+            kernel, why_not = self._kernel_for(module)
+            if kernel is None:
+                raise EvaluationError(f"--exec kernel: {module} of {self._checkpoint.path} has none: {why_not}; use --exec auto or reference")
+
+    def count_kernels(self) -> dict[str, int]:
+        kernels = [self._kernel_for(module)[0] if self._use_kernels else None for module in self.linears]
+        return {name or "reference": kernels.count(name) for name in dict.fromkeys(kernels)}
 
     def _require_readable(self, module: str) -> None:
         """Refuse now, from headers alone, what would be found when the module's block has its turn."""
@@ -191,7 +191,10 @@ class QuantizedWeights:
             weight = replace(weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device))
             input_scale = None if input_scale is None else input_scale.to(self._device)
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, self._computed[self.linears[name]], input_scale, linear.bias))
+            setattr(model.get_submodule(parent), leaf, self._linear(name, weight, input_scale, linear.bias))
+
+    def _linear(self, name: str, weight: QuantizedTensor, input_scale: Tensor | None, bias: Tensor | None) -> QuantizedLinear:
+        return QuantizedLinear(weight, self._computed[self.linears[name]], input_scale, bias, self._dtype, self._use_kernels)
 
 
 def _kv_scales(layout: QuantizationLayout, model: nn.Module, tensors: Mapping[str, Tensor], device: str) -> dict[int, tuple[Tensor, Tensor]] | None:

@@ -11,6 +11,7 @@ import torch
 from conftest import make_llama
 from safetensors.torch import load_file
 
+from quantkit import native
 from quantkit.cli import main
 
 COMMANDS = sorted(main.commands)
@@ -244,8 +245,9 @@ def test_fused_set_may_not_be_split_for_a_runtime_that_merges_it(run, llama, tmp
     assert run(*command, "--runtime", "transformers").exit_code == 0
 
 
-def test_kernels_that_are_not_there_are_not_pretended(run, llama, text):
-    refusal(run("eval", llama, "--data", text, "--exec", "kernel"), "no compiled kernels")
+def test_kernels_that_are_not_there_are_not_pretended(run, llama, text, export_to, monkeypatch):
+    monkeypatch.setattr(native, "cpu_kernels", lambda: None)
+    refusal(run("eval", llama, export_to("int8-dynamic"), "--data", text, "--exec", "kernel"), "no compiled kernels")
 
 
 def test_int8_as_blackwell_computes_is_refused(run, llama, text, export_to):

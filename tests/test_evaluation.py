@@ -10,13 +10,14 @@ from conftest import make_llama, make_text
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from quantkit import native
 from quantkit.data import evaluation_windows, load_tokenizer
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
-from quantkit.evaluation import EvaluationOptions, Gate, evaluate
+from quantkit.evaluation import EvaluationOptions, Gate, _hidden_states, evaluate
 from quantkit.layouts import QuantizationLayout
-from quantkit.quantize import QuantizedTensor
+from quantkit.linear import QuantizedLinear
 from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
-from quantkit.served import QuantizedLinear, ServedModel, load_served
+from quantkit.served import ServedModel, load_served
 from quantkit.states import HiddenStates
 from quantkit.statistics import Interval
 
@@ -75,7 +76,7 @@ def test_exported_file_gives_the_figures_of_its_dequantized_weights(scheme, llam
     for number in range(served.blocks.block_count):
         with served.blocks.block(number) as block:
             for name, module in quantized_linears(served, number, block).items():
-                restored = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
+                restored = module.weight().dequantize()
                 error = (restored - tensors[f"{name}.weight"].float()).norm() / restored.norm()
                 assert error < (0.04 if "fp8" in scheme else 0.02), name
                 assert module.scheme.same_arithmetic == SCHEMES[scheme].same_arithmetic
@@ -86,11 +87,34 @@ def test_exported_file_gives_the_figures_of_its_dequantized_weights(scheme, llam
 def test_codes_leave_memory_with_their_block(export_to):
     served = load_served(export_to("int8-dynamic"), "cpu")
     with served.blocks.block(0) as block:
-        codes = [weakref.ref(module.codes) for module in quantized_linears(served, 0, block).values()]
+        codes = [weakref.ref(module.packed if module.kernel else module.codes) for module in quantized_linears(served, 0, block).values()]
         assert len(codes) == 7 and all(reference() is not None for reference in codes)
     del block
     gc.collect()
     assert not any(reference() is not None for reference in codes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kernels_and_reference_agree(scheme, export_to, text, judge):
+    """INT8 to the last bit of the hidden states; FP8 and weights alone within what the order of float32 sums and bfloat16's last bit make of it."""
+    out = export_to(scheme)
+    windows = evaluation_windows([str(text)], load_tokenizer(out), "gptq", 64, 640)
+    if native.cpu_kernels() is None:
+        pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference")
+    served = {name: load_served(out, "cpu", exec=name) for name in ("kernel", "reference")}
+    assert set(served["reference"].kernels) == {"reference"} and "reference" not in served["kernel"].kernels
+    with torch.inference_mode():
+        kernel, reference = (_hidden_states(model, windows, 64, lambda *_: None)[0] for model in served.values())
+    for ours, expected in zip(kernel, reference):
+        if served["kernel"].kernels == {"matmul_int8": 14}:
+            assert torch.equal(ours, expected)
+        else:
+            assert (ours.double() - expected.double()).norm() < 0.02 * expected.double().norm()
+    results = {name: judge(out, exec=name)["quants"][0] for name in ("kernel", "reference", "auto")}
+    assert [result["exec"] for result in results.values()] == ["kernel", "reference", "kernel"]
+    assert results["kernel"]["kernels"] == served["kernel"].kernels and sum(results["kernel"]["kernels"].values()) == 14
+    exact = scheme in ("int8-dynamic", "int8-static")
+    assert results["kernel"]["perplexity"] == pytest.approx(results["reference"]["perplexity"], rel=1e-7 if exact else 2e-3)
 
 
 def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, export_to, text):
@@ -105,7 +129,7 @@ def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, exp
         for number in range(served.blocks.block_count):
             with served.blocks.block(number) as block:
                 for name, module in quantized_linears(served, number, block).items():
-                    dense.get_submodule(name).weight.data = QuantizedTensor(module.codes, module.scale, module.spec).dequantize()
+                    dense.get_submodule(name).weight.data = module.weight().dequantize()
                 states.put(0, served.blocks.run_block(block, calls[0][number], states.get(0)))
             states.turn()
         logits = served.blocks.model.lm_head(served.blocks.finish(tokens, states.get(0)))

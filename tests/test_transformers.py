@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 import quantkit.quantize
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.formats import INT8
-from quantkit.quantize import dequantize
 from quantkit.scheme import SCHEMES
 from quantkit.served import load_served
 
@@ -33,9 +32,9 @@ def assert_same_arithmetic(theirs: torch.Tensor, ours: torch.Tensor, base: torch
     assert difference.max() < cost.median()
 
 
-def logits_of_both(out, cache: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of_both(out, cache: bool = False, exec: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-    served = load_served(out, "cpu")
+    served = load_served(out, "cpu", exec=exec)
     with torch.inference_mode():
         return theirs(TOKENS).logits, whole_model(served)(TOKENS, past_key_values=served.new_cache(), use_cache=cache).logits
 
@@ -70,7 +69,7 @@ def test_int8_dynamic_differs_from_transformers_by_its_range_alone(float32_model
         return amax / 127.5 if spec.dynamic and spec.format is INT8 else choose_scale(amax, spec)
 
     monkeypatch.setattr(quantkit.quantize, "choose_scale", like_compressed_tensors)
-    _, same_divisor = logits_of_both(out)
+    _, same_divisor = logits_of_both(out, exec="reference")
     assert distances(theirs, ours).median() > 0.01
     assert_same_arithmetic(theirs, same_divisor, AutoModelForCausalLM.from_pretrained(float32_model)(TOKENS).logits)
 
@@ -105,7 +104,6 @@ def test_transformers_reads_the_fp8_format(float32_model, export_to):
     ours = whole_model(load_served(out, "cpu", hardware="cpu"))
     for name, module in ours.named_modules():
         if type(module).__name__ == "QuantizedLinear":
-            weight = dequantize(module.codes.float(), module.scale, module.spec.granularity)
-            assert torch.equal(theirs.get_submodule(name).weight, weight)
+            assert torch.equal(theirs.get_submodule(name).weight, module.weight().dequantize())
     with torch.inference_mode():
         assert distances(theirs(TOKENS).logits, ours(TOKENS).logits).median() < 1e-5
