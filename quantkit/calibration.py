@@ -10,20 +10,20 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint, read_header, read_json, read_tensor
+from quantkit.checkpoint import Checkpoint, read_header, read_tensor
 from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, token_pieces, window_length
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
 from quantkit.layouts import QuantizationLayout
+from quantkit.measurements import SCHEMA_VERSION, Calibration
 from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
 from quantkit.ranks import Ranks, joined_ranks
-from quantkit.scheme import ObserverChoice, Pattern, QuantSpec, Recipe
+from quantkit.scheme import Pattern, Recipe
 from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from quantkit.observers import InputObserver
     from quantkit.recording import BlockStatistics
 
-SCHEMA_VERSION = 2
 # The entry of progress.json for the hidden states that a run goes on from.
 HIDDEN_STATES = "hidden states"
 # Hidden states that are in memory are saved when this much work would have to be done again. Finished blocks are always kept.
@@ -68,108 +67,6 @@ class CalibrationOptions:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """What was seen at one input: which Linears read it, and its largest magnitudes.
-
-    amax: outside the first positions; estimated where an expert saw too few tokens. quarters: amax after each quarter of the data.
-    file: the block's, in CALIB.
-    """
-
-    name: str
-    linears: tuple[str, ...]
-    in_features: int
-    tokens: int
-    amax: float
-    first_position_amax: float
-    quarters: tuple[float, ...] = ()
-    is_estimated: bool = False
-    file: str = ""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A CALIB directory, opened."""
-
-    path: Path
-    description: dict[str, Any]
-    inputs: dict[str, InputStatistics]  # by each Linear's name
-    kv_amax: dict[str, tuple[float, float]]  # attention module → largest key, largest value
-
-    @classmethod
-    def open(cls, path: str | Path) -> Calibration:
-        path = Path(path)
-        if not (path / CALIBRATION_FILE).is_file():
-            raise CalibrationError(f"{path} is no calibration (it has no {CALIBRATION_FILE}); make one with: quantkit calibrate MODEL -o {path}")
-        try:
-            description = read_json(path / CALIBRATION_FILE, "")
-            if description["schema_version"] != SCHEMA_VERSION:
-                raise CalibrationError(f"{path} has calibration format {description['schema_version']}, this quantkit reads {SCHEMA_VERSION}; calibrate again")
-            inputs: dict[str, InputStatistics] = {}
-            for entry in description["inputs"]:
-                statistics = InputStatistics(
-                    entry["name"], tuple(entry["linears"]), entry["in_features"], entry["tokens"], entry["amax"], entry["first_position_amax"],
-                    tuple(entry["amax_quarters"]), entry["estimated"], entry["file"],
-                )  # fmt: skip
-                inputs |= dict.fromkeys(statistics.linears, statistics)
-            kv_amax = {entry["module"]: (entry["k_amax"], entry["v_amax"]) for entry in description["kv"]}
-            # What others read of it, so that they needn't ask whether it is there.
-            description["model"]["fingerprint"], description["data"]["sources"], description["token_pieces"], description["experts"], description["tokens"]
-        except (KeyError, TypeError, CheckpointError) as error:
-            raise CalibrationError(f"{path}/{CALIBRATION_FILE} is damaged ({error}); calibrate again") from None
-        return cls(path, description, inputs, kv_amax)
-
-    def require_same_model(self, checkpoint: Checkpoint, fingerprint: str) -> None:
-        if self.description["model"]["fingerprint"] != fingerprint:
-            raise CalibrationError(
-                f"{self.path} was made from another model ({self.description['model']['path']}) than {checkpoint.path}, or its files have changed since; calibrate this one"
-            )
-
-    def require_same_recipe(self, recipe: Recipe) -> None:
-        """A calibration made for a recipe serves that one only; one made without serves all."""
-        earlier = self.description.get("recipe")
-        neutral = ObserverChoice()  # the statistics serve every observer
-        if (
-            earlier is not None
-            and replace(Recipe.from_mapping(earlier, str(self.path)), observer=neutral).canonical() != replace(recipe, observer=neutral).canonical()
-        ):
-            raise CalibrationError(f"{self.path} was made for another recipe; export with the same recipe, or calibrate without one, which serves every scheme")
-
-    @cached_property
-    def _headers(self) -> dict[str, dict[str, Any]]:
-        return {}
-
-    def observer(self, linear: str) -> InputObserver:
-        """The full statistics of a Linear's input."""
-        from quantkit.observers import InputObserver
-
-        statistics = self.inputs[linear]
-        if statistics.file not in self._headers:
-            if Path(str(statistics.file)).name != statistics.file:
-                raise CalibrationError(f"{self.path}/{CALIBRATION_FILE} names the file {statistics.file!r}, which is not beside it; calibrate again")
-            self._headers[statistics.file] = read_header(self.path / statistics.file)
-        header = self._headers[statistics.file]
-        try:
-            names = [f"{statistics.name}.{name}" for name in InputObserver.__dataclass_fields__]
-            return InputObserver.from_tensors(statistics.name, {name: read_tensor(header[name]) for name in names})
-        except KeyError as error:
-            raise CalibrationError(f"{self.path}/{statistics.file} lacks {error}; calibrate again") from None
-
-    def static_amax(self, linear: str, spec: QuantSpec, observer: ObserverChoice) -> float:
-        """The magnitude that a static input scale maps to the largest code.
-
-        INT8 leaves the first positions out: one enormous token there would take the codes from all others. A float format has range to
-        spare and clipping that token costs more.
-        """
-        statistics = self.inputs[linear]
-        amax = statistics.amax
-        if observer.kind != "absmax" and not statistics.is_estimated:
-            from quantkit.observers import observed_amax
-
-            amax = observed_amax(self.observer(linear), observer, spec)
-        return max(amax, statistics.first_position_amax if spec.format.kind == "float" or not amax else 0.0)
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def quantize_command(
 
 def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dict[str, Any]) -> None:
     """`quantize --resume` goes on from a finished calibration only if the same one is asked for."""
-    from quantkit.calibration import Calibration
+    from quantkit.measurements import Calibration
 
     made = Calibration.open(directory).description
     same = {

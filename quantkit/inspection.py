@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration import Calibration, is_unsettled
+from quantkit.calibration import is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.layouts import QuantizationLayout, stored_linears
+from quantkit.measurements import Calibration
 from quantkit.model import classify_tensors
 from quantkit.output import CALIBRATION_FILE
 

@@ -444,8 +444,10 @@ def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool
         return False
     try:
         manifest = read_json(manifest_file, "")
-        require_same_fingerprint(f"{path} was made", fingerprint, manifest.get("fingerprint") or {})
-        files = manifest.get("files") or {}
+        earlier, files = (manifest.get(key) or {} for key in ("fingerprint", "files"))
+        if not isinstance(earlier, dict) or not isinstance(files, dict):
+            raise OutputError(f"{manifest_file} is damaged; start again with --overwrite")
+        require_same_fingerprint(f"{path} was made", fingerprint, earlier)
         with ThreadPoolExecutor(cores()) as pool:
             same = pool.map(lambda item: is_as_recorded(path, *item), files.items())
         changed = [name for name, is_same in zip(files, same) if not is_same]

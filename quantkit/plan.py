@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.calibration import Calibration
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError, RuntimeLimitError
 from quantkit.layouts import QuantizationLayout, format_obstacle, kv_scale_name, linear_tensors, shape_obstacle
+from quantkit.measurements import Calibration
 from quantkit.model import ModuleInfo, classify_tensors, fused_sets
 from quantkit.output import CALIBRATION_FILE, TensorPlan, sha256_file
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems

@@ -253,8 +253,7 @@ def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[s
             rows = [
                 [
                     entry["module"],
-                    str(len(entry["tokens"])),
-                    *(str(count) for count in _spread(entry["tokens"])),
+                    *([str(len(entry["tokens"])), *map(str, _spread(entry["tokens"]))] if entry.get("tokens") else [""] * 4),
                     " ".join(map(str, entry["starved"])),
                 ]
                 for entry in description["experts"]

@@ -18,7 +18,7 @@ ORDER = (
     ("observers", "ranks"),
     ("model", "data", "checkpoint"),
     ("output", "streaming", "hub"),
-    ("states",),
+    ("states", "measurements"),
     ("blockwise",),
     ("recording",),
     ("runtimes",),
