@@ -177,10 +177,15 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
+def _behind(prefix: list[int], tokens: list[int]) -> list[int]:
+    """The tokens behind the prefix, once: many chat templates write BOS themselves."""
+    return tokens if tokens[: len(prefix)] == prefix else prefix + tokens
+
+
 def evaluation_windows(names: Sequence[str], tokenizer: Any, protocol: str, seq_len: int, max_tokens: int | None = None) -> Windows:
     """Cut the sources into windows by a protocol.
 
-    `gptq`: one stream, special tokens only at its start, windows that don't overlap, the tail dropped, every next token scored.
+    `gptq`: one stream, the tokenizer's special tokens once at its start, windows that don't overlap, the tail dropped, every next token scored.
     `llamacpp`: the same chunks with the first token replaced by BOS and only the second half scored.
     `lmeval`: each document by itself behind a BOS, every token scored once, the last window filled up with earlier context.
     max_tokens: stop after the windows that hold this many tokens.
@@ -190,7 +195,7 @@ def evaluation_windows(names: Sequence[str], tokenizer: Any, protocol: str, seq_
     digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest() if len(sources) > 1 else sources[0].sha256
     if protocol == "lmeval":
         return _document_windows(names, documents, digest, tokenizer, seq_len, max_tokens)
-    stream = _leading_special_tokens(tokenizer) + _encode(tokenizer, "\n\n".join(documents))
+    stream = _behind(_leading_special_tokens(tokenizer), _encode(tokenizer, "\n\n".join(documents)))
     chunks = [stream[start : start + seq_len] for start in range(0, len(stream) - seq_len + 1, seq_len)]
     if not chunks:
         raise DataError(f"the text gives {len(stream)} tokens, less than one window of {seq_len}; give more text or a smaller --seq-len")
@@ -211,8 +216,9 @@ def _document_windows(names: Sequence[str], documents: Sequence[str], digest: st
     windows: list[Window] = []
     kept: list[str] = []
     total = 0
+    bos = _bos(tokenizer)
     for document in documents:
-        tokens = _encode(tokenizer, document)
+        tokens = _behind([bos], _encode(tokenizer, document))[1:]
         if max_tokens is not None and total + len(tokens) > max_tokens:
             if not kept:
                 raise DataError(
@@ -221,7 +227,7 @@ def _document_windows(names: Sequence[str], documents: Sequence[str], digest: st
             break
         total += len(tokens)
         kept.append(document)
-        windows += _rolling_windows(tokens, _bos(tokenizer), seq_len)
+        windows += _rolling_windows(tokens, bos, seq_len)
     words = sum(len(document.split()) for document in kept)
     if not words:
         raise DataError(f"{', '.join(names)} holds no word to score; give a longer text")
@@ -256,7 +262,7 @@ def calibration_windows(names: Sequence[str], tokenizer: Any, num_samples: int, 
     sources = [read_source(name, tokenizer) for name in names]
     available, rests = [], []
     for source in sources:
-        stream = [token for document in source.documents for token in prefix + _encode(tokenizer, document)]
+        stream = [token for document in source.documents for token in _behind(prefix, _encode(tokenizer, document))]
         windows = [Window(tuple(stream[start : start + seq_len])) for start in range(0, len(stream) - seq_len + 1, seq_len)]
         if not windows:
             raise DataError(f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}; give more text or a smaller --seq-len")

@@ -384,6 +384,19 @@ def test_every_calibration_document_begins_as_the_model_expects(write):
     assert sorted(window.tokens for window in windows) == [tuple([BOS, *plain(tokenizer, text)]) for text in (numbers(0, 4), numbers(4, 8))]
 
 
+@pytest.mark.parametrize("text", ["<s> n0 n1 n2", "n0 n1 n2"])
+def test_a_text_that_begins_with_bos_gets_no_second_one(write, text):
+    """Chat templates write bos_token themselves, and the tokenizer reads it back as one."""
+    tokenizer = FakeTokenizer()
+    tokenizer.ids["<s>"] = BOS
+    name, wanted = write("a.jsonl", jsonl({"text": text}, {"text": text})), [BOS, *plain(tokenizer, "n0 n1 n2")]
+    assert [list(window.tokens) for window in calibration_windows([name], tokenizer, 9, 4, seed=0).windows] == [wanted, wanted]
+    assert list(evaluation_windows([name], tokenizer, "gptq", 4).windows[0].tokens) == wanted
+    assert list(evaluation_windows([name], tokenizer, "llamacpp", 4).windows[0].tokens) == wanted
+    lmeval = evaluation_windows([name], tokenizer, "lmeval", 4).windows
+    assert [(list(window.tokens), window.first_scored) for window in lmeval] == [(wanted, 1)] * 2
+
+
 def test_a_calibration_source_shorter_than_a_window_is_refused_by_name(write):
     long, short = write("long.txt", numbers(0, 50)), write("short.txt", numbers(0, 5))
     with pytest.raises(DataError, match="short.txt gives 6 tokens, less than one window of 10"):
