@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,13 +122,22 @@ def _json_documents(name: str, text: str, tokenizer: Any) -> Iterable[str]:
 
 def _record_text(record: Any, where: str, tokenizer: Any) -> str:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
+        return _require_text(record["text"], where)
     if isinstance(record, dict) and isinstance(record.get("messages"), (list, tuple)):
         try:
-            return tokenizer.apply_chat_template(list(record["messages"]), tokenize=False)
+            rendered = tokenizer.apply_chat_template(list(record["messages"]), tokenize=False)
         except Exception as error:  # Jinja templates raise what they like
             raise DataError(f"the chat template can't render {where} ({' '.join(str(error).split())[:160]}); use records with 'text'") from None
+        return _require_text(rendered, where)
     raise DataError(f"{where} has neither a 'text' string nor a 'messages' list")
+
+
+def _require_text(text: str, where: str) -> str:
+    """JSON can hold half of a surrogate pair as an escape; no encoding can, and no tokenizer takes it."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half is not None:
+        raise DataError(f"{where} holds \\u{ord(half[0]):x}, half of a surrogate pair, which is no text; mend it or leave the record out")
+    return text
 
 
 def _parquet_documents(path: Path, tokenizer: Any) -> Iterable[str]:

@@ -100,6 +100,14 @@ def test_only_a_line_feed_ends_a_json_line(write):
     assert read_source(write("a.jsonl", record + "\n"), FakeTokenizer()).documents == ("one\u2028two\u0085three",)
 
 
+@pytest.mark.parametrize("record", [{"text": "a\ud800b"}, {"messages": [{"role": "user", "content": "a\ud800b"}]}], ids=["text", "messages"])
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(write, record):
+    name = write("a.jsonl", jsonl({"text": "fine \U0001f600"}, record))  # a whole pair of escapes is a character
+    for windows in (lambda: calibration_windows([name], FakeTokenizer(), 1, 2, seed=0), lambda: evaluation_windows([name], FakeTokenizer(), "gptq", 2)):
+        with pytest.raises(DataError, match=r"line 2 of .*a.jsonl holds .ud800, half of a surrogate pair"):
+            windows()
+
+
 def test_parquet_rows_are_documents(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
