@@ -19,7 +19,7 @@ from quantkit.scheme import ObserverChoice, QuantSpec, Recipe
 if TYPE_CHECKING:
     from quantkit.observers import InputObserver
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FLOAT32_MAX = 3.4028234663852886e38
 
 

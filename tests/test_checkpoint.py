@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 
 import pytest
 import torch
@@ -100,3 +101,30 @@ def test_fingerprint_tells_models_apart(model):
     changed = dict(TENSORS, b=torch.tensor([1.5, -2.5]).bfloat16())
     save_file(changed, model / "model.safetensors", {"format": "pt"})
     assert Checkpoint.open(model).fingerprint() != before
+
+
+def test_fingerprint_looks_at_every_tensor(tmp_path):
+    """Two hundred small tensors between large ones: whichever changes, the fingerprint does."""
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"large.0": torch.zeros(1 << 20), **{f"layer.{number}": torch.zeros(100 + number) for number in range(200)}, "large.1": torch.zeros(1 << 20)}
+
+    def fingerprint(**changed: torch.Tensor) -> str:
+        save_file(tensors | changed, tmp_path / "model.safetensors", {"format": "pt"})
+        return Checkpoint.open(tmp_path).fingerprint()
+
+    before = fingerprint()
+    assert fingerprint() == before
+    for name in ("layer.0", "layer.77", "layer.199", "large.0", "large.1"):
+        assert fingerprint(**{name: torch.ones_like(tensors[name])}) != before, name
+
+
+def test_fingerprint_costs_no_more_than_a_tenth_of_a_millisecond_a_tensor(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({f"tensor.{number}": torch.zeros(2048) for number in range(5000)}, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = Checkpoint.open(tmp_path)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        checkpoint.fingerprint()
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 5000 * 1e-4
