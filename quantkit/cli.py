@@ -21,6 +21,7 @@ from quantkit.console import (
     calibration_options,
     data_option,
     device_option,
+    different_sources,
     directory_output,
     export_options,
     model_argument,
@@ -355,7 +356,9 @@ def _raise_faults(found: Any) -> None:
 @command("eval")
 @click.argument("base")
 @click.argument("quants", nargs=-1, metavar="[QUANT]...")
-@click.option("--data", multiple=True, required=True, metavar="FILE", help=".txt, .jsonl, .parquet, or dataset:NAME[:CONFIG[:SPLIT]].")
+@click.option(
+    "--data", multiple=True, required=True, callback=different_sources, metavar="FILE", help=".txt, .jsonl, .parquet, or dataset:NAME[:CONFIG[:SPLIT]]."
+)
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many.")
 @click.option("--protocol", type=click.Choice(PROTOCOL_NAMES), default="gptq", show_default=True, help="How windows are cut and scored.")

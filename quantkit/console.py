@@ -117,7 +117,22 @@ class UserPath(click.Path):
 
 model_argument = click.argument("model")
 directory_output = click.option("-o", "--output", required=True, type=UserPath(), help="Directory to write; appears when it is whole.")
-data_option = click.option("--data", multiple=True, metavar="FILE", help=".txt, .jsonl (text or messages), .parquet, or dataset:NAME[:CONFIG[:SPLIT]].")
+
+
+def different_sources(_context: click.Context, _param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The sources of --data, each of them once: a text that is given twice would count twice."""
+    seen: set[str] = set()
+    for name in names:
+        source = name if name.startswith("dataset:") else os.path.realpath(os.path.expanduser(name))
+        if source in seen:
+            raise click.BadParameter(f"{one_line(name)} is given twice; name each source once")
+        seen.add(source)
+    return names
+
+
+data_option = click.option(
+    "--data", multiple=True, callback=different_sources, metavar="FILE", help=".txt, .jsonl (text or messages), .parquet, or dataset:NAME[:CONFIG[:SPLIT]]."
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 remote_code_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that lies in the checkpoint.")
 resume_options = options(

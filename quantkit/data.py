@@ -268,6 +268,8 @@ def calibration_windows(names: Sequence[str], tokenizer: Any, num_samples: int, 
 
     Where the text holds fewer, the rest of each source is a shorter window of its own; with these too, fewer may come back. None is an error.
     """
+    if num_samples < len(names):
+        raise DataError(f"--num-samples {num_samples} leaves some of the {len(names)} sources of --data without a window; ask for {len(names)} or more")
     prefix = _leading_special_tokens(tokenizer)
     sources = [read_source(name, tokenizer) for name in names]
     available, rests = [], []

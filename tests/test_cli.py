@@ -277,6 +277,15 @@ def test_bad_usage_exits_with_2(arguments, run):
     assert run(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "eval"])
+def test_a_source_that_is_given_twice_is_bad_usage(command, run, llama, text, tmp_path):
+    output = {"calibrate": ["-o", tmp_path / "c"], "quantize": ["-o", tmp_path / "c", "--scheme", "int8-static"], "eval": []}[command]
+    result = run(command, llama, *output, "--data", text, "--data", f"{text.parent}/./{text.name}")
+    assert result.exit_code == 2 and f"{text.name} is given twice" in result.stderr
+    assert run(command, llama, *output, "--data", "dataset:a:b", "--data", "dataset:a:b").exit_code == 2
+    assert not (tmp_path / "c").exists()
+
+
 def test_gates_decide_the_exit_code(run, llama, text, export_to):
     out = export_to("fp8-dynamic")
     base = ("eval", llama, out, "--data", text, "--seq-len", 32, "--max-tokens", 1280)
