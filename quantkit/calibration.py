@@ -382,7 +382,12 @@ class _Run:
             "quantkit_version": __version__,
             "model": {"path": str(options.model), "fingerprint": plan.fingerprint["model files"]},
             "recipe": options.recipe.to_mapping() if options.recipe else None,
-            "data": {"sources": list(plan.sources), "sha256": plan.windows.data_sha256, "tokens_sha256": plan.windows.tokens_sha256},
+            "data": {
+                "sources": list(plan.sources),
+                "source_sha256": list(plan.windows.source_sha256),
+                "sha256": plan.windows.data_sha256,
+                "tokens_sha256": plan.windows.tokens_sha256,
+            },
             "windows": len(plan.windows.windows),
             "windows_requested": options.num_samples,
             "seq_len": plan.seq_len,

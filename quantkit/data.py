@@ -53,9 +53,16 @@ class Windows:
     """Windows and what they were made of. `words` and `utf8_bytes` count the original text, for lmeval's figures."""
 
     windows: tuple[Window, ...]
-    data_sha256: str
+    source_sha256: tuple[str, ...]
     words: int = 0
     utf8_bytes: int = 0
+
+    @property
+    def data_sha256(self) -> str:
+        """The hash of the one source, or of all sources' hashes."""
+        if len(self.source_sha256) == 1:
+            return self.source_sha256[0]
+        return hashlib.sha256("".join(self.source_sha256).encode()).hexdigest()
 
     @property
     def tokens_scored(self) -> int:
@@ -202,9 +209,9 @@ def evaluation_windows(names: Sequence[str], tokenizer: Any, protocol: str, seq_
     """
     sources = [read_source(name, tokenizer) for name in names]
     documents = [document for source in sources for document in source.documents]
-    digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest() if len(sources) > 1 else sources[0].sha256
+    hashes = tuple(source.sha256 for source in sources)
     if protocol == "lmeval":
-        return _document_windows(names, documents, digest, tokenizer, seq_len, max_tokens)
+        return _document_windows(names, documents, hashes, tokenizer, seq_len, max_tokens)
     stream = _behind(_leading_special_tokens(tokenizer), _encode(tokenizer, "\n\n".join(documents)))
     chunks = [stream[start : start + seq_len] for start in range(0, len(stream) - seq_len + 1, seq_len)]
     if not chunks:
@@ -218,10 +225,10 @@ def evaluation_windows(names: Sequence[str], tokenizer: Any, protocol: str, seq_
         windows = [Window(tuple(chunk)) for chunk in chunks]
     if not any(window.scored for window in windows):
         raise DataError(f"{', '.join(names)} holds no token to score; give a longer text")
-    return Windows(tuple(windows), digest)
+    return Windows(tuple(windows), hashes)
 
 
-def _document_windows(names: Sequence[str], documents: Sequence[str], digest: str, tokenizer: Any, seq_len: int, max_tokens: int | None) -> Windows:
+def _document_windows(names: Sequence[str], documents: Sequence[str], hashes: tuple[str, ...], tokenizer: Any, seq_len: int, max_tokens: int | None) -> Windows:
     """lmeval's windows of whole documents; `max_tokens` never cuts one, since its words are counted."""
     windows: list[Window] = []
     kept: list[str] = []
@@ -241,7 +248,7 @@ def _document_windows(names: Sequence[str], documents: Sequence[str], digest: st
     words = sum(len(document.split()) for document in kept)
     if not words:
         raise DataError(f"{', '.join(names)} holds no word to score; give a longer text")
-    return Windows(tuple(windows), digest, words, sum(len(document.encode()) for document in kept))
+    return Windows(tuple(windows), hashes, words, sum(len(document.encode()) for document in kept))
 
 
 def _bos(tokenizer: Any) -> int:
@@ -287,8 +294,7 @@ def calibration_windows(names: Sequence[str], tokenizer: Any, num_samples: int, 
     while len(chosen) < num_samples and any(available):
         chosen += [windows.pop() for windows in available if windows][: num_samples - len(chosen)]
     chosen += rests[: num_samples - len(chosen)]
-    digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest() if len(sources) > 1 else sources[0].sha256
-    return Windows(tuple(chosen), digest)
+    return Windows(tuple(chosen), tuple(source.sha256 for source in sources))
 
 
 def token_pieces(windows: Windows) -> str:

@@ -434,7 +434,7 @@ def _quant_result(
         "kernels": served.kernels,
         "activations_quantized": served.activations_quantized,
         "kv_cache_quantized": served.kv_scales is not None,
-        "windows_calibrated_on": _windows_calibrated_on(checkpoint, windows),
+        **_calibrated_on(checkpoint, options.data, windows),
         "linears_quantized": served.quantized_linears,
         "linears_left": _linears_left(checkpoint),
         "weights_only_linears": list(served.weights_only),
@@ -485,15 +485,22 @@ def _linears_left(checkpoint: Checkpoint) -> list[str]:
     return left if "lm_head" in left or "lm_head" in stored else [*left, "lm_head"]
 
 
-def _windows_calibrated_on(checkpoint: Checkpoint, windows: Windows) -> int:
-    """How many of these windows hold text that the checkpoint's scales were made with, by its own manifest."""
+def _calibrated_on(checkpoint: Checkpoint, names: Sequence[str], windows: Windows) -> dict[str, Any]:
+    """How many of these windows hold text that the checkpoint's scales were made with, and which sources, by its own manifest.
+
+    A source is known by its hash: calibration windows shorter than a piece leave no other trace.
+    """
     manifest = checkpoint.path / MANIFEST_FILE
-    if not manifest.is_file():
-        return 0
-    calibrated_on = read_json(manifest, "").get("calibrated_on")
+    calibrated_on = read_json(manifest, "").get("calibrated_on") if manifest.is_file() else None
+    if not calibrated_on:
+        return {"windows_calibrated_on": 0, "sources_calibrated_on": []}
     try:
-        return count_known_windows(windows, calibrated_on["token_pieces"]) if calibrated_on else 0
-    except (KeyError, TypeError, ValueError):
+        known = frozenset(calibrated_on.get("source_sha256", ()))  # files of earlier versions have none
+        return {
+            "windows_calibrated_on": count_known_windows(windows, calibrated_on["token_pieces"]),
+            "sources_calibrated_on": [name for name, sha256 in zip(names, windows.source_sha256) if sha256 in known],
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{manifest} is damaged (calibrated_on); export again") from None
 
 

@@ -428,7 +428,9 @@ def _write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
     content = {"schema_version": 1, "quantkit_version": __version__, "fingerprint": plan.fingerprint, "files": dict(sorted(files.items()))}
     if plan.calibration:
         # So that `eval` can say when it judges on the text that the scales were made with.
-        content["calibrated_on"] = {"sources": plan.calibration.description["data"]["sources"], "token_pieces": plan.calibration.description["token_pieces"]}
+        described = plan.calibration.description
+        kept = {key: described["data"][key] for key in ("sources", "source_sha256")}
+        content["calibrated_on"] = kept | {"token_pieces": described["token_pieces"]}
     write_json(output.partial / MANIFEST_FILE, content)
 
 

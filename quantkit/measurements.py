@@ -169,7 +169,7 @@ def _input_statistics(entry: Mapping[str, Any], files: Mapping[str, Any]) -> Inp
 def _require_rest(description: Mapping[str, Any]) -> None:
     """What others read of it, so that they needn't ask whether it is there."""
     _text(_object(description, "model"), "path"), _text(_object(description, "model"), "fingerprint")
-    _texts(_object(description, "data"), "sources"), _text(_object(description, "data"), "sha256"), _text(description, "token_pieces")
+    _texts(_object(description, "data"), "sources"), _texts(_object(description, "data"), "source_sha256"), _text(description, "token_pieces")
     for key in ("windows", "windows_requested", "seq_len", "tokens"):
         _count(description, key)
     _value(description, "seed", "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))

@@ -147,6 +147,8 @@ def evaluation_remarks(result: dict[str, Any]) -> list[str]:
             remarks.append(
                 f"Warning: {quant['path']} was calibrated on text of {quant['windows_calibrated_on']} of these {result['windows']} windows; judge it on text that it hasn't seen"
             )
+        elif quant["sources_calibrated_on"]:
+            remarks.append(f"Warning: {quant['path']} was calibrated on {', '.join(quant['sources_calibrated_on'])}; judge it on text that it hasn't seen")
         if quant["weights_only_linears"]:
             remarks.append(f"{quant['path']}: {len(quant['weights_only_linears'])} fused experts ran with unquantized inputs")
         if quant["layers"]:

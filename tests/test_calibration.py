@@ -353,6 +353,26 @@ def test_eval_warns_of_text_that_was_calibrated_on(llama, text, tmp_path, run, r
     assert quant["windows_calibrated_on"] == 0
 
 
+def test_eval_warns_of_the_same_file_whatever_the_windows_were(llama, text, tmp_path, run):
+    """Windows of 16 tokens leave no piece of 32 to be known by, so the file itself is."""
+    other = tmp_path / "other.txt"
+    other.write_text(make_text(800, seed=78))
+    calibrate(CalibrationOptions(llama, tmp_path / "c", (str(text), str(other)), num_samples=4, seq_len=16))
+    export(plan_export(ExportOptions(llama, tmp_path / "q", Recipe(QuantScheme.parse("fp8-static")), tmp_path / "c")))
+    same = tmp_path / "same.txt"
+    same.write_bytes(text.read_bytes())
+    for source, is_known in ((text, True), (other, True), (same, True), (tmp_path / "new.txt", False)):
+        if not is_known:
+            source.write_text(make_text(800, seed=79))
+        result = run("eval", llama, tmp_path / "q", "--data", source, "--seq-len", 48, "--max-tokens", 480)
+        assert result.exit_code == 0 and (f"was calibrated on {source}; judge it" in result.stderr) == is_known, result.stderr
+    manifest = tmp_path / "q" / "quantkit.json"
+    for broken in (5, {"source_sha256": [[]], "token_pieces": ""}, {"source_sha256": 1}):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"calibrated_on": broken}))
+        result = run("eval", llama, tmp_path / "q", "--data", text, "--seq-len", 48, "--max-tokens", 480)
+        assert result.exit_code == 1 and "quantkit.json is damaged (calibrated_on)" in result.stderr
+
+
 def test_gram_matrices_are_kept_where_they_are_asked_for(llama, text, options):
     calibrate(replace(options, gram=("re:.*layers.0.*o_proj",), num_samples=1, batch_size=1))
     from safetensors.torch import load_file

@@ -296,7 +296,7 @@ def test_the_tokens_hash_tells_tokens_and_scored_positions_apart(write):
     )
     assert gptq == again
     assert len({gptq, llamacpp, shorter}) == 3
-    assert Windows((Window((5, 6, 7), 1),), "").tokens_sha256 != Windows((Window((5, 6, 7), 2),), "").tokens_sha256
+    assert Windows((Window((5, 6, 7), 1),), ()).tokens_sha256 != Windows((Window((5, 6, 7), 2),), ()).tokens_sha256
 
 
 def test_a_window_scores_from_its_first_scored_position():
@@ -438,13 +438,13 @@ def test_the_bundled_texts_are_readable():
 
 def random_windows(*lengths: int, seed: int = 0) -> Windows:
     generator = random.Random(seed)
-    return Windows(tuple(Window(tuple(generator.randrange(1000) for _ in range(length))) for length in lengths), "")
+    return Windows(tuple(Window(tuple(generator.randrange(1000) for _ in range(length))) for length in lengths), ())
 
 
 def cut(windows: Windows, start: int, stop: int) -> Windows:
     """A window of other tokens, and between them a part of the first window's."""
     others = random_windows(50, 50, seed=99).windows
-    return Windows((Window(others[0].tokens + windows.windows[0].tokens[start:stop] + others[1].tokens),), "")
+    return Windows((Window(others[0].tokens + windows.windows[0].tokens[start:stop] + others[1].tokens),), ())
 
 
 @pytest.mark.parametrize("offset", [0, 1, 17, PIECE - 1, PIECE])
@@ -463,7 +463,7 @@ def test_less_than_a_piece_is_not_known():
 
 def test_each_window_is_counted_by_itself():
     seen, new = random_windows(128, 128, 128), random_windows(128, 128, seed=1)
-    mixed = Windows((seen.windows[2], new.windows[0], seen.windows[0], new.windows[1]), "")
+    mixed = Windows((seen.windows[2], new.windows[0], seen.windows[0], new.windows[1]), ())
     assert count_known_windows(mixed, token_pieces(seen)) == 2
     assert count_known_windows(seen, token_pieces(seen)) == 3
 
@@ -472,9 +472,9 @@ def test_unrelated_text_and_the_same_tokens_in_another_order_are_not_known():
     seen = random_windows(*[512] * 20)
     pieces = token_pieces(seen)
     assert count_known_windows(random_windows(*[512] * 20, seed=1), pieces) == 0
-    assert count_known_windows(Windows(tuple(Window(window.tokens[::-1]) for window in seen.windows), ""), pieces) == 0
+    assert count_known_windows(Windows(tuple(Window(window.tokens[::-1]) for window in seen.windows), ()), pieces) == 0
     swapped = [tuple(token for pair in zip(window.tokens[1::2], window.tokens[::2]) for token in pair) for window in seen.windows]
-    assert count_known_windows(Windows(tuple(map(Window, swapped)), ""), pieces) == 0
+    assert count_known_windows(Windows(tuple(map(Window, swapped)), ()), pieces) == 0
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (1, 5), (PIECE - 1,)])
@@ -488,7 +488,7 @@ def test_windows_without_a_whole_piece_are_neither_known_nor_make_others_known(l
 def test_pieces_are_64_bits_for_each_piece_of_text():
     pieces = token_pieces(random_windows(256, 100))
     assert len(base64.b64decode(pieces)) == 8 * (256 // PIECE + 100 // PIECE)
-    twice = Windows(random_windows(256).windows * 2, "")
+    twice = Windows(random_windows(256).windows * 2, ())
     assert token_pieces(twice) == token_pieces(random_windows(256))
 
 
