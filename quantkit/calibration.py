@@ -187,11 +187,14 @@ class _Run:
     def run(self) -> CalibrationSummary:
         import torch
 
+        from quantkit.recording import require_linears
+
         self.batches = [torch.tensor(batch) for batch in self.plan.batches]
         # Every rank takes whole batches, the same ones whatever their number: a batch of another make rounds otherwise.
         self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
         self.threads = max(1, torch.get_num_threads())
         self.model = self._build()
+        self.ranks.first_decides(lambda: require_linears(self.model))
         done = self.ranks.first_decides(self._open_output)
         self.partial = self.ranks.first_decides(lambda: self.output.partial)
         if len(done) < self.model.block_count:

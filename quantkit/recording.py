@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from quantkit.blockwise import BlockwiseModel, ParameterSource
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.observers import HELD_OUT, GramObserver, HeadObserver, InputObserver
 from quantkit.ranks import Ranks
 
@@ -196,7 +196,7 @@ class BlockRecorder:
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
                 self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
-            elif all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in _first_and_down(module)):
+            elif _is_experts(module):
                 self.experts[module] = experts = _Experts.of(module, name, model)
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
             else:
@@ -237,6 +237,18 @@ class BlockRecorder:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def require_linears(model: BlockwiseModel) -> None:
+    """Refuse a model in whose decoder blocks there is nothing to measure, before hours are spent on it."""
+    modules = [module for _, module in model.model.get_submodule(model.blocks_name).named_modules()]
+    if any(isinstance(module, nn.Linear) or _is_experts(module) for module in modules):
+        return
+    kinds = dict.fromkeys(type(module).__name__ for module in modules if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False)))
+    raise CheckpointError(
+        f"the decoder blocks of {model.where} are made of {', '.join(kinds) or 'no matrices'} and hold no torch.nn.Linear, which is what quantkit measures "
+        "and quantizes; choose another model"
+    )
 
 
 def names_on_disk(source: ParameterSource | None, name: str) -> list[str]:
@@ -306,6 +318,10 @@ class ObservingCache(PassingCache):
 
 
 # ---- Experts that transformers keeps in one tensor of three dimensions.
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in _first_and_down(module))
 
 
 def _first_and_down(module: nn.Module) -> tuple[str, str]:

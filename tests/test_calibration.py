@@ -181,6 +181,16 @@ def test_activation_that_overflows_stops_the_run_and_is_named(tmp_path, text):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_model_without_linears_is_refused_before_anything_is_written(tmp_path, text, run):
+    from tiny_models import make_model
+
+    make_model(tmp_path / "gpt2", "gpt2", vocab_size=384)
+    make_tokenizer(tmp_path / "gpt2")
+    refused = run("calibrate", tmp_path / "gpt2", "-o", tmp_path / "c", "--data", text, "--num-samples", 1, "--seq-len", 16)
+    assert refused.exit_code == 1 and "are made of Conv1D and hold no torch.nn.Linear" in refused.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"gpt2"}
+
+
 def test_calibration_of_another_model_is_refused(calib, tmp_path):
     other = Checkpoint.open(make_llama(tmp_path / "other", seed=1))
     with pytest.raises(CalibrationError, match="another model"):
