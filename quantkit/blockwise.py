@@ -47,16 +47,22 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """The tensors of an unquantized checkpoint, as they are."""
+    """The tensors of an unquantized checkpoint, as they are. require_finite: NaN or infinity in one is an error that names it."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, require_finite: bool = False) -> None:
+        self._checkpoint, self._require_finite = checkpoint, require_finite
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self._checkpoint.tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        return self._checkpoint.read(name)
+        tensor = self._checkpoint.read(name)
+        # The extremes are NaN where any value is; finding them takes no memory, and less time than the reading.
+        if self._require_finite and tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            raise CheckpointError(
+                f"the weight {name} of {self._checkpoint.path} holds NaN or infinity; a model with it is ruined, so fetch it again or mend it"
+            )
+        return tensor
 
     def finish(self, model: nn.Module, prefix: str) -> None:
         pass

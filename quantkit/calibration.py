@@ -214,7 +214,7 @@ class _Run:
         register_observing_experts()
         settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
         skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
-        return BlockwiseModel(skeleton, StoredWeights(self.checkpoint), str(self.checkpoint.path), self.ranks.device)
+        return BlockwiseModel(skeleton, StoredWeights(self.checkpoint, require_finite=True), str(self.checkpoint.path), self.ranks.device)
 
     def _open_output(self) -> dict[int, dict[str, Any]]:
         """CALIB.partial, and which blocks an earlier run finished."""

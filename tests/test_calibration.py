@@ -10,7 +10,7 @@ from quantkit.blockwise import one_thread
 from quantkit.calibration import MIN_EXPERT_TOKENS, Calibration, CalibrationOptions, calibrate, is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import calibration_windows, load_tokenizer
-from quantkit.errors import CalibrationError, OutputError
+from quantkit.errors import CalibrationError, CheckpointError, OutputError
 from quantkit.export import export
 from quantkit.ops import histogram_edges
 from quantkit.plan import ExportOptions, plan_export
@@ -177,6 +177,20 @@ def test_activation_that_overflows_stops_the_run_and_is_named(tmp_path, text):
     tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(CalibrationError, match="model.layers.0.mlp.down_proj"):
+        calibrate(CalibrationOptions(model, tmp_path / "c", (str(text),), num_samples=1, seq_len=16))
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named_itself(value, llama, copy, text, tmp_path):
+    """Not the next Linear, whose input it ruins."""
+    from safetensors.torch import load_file, save_file
+
+    model = copy(llama)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="the weight model.layers.1.mlp.up_proj.weight of .* holds NaN or infinity"):
         calibrate(CalibrationOptions(model, tmp_path / "c", (str(text),), num_samples=1, seq_len=16))
     assert not (tmp_path / "c").exists()
 
