@@ -21,6 +21,7 @@ from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
 from quantkit.layouts import QuantizationLayout
 from quantkit.measurements import SCHEMA_VERSION, Calibration
+from quantkit.model import classify_tensors, covering_patterns
 from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
 from quantkit.ranks import Ranks, joined_ranks
 from quantkit.scheme import Pattern, Recipe
@@ -71,7 +72,11 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What a run did. unsettled: inputs whose amax still grew; starved: experts with too few tokens."""
+    """What a run did.
+
+    unsettled: inputs whose amax still grew. starved: experts with too few tokens. unread: other Linears that no token reached, which have no static scale.
+    refused: parameters that `export` can't quantize. ignore: patterns, by "unread" and "refused", that leave just these.
+    """
 
     path: Path
     windows: int
@@ -84,6 +89,9 @@ class CalibrationSummary:
     peak_memory_bytes: int
     unsettled: tuple[str, ...] = ()
     starved: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    ignore: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     was_finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, 
         plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
         finished = ranks.first_decides(lambda: options.resume and finished_already(options.output, plan.fingerprint, options.overwrite))
         if finished:
-            return _summary_of(options, Calibration.open(options.output).description, 0.0, was_finished=True)
+            return _summary_of(options, checkpoint, Calibration.open(options.output).description, 0.0, was_finished=True)
         ranks.first_decides(lambda: check_output(options.output, overwrite=options.overwrite, reads=[options.model]))
         with stop_between_steps() as stop:
             return _Run(options, checkpoint, plan, ranks, stop, on_progress).run()
@@ -205,7 +213,7 @@ class _Run:
                 states.close()
                 self.model.close()
         description = self.ranks.first_decides(self._finish)
-        return _summary_of(self.options, description, time.monotonic() - self.started)
+        return _summary_of(self.options, self.checkpoint, description, time.monotonic() - self.started)
 
     def _build(self) -> BlockwiseModel:
         from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
@@ -494,12 +502,23 @@ def _expert_groups(inputs: Mapping[str, Any], recorder: Any) -> dict[tuple[str, 
     return groups
 
 
-def _summary_of(options: CalibrationOptions, description: Mapping[str, Any], seconds: float, was_finished: bool = False) -> CalibrationSummary:
+def _summary_of(
+    options: CalibrationOptions, checkpoint: Checkpoint, description: Mapping[str, Any], seconds: float, was_finished: bool = False
+) -> CalibrationSummary:
     inputs = description["inputs"]
+    # Experts that saw no token have their scale estimated.
+    unread = [linear for entry in inputs if not entry["tokens"] and not entry["estimated"] for linear in entry["linears"]]
+    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()}).values()
+    refused = [info.tensor for info in infos if info.kind == "unreached"]
+    linears = [info.name for info in infos if info.kind == "linear"]
+    ignore = {
+        "unread": tuple(covering_patterns(unread, set(linears).difference(unread))),
+        "refused": tuple(covering_patterns(refused, linears)),
+    }
     return CalibrationSummary(
         options.output, description["windows"], description["seq_len"], description["windows_requested"], len(inputs),
         sum(len(entry["linears"]) for entry in inputs), seconds, description["tokens"] / seconds if seconds else 0.0, peak_memory_bytes(),
         tuple(entry["name"] for entry in inputs if is_unsettled(entry)),
         tuple(f"{entry['module']}.{number}" for entry in description["experts"] for number in entry["starved"]),
-        was_finished,
+        tuple(unread), tuple(refused), ignore, was_finished,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import functools
 import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
         from quantkit.report import print_json
 
         print_json(summary.to_json())
-    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT --scheme fp8-static --calibration {shlex.quote(str(output))}")
+    ignore = "".join(f" --ignore {shlex.quote(pattern)}" for patterns in summary.ignore.values() for pattern in patterns)
+    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT --scheme fp8-static --calibration {shlex.quote(str(output))}{ignore}")
 
 
 def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, memory: str | None, **options: Any) -> Any:
@@ -153,6 +154,22 @@ def _warn_of_calibration(out: Output, summary: Any) -> None:
             f"{len(summary.starved)} experts saw too few tokens ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); "
             "their scales are estimated from their weights and the other experts: give more text, or --all-experts"
         )
+
+    if summary.unread:
+        out.warn(
+            f"no token reached {_named(summary.unread, 'Linear')}, whose weights the model uses in another way, so they have no static scale: "
+            f"a static scheme needs {_ignoring(summary, 'unread')}"
+        )
+    if summary.refused:
+        out.warn(f"export can't quantize {_named(summary.refused, 'parameter')} and refuses the model unless they are left: {_ignoring(summary, 'refused')}")
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    return f"the {what} {names[0]}" if len(names) == 1 else f"{len(names)} {what}s ({names[0]} and others)"
+
+
+def _ignoring(summary: Any, which: str) -> str:
+    return " ".join(f"--ignore {shlex.quote(pattern)}" for pattern in summary.ignore[which])
 
 
 @command("export")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.scheme import Pattern
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,6 +118,24 @@ def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
             if leaf == members[0] and all(candidate in names for candidate in candidates):
                 sets.append(candidates)
     return sets
+
+
+def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module where all in it is meant, numbers as `*`."""
+    others = list(others)
+    patterns: list[Pattern] = []
+    refused: set[str] = set()
+    for name in names:
+        if any(pattern.matches(name) for pattern in patterns):
+            continue
+        numberless = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        for text in (f"{numberless.rpartition('.')[0]}.*", numberless, name):
+            pattern = Pattern(text)
+            if text == name or (text not in refused and not any(pattern.matches(other) for other in others)):
+                patterns.append(pattern)
+                break
+            refused.add(text)
+    return [pattern.text for pattern in patterns]
 
 
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,4 +1,5 @@
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -347,6 +348,36 @@ def test_all_experts_see_every_token_when_asked(mixtral, text, tmp_path):
     ours, theirs = (json.loads((tmp_path / name / "calibration.json").read_text())["kv"] for name in "cd")
     assert ours == theirs
     assert MIN_EXPERT_TOKENS <= 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "warning", "ignored"),
+    [
+        ("gpt_oss", {}, "export can't quantize 8 parameters (model.layers.0.mlp.experts.", "model.layers.*.mlp.experts.*"),
+        (
+            "mamba",
+            {"num_hidden_layers": 2, "hidden_size": 64},
+            "no token reached 2 Linears (backbone.layers.0.mixer.dt_proj",
+            "backbone.layers.*.mixer.dt_proj",
+        ),
+        ("qwen3_moe", {}, "", ""),  # one tensor in transformers, but one by one on disk
+    ],
+)
+def test_what_export_will_not_take_is_told_with_the_pattern_that_leaves_it(kind, changes, warning, ignored, text, tmp_path, run):
+    from tiny_models import make_model
+
+    make_model(tmp_path / kind, kind, vocab_size=384, **changes)
+    make_tokenizer(tmp_path / kind)
+    calibrated = run("calibrate", tmp_path / kind, "-o", tmp_path / "c", "--data", text, "--num-samples", 2, "--seq-len", 32)
+    assert calibrated.exit_code == 0
+    assert warning in calibrated.stderr and ("Warning: export" in calibrated.stderr) == (kind == "gpt_oss")
+    (following,) = [line for line in calibrated.stderr.splitlines() if line.startswith("Next: quantkit ")]
+    assert (f"--ignore '{ignored}'" in following) == ("--ignore" in following) == bool(ignored)
+    command = [str(tmp_path / "out") if word == "OUT" else word for word in shlex.split(following)[2:]]
+    exported = run(*command)
+    assert exported.exit_code == 0, exported.stderr
+    refused = run(*[word for word in command if word not in ("--ignore", ignored)], "--overwrite")
+    assert (refused.exit_code == 1) == bool(ignored)
 
 
 # ---- What is done with it

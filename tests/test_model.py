@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantkit.model import classify_tensors, fused_sets
+from quantkit.model import classify_tensors, covering_patterns, fused_sets
 
 
 def kinds(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
@@ -168,3 +168,17 @@ def test_an_incomplete_set_is_none():
 
 def test_names_without_a_parent_fuse_too():
     assert fused_sets(["q_proj", "k_proj", "v_proj"]) == [("q_proj", "k_proj", "v_proj")]
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "patterns"),
+    [
+        (["m.0.e.up", "m.0.e.down", "m.1.e.up"], ["m.0.a.up"], ["m.*.e.*"]),
+        (["m.0.e.up", "m.1.e.up"], ["m.0.e.down"], ["m.*.e.up"]),
+        (["m.0.e.up"], ["m.1.e.up"], ["m.0.e.up"]),
+        (["m.0.e.up", "m.3.e.up", "m.0.f.x"], ["m.1.e.up"], ["m.0.e.up", "m.3.e.up", "m.*.f.*"]),
+        ([], ["m.0.e.up"], []),
+    ],
+)
+def test_patterns_cover_the_names_and_no_others(names, others, patterns):
+    assert covering_patterns(names, others) == patterns
