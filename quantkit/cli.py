@@ -83,12 +83,11 @@ def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...], kv
 
 
 def _export_options(
-    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: str, resume: bool, overwrite: bool
+    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: int, resume: bool, overwrite: bool
 ) -> Any:
-    from quantkit.output import parse_bytes
     from quantkit.plan import ExportOptions
 
-    return ExportOptions(model, output, recipe, calibration, runtime, layout, parse_bytes(max_shard_size), resume, overwrite)
+    return ExportOptions(model, output, recipe, calibration, runtime, layout, max_shard_size, resume, overwrite)
 
 
 @command("calibrate")
@@ -117,17 +116,16 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
     out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT --scheme fp8-static --calibration {shlex.quote(str(output))}{ignore}")
 
 
-def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, memory: str | None, **options: Any) -> Any:
+def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
     from quantkit.calibration import CalibrationOptions, calibrate
-    from quantkit.output import format_bytes, parse_bytes
+    from quantkit.output import format_bytes
     from quantkit.ranks import rank_of_environment
     from quantkit.report import Progress
 
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
-    held = parse_bytes(memory) if memory is not None else None
     with Progress("calibrate", out.quiet) as progress:
-        summary = calibrate(CalibrationOptions(model, output, data, recipe, memory=held, **options), progress.update)
+        summary = calibrate(CalibrationOptions(model, output, data, recipe, **options), progress.update)
     if summary.was_finished:
         out.note(f"{output} was finished already, and its files are as they were written; nothing was measured")
         return summary
@@ -181,7 +179,7 @@ def _ignoring(summary: Any, which: str) -> str:
 @resume_options
 def export_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Write MODEL's quantized checkpoint, a few rows at a time.
 
@@ -263,7 +261,7 @@ def _print_plan(out: Output, plan: Any) -> None:
 @resume_options
 def quantize_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, data: tuple[str, ...], calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: str, dry_run: bool, resume: bool, overwrite: bool,
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, resume: bool, overwrite: bool,
     **calibrating: Any,
 ) -> None:  # fmt: skip
     """Calibrate where the recipe needs it, export, verify: MODEL to a checked checkpoint.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,34 @@ class UserPath(click.Path):
         return Path(super().convert(value, param, context)).expanduser()
 
 
+class Size(click.ParamType):
+    """A number of bytes, one at least, written as 8GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        from quantkit.output import parse_bytes
+
+        try:
+            count = parse_bytes(value)
+        except QuantkitError as error:
+            self.fail(one_line(str(error)), param, context)
+        if not count:
+            raise click.UsageError(f"{param.opts[0]} must be more than 0; write for example 5GB or 500MB", context)
+        return count
+
+
+class Device(click.ParamType):
+    """Where torch computes."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|(cpu|cuda)(:\d{1,3})?", value):
+            self.fail(f"unknown device '{one_line(value)}'; choose auto, cpu or cuda", param, context)
+        return value
+
+
 model_argument = click.argument("model")
 directory_output = click.option("-o", "--output", required=True, type=UserPath(), help="Directory to write; appears when it is whole.")
 
@@ -133,7 +162,7 @@ def different_sources(_context: click.Context, _param: click.Parameter, names: t
 data_option = click.option(
     "--data", multiple=True, callback=different_sources, metavar="FILE", help=".txt, .jsonl (text or messages), .parquet, or dataset:NAME[:CONFIG[:SPLIT]]."
 )
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+device_option = click.option("--device", type=Device(), default="auto", show_default=True, help="auto, cpu or cuda.")
 remote_code_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that lies in the checkpoint.")
 resume_options = options(
     click.option("--resume", is_flag=True, help="Continue an interrupted run."),
@@ -144,7 +173,7 @@ calibration_options = options(
     click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]"),
     click.option("--batch-size", type=click.IntRange(1), help="Windows at a time.  [default: about 1024 tokens on a CPU, 8192 on a GPU]"),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows."),
-    click.option("--memory", metavar="SIZE", help="What hidden states may hold, e.g. 8GB, before they go to a file.  [default: half of what is free]"),
+    click.option("--memory", type=Size(), help="What hidden states may hold, e.g. 8GB, before they go to a file.  [default: half of what is free]"),
     click.option("--all-experts", is_flag=True, help="Show every token to every expert; slower, and no expert starves."),
     device_option,
     remote_code_option,
@@ -162,6 +191,6 @@ export_options = options(
     click.option("--kv-cache", type=click.Choice(["fp8"]), help="Write scales for a quantized KV cache."),
     click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Refuse what this runtime can't load."),
     click.option("--format", "layout", type=click.Choice(FORMAT_NAMES), default="compressed-tensors", show_default=True, help="Layout of the files."),
-    click.option("--max-shard-size", default="5GB", show_default=True, help="Start a new file beyond this size."),
+    click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Start a new file beyond this size."),
     click.option("--dry-run", is_flag=True, help="Print what would become of every parameter; write nothing."),
 )

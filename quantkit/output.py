@@ -539,7 +539,7 @@ def format_bytes(count: float) -> str:
 def parse_bytes(text: str) -> int:
     """A size such as 5GB, 500MB or 2GiB in bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
-    if not match or len(match[1]) > 12 or float(match[1]) <= 0:
+    if not match or len(match[1]) > 12:
         raise OutputError(f"the size '{text}' is not understood; write for example 5GB or 500MB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " kMGT".index(match[2].replace("K", "k") or " "))

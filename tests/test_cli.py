@@ -271,10 +271,21 @@ def test_damaged_config_is_one_sentence(run, llama, copy, tmp_path):
         ("calibrate", "m", "-o", "c", "--num-samples", "0"),
         ("quantise",),
         ("eval", "m", "--data", "f", "--protocol", "mine"),
+        ("eval", "m", "--data", "f", "--device", "gpu"),
+        ("calibrate", "m", "-o", "c", "--device", "xpu"),
+        ("calibrate", "m", "-o", "c", "--memory", "much"),
+        ("export", "m", "-o", "o", "--scheme", "fp8-dynamic", "--max-shard-size", "-1GB"),
     ],
 )
 def test_bad_usage_exits_with_2(arguments, run):
     assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("option", ["--memory", "--max-shard-size"])
+def test_a_size_of_nothing_is_bad_usage_and_said_so(option, run, tmp_path):
+    for size in ("0", "0GB", "0.1"):
+        result = run("quantize", "m", "-o", tmp_path / "o", "--scheme", "fp8-static", option, size)
+        assert result.exit_code == 2 and f"{option} must be more than 0" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["calibrate", "quantize", "eval"])

@@ -104,7 +104,7 @@ def test_disk_space_is_checked_before_the_start(tmp_path):
 
 def test_sizes_are_read_in_decimal_and_binary_units():
     assert [parse_bytes(text) for text in ("5GB", "500MB", "2GiB", "10", "1.5kB")] == [5 * 10**9, 5 * 10**8, 2**31, 10, 1500]
-    for wrong in ("", "many", "-1GB", "0", "5XB"):
+    for wrong in ("", "many", "-1GB", "5XB"):
         with pytest.raises(OutputError):
             parse_bytes(wrong)
 
