@@ -6,7 +6,8 @@ arguments (masks, position embeddings, caches) and return the hidden states unch
 the forward runs again with the last hidden states in place, for whatever comes after the blocks.
 
 On a CPU each batch goes through a block on one thread, and as many batches at once as there are threads: that is faster than sharing one batch,
-and the result doesn't depend on the number of threads. It equals the ordinary forward of the same batch on one thread to the last bit.
+and the result doesn't depend on the number of threads. It equals the ordinary forward of the same batch on one thread to the last bit; where
+`calibrate` observes a mixture of experts, the forward with transformers' experts_implementation="eager".
 """
 
 from __future__ import annotations
