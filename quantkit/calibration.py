@@ -160,6 +160,8 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
     fingerprint = {
         "model files": checkpoint.fingerprint(),
         "data": windows.data_sha256,
+        "--num-samples": str(options.num_samples),
+        "--seq-len": str(seq_len),
         "windows": windows.tokens_sha256,
         "seed": str(options.seed),
         "recipe": options.recipe.canonical() if options.recipe else "",

@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,7 +292,7 @@ class Checkpoint:
         if not path.is_dir():
             raise CheckpointError(f"{path} is a file; give the model's directory, with config.json and *.safetensors")
         if (path / "calibration.json").is_file():
-            raise CheckpointError(f"{path} is a calibration, not a model; `quantkit inspect {path}` shows it")
+            raise CheckpointError(f"{path} is a calibration, not a model; `quantkit inspect {shlex.quote(str(path))}` shows it")
         config = read_config(path)
         headers = {shard: read_header(require_inside(shard, path)) for shard in _shard_paths(path)}
         index = read_json(path / INDEX_FILE, "") if (path / INDEX_FILE).is_file() else None

@@ -118,7 +118,7 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
 
 def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
     from quantkit.calibration import CalibrationOptions, calibrate
-    from quantkit.output import format_bytes
+    from quantkit.output import counted, format_bytes
     from quantkit.ranks import rank_of_environment
     from quantkit.report import Progress
 
@@ -132,24 +132,32 @@ def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], re
     if rank_of_environment() == 0:
         _warn_of_calibration(out, summary)
     out.note(
-        f"{output}: statistics of {summary.inputs} inputs ({summary.linears} Linears) from {summary.windows} windows of {summary.seq_len} tokens, "
+        f"{output}: statistics of {counted(summary.inputs, 'input')} ({counted(summary.linears, 'Linear')}) "
+        f"from {counted(summary.windows, 'window')} of {summary.seq_len} tokens, "
         f"{summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s, peak memory {format_bytes(summary.peak_memory_bytes)}"
     )
     return summary
 
 
 def _warn_of_calibration(out: Output, summary: Any) -> None:
-    if summary.windows < summary.requested:
-        out.warn(f"the text holds {summary.windows} windows of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; give more with --data")
+    from quantkit.output import counted
+
+    has_run_out = summary.windows < summary.requested
+    if has_run_out:
+        out.warn(
+            f"the text holds {counted(summary.windows, 'window')} of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; "
+            "give more with --data"
+        )
     if summary.unsettled:
         count, name = len(summary.unsettled), summary.unsettled[0]
         out.warn(
-            f"{count} of {summary.inputs} inputs still grew in the last quarter of the data ({name}{' and others' if count > 1 else ''}); "
-            f"static scales want more text: raise --num-samples. `quantkit inspect {summary.path}` shows them"
+            f"{count} of {counted(summary.inputs, 'input')} still grew in the last quarter of the data ({name}{' and others' if count > 1 else ''}); "
+            f"static scales want more text: {'give it with --data' if has_run_out else 'raise --num-samples'}. "
+            f"`quantkit inspect {shlex.quote(str(summary.path))}` shows them"
         )
     if summary.starved:
         out.warn(
-            f"{len(summary.starved)} experts saw too few tokens ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); "
+            f"{counted(len(summary.starved), 'expert')} saw too few tokens ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); "
             "their scales are estimated from their weights and the other experts: give more text, or --all-experts"
         )
 
@@ -216,7 +224,7 @@ def _open_for_export(model: str, output: Path, calibration: Path | None, stream_
 
 def _export(out: Output, plan: Any) -> tuple[Any, float]:
     from quantkit.export import export
-    from quantkit.output import format_bytes
+    from quantkit.output import counted, format_bytes
     from quantkit.report import Progress
 
     started = time.monotonic()
@@ -234,7 +242,7 @@ def _export(out: Output, plan: Any) -> tuple[Any, float]:
     ratio = summary.bytes_after / summary.bytes_before
     schemes = {linear.scheme.name for linear in plan.linears.values()}
     out.note(
-        f"{summary.path}: {summary.quantized} Linears in {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, "
+        f"{summary.path}: {counted(summary.quantized, 'Linear')} in {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, "
         f"{summary.left} left; {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)} ({100 * ratio:.0f} %), {seconds:.1f} s"
     )
     return summary, seconds
@@ -300,7 +308,7 @@ def quantize_command(
 
         print_json(summary.to_json() | {"seconds": seconds, "verify": found.to_json()})
     _raise_faults(found)
-    out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n      vllm serve {output}")
+    out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n      vllm serve {shlex.quote(str(output))}")
 
 
 def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dict[str, Any]) -> None:
@@ -344,6 +352,7 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
 
 
 def _verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> Any:
+    from quantkit.output import counted
     from quantkit.report import Progress
     from quantkit.verification import verify
 
@@ -356,7 +365,7 @@ def _verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> 
     if not found.faults:
         worst = f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB" if found.sqnr_db and math.isfinite(min(found.sqnr_db.values())) else ""
         out.note(
-            f"{path}: sound; {found.tensors} tensors, {found.quantized} Linears quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s"
+            f"{path}: sound; {counted(found.tensors, 'tensor')}, {counted(found.quantized, 'Linear')} quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s"
         )
     return found
 
@@ -452,7 +461,7 @@ def eval_command(
             f"the gate {undecided[0]['expr']} is undecided on this text" + (f"; it needs about {more} more tokens" if more else "; give more text")
         )
     if not quants:
-        out.note(f"Next: quantkit quantize {base} -o OUT --scheme fp8-dynamic")
+        out.note(f"Next: quantkit quantize {shlex.quote(base)} -o OUT --scheme fp8-dynamic")
 
 
 @command("inspect")

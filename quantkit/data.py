@@ -91,7 +91,16 @@ def load_tokenizer(path: Any, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers and its backends raise plain Exceptions here
-        raise DataError(f"the tokenizer in {path} can't be loaded ({' '.join(str(error).split())[:200]}); {advice}") from None
+        raise DataError(f"the tokenizer in {path} can't be loaded ({_brief(error)}); {advice}") from None
+
+
+def _brief(error: Exception, limit: int = 200) -> str:
+    """What a library says, on one line and no longer than this: whole sentences where one fits, else whole words."""
+    text = " ".join(str(error).split())
+    if len(text) <= limit:
+        return text
+    sentences = re.match(rf".{{1,{limit - 1}}}[.!?](?= )", text)
+    return sentences[0] if sentences else text[:limit].rpartition(" ")[0] + " …"
 
 
 def read_source(name: str, tokenizer: Any) -> Source:
@@ -134,7 +143,7 @@ def _record_text(record: Any, where: str, tokenizer: Any) -> str:
         try:
             rendered = tokenizer.apply_chat_template(list(record["messages"]), tokenize=False)
         except Exception as error:  # Jinja templates raise what they like
-            raise DataError(f"the chat template can't render {where} ({' '.join(str(error).split())[:160]}); use records with 'text'") from None
+            raise DataError(f"the chat template can't render {where} ({_brief(error)}); use records with 'text'") from None
         return _require_text(rendered, where)
     raise DataError(f"{where} has neither a 'text' string nor a 'messages' list")
 
@@ -175,7 +184,7 @@ def _hub_dataset(name: str, tokenizer: Any) -> Source:
     try:
         records = datasets.load_dataset(parts[0], config, split=split)
     except Exception as error:  # its many backends raise many kinds
-        raise DataError(f"{name} can't be loaded ({' '.join(str(error).split())[:200]}); give a local file instead") from None
+        raise DataError(f"{name} can't be loaded ({_brief(error)}); give a local file instead") from None
     documents = tuple(_record_text(record, f"record {number} of {name}", tokenizer) for number, record in enumerate(records, 1))
     return Source(name, documents, hashlib.sha256("\0".join(documents).encode()).hexdigest())
 

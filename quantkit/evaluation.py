@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,7 +218,9 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
     layout = QuantizationLayout.read(checkpoint.config)
     codes = [name for name, info in checkpoint.tensors.items() if info.dtype in ("I8", "F8_E4M3", "F8_E5M2")]
     if layout is None and codes:
-        raise CheckpointError(f"{codes[0]} of {path} holds codes, but config.json has no quantization_config; `quantkit verify {path}` lists all faults")
+        raise CheckpointError(
+            f"{codes[0]} of {path} holds codes, but config.json has no quantization_config; `quantkit verify {shlex.quote(str(path))}` lists all faults"
+        )
     if hardware is not None:
         for scheme in layout.schemes if layout else ():
             as_computed(scheme, hardware)

@@ -33,6 +33,7 @@ from quantkit.output import (
     check_disk_space,
     check_output,
     cores,
+    counted,
     finished_already,
     format_bytes,
     new_file,
@@ -437,7 +438,9 @@ def _write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
 def model_card_section(plan: ExportPlan) -> str:
     """What was done to the model, for its card."""
     counts = Counter(linear.scheme for linear in plan.linears.values())
-    lines = [f"- {count} Linears in {scheme.name} (weights {scheme.weight}, inputs {scheme.input or 'as they are'})" for scheme, count in counts.items()]
+    lines = [
+        f"- {counted(count, 'Linear')} in {scheme.name} (weights {scheme.weight}, inputs {scheme.input or 'as they are'})" for scheme, count in counts.items()
+    ]
     if plan.block_scales:
         lines.append(f"- made from FP8 blocks ({len(plan.block_scales)} weights), not from the original floating-point weights")
     if plan.calibration:

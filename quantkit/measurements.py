@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -56,7 +57,9 @@ class Calibration:
         """Read a CALIB whose every value is of its kind and whose every file is as it was written; anything else is a CalibrationError."""
         path = Path(path)
         if not (path / CALIBRATION_FILE).is_file():
-            raise CalibrationError(f"{path} is no calibration (it has no {CALIBRATION_FILE}); make one with: quantkit calibrate MODEL -o {path}")
+            raise CalibrationError(
+                f"{path} is no calibration (it has no {CALIBRATION_FILE}); make one with: quantkit calibrate MODEL -o {shlex.quote(str(path))}"
+            )
         try:
             description = read_json(path / CALIBRATION_FILE, "")
             version = _count(description, "schema_version")

@@ -429,7 +429,12 @@ def manifest_of(directory: Path) -> Path | None:
 def require_same_fingerprint(what: str, fingerprint: Mapping[str, str], earlier: Mapping[str, str]) -> None:
     differing = sorted(key for key in fingerprint.keys() | earlier.keys() if fingerprint.get(key) != earlier.get(key))
     if differing:
-        raise OutputError(f"{what} with a different {', '.join(differing)}; use the same, or start again with --overwrite")
+        raise OutputError(f"{what} with {', '.join(map(_different, differing))}; use the same, or start again with --overwrite")
+
+
+def _different(what: str) -> str:
+    is_several = what == "data" or (what.partition(" of ")[0].endswith("s") and not what.startswith("--"))
+    return f"different {what}" if is_several else f"a different {what}"
 
 
 def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> bool:
@@ -534,6 +539,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in ("bytes", "kB") else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things for people."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def parse_bytes(text: str) -> int:

@@ -6,6 +6,7 @@ It is made from names, shapes and dtypes alone, and against the recipe, the cali
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -282,7 +283,9 @@ def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str,
     if options.calibration is None:
         if static or options.recipe.kv_cache:
             what = f"{static[0].scheme.name} has static input scales, which" if static else "an FP8 KV cache has scales, which"
-            raise CalibrationError(f"{what} have to be measured; first: quantkit calibrate {options.model} -o CALIB, then pass --calibration CALIB")
+            raise CalibrationError(
+                f"{what} have to be measured; first: quantkit calibrate {shlex.quote(str(options.model))} -o CALIB, then pass --calibration CALIB"
+            )
         return None
     calibration = Calibration.open(options.calibration)
     calibration.require_same_model(checkpoint, model)

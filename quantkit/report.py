@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError
-from quantkit.output import format_bytes
+from quantkit.output import counted, format_bytes
 from quantkit.runtimes import FORMAT_SCHEMES, FORMAT_SUPPORT, HARDWARE, RUNTIMES, SUPPORT, Support, hardware_mode
 from quantkit.scheme import ALIASES, SCHEMES
 
@@ -120,7 +120,7 @@ def evaluation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 def evaluation_title(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     hardware = f", as {result['hardware']} computes" if result.get("hardware") else ""
-    return f"{result['tokens_scored']} tokens in {result['windows']} windows of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), {_arithmetic(result)}{hardware}"
+    return f"{result['tokens_scored']} tokens in {counted(result['windows'], 'window')} of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), {_arithmetic(result)}{hardware}"
 
 
 def _arithmetic(result: dict[str, Any]) -> str:
@@ -234,7 +234,7 @@ def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
 def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
     """Tables of `quantkit inspect`: (title, columns, rows, columns of numbers)."""
     if description["kind"] == "calibration":
-        title = f"{description['path']}: {description['tokens']} tokens in {description['windows']} windows of {description['seq_len']}, from {', '.join(description['data']['sources'])}"
+        title = f"{description['path']}: {description['tokens']} tokens in {counted(description['windows'], 'window')} of {description['seq_len']}, from {', '.join(description['data']['sources'])}"
         rows = [
             [
                 entry["name"],

@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -124,25 +125,26 @@ def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 3}, "seed, windows"),
-        ({"batch_size": 1}, "batch size"),
-        ({"num_samples": 4}, "windows"),
-        ({"recipe": Recipe(QuantScheme.parse("fp8-static"))}, "recipe"),
-        ({"all_experts": True}, "choice of experts"),
+        ({"seed": 3}, "a different seed, different windows"),
+        ({"batch_size": 1}, "a different batch size"),
+        ({"num_samples": 4}, "a different --num-samples, different windows"),
+        ({"seq_len": 48}, "a different --seq-len, different windows"),
+        ({"recipe": Recipe(QuantScheme.parse("fp8-static"))}, "a different recipe"),
+        ({"all_experts": True}, "a different choice of experts"),
     ],
 )
 def test_other_work_is_not_continued_and_the_refusal_says_what_differs(killed, change, named):
-    with pytest.raises(OutputError, match=f"with a different {named};"):
+    with pytest.raises(OutputError, match=f"with {named};"):
         calibrate(replace(killed, resume=True, **change))
 
 
 def test_changed_text_or_model_is_not_continued(options, killed, copy, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(make_text(6000, seed=8))
-    with pytest.raises(OutputError, match="with a different data, windows;"):
+    with pytest.raises(OutputError, match="with different data, different windows;"):
         calibrate(replace(killed, resume=True, data=(str(other),)))
     model = make_llama(tmp_path / "another", seed=4)
-    with pytest.raises(OutputError, match="with a different model files;"):
+    with pytest.raises(OutputError, match="with different model files;"):
         calibrate(replace(killed, resume=True, model=model))
 
 
@@ -168,6 +170,13 @@ def test_fewer_windows_than_asked_for_are_used_and_told(options, run, tmp_path):
 def test_bundled_text_serves_without_data(llama, tmp_path):
     summary = calibrate(CalibrationOptions(llama, tmp_path / "c", num_samples=2, seq_len=64))
     assert summary.windows == 2
+
+
+def test_one_window_is_not_called_windows(run, llama, text, tmp_path):
+    calibrated = run("calibrate", llama, "-o", tmp_path / "c", "--data", text, "--num-samples", 1, "--seq-len", 32)
+    assert "from 1 window of 32 tokens" in calibrated.stderr
+    assert "in 1 window of 32" in run("inspect", tmp_path / "c").stdout
+    assert "in 1 window of 32" in run("eval", llama, "--data", text, "--seq-len", 32, "--max-tokens", 32).stdout
 
 
 def test_activation_that_overflows_stops_the_run_and_is_named(tmp_path, text):
@@ -261,7 +270,11 @@ def test_inputs_that_still_grow_are_unsettled(quarters, above, unsettled):
 def test_unsettled_inputs_are_warned_of_and_shown(llama, text, tmp_path, run, monkeypatch):
     monkeypatch.setattr("quantkit.calibration.UNSETTLED_GROWTH", -1.0)
     result = run("calibrate", llama, "-o", tmp_path / "c", "--data", text, "--num-samples", 8, "--seq-len", 32)
-    assert "8 of 8 inputs still grew" in result.stderr and "--num-samples" in result.stderr
+    assert "8 of 8 inputs still grew" in result.stderr and "raise --num-samples" in result.stderr
+    rest = run("calibrate", llama, "-o", tmp_path / "it's all", "--data", text, "--num-samples", 5000, "--seq-len", 64)
+    assert "inputs still grew" in rest.stderr and "give it with --data" in rest.stderr and "raise --num-samples" not in rest.stderr
+    (hint,) = re.findall("`(quantkit inspect .*)` shows them", rest.stderr)
+    assert shlex.split(hint) == ["quantkit", "inspect", str(tmp_path / "it's all")]
     shown = run("inspect", tmp_path / "c")
     assert shown.exit_code == 0 and "after each quarter" in shown.stdout and "held out above, ppm" in shown.stdout
 

@@ -108,6 +108,19 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_line(write, record):
             windows()
 
 
+@pytest.mark.parametrize("said", ["No template.", "None is set! " + "For more see the documentation at https://example.org. " * 9, "word " * 99])
+def test_what_a_chat_template_says_is_not_cut_in_a_word(write, monkeypatch, said):
+    def refuse(*_, **__):
+        raise ValueError(said)
+
+    tokenizer = FakeTokenizer()
+    monkeypatch.setattr(tokenizer, "apply_chat_template", refuse)
+    with pytest.raises(DataError) as raised:
+        read_source(write("a.jsonl", jsonl({"messages": []})), tokenizer)
+    inside = re.search(r"can't render line 1 of .*a.jsonl \((.*)\); use records with 'text'", str(raised.value))[1]
+    assert len(inside) <= 202 and inside[-1] in ".…" and (inside == said or said.startswith(inside.removesuffix(" …") + " "))
+
+
 def test_parquet_rows_are_documents(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
