@@ -17,6 +17,7 @@ from quantkit.console import (
     RUNTIME_NAMES,
     ErrorGroup,
     Output,
+    Shape,
     UserPath,
     calibration_options,
     data_option,
@@ -32,6 +33,7 @@ from quantkit.console import (
 from quantkit.errors import FaultsFound, Inconclusive, OutputError, QuantkitError
 
 PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
+BENCHMARK_KINDS = ("int8", "fp8", "weight-only", "bf16", "convert")
 WORST_SHOWN = 5  # of the layers that `verify --base` compares
 HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
 
@@ -506,6 +508,33 @@ def doctor_command(out: Output) -> None:
     if not examination["ok"]:
         broken = [check for check in examination["checks"] if check["status"] == "broken"]
         raise QuantkitError(f"{broken[0]['name']} is broken: {broken[0]['found']}")
+
+
+@command("bench")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(BENCHMARK_KINDS), help="What to measure.  [default: all]")
+@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Input × output features, e.g. 4096x4096.  [default: three of small models]")
+@click.option("--tokens", multiple=True, type=click.IntRange(1), help="Tokens at a time.  [default: 1, 16, 128, 512]")
+def bench_command(out: Output, kinds: tuple[str, ...], shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...]) -> None:
+    """The compiled kernels beside torch's own ops, on one thread."""
+    from dataclasses import asdict
+
+    from quantkit.benchmark import KINDS, SHAPES, TOKENS, benchmark, describe, read_bandwidth
+    from quantkit.report import Progress, benchmark_rows, print_json, print_table
+
+    cases = (kinds or KINDS, shapes or SHAPES, tokens or TOKENS)
+    total = len(cases[1]) * sum(3 if kind == "convert" else len(cases[2]) for kind in cases[0])
+    with Progress("bench", out.quiet) as progress:
+        figures, bandwidth = [], read_bandwidth()
+        for figure in benchmark(*cases):
+            figures.append(figure)
+            progress.update(len(figures), total)
+    machine = describe() | {"read_gb_per_s": bandwidth}
+    if out.as_json:
+        print_json({"machine": machine, "figures": [asdict(figure) for figure in figures]})
+        return
+    out.note(f"{machine['processor']}, kernels {machine['kernels']}, torch {machine['torch']}; one thread, which reads memory at {bandwidth:.1f} GB/s")
+    headings, rows = benchmark_rows(figures)
+    print_table(headings, rows, right=range(1, len(headings)))
 
 
 @command("demo")

@@ -133,6 +133,18 @@ class Size(click.ParamType):
         return count
 
 
+class Shape(click.ParamType):
+    """Input and output features, written as 4096x14336."""
+
+    name = "KxN"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", value)
+        if not match or not int(match[1]) or not int(match[2]):
+            self.fail(f"'{one_line(value)}' is no shape; write for example 4096x14336", param, context)
+        return int(match[1]), int(match[2])
+
+
 class Device(click.ParamType):
     """Where torch computes."""
 

@@ -14,6 +14,7 @@ from quantkit.runtimes import FORMAT_SCHEMES, FORMAT_SUPPORT, HARDWARE, RUNTIMES
 from quantkit.scheme import ALIASES, SCHEMES
 
 if TYPE_CHECKING:
+    from quantkit.benchmark import Figure
     from quantkit.plan import ExportPlan
 
 
@@ -207,6 +208,24 @@ def schemes_description() -> list[dict[str, Any]]:
 
 def _support(by_runtime: Mapping[str, Support]) -> dict[str, dict[str, Any]]:
     return {runtime: {"loads": by_runtime[runtime].loads, "note": by_runtime[runtime].note} for runtime in RUNTIMES}
+
+
+def benchmark_rows(figures: Sequence[Figure]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Headings and rows of `bench`."""
+    rivals = list(dict.fromkeys(name for figure in figures for name in figure.times))
+    rows = [
+        (
+            figure.what,
+            f"{figure.in_features} × {figure.out_features}",
+            str(figure.tokens or ""),
+            f"{figure.microseconds:.1f}",
+            "" if figure.gops is None else f"{figure.gops:.0f}",
+            f"{figure.gb_per_s:.1f}",
+            *(f"{figure.times[name]:.2f}×" if name in figure.times else "" for name in rivals),
+        )
+        for figure in figures
+    ]
+    return ("kernel", "in × out", "tokens", "µs", "GOP/s", "GB/s", *(f"against {name}" for name in rivals)), rows
 
 
 def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:

@@ -47,9 +47,10 @@ def test_every_command_has_the_common_options(command, run):
 
 def test_choices_of_the_command_line_are_those_of_the_package():
     """cli.py repeats these names so that --help imports nothing."""
-    from quantkit import cli, data, runtimes
+    from quantkit import benchmark, cli, data, runtimes
 
     assert cli.RUNTIME_NAMES == runtimes.RUNTIMES and cli.HARDWARE_NAMES == runtimes.HARDWARE and cli.PROTOCOL_NAMES == data.PROTOCOLS
+    assert cli.BENCHMARK_KINDS == benchmark.KINDS
 
 
 def test_version_and_module_entry():
@@ -364,3 +365,21 @@ def test_ctrl_c_in_calibration_keeps_the_work(text, tmp_path):
     subprocess.run(undisturbed, check=True, capture_output=True)
     ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("c", "whole"))
     assert ours == theirs and len(ours) == 25
+
+
+def test_bench_measures_each_kind_beside_its_rivals(run):
+    if native.cpu_kernels() is None:
+        refusal(run("bench", "--shape", "64x32"), "no compiled kernels")
+        return
+    result = run("bench", "--shape", "96x48", "--tokens", 1, "--tokens", 3, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["machine"]["kernels"] == native.cpu_level() and printed["machine"]["read_gb_per_s"] > 0
+    rivals = {figure["what"]: set(figure["times"]) for figure in printed["figures"]}
+    assert rivals["matmul_int8"] == {"onednn.qlinear", "bfloat16 linear"} and "torch._scaled_mm" in rivals["matmul_fp8"]
+    assert {figure["kind"] for figure in printed["figures"]} == {"int8", "fp8", "weight-only", "bf16", "convert"}
+    assert all(figure["microseconds"] > 0 and min(figure["times"].values()) > 0 for figure in printed["figures"])
+    table = run("bench", "--kind", "bf16", "--shape", "96x48", "--tokens", 2)
+    assert "matmul_bf16" in table.stdout and "against float32 linear" in table.stdout
+    usage = run("bench", "--shape", "96")
+    assert usage.exit_code == 2 and "no shape" in usage.stderr

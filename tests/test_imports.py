@@ -25,6 +25,7 @@ ORDER = (
     ("calibration", "served"),
     ("plan",),
     ("export", "evaluation", "verification", "inspection"),
+    ("benchmark",),
     ("report", "doctor"),
     ("demo",),
     ("console",),
