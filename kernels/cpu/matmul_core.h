@@ -155,8 +155,10 @@ template <class Source> bool multiply(const QkMatmul& m, const typename Source::
     const int64_t fitting = L2_BYTES / (stride * int64_t(sizeof(Activation))) / 32 * 32;
     const int64_t superblock = std::min(rows, std::clamp(fitting, SUPERBLOCK_ROWS / 2, SUPERBLOCK_ROWS));
     const int64_t superblocks = (rows + superblock - 1) / superblock, blocks = (panels + shape.panels - 1) / shape.panels;
-    const int64_t fitting_inner = L1_BYTES / (shape.panels * QK_PANEL * int64_t(sizeof(Weight))) / QK_INNER_UNIT * QK_INNER_UNIT;
-    const int64_t chunk = grouped ? m.group : Source::READY && rows <= shape.rows ? inner : std::max(fitting_inner, QK_INNER_UNIT);
+    // Chunks of about one size, a little more than what fits if that saves one: sums go to memory and back between them.
+    const int64_t fitting_inner = L1_BYTES / (shape.panels * QK_PANEL * int64_t(sizeof(Weight)));
+    const int64_t chunks = std::max<int64_t>(1, (4 * inner + 5 * fitting_inner - 1) / (5 * fitting_inner));
+    const int64_t chunk = grouped ? m.group : Source::READY && rows <= shape.rows ? inner : qk_rounded_up((inner + chunks - 1) / chunks, QK_INNER_UNIT);
     const int threads = int(std::min<int64_t>(m.threads, superblocks * blocks));
 
     Scratch<Activation> activations(rows * stride);
@@ -206,22 +208,26 @@ template <class Source> bool multiply(const QkMatmul& m, const typename Source::
                                        unpacked.get() + panel * panel_stride);
                 }
                 const bool last = k + length >= (grouped ? m.inner : inner);
-                for (int64_t row = first_row; row < end_row; row += shape.rows) {
-                    const int height = int(std::min<int64_t>(shape.rows, end_row - row));
-                    const int64_t exist = std::min<int64_t>(height, m.rows - row), first = (row - first_row) * SUMS_STRIDE;
-                    multiply_tile<Tiles>(shape, height, count, activations.get() + row * stride + k, stride, weights, panel_stride, length, sums.get() + first,
-                                         k > 0 && !grouped);
-                    for (int panel = 0; panel < count && (grouped || last); ++panel) {
-                        Sum* own = sums.get() + first + panel * QK_PANEL;
-                        float* total = totals.get() + first + panel * QK_PANEL;
+                // A tile's sums are taken up after the next tile has been started: they come out of registers late.
+                for (int64_t row = first_row; row < end_row + shape.rows; row += shape.rows) {
+                    if (row < end_row) {
+                        const int height = int(std::min<int64_t>(shape.rows, end_row - row));
+                        multiply_tile<Tiles>(shape, height, count, activations.get() + row * stride + k, stride, weights, panel_stride, length,
+                                             sums.get() + (row - first_row) * SUMS_STRIDE, k > 0 && !grouped);
+                    }
+                    if (row == first_row || (!grouped && !last)) continue;
+                    const int64_t before = row - shape.rows, exist = std::min<int64_t>({shape.rows, end_row - before, m.rows - before});
+                    for (int panel = 0; panel < count; ++panel) {
+                        Sum* own = sums.get() + (before - first_row) * SUMS_STRIDE + panel * QK_PANEL;
+                        float* total = totals.get() + (before - first_row) * SUMS_STRIDE + panel * QK_PANEL;
                         const int64_t column = (first_panel + panel) * QK_PANEL;
                         for (int64_t r = 0; r < exist && grouped; ++r) {
-                            correct(corrections.get()[(row + r) * groups + k / chunk], own + r * SUMS_STRIDE);
-                            add_group(m, row + r, column, k / chunk, own + r * SUMS_STRIDE, total + r * SUMS_STRIDE);
+                            correct(corrections.get()[(before + r) * groups + k / chunk], own + r * SUMS_STRIDE);
+                            add_group(m, before + r, column, k / chunk, own + r * SUMS_STRIDE, total + r * SUMS_STRIDE);
                         }
-                        for (int64_t r = 0; r < exist && m.zero_point; ++r) take_zero_point(m, row + r, column, own + r * SUMS_STRIDE);
-                        if (last && grouped) finish(m, row, exist, column, total, nullptr, false, type);
-                        else if (last) finish(m, row, exist, column, own, corrections.get() + row, !Source::folds(m), type);
+                        for (int64_t r = 0; r < exist && m.zero_point; ++r) take_zero_point(m, before + r, column, own + r * SUMS_STRIDE);
+                        if (last && grouped) finish(m, before, exist, column, total, nullptr, false, type);
+                        else if (last) finish(m, before, exist, column, own, corrections.get() + before, !Source::folds(m), type);
                     }
                 }
             }
