@@ -162,7 +162,7 @@ def main(
         )
         for entry in speeds
     ]  # fmt: skip
-    where = f"{processor()}; torch {torch.__version__}, kernels: {native.cpu_level()}; medians of {repeats} turns"
+    where = f"{processor()}; torch {torch.__version__}, kernels: {native.elementwise_level()}; medians of {repeats} turns"
     text = f"# Calibrate: beside the bare forward of the same tokens\n\n{where}.\n\n"
     text += f"SmolLM2-135M, {windows} windows of {seq_len} tokens, all statistics. Seconds: of the work; the whole process also imports and loads.\n\n"
     text += markdown_table(("program", "tokens/s", "of the bare forward's speed", "seconds", "whole process", "CPU seconds", "peak MB"), rows)

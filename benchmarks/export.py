@@ -171,7 +171,7 @@ def main(layers: tuple[int, ...], schemes: tuple[str, ...], repeats: int, peer_p
             rows.append((f"{nbytes / 1e9:.1f} GB", "python -c 'import torch'", f"{imports.wall:.2f}", "", f"{imports.cpu:.1f}", f"{imports.peak / 1e6:.0f}"))
             shutil.rmtree(model)
     header = ("model", "program", "seconds", "times cp, less import torch", "CPU seconds", "peak MB")
-    where = f"{processor()}; torch {torch.__version__}, kernels: {native.cpu_level()}; medians of {repeats} turns"
+    where = f"{processor()}; torch {torch.__version__}, kernels: {native.elementwise_level()}; medians of {repeats} turns"
     text = f"# Export: whole processes beside `cp -r`\n\n{where}.\n\n" + markdown_table(header, rows) + "\n"
     output.parent.mkdir(exist_ok=True)
     output.write_text(text)
