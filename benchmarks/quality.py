@@ -67,7 +67,7 @@ def main() -> None:
             seconds[path.stem] = time.monotonic() - started
         outputs = tuple(Path(temporary) / name for name in seconds)
         result = evaluate(
-            EvaluationOptions(model, outputs, (arguments.data,), LENGTH, LENGTH * arguments.windows),
+            EvaluationOptions(model, outputs, (arguments.data,), LENGTH, LENGTH * arguments.windows, exec="reference"),
             lambda name, done, total: print(f"{name} {done}/{total}", flush=True),
         )
         results = [{"recipe": name, "export_seconds": took} | quant for (name, took), quant in zip(seconds.items(), result["quants"])]

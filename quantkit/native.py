@@ -33,6 +33,8 @@ def cpu_kernels() -> ctypes.CDLL | None:
         if wanted in LEVELS:
             raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, but the kernels weren't built; install quantkit where there is a C++ compiler")
         return None
+    import torch  # noqa: F401  (brings libgomp.so.1, which the library shares with it)
+
     library = ctypes.CDLL(str(found[0]))
     if library.qk_cpu_version() != LIBRARY_VERSION:
         return None

@@ -53,13 +53,23 @@ template <int TYPE> inline void store_output(void* output, int64_t index, lanes:
     else lanes::store_float16(static_cast<uint16_t*>(output) + index, value);
 }
 
+// The least magnitude of `count` numbers; NaN is passed over.
+inline float least_magnitude(const float* x, int64_t count) {
+    alignas(64) float lanes_least[lanes::WIDTH];
+    lanes::Float least = lanes::broadcast(INFINITY);
+    int64_t n = 0;
+    for (; n + lanes::WIDTH <= count; n += lanes::WIDTH)
+        least = lanes::smaller(lanes::as_float(lanes::only(lanes::as_word(lanes::load_float32(x + n)), 0x7FFFFFFFu)), least);
+    lanes::store_float32(lanes_least, least);
+    float result = *std::min_element(lanes_least, lanes_least + lanes::WIDTH);
+    for (; n < count; ++n) result = std::min(result, std::abs(x[n]));
+    return result;
+}
+
 // Whether an INT8 sum other than zero, which is 1 at least, becomes a normal number.
 inline bool has_normal_outputs(const QkMatmul& m) {
-    if (m.bias || !m.activation_scale || !m.weight_scale) return false;
-    float least_own = INFINITY, least = INFINITY;
-    for (int64_t row = 0; row < (m.activation_row_step ? m.rows : 1); ++row) least_own = std::min(least_own, std::abs(m.activation_scale[row * m.activation_row_step]));
-    for (int64_t n = 0; n < m.columns; ++n) least = std::min(least, std::abs(m.weight_scale[n]));
-    return least_own >= 0x1p-60f && least >= 0x1p-60f;
+    if (m.bias || !m.activation_scale || !m.weight_scale || m.activation_row_step > 1) return false;
+    return least_magnitude(m.activation_scale, m.activation_row_step ? m.rows : 1) >= 0x1p-60f && least_magnitude(m.weight_scale, m.columns) >= 0x1p-60f;
 }
 
 // A panel of sums to outputs: rows `row` to `row + count`, 16 columns from `column` on or as many as there are. sums: SUMS_STRIDE apart; corrections: what to
@@ -219,7 +229,7 @@ template <class Source> bool multiply(const QkMatmul& m, const typename Source::
                     const int64_t before = row - shape.rows, exist = std::min<int64_t>({shape.rows, end_row - before, m.rows - before});
                     for (int panel = 0; panel < count; ++panel) {
                         Sum* own = sums.get() + (before - first_row) * SUMS_STRIDE + panel * QK_PANEL;
-                        float* total = totals.get() + (before - first_row) * SUMS_STRIDE + panel * QK_PANEL;
+                        float* total = grouped ? totals.get() + (before - first_row) * SUMS_STRIDE + panel * QK_PANEL : nullptr;
                         const int64_t column = (first_panel + panel) * QK_PANEL;
                         for (int64_t r = 0; r < exist && grouped; ++r) {
                             correct(corrections.get()[(before + r) * groups + k / chunk], own + r * SUMS_STRIDE);
