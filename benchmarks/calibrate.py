@@ -12,6 +12,7 @@ weights, of 11, 22 (1.1 B parameters) and 44 layers.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -19,9 +20,10 @@ from pathlib import Path
 
 import click
 import torch
-from export import RESULTS, Run, make_model, measure, processor
+from export import RESULTS, Run, make_model, measure
 
 from quantkit import native
+from quantkit.benchmark import processor
 from quantkit.data import BUNDLED_CALIBRATION, calibration_windows, load_tokenizer
 from quantkit.demo import smollm2
 from quantkit.output import write_json
@@ -162,7 +164,7 @@ def main(
         )
         for entry in speeds
     ]  # fmt: skip
-    where = f"{processor()}; torch {torch.__version__}, kernels: {native.elementwise_level()}; medians of {repeats} turns"
+    where = f"{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, kernels: {native.elementwise_level()}; medians of {repeats} turns"
     text = f"# Calibrate: beside the bare forward of the same tokens\n\n{where}.\n\n"
     text += f"SmolLM2-135M, {windows} windows of {seq_len} tokens, all statistics. Seconds: of the work; the whole process also imports and loads.\n\n"
     text += markdown_table(("program", "tokens/s", "of the bare forward's speed", "seconds", "whole process", "CPU seconds", "peak MB"), rows)

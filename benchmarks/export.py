@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import click
 import torch
 
 from quantkit import native
+from quantkit.benchmark import processor
 from quantkit.output import TensorPlan, plan_shards, shard_names, write_json, write_tensors
 from quantkit.report import markdown_table
 
@@ -125,11 +125,6 @@ def compare(model: Path, work: Path, schemes: tuple[str, ...], repeats: int, pee
     return {name: median(each) for name, each in runs.items()}
 
 
-def processor() -> str:
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
 @click.command()
 @click.option("--layers", multiple=True, type=int, default=(3, 9, 22, 44, 88), show_default=True, help="Of the models to make; 22 is 2.2 GB.")
 @click.option("--scheme", "schemes", multiple=True, default=("fp8-dynamic", "int8-dynamic"), show_default=True)
@@ -171,7 +166,7 @@ def main(layers: tuple[int, ...], schemes: tuple[str, ...], repeats: int, peer_p
             rows.append((f"{nbytes / 1e9:.1f} GB", "python -c 'import torch'", f"{imports.wall:.2f}", "", f"{imports.cpu:.1f}", f"{imports.peak / 1e6:.0f}"))
             shutil.rmtree(model)
     header = ("model", "program", "seconds", "times cp, less import torch", "CPU seconds", "peak MB")
-    where = f"{processor()}; torch {torch.__version__}, kernels: {native.elementwise_level()}; medians of {repeats} turns"
+    where = f"{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, kernels: {native.elementwise_level()}; medians of {repeats} turns"
     text = f"# Export: whole processes beside `cp -r`\n\n{where}.\n\n" + markdown_table(header, rows) + "\n"
     output.parent.mkdir(exist_ok=True)
     output.write_text(text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import transformers
 
 from quantkit import __version__
+from quantkit.benchmark import processor
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.demo import smollm2
 from quantkit.evaluation import EvaluationOptions, evaluate
@@ -34,8 +34,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def machine() -> str:
     """The processor and the versions that the figures depend on."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, transformers {transformers.__version__}, quantkit {__version__}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, transformers {transformers.__version__}, quantkit {__version__}"
 
 
 def main() -> None:

@@ -6,11 +6,13 @@ that what else the machine does falls on both.
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
@@ -83,16 +85,18 @@ def read_bandwidth(turns: int = 5) -> float:
     return values.nbytes / statistics.median(taken) / 1e9
 
 
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def describe() -> dict[str, Any]:
     """The machine and versions that figures depend on."""
-    import platform
-    from pathlib import Path
-
     import torch
 
-    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), platform.machine())
-    return {"processor": processor, "kernels": cpu_level(), "torch": torch.__version__, "torch_capability": torch.backends.cpu.get_cpu_capability()}
+    return {"processor": processor(), "kernels": cpu_level(), "torch": torch.__version__, "torch_capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def _multiplication(kind: str, in_features: int, out_features: int, tokens: int, turns: int, seconds: float) -> Figure:
@@ -140,10 +144,9 @@ def _multiplication(kind: str, in_features: int, out_features: int, tokens: int,
     taken = _turns(sides, turns, seconds)
     own = statistics.median(taken["kernel"])
     operations, read = 2 * tokens * in_features * out_features, in_features * out_features * (2 if kind == "bf16" else 1)
-    return Figure(kind, f"matmul_{_OP[kind]}", in_features, out_features, tokens, own * 1e6, operations / own / 1e9, read / own / 1e9, _ratios(taken))
-
-
-_OP = {"int8": "int8", "fp8": "fp8", "weight-only": "weight_only", "bf16": "bf16"}
+    return Figure(
+        kind, f"matmul_{kind.replace('-', '_')}", in_features, out_features, tokens, own * 1e6, operations / own / 1e9, read / own / 1e9, _ratios(taken)
+    )
 
 
 def _qlinear(codes: Tensor, scale: Tensor, inputs: Tensor, tokens: int) -> Callable[[], Any]:

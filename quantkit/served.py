@@ -6,6 +6,7 @@ whoever wrote it. `hardware` computes what that hardware computes (`runtimes.as_
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +115,7 @@ class QuantizedWeights:
             scheme = layout.scheme_of(module)
             if scheme is None:
                 raise CheckpointError(
-                    f"{module} has quantized tensors but quantization_config ignores it; `quantkit verify {checkpoint.path}` lists all faults"
+                    f"{module} has quantized tensors but quantization_config ignores it; `quantkit verify {shlex.quote(str(checkpoint.path))}` lists all faults"
                 )
             self.linears[module] = scheme
             self._require_readable(module)
@@ -128,7 +129,9 @@ class QuantizedWeights:
                 self.kv_tensors[f"{attention}.{suffix}"] = checkpoint.read(name).float().reshape(-1)
             elif module not in self._stored:
                 if info.dtype in ("I8", "F8_E4M3", "F8_E5M2", "U8"):
-                    raise CheckpointError(f"{name} holds codes, but {module}.weight_scale is missing; `quantkit verify {checkpoint.path}` lists all faults")
+                    raise CheckpointError(
+                        f"{name} holds codes, but {module}.weight_scale is missing; `quantkit verify {shlex.quote(str(checkpoint.path))}` lists all faults"
+                    )
                 self._others.append(name)
 
     def _kernel_for(self, module: str) -> tuple[str | None, str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from quantkit import native, ops
 from quantkit import quantize as reference
+from quantkit.benchmark import processor
 from quantkit.formats import E8M0, FP8_E4M3, INT8, NumberFormat
 from quantkit.report import markdown_table
 from quantkit.scheme import CHANNEL, TENSOR, QuantSpec, block, group
@@ -123,10 +123,9 @@ def measure(rounds: int) -> list[dict]:
 
 def machine() -> str:
     """The processor, its last cache and the versions that the figures depend on."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     cache = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     last_cache = f", L3 {cache.read_text().strip()}" if cache.is_file() else ""
-    return f"{names[0] if names else platform.machine()}{last_cache}, one thread, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{processor()}{last_cache}, one thread, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def markdown(records: list[dict], level: str, rounds: int) -> str:
