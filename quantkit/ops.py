@@ -1,4 +1,4 @@
-"""torch.ops.quantkit.*: each op's schema, its compiled CPU kernel where there is one, its reference everywhere else, its fake.
+"""torch.ops.quantkit.*: each op's schema, its compiled CPU kernel where there is one, its reference everywhere else, its fake. CUDA kernels: cuda_ops.py.
 
     block_amax(values, block_rows, block_columns) -> amax
     encode_blocks(values, scale, block_rows, block_columns, format) -> codes
@@ -6,6 +6,7 @@
     dequantize_blocks(codes, scale, block_rows, block_columns) -> values
     quantize_rows(rows, group, format, rule) -> (codes, scale): activations, each row cut into groups; a group as long as a row is per token
     observe_rows(rows, above, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts): adds what calibration keeps
+    quantize_kv(states, scale, format) -> codes: keys and values [batch, heads, tokens, width] by static scales, [1] or [heads]
     pack_weight(codes, packing) -> packed
     matmul_int8(activations, activation_scale, packed, weight_scale, group, zero_point, weight_sums, bias, dtype) -> output
     matmul_fp8(activations, activation_scale, packed, weight_scale, group, powers_of_two, bias, dtype) -> output
@@ -19,7 +20,7 @@ bit for finite values; NaN gives NaN scales. They run in the calling thread with
 kernels/cpu/observe_rows.cpp.
 
 Multiplications: activations are codes, or bfloat16 `inputs`, [tokens, in_features]; packed is a weight as pack_weight arranged it (PACKINGS, and
-QkPacking in kernels/cpu/matmul.h); output is [tokens, out_features] in `dtype`, bfloat16, float16 or float32. activation_scale: [tokens or 1,
+QkPacking in kernels/cpu/matmul.h; on CUDA as it is, rows padded to 16 bytes); output is [tokens, out_features] in `dtype`, bfloat16, float16 or float32. activation_scale: [tokens or 1,
 groups or 1] float32; weight_scale: [groups or 1, out_features] float32; group: in_features that share scales, a multiple of 4 if there are several
 groups. powers_of_two: all scales are (MX). bias: [out_features] float32. zero_point: [tokens] or [1] int32, of the activations; then weight_sums, [out_features]
 int32, the sum of each output feature's codes, and one group. Sums are int32, exact below 131072 in_features, or float32. They run on
@@ -28,22 +29,38 @@ torch.get_num_threads() threads. Kernels: kernels/cpu/matmul_*.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantkit import cuda_ops
 from quantkit import quantize as reference
-from quantkit.formats import E8M0, FP8_E4M3, INT8
+from quantkit.arguments import (
+    FORMAT_NUMBERS,
+    FORMATS,
+    INPUT_NUMBERS,
+    PACKINGS,
+    ROW_UNIT,
+    RULE_NUMBERS,
+    SCALE_BLOCK,
+    activation_scales,
+    check_codes,
+    check_states,
+    out_features_of,
+    packed_dtype,
+    plain_weight,
+    pointer,
+    rows_dense,
+    side,
+    weight_scales,
+)
+from quantkit.formats import E8M0
 from quantkit.native import cpu_kernels
 from quantkit.quantize import QuantizedTensor
 from quantkit.scheme import QuantSpec, block
 
-FORMATS = {number_format.name: number_format for number_format in (INT8, FP8_E4M3)}
-# The order of the enums in kernels/cpu/quantize_blocks.h.
-_INPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_FORMATS = {"INT8": 0, "FP8_E4M3": 1}
-_RULES = {"stored": 0, "power_of_two": 1, "dynamic": 2}
 _STATISTICS = {
     "channel_amax": torch.float32,
     "channel_sum_of_squares": torch.float64,
@@ -57,8 +74,6 @@ _STATISTICS = {
 HISTOGRAM_BINS = 1024
 HISTOGRAM_SHIFT = 19
 HISTOGRAM_OFFSET = (127 - 32) << 4
-# What a packed weight holds, and so which multiplication it is for: the order of QkPacking in kernels/cpu/matmul.h.
-PACKINGS = {"int8_dot": torch.int8, "int8": torch.int8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 _PACKED_TOGETHER = {"int8_dot": 4, "int8": 1, "e4m3": 1, "bf16": 2}  # input features side by side
 _PANEL, _INNER_UNIT = 16, 64
 _CHUNK = 64  # rows whose squares are summed in float32 before they go to float64
@@ -77,6 +92,7 @@ _library.define(
 )
 
 _library.define("quantize_rows(Tensor rows, int group, str format, str rule) -> (Tensor, Tensor)")
+_library.define("quantize_kv(Tensor states, Tensor scale, str format) -> Tensor")
 _library.define("pack_weight(Tensor codes, str packing) -> Tensor")
 _library.define(
     "matmul_int8(Tensor activations, Tensor activation_scale, Tensor packed, Tensor weight_scale, int group, Tensor? zero_point, Tensor? weight_sums, "
@@ -203,27 +219,25 @@ def _reference_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -
     return _reference_quantize_blocks(rows, 1, group, format, rule)
 
 
-def _packed_shape(codes: Tensor) -> tuple[int, int, int]:
+def _reference_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
+    check_states(states, scale)
+    return reference.encode_codes(states.float() / scale.float().reshape(1, -1, 1, 1), FORMATS[format])
+
+
+def _packed_shape(codes: Tensor) -> tuple[int, ...]:
+    if codes.device.type == "cuda":
+        return codes.shape[0], -(-codes.shape[1] // ROW_UNIT) * ROW_UNIT
     return -(-codes.shape[0] // _PANEL), -(-codes.shape[1] // _INNER_UNIT) * _INNER_UNIT, _PANEL
-
-
-def _packed_dtype(packing: str) -> torch.dtype:
-    return torch.bfloat16 if packing == "bf16" else torch.uint8
-
-
-def _check_codes(codes: Tensor, packing: str) -> None:
-    if packing not in PACKINGS:
-        raise ValueError(f"unknown packing '{packing}'; choose one of {', '.join(PACKINGS)}")
-    if codes.dim() != 2 or codes.dtype != PACKINGS[packing]:
-        raise ValueError(f"the codes are {codes.dtype} {list(codes.shape)}; {packing} packs a matrix of {PACKINGS[packing]}")
 
 
 def _reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
     """[panels of 16 output features, in_features padded to 64, 16]: see QkPacking in kernels/cpu/matmul.h for the order within a panel."""
-    _check_codes(codes, packing)
+    check_codes(codes, packing)
+    if codes.device.type == "cuda":
+        return plain_weight(codes, packing)
     panels, inner, _ = _packed_shape(codes)
     padding = (0, inner - codes.shape[1], 0, panels * _PANEL - codes.shape[0])
-    padded = torch.nn.functional.pad(codes.view(_packed_dtype(packing)), padding)
+    padded = torch.nn.functional.pad(codes.view(packed_dtype(packing)), padding)
     if packing == "int8_dot":
         padded = padded ^ 0x80  # code + 128
     together = _PACKED_TOGETHER[packing]
@@ -232,10 +246,18 @@ def _reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
 
 def unpack_weight(packed: Tensor, packing: str, out_features: int, in_features: int) -> Tensor:
     """The codes that pack_weight arranged, [out_features, in_features]."""
+    if packed.dim() == 2:
+        return packed[:, :in_features].contiguous().view(PACKINGS[packing])
     panels, inner, _ = packed.shape
     together = _PACKED_TOGETHER[packing]
     codes = packed.reshape(panels, inner // together, _PANEL, together).transpose(1, 2).reshape(panels * _PANEL, inner)[:out_features, :in_features]
     return (codes ^ 0x80 if packing == "int8_dot" else codes).contiguous().view(PACKINGS[packing])
+
+
+def scale_per_feature(weight_scale: Tensor, packed: Tensor) -> Tensor:
+    """[groups or 1, out_features]: on CUDA a scale may serve a block of 128 output features."""
+    features = out_features_of(packed, weight_scale)
+    return weight_scale if weight_scale.shape[1] == features else weight_scale.repeat_interleave(SCALE_BLOCK, 1)[:, :features]
 
 
 def _reference_product(left: Tensor, left_scale: Tensor | None, right: Tensor, right_scale: Tensor, group: int) -> Tensor:
@@ -255,6 +277,7 @@ def _reference_matmul_int8(
     activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
     zero_point: Tensor | None, weight_sums: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, "int8_dot", weight_scale.shape[1], activations.shape[1])
     if group < activations.shape[1]:
         return _finished(_reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype)
@@ -269,6 +292,7 @@ def _reference_matmul_fp8(
     activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
     powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, "e4m3", weight_scale.shape[1], activations.shape[1])
     return _finished(_reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype)
 
@@ -276,6 +300,7 @@ def _reference_matmul_fp8(
 def _reference_matmul_weight_only(
     inputs: Tensor, packed: Tensor, packing: str, weight_scale: Tensor, group: int, powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, packing, weight_scale.shape[1], inputs.shape[1])
     return _finished(_reference_product(inputs, None, codes, weight_scale, group), bias, dtype)
 
@@ -299,12 +324,7 @@ def _scale_shape(values: Tensor, block_rows: int, block_columns: int) -> tuple[i
 
 def _is_ready(values: Tensor) -> bool:
     """Whether a kernel takes this: a matrix of a known type that has elements."""
-    return cpu_kernels() is not None and values.dim() == 2 and values.numel() > 0 and values.dtype in _INPUTS
-
-
-def _rows_dense(values: Tensor) -> Tensor:
-    """The same matrix with the elements of each row side by side, and rows that don't overlap."""
-    return values if values.stride(1) == 1 and (values.shape[0] < 2 or values.stride(0) >= values.shape[1]) else values.contiguous()
+    return cpu_kernels() is not None and values.dim() == 2 and values.numel() > 0 and values.dtype in INPUT_NUMBERS
 
 
 def _ran(status: int) -> None:
@@ -315,20 +335,20 @@ def _ran(status: int) -> None:
 def _cpu_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
     if not _is_ready(values):
         return _reference_block_amax(values, block_rows, block_columns)
-    values = _rows_dense(values)
+    values = rows_dense(values)
     amax = torch.empty(_scale_shape(values, block_rows, block_columns), dtype=torch.float32)
-    _ran(cpu_kernels().qk_block_amax(values.data_ptr(), _INPUTS[values.dtype], *_matrix(values, block_rows, block_columns), amax.data_ptr()))
+    _ran(cpu_kernels().qk_block_amax(values.data_ptr(), INPUT_NUMBERS[values.dtype], *_matrix(values, block_rows, block_columns), amax.data_ptr()))
     return amax
 
 
 def _cpu_encode_blocks(values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str) -> Tensor:
     if not _is_ready(values):
         return _reference_encode_blocks(values, scale, block_rows, block_columns, format)
-    values, scale = _rows_dense(values), scale.float().contiguous()
+    values, scale = rows_dense(values), scale.float().contiguous()
     if tuple(scale.shape) != _scale_shape(values, block_rows, block_columns):
         raise ValueError(f"the scale has the shape {list(scale.shape)}, the blocks need {list(_scale_shape(values, block_rows, block_columns))}")
     codes = torch.empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
-    arguments = (values.data_ptr(), _INPUTS[values.dtype], *_matrix(values, block_rows, block_columns), _FORMATS[format])
+    arguments = (values.data_ptr(), INPUT_NUMBERS[values.dtype], *_matrix(values, block_rows, block_columns), FORMAT_NUMBERS[format])
     _ran(cpu_kernels().qk_encode_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
     return codes
 
@@ -336,10 +356,10 @@ def _cpu_encode_blocks(values: Tensor, scale: Tensor, block_rows: int, block_col
 def _cpu_quantize_blocks(values: Tensor, block_rows: int, block_columns: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
     if not _is_ready(values):
         return _reference_quantize_blocks(values, block_rows, block_columns, format, rule)
-    values = _rows_dense(values)
+    values = rows_dense(values)
     codes = torch.empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
     scale = torch.empty(_scale_shape(values, block_rows, block_columns), dtype=torch.float32)
-    arguments = (values.data_ptr(), _INPUTS[values.dtype], *_matrix(values, block_rows, block_columns), _FORMATS[format], _RULES[rule])
+    arguments = (values.data_ptr(), INPUT_NUMBERS[values.dtype], *_matrix(values, block_rows, block_columns), FORMAT_NUMBERS[format], RULE_NUMBERS[rule])
     _ran(cpu_kernels().qk_quantize_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
     return codes, scale
 
@@ -348,7 +368,7 @@ def _cpu_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_
     number_format = {torch.int8: 0, torch.float8_e4m3fn: 1}.get(codes.dtype)
     if cpu_kernels() is None or number_format is None or codes.dim() != 2 or not codes.numel():
         return _reference_dequantize_blocks(codes, scale, block_rows, block_columns)
-    codes, scale = _rows_dense(codes), scale.float().contiguous()
+    codes, scale = rows_dense(codes), scale.float().contiguous()
     if tuple(scale.shape) != _scale_shape(codes, block_rows, block_columns):
         raise ValueError(f"the scale has the shape {list(scale.shape)}, the blocks need {list(_scale_shape(codes, block_rows, block_columns))}")
     values = torch.empty(codes.shape, dtype=torch.float32)
@@ -371,12 +391,12 @@ def _cpu_observe_rows(
     if not _is_ready(rows):
         return _reference_observe_rows(rows, above, *statistics)
     _check_statistics(rows, *statistics)
-    rows = _rows_dense(rows)
+    rows = rows_dense(rows)
     tokens, features = rows.shape
     stride = max(rows.stride(0), features) if tokens > 1 else features
     magnitudes = torch.empty(tokens, dtype=torch.float32)
     pointers = [tensor.data_ptr() for tensor in (channel_amax, channel_sum_of_squares, histogram, extremes, counts[1:], magnitudes)]
-    _ran(cpu_kernels().qk_observe_rows(rows.data_ptr(), _INPUTS[rows.dtype], tokens, stride, 0, features, above, *pointers))
+    _ran(cpu_kernels().qk_observe_rows(rows.data_ptr(), INPUT_NUMBERS[rows.dtype], tokens, stride, 0, features, above, *pointers))
     _ran(cpu_kernels().qk_count_magnitudes(magnitudes.data_ptr(), 1, tokens, token_histogram.data_ptr()))
     counts[0] += tokens
     return None
@@ -386,12 +406,19 @@ def _cpu_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tupl
     return _cpu_quantize_blocks(rows, 1, group, format, rule)
 
 
+def _cpu_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
+    if scale.shape != (1,) or states.dim() != 4:
+        return _reference_quantize_kv(states, scale, format)
+    rows = states.reshape(-1, states.shape[-1])
+    return _cpu_encode_blocks(rows, scale.reshape(1, 1), *rows.shape, format).reshape(states.shape)
+
+
 def _cpu_pack_weight(codes: Tensor, packing: str) -> Tensor:
-    _check_codes(codes, packing)
+    check_codes(codes, packing)
     if cpu_kernels() is None or not codes.numel():
         return _reference_pack_weight(codes, packing)
-    codes = _rows_dense(codes)
-    packed = torch.empty(_packed_shape(codes), dtype=_packed_dtype(packing))
+    codes = rows_dense(codes)
+    packed = torch.empty(_packed_shape(codes), dtype=packed_dtype(packing))
     stride = max(codes.stride(0), codes.shape[1])
     _ran(cpu_kernels().qk_pack_weight(list(PACKINGS).index(packing), codes.data_ptr(), *codes.shape, stride, packed.data_ptr()))
     return packed
@@ -403,40 +430,15 @@ def _multiplies(activations: Tensor, dtype: torch.dtype, packed: Tensor, out_fea
     if activations.dim() != 2 or activations.dtype != dtype:
         raise ValueError(f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of {dtype}")
     needed = (-(-out_features // _PANEL), -(-inner // _INNER_UNIT) * _INNER_UNIT, _PANEL)
-    if tuple(packed.shape) != needed or packed.dtype != _packed_dtype(packing) or not packed.is_contiguous():
+    if tuple(packed.shape) != needed or packed.dtype != packed_dtype(packing) or not packed.is_contiguous():
         raise ValueError(f"the packed weight is {packed.dtype} {list(packed.shape)}; {out_features} output features of {inner} inputs need {list(needed)}")
     whole = group is None or group >= inner or group % 4 == 0
     fits_int32 = packing != "int8_dot" or inner < 1 << 17
     return cpu_kernels() is not None and activations.numel() > 0 and out_features > 0 and whole and fits_int32
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _side(tensor: Tensor | None, dtype: torch.dtype, *sizes: tuple[int, ...]) -> Tensor | None:
-    """The tensor as a kernel reads it. sizes: the allowed ones of each dimension."""
-    if tensor is None:
-        return None
-    if tensor.dim() != len(sizes) or any(size not in allowed for size, allowed in zip(tensor.shape, sizes)):
-        raise ValueError(f"a scale, bias or zero point has the shape {list(tensor.shape)}; needed is {[' or '.join(map(str, sorted(set(s)))) for s in sizes]}")
-    return tensor.to(dtype).contiguous()
-
-
-def _scales(scale: Tensor, rows: int, inner: int, group: int) -> tuple[Tensor, int, int]:
-    """The scale [rows or 1, groups or 1] and its steps from one row and one group to the next."""
-    groups = -(-inner // group)
-    scale = _side(scale, torch.float32, (1, rows), (1, groups))
-    return scale, scale.stride(0) if scale.shape[0] > 1 else 0, 1 if scale.shape[1] > 1 else 0
-
-
-def _weight_scales(scale: Tensor, out_features: int, inner: int, group: int) -> tuple[Tensor, int]:
-    scale = _side(scale, torch.float32, (1, -(-inner // group)), (out_features,))
-    return scale, out_features if scale.shape[0] > 1 else 0
-
-
 def _matrix_of(activations: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    activations = _rows_dense(activations)
+    activations = rows_dense(activations)
     rows, inner = activations.shape
     return activations, (activations.data_ptr(), rows, inner, max(activations.stride(0), inner))
 
@@ -450,14 +452,14 @@ def _cpu_matmul_int8(
         return _reference_matmul_int8(activations, activation_scale, packed, weight_scale, group, zero_point, weight_sums, bias, dtype)
     activations, matrix = _matrix_of(activations)
     rows, inner = activations.shape
-    own, *own_steps = _scales(activation_scale, rows, inner, group)
-    weight, weight_step = _weight_scales(weight_scale, out_features, inner, group)
-    bias, sums = _side(bias, torch.float32, (out_features,)), _side(weight_sums, torch.int32, (out_features,))
-    zero = _side(zero_point, torch.int32, (1, rows))
+    own, *own_steps = activation_scales(activation_scale, rows, inner, group)
+    weight, weight_step = weight_scales(weight_scale, out_features, inner, group)
+    bias, sums = side(bias, torch.float32, (out_features,)), side(weight_sums, torch.int32, (out_features,))
+    zero = side(zero_point, torch.int32, (1, rows))
     output = torch.empty(rows, out_features, dtype=dtype)
-    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
     scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
-    zeros = (_pointer(zero), 0 if zero is None or zero.numel() == 1 else 1, _pointer(sums))
+    zeros = (pointer(zero), 0 if zero is None or zero.numel() == 1 else 1, pointer(sums))
     _ran(cpu_kernels().qk_matmul_int8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, *zeros))
     return output
 
@@ -471,11 +473,11 @@ def _cpu_matmul_fp8(
         return _reference_matmul_fp8(activations, activation_scale, packed, weight_scale, group, powers_of_two, bias, dtype)
     activations, matrix = _matrix_of(activations)
     rows, inner = activations.shape
-    own, *own_steps = _scales(activation_scale, rows, inner, group)
-    weight, weight_step = _weight_scales(weight_scale, out_features, inner, group)
-    bias = _side(bias, torch.float32, (out_features,))
+    own, *own_steps = activation_scales(activation_scale, rows, inner, group)
+    weight, weight_step = weight_scales(weight_scale, out_features, inner, group)
+    bias = side(bias, torch.float32, (out_features,))
     output = torch.empty(rows, out_features, dtype=dtype)
-    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
     scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
     _ran(cpu_kernels().qk_matmul_fp8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, powers_of_two))
     return output
@@ -489,10 +491,10 @@ def _cpu_matmul_weight_only(
         return _reference_matmul_weight_only(inputs, packed, packing, weight_scale, group, powers_of_two, bias, dtype)
     inputs, matrix = _matrix_of(inputs)
     rows, inner = inputs.shape
-    weight, weight_step = _weight_scales(weight_scale, out_features, inner, group)
-    bias = _side(bias, torch.float32, (out_features,))
+    weight, weight_step = weight_scales(weight_scale, out_features, inner, group)
+    bias = side(bias, torch.float32, (out_features,))
     output = torch.empty(rows, out_features, dtype=dtype)
-    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
     which = list(PACKINGS).index(packing)
     _ran(cpu_kernels().qk_matmul_weight_only(*matrix, packed.data_ptr(), which, out_features, group, weight.data_ptr(), weight_step, *to, powers_of_two))
     return output
@@ -502,9 +504,9 @@ def _cpu_matmul_bf16(inputs: Tensor, packed: Tensor, out_features: int, bias: Te
     if not _multiplies(inputs, torch.bfloat16, packed, out_features, "bf16"):
         return _reference_matmul_bf16(inputs, packed, out_features, bias, dtype)
     inputs, matrix = _matrix_of(inputs)
-    bias = _side(bias, torch.float32, (out_features,))
+    bias = side(bias, torch.float32, (out_features,))
     output = torch.empty(inputs.shape[0], out_features, dtype=dtype)
-    to = (_pointer(bias), output.data_ptr(), _INPUTS[dtype], torch.get_num_threads())
+    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
     _ran(cpu_kernels().qk_matmul_bf16(*matrix, packed.data_ptr(), out_features, *to))
     return output
 
@@ -537,31 +539,46 @@ def _fake_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tup
     return _fake_quantize_blocks(rows, 1, group, format, rule)
 
 
+def _fake_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
+    check_states(states, scale)
+    return states.new_empty(states.shape, dtype=getattr(torch, FORMATS[format].torch_name))
+
+
 def _fake_pack_weight(codes: Tensor, packing: str) -> Tensor:
-    _check_codes(codes, packing)
-    return codes.new_empty(_packed_shape(codes), dtype=_packed_dtype(packing))
+    check_codes(codes, packing)
+    return codes.new_empty(_packed_shape(codes), dtype=packed_dtype(packing))
 
 
 def _fake_matmul_int8(activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
-    return activations.new_empty(activations.shape[0], weight_scale.shape[1], dtype=rest[-1])
+    return activations.new_empty(activations.shape[0], out_features_of(packed, weight_scale), dtype=rest[-1])
 
 
 def _fake_matmul_fp8(activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
-    return activations.new_empty(activations.shape[0], weight_scale.shape[1], dtype=rest[-1])
+    return activations.new_empty(activations.shape[0], out_features_of(packed, weight_scale), dtype=rest[-1])
 
 
 def _fake_matmul_weight_only(inputs: Tensor, packed: Tensor, packing: str, weight_scale: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], weight_scale.shape[1], dtype=rest[-1])
+    return inputs.new_empty(inputs.shape[0], out_features_of(packed, weight_scale), dtype=rest[-1])
 
 
 def _fake_matmul_bf16(inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return inputs.new_empty(inputs.shape[0], out_features, dtype=dtype)
 
 
+def _kernel_or_reference(kernel: Callable[..., Any], reference_of: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        result = kernel(*arguments)
+        return reference_of(*arguments) if result is None else result
+
+    return run
+
+
 for _name in (
     "block_amax", "encode_blocks", "quantize_blocks", "dequantize_blocks", "observe_rows", "quantize_rows",
-    "pack_weight", "matmul_int8", "matmul_fp8", "matmul_weight_only", "matmul_bf16",
+    "quantize_kv", "pack_weight", "matmul_int8", "matmul_fp8", "matmul_weight_only", "matmul_bf16",
 ):  # fmt: skip
     _library.impl(_name, globals()[f"_reference_{_name}"], "CompositeExplicitAutograd")
     _library.impl(_name, globals()[f"_cpu_{_name}"], "CPU")
     torch.library.register_fake(f"quantkit::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+    if _name in cuda_ops.KERNELS:
+        _library.impl(_name, _kernel_or_reference(cuda_ops.KERNELS[_name], globals()[f"_reference_{_name}"]), "CUDA")

@@ -13,6 +13,8 @@ ORDER = (
     ("formats",),
     ("scheme",),
     ("quantize", "packing", "native"),
+    ("arguments",),
+    ("cuda_ops",),
     ("ops", "layouts", "statistics"),
     ("linear",),
     ("observers", "ranks"),

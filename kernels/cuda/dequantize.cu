@@ -1,0 +1,54 @@
+// x[r][c] = code[r][c] * scale[r / block_rows][c / block_columns], float32: blocks of any shape.
+//
+// Bit for bit equal to quantkit/quantize.py: dequantize.
+
+#include "numbers.h"
+
+namespace {
+
+struct Blocks {
+    const uint8_t* codes;  // [rows, columns], rows row_stride apart
+    int64_t rows, columns, row_stride, block_rows, block_columns, across;
+    const float* scale;  // [block rows, across]
+    float* values;       // [rows, columns], dense
+};
+
+// Four codes of a thread, 16 bytes of output, where rows and blocks are multiples of four; one else.
+template <int FORMAT, int VECTOR>
+__global__ void __launch_bounds__(256) decode(const Blocks b) {
+    const int64_t of_row = b.columns / VECTOR, count = b.rows * of_row;
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+        const int64_t row = i / of_row, column = i % of_row * VECTOR;
+        const float scale = b.scale[row / b.block_rows * b.across + column / b.block_columns];
+        const uint8_t* from = b.codes + row * b.row_stride + column;
+        if constexpr (VECTOR == 1) {
+            b.values[i] = hw::multiply(numbers::decode(FORMAT, *from), scale);
+        } else {
+            const uint32_t codes = *reinterpret_cast<const uint32_t*>(from);
+            float values[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) values[j] = hw::multiply(numbers::decode(FORMAT, codes >> 8 * j & 0xFFu), scale);
+            reinterpret_cast<uint4*>(b.values)[i] = {hw::bits_of(values[0]), hw::bits_of(values[1]), hw::bits_of(values[2]), hw::bits_of(values[3])};
+        }
+    }
+}
+
+template <int FORMAT>
+int launch(const Blocks& b, void* stream) {
+    const bool aligned = reinterpret_cast<uintptr_t>(b.codes) % 4 == 0 && reinterpret_cast<uintptr_t>(b.values) % 16 == 0 && b.columns % 4 == 0 &&
+                         b.row_stride % 4 == 0 && (b.block_columns % 4 == 0 || b.across == 1);
+    const int64_t blocks = (b.rows * b.columns / (aligned ? 4 : 1) + 255) / 256, most = int64_t(hw::current_device().multiprocessors) * 64;
+    const hw::Grid grid{unsigned(blocks < most ? blocks : most), 1, 1};
+    return aligned ? hw::launch(decode<FORMAT, 4>, grid, 256, 0, stream, b) : hw::launch(decode<FORMAT, 1>, grid, 256, 0, stream, b);
+}
+
+}  // namespace
+
+// codes: [rows, columns] bytes, rows row_stride apart; scale: [block rows, block columns] float32; values: [rows, columns] float32, dense.
+// Returns 0, -1 for arguments that make no sense, or CUDA's error.
+extern "C" int qk_cuda_dequantize(const void* codes, int format, int64_t rows, int64_t columns, int64_t row_stride, int64_t block_rows, int64_t block_columns,
+                                  const float* scale, float* values, void* stream) {
+    if (rows < 1 || columns < 1 || row_stride < (rows > 1 ? columns : 0) || block_rows < 1 || block_columns < 1 || format < 0 || format >= QK_FORMATS) return -1;
+    const Blocks b{static_cast<const uint8_t*>(codes), rows, columns, row_stride, block_rows, block_columns, (columns + block_columns - 1) / block_columns, scale, values};
+    return format == QK_INT8 ? launch<QK_INT8>(b, stream) : launch<QK_E4M3>(b, stream);
+}
