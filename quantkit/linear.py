@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantkit import native, ops
+from quantkit import cuda_ops, native, ops
+from quantkit.arguments import SCALE_BLOCK
 from quantkit.formats import E8M0, FP8_E4M3, INT8
 from quantkit.quantize import QuantizedTensor, quantized_linear
 from quantkit.scheme import QuantScheme, QuantSpec
@@ -19,13 +20,15 @@ OPS = torch.ops.quantkit
 
 def kernel_for(weight: QuantSpec, inputs: QuantSpec | None, in_features: int, dtype: torch.dtype, device: str | torch.device) -> tuple[str | None, str]:
     """The op that multiplies by such a weight, or None and why there is none. inputs: what the scheme does to activations; dtype: theirs."""
-    if torch.device(device).type != "cpu":
-        return None, f"there are no kernels for {torch.device(device).type}"
-    if native.cpu_kernels() is None:
-        return None, "this installation has no compiled kernels, or QUANTKIT_KERNELS switches them off"
-    group = _group(weight, inputs, in_features)
-    if group is None or (group < in_features and group % 4):
-        return None, "no kernel has groups of activations and of weights of different sizes, or of no multiple of 4"
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return None, f"there are no kernels for {kind}"
+    missing = cuda_ops.missing_reason(device) if kind == "cuda" else _missing_on_cpu()
+    if missing:
+        return None, missing
+    group, unit = _group(weight, inputs, in_features), cuda_ops.GROUP_UNIT if kind == "cuda" else 4
+    if group is None or (group < in_features and group % unit):
+        return None, f"no kernel has groups of activations and of weights of different sizes, or of no multiple of {unit}"
     if weight.format not in (INT8, FP8_E4M3) or (inputs is not None and inputs.format is not weight.format):
         return None, f"no kernel multiplies {weight.format.name} weights by {inputs.format.name if inputs else dtype} activations"
     if inputs is None:
@@ -37,6 +40,10 @@ def kernel_for(weight: QuantSpec, inputs: QuantSpec | None, in_features: int, dt
     if weight.format is INT8 and in_features >= 1 << 17:
         return None, "int32 doesn't hold sums over 131072 input features or more"
     return "matmul_int8" if weight.format is INT8 else "matmul_fp8", ""
+
+
+def _missing_on_cpu() -> str | None:
+    return None if native.cpu_kernels() else "this installation has no compiled kernels, or QUANTKIT_KERNELS switches them off"
 
 
 def _group(weight: QuantSpec, inputs: QuantSpec | None, in_features: int) -> int | None:
@@ -73,8 +80,10 @@ class QuantizedLinear(nn.Module):
         self.kernel_bias = None if bias is None else bias.float()
 
     def _scale_of_outputs(self, weight: QuantizedTensor) -> Tensor:
-        """[groups, out_features] float32."""
+        """[groups, out_features] float32; on CUDA, which reads a scale of a block of 128 as one, [groups, blocks]."""
         rows = weight.spec.granularity.block_shape(self.out_features, self.in_features)[0]
+        if rows == SCALE_BLOCK and weight.scale.is_cuda:
+            return weight.scale.float().T.contiguous()
         scale = weight.scale.float().repeat_interleave(rows, dim=0)[: self.out_features] if weight.scale.shape[0] < self.out_features else weight.scale.float()
         return scale.T.contiguous()
 
@@ -93,7 +102,7 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None:
             return QuantizedTensor(self.codes, self.scale, self.spec)
         codes = ops.unpack_weight(self.packed, self.packing, self.out_features, self.in_features)
-        rows = self.spec.granularity.block_shape(self.out_features, self.in_features)[0]
+        rows = self.spec.granularity.block_shape(self.out_features, self.in_features)[0] if self.scale.shape[1] == self.out_features else 1
         return QuantizedTensor(codes, self.scale.T[::rows].contiguous(), self.spec)
 
     def _by_kernel(self, rows: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     amax = amax.float()
     if spec.scale_format is E8M0:
         return _power_of_two_scale(amax, spec.format)
-    scale = amax / spec.format.max
+    # By a tensor: by a number, torch multiplies with its reciprocal on CUDA.
+    scale = amax / amax.new_full((), spec.format.max)
     if spec.dynamic:
         return scale.clamp(min=INT8_DYNAMIC_FLOOR if spec.format is INT8 else FP8_DYNAMIC_FLOOR)
     stored = scale.bfloat16().float().clamp(min=SMALLEST_SCALE)

@@ -20,8 +20,8 @@ from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import Checkpoint, torch_dtype
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
-from quantkit.linear import QuantizedLinear, kernel_for
-from quantkit.quantize import QuantizedTensor, quantize
+from quantkit.linear import OPS, QuantizedLinear, kernel_for
+from quantkit.quantize import QuantizedTensor
 from quantkit.recording import PassingCache
 from quantkit.runtimes import as_computed
 from quantkit.scheme import QuantScheme
@@ -43,8 +43,8 @@ class QuantizedCache(PassingCache):
 
 
 def _through_fp8(states: Tensor, scale: Tensor) -> Tensor:
-    rows = states.reshape(-1, states.shape[-1])
-    return quantize(rows, KV_SPEC, scale.reshape(1, 1)).dequantize().reshape(states.shape).to(states.dtype)
+    codes = OPS.quantize_kv(states, scale, KV_SPEC.format.name)
+    return (codes.float() * scale).to(states.dtype)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     bool done = true, fenced = false;
+    bool (*is_ready)(const void*) = nullptr;  // of what it waits for
+    const void* condition = nullptr;
     Index index;
     std::vector<Copy> copies;
     std::deque<std::vector<Copy>> copy_groups;
@@ -135,9 +137,16 @@ inline void fail(const std::string& what) {
     for (;;) yield();
 }
 
+// The scheduler looks at the condition, and comes back when it holds.
 template <class Condition>
 void wait_until(Condition condition) {
-    while (!condition()) yield();
+    if (!condition()) {
+        Thread& self = *state.self;
+        self.condition = &condition;
+        self.is_ready = [](const void* waited) { return (*static_cast<const Condition*>(waited))(); };
+        yield();
+        self.is_ready = nullptr;
+    }
     ++state.progress;
 }
 
@@ -256,11 +265,12 @@ inline void run_block() {
         const uint64_t before = state.progress;
         alive = false;
         for (const size_t i : order) {
-            if (state.fibers[i].done) continue;
             state.self = &state.fibers[i];
+            if (state.self->done) continue;
+            alive = true;
+            if (state.self->is_ready && !state.self->is_ready(state.self->condition)) continue;
             swapcontext(&state.scheduler, &state.self->context);
             if (!state.fault.empty()) return;
-            alive |= !state.self->done;
         }
         if (!perform_boxes(false) && alive && state.progress == before && !perform_boxes(true)) {
             state.fault = "deadlock";
