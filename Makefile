@@ -1,16 +1,18 @@
 # make demo, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
-# No GPU or model hub is needed; a C++ compiler, where there is one, builds the CPU kernels.
+# No GPU or model hub is needed; a C++ compiler, where there is one, builds the CPU kernels, and nvcc the CUDA kernels.
+# make gpu is for a machine with a GPU: it runs from this tree with the torch that PYTHON has, and installs nothing.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint quality speed clean help
+.PHONY: demo test lint quality speed gpu clean help
 
 help:
 	@echo "make demo     quantize and judge a real small model, in minutes"
 	@echo "make test     run the tests"
 	@echo "make lint     check the style"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
+	@echo "make gpu      check, measure and evaluate the CUDA kernels on this machine's GPU, in nine minutes, without a network"
 	@echo "make speed    measure export beside cp, calibrate beside the forward, CPU kernels beside a copy (25 GB of disk)"
 
 demo: $(VENV)/installed
@@ -32,8 +34,11 @@ speed: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/export.py
 	$(VENV)/bin/python benchmarks/calibrate.py
 
+gpu:
+	$(PYTHON) kernels/bench/gpu.py
+
 # The stamp is written last, so an interrupted install is begun again.
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/cpu/*)
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/cpu/* kernels/cuda/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@

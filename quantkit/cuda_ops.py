@@ -49,6 +49,21 @@ def missing_reason(device: str | torch.device | None = None) -> str | None:
     return None
 
 
+def what_runs(capability: tuple[int, int]) -> str:
+    """How a device of this compute capability multiplies."""
+    if capability[0] == 9:
+        return f"FP8 and INT8 by wgmma, up to {MOST_DECODE_TOKENS} tokens and weights alone by mma.sync"
+    if capability[0] == 10:
+        return f"INT8 and weights alone by mma.sync, FP8 of more than {MOST_DECODE_TOKENS} tokens by torch._scaled_mm where it takes them, else by mma.sync"
+    return "INT8, FP8 and weights alone by mma.sync" + ("" if capability >= (8, 9) else ", E4M3 as float16, which is slower than bfloat16")
+
+
+def level(device: str | torch.device) -> str:
+    """The architecture whose kernels run on a device: "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 def quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor] | None:
     if not _is_ready(rows) or rows.dim() != 2 or rows.dtype not in INPUT_NUMBERS:
         return None

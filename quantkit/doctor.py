@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,7 +24,7 @@ def examine() -> dict[str, Any]:
         found = _version(package)
         checks.append(_check(package, found) if found else _check(package, f"not installed (pip install 'quantkit[{extra}]')", "note"))
     if _version("torch"):
-        checks += [_check_arithmetic(), _check_kernels(), *_devices()]
+        checks += [_check_arithmetic(), _check_kernels(), _check_cuda_kernels(), *_devices()]
     return {"ok": all(check["status"] != "broken" for check in checks), "checks": checks}
 
 
@@ -86,7 +87,33 @@ def _check_kernels() -> dict[str, str]:
     return _check("CPU kernels", f"{level}: quantize, dequantize, multiply INT8, FP8, bfloat16; equal to the reference")
 
 
-def _multiplication_fault() -> str | None:
+def _check_cuda_kernels() -> dict[str, str]:
+    """Which CUDA kernels there are, what this machine's device runs of them, and whether they give the reference's outputs."""
+    import torch
+
+    from quantkit import cuda_ops, native
+
+    architectures = native.cuda_architectures()
+    if not architectures:
+        asked = os.environ.get("QUANTKIT_KERNELS") == "reference"
+        why = "switched off by QUANTKIT_KERNELS" if asked else "not built: install quantkit again where there is nvcc, or beside its extra cuda-build"
+        return _check("CUDA kernels", f"none ({why}); on a GPU torch's own ops run, slower", "note")
+    built = f"built for {', '.join(f'sm_{name}' for name in architectures)}"
+    if not torch.cuda.is_available():
+        return _check("CUDA kernels", f"{built}; no CUDA device here to run them")
+    missing = cuda_ops.missing_reason()
+    if missing:
+        return _check("CUDA kernels", f"{built}; {missing}; torch's own ops run, slower", "note")
+    try:
+        fault = _multiplication_fault("cuda")
+    except RuntimeError as error:
+        return _check("CUDA kernels", f"{built}; {str(error).splitlines()[0]}; set QUANTKIT_KERNELS=reference", "broken")
+    if fault:
+        return _check("CUDA kernels", f"{built}; {fault} is multiplied otherwise than by the reference; set QUANTKIT_KERNELS=reference", "broken")
+    return _check("CUDA kernels", f"{built}; here {cuda_ops.what_runs(torch.cuda.get_device_capability())}; agree with the reference")
+
+
+def _multiplication_fault(device: str = "cpu") -> str | None:
     """The scheme that a kernel multiplies wrong here, if one does."""
     import torch
 
@@ -98,10 +125,12 @@ def _multiplication_fault() -> str | None:
     values, inputs = torch.linspace(-3, 3, 48 * 256).sin().reshape(48, 256).bfloat16(), torch.linspace(-2, 2, 33 * 256).cos().reshape(33, 256).bfloat16()
     for scheme in SCHEMES.values():
         weight, scale = ops.quantize(values, scheme.weight), torch.tensor([0.0156]) if scheme.needs_calibration else None
-        ours, expected = (QuantizedLinear(weight, scheme, scale, None, torch.bfloat16, use_kernel)(inputs).float() for use_kernel in (True, False))
+        moved, moved_scale = replace(weight, qdata=weight.qdata.to(device), scale=weight.scale.to(device)), None if scale is None else scale.to(device)
+        ours = QuantizedLinear(moved, scheme, moved_scale, None, torch.bfloat16)(inputs.to(device)).float().cpu()
+        expected = QuantizedLinear(weight, scheme, scale, None, torch.bfloat16, False)(inputs).float()
         exact = scheme.weight.format is INT8 and scheme.input is not None
-        # INT8 sums are exact; others differ by float32's rounding of 256 products, and then by one step of bfloat16 at most.
-        if not torch.allclose(ours, expected, **({"rtol": 0, "atol": 0} if exact else {"rtol": 2.0**-7, "atol": 1e-4})):
+        # INT8 sums are exact; others differ by float32's rounding of 256 products (on Hopper FP8 sums have fewer bits), and then by one step of bfloat16 at most.
+        if not torch.allclose(ours, expected, **({"rtol": 0, "atol": 0} if exact else {"rtol": 2.0**-7, "atol": 1e-4 if device == "cpu" else 0.05})):
             return scheme.name
     return None
 

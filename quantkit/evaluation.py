@@ -192,7 +192,7 @@ def _judge_all(
         "windows": len(windows.windows),
         "device": device,
         "hardware": options.hardware,
-        "kernel_level": cpu_level(),
+        "kernel_level": _kernel_level(device),
         "base": {
             "path": str(options.base),
             "perplexity": _perplexity(base_judged.nll, units),
@@ -458,6 +458,14 @@ def _quant_result(
             entry["more_tokens_needed"] = max(0, round(windows.tokens_scored * (factor - 1)))
         judged_gates.append(entry)
     return result, judged_gates
+
+
+def _kernel_level(device: str) -> str:
+    if device == "cpu":
+        return cpu_level()
+    from quantkit import cuda_ops
+
+    return "reference" if cuda_ops.missing_reason(device) else cuda_ops.level(device)
 
 
 def _exec(kernels: Mapping[str, int]) -> str:

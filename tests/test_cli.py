@@ -120,7 +120,7 @@ def test_schemes_lists_nine_with_runtimes(run, run_json):
 
 def test_doctor_finds_nothing_broken_here(run_json):
     examination = run_json("doctor")
-    assert examination["ok"] and {"torch", "FP8 and INT8 rounding", "CPU kernels"} <= {check["name"] for check in examination["checks"]}
+    assert examination["ok"] and {"torch", "FP8 and INT8 rounding", "CPU kernels", "CUDA kernels"} <= {check["name"] for check in examination["checks"]}
 
 
 def test_doctor_exits_with_1_when_something_is_broken(run, monkeypatch):

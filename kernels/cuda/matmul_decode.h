@@ -95,8 +95,9 @@ QK_DEVICE void add_group(const Product& p, const Sum (&sums)[TALL][BLOCKS][4], f
         }
 }
 
+// Two blocks on a multiprocessor have 128 registers a thread, which groups of 16 tokens don't do with.
 template <class Operands, int BLOCKS, bool GROUPED>
-__global__ void __launch_bounds__(THREADS, 2) matmul(const Product p) {
+__global__ void __launch_bounds__(THREADS, GROUPED && BLOCKS == 2 ? 1 : 2) matmul(const Product p) {
     using Sum = typename Operands::Sum;
     using Total = std::conditional_t<GROUPED, float, Sum>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_feature = blockIdx.x * FEATURES;

@@ -3,7 +3,7 @@
 // So the .cu files run as they are, with a C++ compiler and no GPU. The emulator keeps to the PTX ISA where a kernel can go wrong: fragments' layouts, the bits of
 // wgmma's operands, the copy engine's swizzle and its zeros beyond the ends, phases and transaction counts of barriers. What the hardware does in the background is
 // done as late as it may be (a copy when it is waited for or at some time before, wgmma when it is waited for) and what must not be read before then is poisoned.
-// Threads run in an order that a seed decides. A block in which nobody can go on, or a wrong use, ends the launch with a fault.
+// Threads run in an order that a seed decides, and hesitate at barriers. A block in which nobody can go on, or a wrong use, ends the launch with a fault.
 // What it can't show: speed, true concurrency of memory (each access is seen at once by all), and an error in the reading of the ISA that it was written from.
 #pragma once
 
@@ -148,6 +148,13 @@ void wait_until(Condition condition) {
         self.is_ready = nullptr;
     }
     ++state.progress;
+}
+
+// Where the hardware might let others go first. Without a seed they don't.
+inline void hesitate() {
+    if (!state.seed || next_random() % 2) return;
+    ++state.progress;
+    yield();
 }
 
 // perform(brought) is called once, by the last to come.
@@ -444,6 +451,7 @@ inline void wait_wgmma(size_t left) {
 #define gridDim (emulator::state.grid)
 
 inline void __syncthreads() {
+    emulator::hesitate();
     emulator::meet(emulator::state.all, int(emulator::state.fibers.size()), int(threadIdx.x), "__syncthreads", nullptr, [](const auto&) {});
 }
 inline void __syncwarp() {
@@ -563,7 +571,10 @@ inline void barrier_arrive_expecting(Barrier* barrier, uint32_t bytes) {
     bits.bytes += int32_t(bytes), --bits.missing;
     emulator::complete_phase(bits);
 }
-inline void barrier_arrive(Barrier* barrier) { barrier_arrive_expecting(barrier, 0); }
+inline void barrier_arrive(Barrier* barrier) {
+    barrier_arrive_expecting(barrier, 0);
+    emulator::hesitate();
+}
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
     emulator::wait_until([&] { return emulator::bits_of(barrier).phase != parity; });
 }
