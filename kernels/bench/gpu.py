@@ -61,6 +61,12 @@ class blake3:
         return self._hash.digest()
 """
 
+# Where quantkit is installed editable, its finder would come before PYTHONPATH.
+SITECUSTOMIZE = """import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if not {"ScikitBuildRedirectingFinder", "_EditableFinder"} & {type(finder).__name__, getattr(finder, "__name__", "")}]
+"""
+
 
 class Campaign:
     def __init__(self, output: Path, seconds: float, libraries: Path | None, model: Path | None) -> None:
@@ -116,6 +122,7 @@ class Campaign:
     def run(self, stages: list[str]) -> int:
         self.results["machine"] = machine()
         shutil.copytree(ROOT / "quantkit", self.site / "quantkit", ignore=shutil.ignore_patterns("__pycache__", "*.so*"))
+        (self.site / "sitecustomize.py").write_text(SITECUSTOMIZE)
         if importlib.util.find_spec("blake3") is None:
             (self.site / "blake3.py").write_text(BLAKE3)
         for stage in stages:
