@@ -16,9 +16,9 @@ from torch import Tensor
 from quantkit import cuda_ops, ops
 
 E4M3 = torch.float8_e4m3fn
-# Tokens for each path: decode with one and two blocks, swapped tiles of 32 and 64, tiles of 128 and 256 rows.
-TOKENS = (1, 16, 20, 50, 100, 300)
-FEATURES, INNER = 272, 400
+# (tokens, out_features) for each path: decode with one and two blocks, swapped tiles of 32 and 64, tiles of 128 rows, and of 256 where they are more than multiprocessors.
+SHAPES = ((1, 272), (16, 272), (20, 272), (50, 272), (100, 272), (300, 272), (1100, 3456))
+INNER = 400
 
 
 def small(*shape: int) -> Tensor:
@@ -29,8 +29,8 @@ def small(*shape: int) -> Tensor:
 def multiply(kind: str) -> Callable[[], bool]:
     def run() -> bool:
         right = True
-        for tokens in TOKENS:
-            left, weight, own, scale = small(tokens, INNER), small(FEATURES, INNER), torch.rand(tokens, 1), torch.rand(1, FEATURES)
+        for tokens, features in SHAPES:
+            left, weight, own, scale = small(tokens, INNER), small(features, INNER), torch.rand(tokens, 1), torch.rand(1, features)
             expected = left @ weight.T
             if kind == "int8":
                 packed = cuda_ops.pack_weight(weight.to(torch.int8).cuda(), "int8_dot")
@@ -41,18 +41,21 @@ def multiply(kind: str) -> Callable[[], bool]:
                 output = cuda_ops.matmul_fp8(left.to(E4M3).cuda(), own.cuda(), packed, scale.cuda(), INNER, False, None, torch.float32)
                 expected = expected * own * scale
             elif kind == "fp8-block":
-                packed, groups, blocks = cuda_ops.pack_weight(weight.to(E4M3).cuda(), "e4m3"), -(-INNER // 128), -(-FEATURES // 128)
+                packed, groups, blocks = cuda_ops.pack_weight(weight.to(E4M3).cuda(), "e4m3"), -(-INNER // 128), -(-features // 128)
                 powers = torch.exp2(torch.arange(groups).float())
                 own, scale = powers.expand(tokens, groups).contiguous(), torch.exp2(torch.arange(blocks).float()).expand(groups, blocks).contiguous()
                 output = cuda_ops.matmul_fp8(left.to(E4M3).cuda(), own.cuda(), packed, scale.cuda(), 128, False, None, torch.float32)
-                expected = (left * powers.repeat_interleave(128)[:INNER]) @ weight.T * scale[0].repeat_interleave(128)[:FEATURES]
+                expected = (left * powers.repeat_interleave(128)[:INNER]) @ weight.T * scale[0].repeat_interleave(128)[:features]
             else:
                 packing, codes = ("int8", weight.to(torch.int8)) if kind == "int8-weight" else ("e4m3", weight.to(E4M3))
                 packed = cuda_ops.pack_weight(codes.cuda(), packing)
                 output = cuda_ops.matmul_weight_only(left.bfloat16().cuda(), packed, packing, scale.cuda(), INNER, False, None, torch.float32)
                 expected = expected * scale
             if not torch.equal(output.cpu(), expected):
-                print(f"  {kind}, {tokens} tokens: {int((output.cpu() != expected).sum())} of {expected.numel()} outputs are wrong", flush=True)
+                print(
+                    f"  {kind}, {tokens} tokens, {features} features: {int((output.cpu() != expected).sum())} of {expected.numel()} outputs are wrong",
+                    flush=True,
+                )
                 right = False
         return right
 

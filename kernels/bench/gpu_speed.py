@@ -123,10 +123,10 @@ def multiplication(kind: str, out_features: int, in_features: int, tokens: int) 
             rows, own = OPS.quantize_rows(inputs, 128, "FP8_E4M3", "dynamic")
             blocks = torch.rand(in_features // 128, out_features // 128, device="cuda") / in_features
             ours = around(packed, lambda w: OPS.matmul_fp8(rows, own, w, blocks, 128, False, None, bfloat16))
-            # torch wants the scales of 1 x 128 groups with neighbouring tokens side by side.
-            turned = own.t().contiguous().t()
+            # torch wants the scales of 1 x 128 groups with neighbouring tokens side by side, those of blocks with neighbours along in_features.
+            turned, turned_blocks = own.t().contiguous().t(), blocks.t().contiguous().t()
             rivals["torch._scaled_mm block-wise"] = lambda: around(
-                codes, lambda w: torch._scaled_mm(rows, w.t(), scale_a=turned, scale_b=blocks, out_dtype=bfloat16)
+                codes, lambda w: torch._scaled_mm(rows, w.t(), scale_a=turned, scale_b=turned_blocks, out_dtype=bfloat16)
             )
     elif kind == "int8":
         codes = copies_of(torch.randint(-127, 128, weight.shape, dtype=torch.int8, device="cuda"))

@@ -13,13 +13,17 @@ struct Blocks {
     float* values;       // [rows, columns], dense
 };
 
-// Four codes of a thread, 16 bytes of output, where rows and blocks are multiples of four; one else.
+// Four codes of a thread, 16 bytes of output, where rows and blocks are multiples of four; one else. A block of threads has a row.
 template <int FORMAT, int VECTOR>
 __global__ void __launch_bounds__(256) decode(const Blocks b) {
-    const int64_t of_row = b.columns / VECTOR, count = b.rows * of_row;
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-        const int64_t row = i / of_row, column = i % of_row * VECTOR;
-        const float scale = b.scale[row / b.block_rows * b.across + column / b.block_columns];
+    const int64_t row = blockIdx.x;
+    const int of_row = int(b.columns / VECTOR);
+    const uint32_t block_columns = uint32_t(b.block_columns < b.columns ? b.block_columns : b.columns);
+    const float* const scales = b.scale + row / b.block_rows * b.across;
+    for (int at = int(threadIdx.x); at < of_row; at += int(blockDim.x)) {
+        const uint32_t column = uint32_t(at) * VECTOR;
+        const int64_t i = row * of_row + at;
+        const float scale = scales[column / block_columns];
         const uint8_t* from = b.codes + row * b.row_stride + column;
         if constexpr (VECTOR == 1) {
             b.values[i] = hw::multiply(numbers::decode(FORMAT, *from), scale);
@@ -37,9 +41,11 @@ template <int FORMAT>
 int launch(const Blocks& b, void* stream) {
     const bool aligned = reinterpret_cast<uintptr_t>(b.codes) % 4 == 0 && reinterpret_cast<uintptr_t>(b.values) % 16 == 0 && b.columns % 4 == 0 &&
                          b.row_stride % 4 == 0 && (b.block_columns % 4 == 0 || b.across == 1);
-    const int64_t blocks = (b.rows * b.columns / (aligned ? 4 : 1) + 255) / 256, most = int64_t(hw::current_device().multiprocessors) * 64;
-    const hw::Grid grid{unsigned(blocks < most ? blocks : most), 1, 1};
-    return aligned ? hw::launch(decode<FORMAT, 4>, grid, 256, 0, stream, b) : hw::launch(decode<FORMAT, 1>, grid, 256, 0, stream, b);
+    if (b.rows >= int64_t(1) << 31 || b.columns >= int64_t(1) << 31) return -1;
+    const int64_t of_row = b.columns / (aligned ? 4 : 1);
+    const int threads = of_row >= 256 ? 256 : int((of_row + 31) / 32 * 32);
+    const hw::Grid grid{unsigned(b.rows), 1, 1};
+    return aligned ? hw::launch(decode<FORMAT, 4>, grid, threads, 0, stream, b) : hw::launch(decode<FORMAT, 1>, grid, threads, 0, stream, b);
 }
 
 }  // namespace

@@ -178,19 +178,16 @@ __global__ void __launch_bounds__(THREADS, 1) matmul(const Product p) {
     }
 }
 
-// 64 tokens where there are no more, 128 else.
+// 64 tokens where there are no more, 128 else; groups, which are rare here, in one size.
 template <class Operands>
 int launch(const Product& p, void* stream) {
     const auto run = [&](auto kernel, int tokens, int bytes) {
         const hw::Grid grid{unsigned(multiply::count_of(p.tokens, tokens)), unsigned(multiply::count_of(p.features, FEATURES)), 1};
         return hw::launch(kernel, grid, THREADS, size_t(STAGES) * bytes, stream, p);
     };
-    if (p.tokens > 64) {
-        constexpr int BYTES = Stages<Operands, 128>::BYTES;
-        return p.is_grouped() ? run(matmul<Operands, 128, true>, 128, BYTES) : run(matmul<Operands, 128, false>, 128, BYTES);
-    }
-    constexpr int BYTES = Stages<Operands, 64>::BYTES;
-    return p.is_grouped() ? run(matmul<Operands, 64, true>, 64, BYTES) : run(matmul<Operands, 64, false>, 64, BYTES);
+    if (p.is_grouped()) return run(matmul<Operands, 128, true>, 128, Stages<Operands, 128>::BYTES);
+    if (p.tokens > 64) return run(matmul<Operands, 128, false>, 128, Stages<Operands, 128>::BYTES);
+    return run(matmul<Operands, 64, false>, 64, Stages<Operands, 64>::BYTES);
 }
 
 }  // namespace tile

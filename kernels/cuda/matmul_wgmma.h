@@ -119,30 +119,25 @@ QK_DEVICE void write(const Product& p, const Sum (&sums)[COUNT], int left_row, i
     }
 }
 
-// The group's sums, scaled, into the totals. One weight scale serves the tile (scale_columns is 128), so `weight_scale` is a number.
-template <bool SWAPPED, int COUNT>
-QK_DEVICE void add_group(const Product& p, const float (&sums)[COUNT], float (&totals)[COUNT], int left_row, int right_row, int group, float weight_scale) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (SWAPPED) {
+// The scales of one group that a thread needs: of its tokens, times that of the weights, of which one serves the tile (scale_columns is 128).
+template <bool SWAPPED, int LEFT, int COUNT>
+struct GroupScales {
+    static constexpr int TOKENS = SWAPPED ? COUNT / 2 : 2 * LEFT;
+    float of_token[TOKENS], of_weight;
+
+    QK_DEVICE void load(const Product& p, int left_row, int right_row, int group) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            if (i & 2) continue;
-            const int token = right_row + i / 4 * 8 + 2 * (lane % 4) + i % 2;
-            const float scale = weight_scale * p.scale_of_token(token < p.tokens ? token : p.tokens - 1, group);
-            totals[i] += sums[i] * scale;
-            totals[i + 2] += sums[i + 2] * scale;
+        for (int i = 0; i < TOKENS; ++i) {
+            const int token = SWAPPED ? right_row + 8 * (i / 2) + 2 * (lane % 4) + i % 2 : left_row + 64 * (i / 2) + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * (i % 2);
+            of_token[i] = p.scale_of_token(token < p.tokens ? token : p.tokens - 1, group);
         }
-    } else {
-        float scale[2];
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-            const int token = left_row + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * lower;
-            scale[lower] = weight_scale * p.scale_of_token(token < p.tokens ? token : p.tokens - 1, group);
-        }
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) totals[i] += sums[i] * scale[i / 2 % 2];
+        const int feature = SWAPPED ? left_row : right_row;
+        of_weight = p.scale_of_feature(feature < p.features ? feature : p.features - 1, group);
     }
-}
+    // Of element i of the sums of a half: elements 2 and 3 of four are 8 left rows further.
+    QK_DEVICE float of(int half, int i) const { return of_weight * of_token[SWAPPED ? i / 4 * 2 + i % 2 : 2 * half + i / 2 % 2]; }
+};
 
 #endif
 
@@ -209,9 +204,8 @@ __global__ void __launch_bounds__(THREADS, 1) matmul(const Product p, const __gr
             }
             int previous = 0;
             for (int step = 0; step < steps; ++step) {
-                float weight_scale = 1.0f;
-                const int group = GROUPED ? step * DEPTH / p.group : 0;
-                if constexpr (GROUPED) weight_scale = p.scale_of_feature((S::SWAPPED ? place.left * S::LEFT_ROWS : right_row), group);
+                GroupScales<S::SWAPPED, LEFT, COUNT> scales;
+                if constexpr (GROUPED) scales.load(p, left_row, right_row, step * DEPTH / p.group);  // on their way while the stage is waited for
                 hw::barrier_wait(full + stage, phase);
                 const uint64_t left = hw::wgmma_operand(shared + stage * S::STAGE_BYTES + group_first * DEPTH);
                 const uint64_t right = hw::wgmma_operand(shared + stage * S::STAGE_BYTES + S::LEFT_BYTES);
@@ -226,12 +220,8 @@ __global__ void __launch_bounds__(THREADS, 1) matmul(const Product p, const __gr
                         hw::wgmma_commit();
                         hw::wgmma_wait<0>();
                         if (half == LEFT - 1) release(stage);
-                        if constexpr (GROUPED) {
-                            add_group<S::SWAPPED>(p, sums, totals[half], left_row + 64 * half, right_row, group, weight_scale);
-                        } else {
 #pragma unroll
-                            for (int i = 0; i < COUNT; ++i) totals[half][i] += sums[i];
-                        }
+                        for (int i = 0; i < COUNT; ++i) totals[half][i] += GROUPED ? sums[i] * scales.of(half, i) : sums[i];
                     }
                 } else {
                     hw::wgmma_fence();

@@ -15,14 +15,17 @@ struct States {
     uint8_t* codes;      // the same shape, dense
 };
 
-// VECTOR: elements that a thread encodes; 16 bytes of them where all is aligned to that, one else.
+// VECTOR: elements that a thread encodes; 16 bytes of them where all is aligned to that, one else. Blocks: x for each head of each outer index, y along its
+// tokens. Divisions, which would cost more than the memory, are left to rows that are not dense, in 32 bits where those do.
 template <int INPUT, int FORMAT, int VECTOR>
 __global__ void __launch_bounds__(256) encode(const States s) {
-    const int64_t of_row = s.width / VECTOR, count = s.outer * s.heads * s.tokens * of_row;
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-        const int64_t row = i / of_row, token = row % s.tokens, head = row / s.tokens % s.heads, outer = row / s.tokens / s.heads;
-        const int64_t from = outer * s.outer_step + head * s.head_step + token * s.token_step + i % of_row * VECTOR;
-        const numbers::Divider divide(s.scale[head * s.scale_step]);
+    const int64_t pair = blockIdx.x, head = pair % s.heads, outer = pair / s.heads, of_row = s.width / VECTOR, count = s.tokens * of_row;
+    const int64_t base = outer * s.outer_step + head * s.head_step;
+    const bool is_dense = s.token_step == s.width, is_short = count < int64_t(1) << 32;
+    const numbers::Divider divide(s.scale[head * s.scale_step]);
+    for (int64_t at = blockIdx.y * int64_t(blockDim.x) + threadIdx.x; at < count; at += int64_t(gridDim.y) * blockDim.x) {
+        const int64_t token = is_dense ? 0 : is_short ? int64_t(uint32_t(at) / uint32_t(of_row)) : at / of_row;
+        const int64_t from = base + token * s.token_step + (at - token * of_row) * VECTOR, i = pair * count + at;
         if constexpr (VECTOR == 1) {
             s.codes[i] = uint8_t(numbers::encode<FORMAT>(divide(numbers::load<INPUT>(s.values, from))));
         } else {
@@ -48,9 +51,9 @@ int launch(const States& s, void* stream) {
     constexpr int VECTOR = INPUT == QK_FLOAT32 ? 4 : 8;
     const bool aligned = reinterpret_cast<uintptr_t>(s.values) % 16 == 0 && reinterpret_cast<uintptr_t>(s.codes) % VECTOR == 0 && s.width % VECTOR == 0 &&
                          s.outer_step % VECTOR == 0 && s.head_step % VECTOR == 0 && s.token_step % VECTOR == 0;
-    const int64_t count = s.outer * s.heads * s.tokens * s.width / (aligned ? VECTOR : 1), blocks = (count + 255) / 256;
-    const int64_t most = int64_t(hw::current_device().multiprocessors) * 64;  // some rounds for each thread that can be there at one time, no more blocks than that
-    const hw::Grid grid{unsigned(blocks < most ? blocks : most), 1, 1};
+    const int64_t pairs = s.outer * s.heads, blocks = (s.tokens * s.width / (aligned ? VECTOR : 1) + 255) / 256;
+    if (pairs >= int64_t(1) << 31) return -1;
+    const hw::Grid grid{unsigned(pairs), unsigned(blocks < 65535 ? blocks : 65535), 1};  // 65535: the most that y takes; threads go on from there
     if (aligned) return hw::launch(encode<INPUT, FORMAT, VECTOR>, grid, 256, 0, stream, s);
     return hw::launch(encode<INPUT, FORMAT, 1>, grid, 256, 0, stream, s);
 }

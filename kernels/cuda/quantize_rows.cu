@@ -101,21 +101,25 @@ __global__ void __launch_bounds__(1024) quantize_long(const Rows r) {
     }
 }
 
-// LANES neighbouring lanes for each group of LANES vectors; a row is whole groups.
+// LANES neighbouring lanes for each group of LANES vectors; a row is whole groups, and one block of threads: no index needs a division.
 template <int INPUT, int FORMAT, int LANES>
 __global__ void __launch_bounds__(256) quantize_groups(const Rows r) {
-    const int64_t vector = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, of_row = r.columns / VECTOR<INPUT>;
-    const int64_t row = vector / of_row, at = vector % of_row;
-    const bool is_there = row < r.rows;  // all lanes take part in the exchange below
-    const int element = INPUT == QK_FLOAT32 ? 4 : 2;
-    const uint4 x = is_there ? hw::load_once(static_cast<const char*>(r.values) + row * r.row_stride * element + VECTOR_BYTES * at) : uint4{0, 0, 0, 0};
-    uint32_t largest = largest_of<INPUT>(x, 0);
+    const int64_t row = blockIdx.x;
+    const int vectors = int(r.columns / VECTOR<INPUT>);
+    const char* const bytes = static_cast<const char*>(r.values) + row * r.row_stride * (INPUT == QK_FLOAT32 ? 4 : 2);
+#pragma unroll 2
+    for (int first = 0; first < vectors; first += int(blockDim.x)) {
+        const int at = first + int(threadIdx.x);
+        const bool is_there = at < vectors;  // all lanes take part in the exchange below
+        const uint4 x = is_there ? hw::load_once(bytes + VECTOR_BYTES * int64_t(at)) : uint4{0, 0, 0, 0};
+        uint32_t largest = largest_of<INPUT>(x, 0);
 #pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2) largest = larger(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
-    if (!is_there) return;
-    const float scale = numbers::choose_scale<FORMAT>(hw::float_of(largest), r.rule);
-    if (at % LANES == 0) r.scale[row * r.groups + at / LANES] = scale;
-    encode_vector<INPUT, FORMAT>(x, numbers::Divider(scale), r.codes + row * r.columns + VECTOR<INPUT> * at);
+        for (int distance = LANES / 2; distance > 0; distance /= 2) largest = larger(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
+        if (!is_there) continue;
+        const float scale = numbers::choose_scale<FORMAT>(hw::float_of(largest), r.rule);
+        if (at % LANES == 0) r.scale[row * r.groups + at / LANES] = scale;
+        encode_vector<INPUT, FORMAT>(x, numbers::Divider(scale), r.codes + row * r.columns + VECTOR<INPUT> * int64_t(at));
+    }
 }
 
 template <int INPUT, int FORMAT>
@@ -126,13 +130,14 @@ int launch(const Rows& r, void* stream) {
                          r.columns % VECTOR_ELEMENTS == 0 && r.group % VECTOR_ELEMENTS == 0;
     const int64_t lanes = r.group / VECTOR_ELEMENTS;
     if (vectors && r.columns % r.group == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32)) {
-        const int64_t blocks = (r.rows * (r.columns / VECTOR_ELEMENTS) + 255) / 256;
-        if (blocks >= int64_t(1) << 31) return -1;
-        const hw::Grid grid{unsigned(blocks), 1, 1};
-        if (lanes == 4) return hw::launch(quantize_groups<INPUT, FORMAT, 4>, grid, 256, 0, stream, r);
-        if (lanes == 8) return hw::launch(quantize_groups<INPUT, FORMAT, 8>, grid, 256, 0, stream, r);
-        if (lanes == 16) return hw::launch(quantize_groups<INPUT, FORMAT, 16>, grid, 256, 0, stream, r);
-        return hw::launch(quantize_groups<INPUT, FORMAT, 32>, grid, 256, 0, stream, r);
+        const int64_t of_row = r.columns / VECTOR_ELEMENTS;
+        if (r.rows >= int64_t(1) << 31 || of_row >= int64_t(1) << 30) return -1;
+        const hw::Grid grid{unsigned(r.rows), 1, 1};
+        const int threads = of_row >= 256 ? 256 : int((of_row + 31) / 32 * 32);
+        if (lanes == 4) return hw::launch(quantize_groups<INPUT, FORMAT, 4>, grid, threads, 0, stream, r);
+        if (lanes == 8) return hw::launch(quantize_groups<INPUT, FORMAT, 8>, grid, threads, 0, stream, r);
+        if (lanes == 16) return hw::launch(quantize_groups<INPUT, FORMAT, 16>, grid, threads, 0, stream, r);
+        return hw::launch(quantize_groups<INPUT, FORMAT, 32>, grid, threads, 0, stream, r);
     }
     if (r.rows * r.groups >= int64_t(1) << 31) return -1;
     const hw::Grid grid{unsigned(r.rows * r.groups), 1, 1};
