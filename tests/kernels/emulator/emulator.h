@@ -307,10 +307,18 @@ inline float float16(uint32_t x) {
     float value = magnitude >= 0x7C00 ? (magnitude & 0x3FF ? NAN : INFINITY) : magnitude < 0x400 ? std::ldexp(float(magnitude), -24) : float_of((magnitude << 13) + (112u << 23));
     return sign ? -value : value;
 }
-inline float e4m3(uint8_t code) {
+inline float e4m3_of(int code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;
     const float value = exponent == 15 && mantissa == 7 ? NAN : exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
     return code & 0x80 ? -value : value;
+}
+inline float e4m3(uint8_t code) {
+    static const std::vector<float> values = [] {
+        std::vector<float> all;
+        for (int i = 0; i < 256; ++i) all.push_back(e4m3_of(i));
+        return all;
+    }();
+    return values[code];
 }
 // Round to nearest even, by the library's own arithmetic: a check on numbers.h, not a copy of it.
 inline uint16_t to_bfloat16(double x) {
@@ -349,15 +357,17 @@ void multiply_fragments(const char* what, Sum (&d)[4], const uint32_t (&a)[4], u
     meet_warp(what, &own, [&](const std::vector<void*>& brought) {
         const int of_word = 4 / width, depth = 32 / width;
         const auto lane = [&](int i) -> const Fragments<Sum>& { return *static_cast<Fragments<Sum>*>(brought[size_t(i)]); };
+        // Words hold neighbours along K; four lanes make 16 bytes; then come the fragment's second 16 bytes.
+        float left[16][32], right[8][32];
+        for (int k = 0; k < depth; ++k) {
+            const int t = k / of_word % 4, later = k / of_word / 4;
+            for (int row = 0; row < 16; ++row) left[row][k] = float(element(lane(4 * (row % 8) + t).a[2 * later + row / 8], k % of_word));
+            for (int column = 0; column < 8; ++column) right[column][k] = float(element(lane(4 * column + t).b[later], k % of_word));
+        }
         for (int row = 0; row < 16; ++row)
             for (int column = 0; column < 8; ++column) {
                 double sum = 0;
-                for (int k = 0; k < depth; ++k) {
-                    // Words hold neighbours along K; four lanes make 16 bytes; then come the fragment's second 16 bytes.
-                    const int t = k / of_word % 4, later = k / of_word / 4;
-                    const uint32_t left = lane(4 * (row % 8) + t).a[2 * later + row / 8], right = lane(4 * column + t).b[later];
-                    sum += double(element(left, k % of_word)) * double(element(right, k % of_word));
-                }
+                for (int k = 0; k < depth; ++k) sum += double(left[row][k]) * double(right[column][k]);
                 Sum& to = lane(4 * (row % 8) + column / 2).d[2 * (row / 8) + column % 2];
                 to = Sum(double(to) + sum);
             }
