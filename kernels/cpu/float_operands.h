@@ -104,6 +104,9 @@ struct PairOrder {
 };
 #endif
 
+// Bytes of weight to ask for in advance: the processor's own prefetching stops at the end of a page.
+constexpr int64_t AHEAD = 4096;
+
 template <class Rows, class Codes> struct FloatOperands {
     using Tiles = FloatTiles;
     using Input = typename Rows::Input;
@@ -122,6 +125,7 @@ template <class Rows, class Codes> struct FloatOperands {
                 const PairOrder order = made;
                 const E4M3Bytes bytes = E4M3Bytes::tables();
                 for (int64_t k = 0; k < count; k += 4) {
+                    lanes::prefetch(packed + k * QK_PANEL + AHEAD);
                     const __m512i codes = _mm512_loadu_si512(packed + k * QK_PANEL), lows = bytes.lows(codes), highs = bytes.highs(codes);
                     _mm512_storeu_si512(out + k * QK_PANEL, _mm512_permutex2var_epi8(lows, order.first, highs));
                     _mm512_storeu_si512(out + k * QK_PANEL + 32, _mm512_permutex2var_epi8(lows, order.second, highs));
@@ -139,6 +143,7 @@ template <class Rows, class Codes> struct FloatOperands {
             return scaled ? lanes::multiply(x, lanes::load_float32(scales + v * lanes::WIDTH)) : x;
         };
         for (int64_t k = 0; k < count; k += 2) {
+            lanes::prefetch(packed + k * QK_PANEL + AHEAD);
             if (scaled && (first + k) / m.group != group && first + k < m.inner) {
                 group = (first + k) / m.group;
                 std::memset(scales, 0, sizeof scales);
@@ -157,9 +162,6 @@ template <class Rows, class Codes> struct FloatOperands {
 };
 
 // ---- Few rows: codes are decoded where they are multiplied, in float32. (vdpbf16ps takes twice as long for a product as a float32 FMA on Intel's processors.)
-
-// Bytes of weight to ask for in advance: the processor's own prefetching stops at the end of a page.
-constexpr int64_t AHEAD = 4096;
 
 // sums[rows][16] (+)= a times one panel of codes.
 template <class Codes> struct CodeTiles {
