@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint quality speed clean help
+.PHONY: demo test wheel lint quality speed clean help
 
 help:
 	@echo "make demo     quantize and judge a real small model, in minutes"
 	@echo "make test     run the tests"
+	@echo "make wheel    one wheel for every Python and torch, with the compiled kernels, in dist/"
 	@echo "make lint     check the style"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
 	@echo "make speed    measure export beside cp, calibrate beside the forward, CPU kernels beside a copy (25 GB of disk)"
@@ -18,6 +19,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
+
+wheel: $(VENV)/installed
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
