@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.cache import cache_directory
 from quantkit.data import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
 from quantkit.output import check_output, format_bytes, sha256_file
@@ -41,12 +42,6 @@ class Story:
     rows: list[tuple[str, ...]]
     right: Sequence[int]
     epilogue: str
-
-
-def cache_directory() -> Path:
-    """Where the demo's model is kept: $QUANTKIT_CACHE, else quantkit in the user's cache directory."""
-    named = os.environ.get("QUANTKIT_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
 
 
 def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:

@@ -70,9 +70,9 @@ class Verification:
 
 
 def verify(
-    path: Path, base: Path | None = None, runtime: str | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
+    path: Path, base: Path | None = None, runtime: str | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None, manifest: bool = True
 ) -> Verification:
-    """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all)."""
+    """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all). manifest: compare files with what was exported."""
     try:
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
@@ -99,7 +99,8 @@ def verify(
         _check_config_against_base(found, checkpoint, base_checkpoint)
         _check_names_against_base(found, checkpoint, base_checkpoint, stored)
     _check_values(found, checkpoint, base_checkpoint, stored, linears, on_progress)
-    _check_manifest(found, checkpoint)
+    if manifest:
+        _check_manifest(found, checkpoint)
     if layout and layout.kv_cache:
         _check_kv_scales(found, checkpoint)
     _check_fused_sets(found, checkpoint, linears)

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from quantkit import native
 from quantkit.data import evaluation_windows, load_tokenizer
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
-from quantkit.evaluation import EvaluationOptions, Gate, _hidden_states, evaluate
+from quantkit.evaluation import EvaluationOptions, evaluate
+from quantkit.finals import make_final_states
+from quantkit.gates import Gate
 from quantkit.layouts import QuantizationLayout
 from quantkit.linear import QuantizedLinear
 from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
@@ -104,8 +106,9 @@ def test_kernels_and_reference_agree(scheme, export_to, text, judge):
     served = {name: load_served(out, "cpu", exec=name) for name in ("kernel", "reference")}
     assert set(served["reference"].kernels) == {"reference"} and "reference" not in served["kernel"].kernels
     with torch.inference_mode():
-        kernel, reference = (_hidden_states(model, windows, 64, lambda *_: None)[0] for model in served.values())
-    for ours, expected in zip(kernel, reference):
+        numbered = dict(enumerate(windows.windows))
+        kernel, reference = (make_final_states(model, numbered, 64) for model in served.values())
+    for ours, expected in ((kernel.scored(number), reference.scored(number)) for number in numbered):
         if served["kernel"].kernels == {"matmul_int8": 14}:
             assert torch.equal(ours, expected)
         else:
@@ -159,7 +162,9 @@ def test_kv_cache_scheme_changes_the_figures(export_to, judge):
     first, second = judge(plain, cached)["quants"]
     assert not first["kv_cache_quantized"] and second["kv_cache_quantized"]
     assert first["perplexity"] != second["perplexity"]
-    assert first["layers"] == second["layers"]
+    # Weights are the same; what reaches the layers behind the first attention is not.
+    weights = [{row["name"]: row["weight_sqnr_db"] for row in quant["layers"]} for quant in (first, second)]
+    assert weights[0] == weights[1]
 
 
 def test_mixed_recipe_and_quantized_lm_head_are_judged_as_stored(export_to, judge):
@@ -173,8 +178,8 @@ def test_mixed_recipe_and_quantized_lm_head_are_judged_as_stored(export_to, judg
 def test_chunks_do_not_change_the_result(export_to, judge, monkeypatch):
     out = export_to("int8-dynamic")
     whole = judge(out)
-    monkeypatch.setattr("quantkit.evaluation.POSITIONS_PER_CHUNK", 7)
-    monkeypatch.setattr("quantkit.evaluation.VOCABULARY_PER_CHUNK", 50)
+    monkeypatch.setattr("quantkit.heads.POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr("quantkit.heads.VOCABULARY_PER_CHUNK", 50)
     parts = judge(out)
     assert parts["base"]["perplexity"] == pytest.approx(whole["base"]["perplexity"], rel=1e-6)
     assert parts["quants"][0]["kld"]["mean"] == pytest.approx(whole["quants"][0]["kld"]["mean"], rel=1e-4)
