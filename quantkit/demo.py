@@ -145,7 +145,7 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
 
 
 def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dict[str, float], seconds: float, peak: int) -> Story:
-    from quantkit.report import evaluation_title, interval_text
+    from quantkit.verdict import evaluation_title, interval_text
 
     columns = ("model", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "Linears quantized", "left", "export", "eval")
     tokens = result["windows"] * result["protocol"]["seq_len"]

@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,8 +34,24 @@ SAMPLED_WINDOWS, SAMPLED_POSITIONS = 8, 32
 _CLIPPED_ABOVE = {INT8.name: 127.5, FP8_E4M3.name: 464.0}
 
 
+# Layers of one model differ by about this much, or by their median distance from the median where that is more.
+LEAST_SPREAD_DB = 0.5
+
+
 def worst_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: row["weight_sqnr_db"])
+    """Layers by how far they fall behind the model's others, in weight or in output, whichever shows it more.
+
+    Outputs of sound layers differ by 10 dB and more, weights by less than 1: each is measured by its own spread (distance from the median over the median distance).
+    """
+    falls = [[0.0] * len(rows)]
+    for key in ("weight_sqnr_db", "output_sqnr_db"):
+        known = [min(row[key], 200.0) for row in rows if key in row]
+        if known:
+            middle = median(known)
+            spread = max(median(abs(value - middle) for value in known), LEAST_SPREAD_DB)
+            falls.append([(min(row[key], 200.0) - middle) / spread if key in row else 0.0 for row in rows])
+    worst = [min(each) for each in zip(*falls)]
+    return [row for _, _, row in sorted(zip(worst, range(len(rows)), rows))]
 
 
 class LayerProbe:
@@ -92,7 +109,7 @@ class LayerProbe:
         return keep
 
     def finish(self) -> list[dict[str, Any]]:
-        """Weights that no block's turn has shown (a quantized lm_head, experts that are stacked), then all layers, worst weight first."""
+        """Weights that no block's turn has shown (a quantized lm_head, experts that are stacked), then all layers, worst first."""
         for module, suffixes in self._stored.items():
             if module in self.rows or not self._comparable(module):
                 continue
