@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Of all hidden states together: those of 8 billion parameters' model over 500 000 tokens.
 MOST_BYTES = 4_000_000_000
+HEADER_BYTES = 128  # of one tensor, about
+SECONDS_UNTIL_ABANDONED = 86400.0
 
 
 def cache_directory() -> Path:
@@ -79,7 +81,7 @@ class StateCache:
         for number in numbers:
             states = get(number)
             plans.append(TensorPlan(str(number), names[str(states.dtype)], tuple(states.shape)))
-        needed = sum(plan.nbytes for plan in plans)
+        needed = sum(plan.nbytes + HEADER_BYTES for plan in plans)
         path, description_path = self._paths(made_from)
         if needed > self._most_bytes:
             return f"they are larger than the cache's {self._most_bytes / 1e9:.3g} GB"
@@ -104,11 +106,12 @@ class StateCache:
     def _make_room(self, needed: int) -> None:
         """Remove what was used longest ago until so much fits, and what a killed process left unfinished a day ago."""
         files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in self.directory.iterdir() if file.is_file())
-        held = sum(size for _, size, _ in files)
+        held = sum(size for _, size, file in files if file.suffix == ".safetensors")
         newest = max((time for time, _, _ in files), default=0.0)
         for time, size, file in files:
-            abandoned = file.suffix == ".tmp" and newest - time > 86400
-            if abandoned or (held + needed > self._most_bytes and file.suffix == ".safetensors"):
+            if file.suffix == ".tmp" and newest - time > SECONDS_UNTIL_ABANDONED:
+                file.unlink(missing_ok=True)
+            if file.suffix == ".safetensors" and held + needed > self._most_bytes:
                 for path in (file.with_suffix(".json"), file):
                     path.unlink(missing_ok=True)
                 held -= size

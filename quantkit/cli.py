@@ -418,7 +418,7 @@ def eval_command(
     from quantkit.evaluation import EvaluationOptions, evaluate
     from quantkit.hub import resolve_model
     from quantkit.output import write_json, write_text
-    from quantkit.page import evaluation_html
+    from quantkit.page import evaluation_html, require_matplotlib
     from quantkit.ranks import rank_of_environment
     from quantkit.report import Progress, finite, print_json
     from quantkit.verdict import evaluation_markdown, evaluation_remarks
@@ -429,6 +429,8 @@ def eval_command(
     for path in (output, html, markdown):
         if path is not None and not path.absolute().parent.is_dir():
             raise OutputError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
+    if html is not None:
+        require_matplotlib()
     paths = [resolve_model(base), *(resolve_model(quant) for quant in quants)]
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()

@@ -60,8 +60,8 @@ h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}p{ma
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .7rem;border-bottom:1px solid #d8dbe0;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left;max-width:22rem;white-space:normal;overflow-wrap:anywhere}
-table.facts th:first-child,table.facts td:first-child{min-width:11rem}
+th:first-child,td:first-child{text-align:left;min-width:7rem;max-width:18rem;white-space:normal;overflow-wrap:anywhere;position:sticky;left:0;background:#fff}
+table.facts th,table.facts td{white-space:normal;min-width:8.5rem}
 thead th{border-bottom:2px solid #8a8f98}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1.5rem 2rem}
 figure{margin:0;min-width:0}figure svg{width:100%;height:auto;display:block}figcaption{font-size:.9rem;color:#4a4e55}
@@ -72,7 +72,7 @@ ul{padding-left:1.2rem}li{overflow-wrap:anywhere;margin:.2rem 0}
 
 def evaluation_html(result: dict[str, Any]) -> str:
     """The page."""
-    _require_matplotlib()
+    require_matplotlib()
     parts = [f"<h1>What quantization cost</h1><p>{escape(evaluation_title(result))}; {escape(', '.join(result['data']['sources']))}.</p>"]
     parts += [f"<p>{_verdict(quant)}</p>" for quant in result["quants"]]
     if result["gates"]:
@@ -116,7 +116,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = ""
 # ---- Plots.
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
+    """Refuse without it: better before the models have run for an hour."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
