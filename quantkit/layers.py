@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
-from quantkit.blockwise import one_thread
+from quantkit.blockwise import each_batch
 from quantkit.checkpoint import Checkpoint
 from quantkit.finals import Watch
 from quantkit.formats import FP8_E4M3, INT8, NumberFormat
@@ -90,13 +90,17 @@ class LayerProbe:
         def finish() -> None:
             for hook in hooks:
                 hook.remove()
-            for name, module in linears.items():
-                kept = self._inputs[name]
-                rows = torch.cat([kept[window] for window in sorted(kept)]) if kept else None
-                self._compare(name, module.weight(), module, rows)
+            names, device = list(linears), self._served.blocks.device
+            for _ in each_batch(lambda index: self._compare_linear(names[index], linears[names[index]]), range(len(names)), device, torch.get_num_threads()):
+                pass
             self._inputs = {}
 
         return finish
+
+    def _compare_linear(self, name: str, module: QuantizedLinear) -> None:
+        kept = self._inputs[name]
+        rows = torch.cat([kept[window] for window in sorted(kept)]) if kept else None
+        self._compare(name, module.weight(), module, rows)
 
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -124,8 +128,7 @@ class LayerProbe:
     def _compare(self, name: str, weight: QuantizedTensor, module: QuantizedLinear | None, inputs: Tensor | None) -> None:
         if not self._comparable(name) or self._base.checkpoint.tensors[f"{name}.weight"].shape != tuple(weight.qdata.shape):
             return
-        with one_thread() if weight.qdata.device.type == "cpu" else torch.inference_mode():
-            self.rows[name] = {"name": name} | self._figures(f"{name}.weight", weight, module, inputs)
+        self.rows[name] = {"name": name} | self._figures(f"{name}.weight", weight, module, inputs)
 
     def _figures(self, tensor: str, weight: QuantizedTensor, module: QuantizedLinear | None, inputs: Tensor | None) -> dict[str, Any]:
         values = ops.dequantize(weight)
@@ -141,7 +144,7 @@ class LayerProbe:
             signal[first:last] = torch.linalg.vecdot(original, original)
             part = scale[first:last] if scale.shape[0] > 1 else scale
             clipped += _count_clipped(original, part, weight.spec.format)
-            underflowed += int(((values[first:last] == 0) & (original != 0)).sum())
+            underflowed += _count_underflowed(original, values[first:last])
             if expected is not None:
                 expected[:, first:last] = reads @ original.T
             difference = original - values[first:last]
@@ -179,13 +182,24 @@ def _output_figures(module: QuantizedLinear, inputs: Tensor, expected: Tensor) -
             "input_sqnr_db": float(_decibels(signal.double().sum(), noise.double().sum())),
             "input_channel_sqnr_db": {"median": float(_decibels(signal, noise).median()), "min": float(_decibels(signal, noise).min())},
             "input_clipped": _count_clipped(original, scale, spec.format) / max(1, original.numel()),
-            "input_underflowed": float(((values == 0) & (original != 0)).float().mean()),
+            "input_underflowed": _count_underflowed(original, values) / max(1, original.numel()),
         }
     return figures
 
 
 def _count_clipped(values: Tensor, scale: Tensor, number_format: NumberFormat) -> int:
-    return int((values.abs() > scale * _CLIPPED_ABOVE.get(number_format.name, math.inf)).sum())
+    bounds = scale * _CLIPPED_ABOVE.get(number_format.name, math.inf)
+    if bounds.shape[1] == 1:
+        # Where no row's largest value is clipped, no other is: one pass over the values without memory of its own.
+        low, high = values.aminmax(dim=1, keepdim=True)
+        if not (torch.maximum(-low, high) > bounds).any():
+            return 0
+    return int(torch.count_nonzero(values.abs() > bounds))
+
+
+def _count_underflowed(values: Tensor, rounded: Tensor) -> int:
+    """How many values other than zero have become zero; zero stays zero."""
+    return max(0, int(torch.count_nonzero(values)) - int(torch.count_nonzero(rounded)))
 
 
 def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
