@@ -454,22 +454,3 @@ def test_codes_without_a_config_are_not_judged_as_weights(export_to, judge):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="holds codes"):
         judge(out)
-
-
-def test_experts_are_judged_and_said_to_keep_their_inputs(tmp_path, export_to, text):
-    """Experts that lie one by one on disk are one tensor in transformers: their weights are quantized, their inputs are not."""
-    from conftest import make_tokenizer
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    model = tmp_path / "mixtral"
-    model.mkdir()
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    config = MixtralConfig(vocab_size=make_tokenizer(model), max_position_embeddings=128, initializer_range=0.1, **sizes)
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).bfloat16().save_pretrained(model)
-    out = export_to("fp8-dynamic", model)
-    result = evaluate(EvaluationOptions(model, (out, model), (str(text),), 32, 320))
-    quant, itself = result["quants"]
-    assert quant["linears_quantized"] == 4 + 3 * 4 and len(quant["weights_only_linears"]) == 12
-    assert quant["activations_quantized"] == "partial" and quant["kld"]["mean"] > 0
-    assert itself["kld"]["max"] == 0

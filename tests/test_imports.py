@@ -22,7 +22,7 @@ ORDER = (
     ("states", "measurements", "cache"),
     ("blockwise", "heads"),
     ("recording",),
-    ("runtimes",),
+    ("runtimes", "experts"),
     ("calibration", "served"),
     ("plan", "finals"),
     ("layers", "verification"),
