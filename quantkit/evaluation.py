@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 # What changes the hidden states that a version of this file makes of the same model and tokens.
 STATES_VERSION = 1
+SAMPLE_WINDOWS = 4  # that tokenizers are compared on
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def _prepare(options: EvaluationOptions, processes: int) -> tuple[Windows, int]:
     windows = evaluation_windows(options.data, tokenizer, options.protocol, seq_len, options.max_tokens)
     if len(windows.windows) < processes:
         raise EvaluationError(f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer, or give more text")
+    sample = tokenizer.decode([token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens])
     for checkpoint in candidates:
-        _require_same_tokenizer(tokenizer, checkpoint.path, options)
+        _require_same_tokenizer(tokenizer, checkpoint.path, options, sample)
     for checkpoint in candidates:
         if QuantizationLayout.read(checkpoint.config) is not None:
             # Whether its files are those that were exported is not asked: also a checkpoint that was changed by hand has its figures.
@@ -130,12 +132,14 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
     return checkpoint
 
 
-def _require_same_tokenizer(tokenizer: Any, path: Path, options: EvaluationOptions) -> None:
+def _require_same_tokenizer(tokenizer: Any, path: Path, options: EvaluationOptions, sample: str) -> None:
+    """The same vocabulary, and the same tokens of some of the text: merges may differ where vocabularies don't."""
     try:
         other = load_tokenizer(path, options.trust_remote_code)
     except QuantkitError:
         return  # a checkpoint without one is judged with the base's
-    if other.get_vocab() != tokenizer.get_vocab():
+    tokens, others = (each(sample, add_special_tokens=False, verbose=False).input_ids for each in (tokenizer, other))
+    if other.get_vocab() != tokenizer.get_vocab() or tokens != others:
         raise NotComparableError(f"the tokenizer of {path} differs from the base's, so their perplexities can't be compared; copy the base's tokenizer into it")
 
 
@@ -280,8 +284,9 @@ class _Judgement:
             return found
 
         by_window: dict[int, list[TokenFigures]] = {}
-        for (number, _), found in zip(pieces, each_batch(work, range(len(pieces)), device, torch.get_num_threads())):
-            by_window.setdefault(number, []).append(found)
+        for done, found in enumerate(each_batch(work, range(len(pieces)), device, torch.get_num_threads())):
+            by_window.setdefault(pieces[done][0], []).append(found)
+            self.on_progress("logits", done + 1, len(pieces))
         own_figures = {number: TokenFigures.joined(parts) for number, parts in by_window.items()}
         merged = {number: tokens for share in self.ranks.all_gather(own_figures) for number, tokens in share.items()}
         return _Scored(TokenFigures.joined([merged[number] for number in sorted(merged)]), self._most(time.perf_counter() - started))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantkit import ops  # noqa: F401  (declares matmul_bf16)
+from quantkit import ops
 from quantkit.native import cpu_kernels
 
 POSITIONS_PER_CHUNK = 256
@@ -120,16 +120,18 @@ class _PartialLinear:
         self.parts = [slice(start, start + VOCABULARY_PER_CHUNK) for start in range(0, weight.shape[0], VOCABULARY_PER_CHUNK)]
         self._bias = None if linear.bias is None else linear.bias.detach().float()
         ready = use_kernel and cpu_kernels() is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self._rows = {part.start: weight[part] for part in self.parts}
-        self._sizes = {start: rows.shape[0] for start, rows in self._rows.items()}
-        self._packed = {start: torch.ops.quantkit.pack_weight(rows, "bf16") for start, rows in self._rows.items()} if ready else None
+        self._shapes = {part.start: tuple(weight[part].shape) for part in self.parts}
+        # One of the two: lm_head is the largest tensor of many a model.
+        self._packed = {part.start: torch.ops.quantkit.pack_weight(weight[part], "bf16") for part in self.parts} if ready else None
+        self._weight = None if ready else weight
 
     def __call__(self, hidden: Tensor, part: slice) -> Tensor:
         bias = None if self._bias is None else self._bias[part]
         low = hidden.bfloat16()
         if self._packed is not None and (hidden.dtype == torch.bfloat16 or torch.equal(low.float(), hidden.float())):
-            return torch.ops.quantkit.matmul_bf16(low, self._packed[part.start], self._sizes[part.start], bias, torch.float32)
-        return nn.functional.linear(hidden.float(), self._rows[part.start].float(), bias)
+            return torch.ops.quantkit.matmul_bf16(low, self._packed[part.start], self._shapes[part.start][0], bias, torch.float32)
+        rows = self._weight[part] if self._weight is not None else ops.unpack_weight(self._packed[part.start], "bf16", *self._shapes[part.start])
+        return nn.functional.linear(hidden.float(), rows.float(), bias)
 
 
 # ---- Figures of each token.

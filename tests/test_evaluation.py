@@ -263,6 +263,11 @@ def test_other_tokenizer_or_other_model_is_not_comparable(llama, copy, tmp_path,
     (other / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(NotComparableError, match="tokenizer"):
         judge(other)
+    content = json.loads((llama / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:5]  # the same vocabulary, other tokens
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(NotComparableError, match="tokenizer"):
+        judge(other)
     with pytest.raises(NotComparableError, match="hidden_size"):
         judge(make_llama(tmp_path / "small", hidden_size=64))
 
@@ -321,7 +326,7 @@ def test_a_base_that_was_judged_before_comes_from_the_cache(llama, copy, export_
     assert len(list((tmp_path / "cache" / "hidden-states").glob("*.safetensors"))) == 1
     ran = []
     again = evaluate(EvaluationOptions(llama, (tmp_path / "out-fp8-dynamic",), tuple(fresh["data"]["sources"]), 64, 640), lambda name, *_: ran.append(name))
-    assert (first["base"]["from_cache"], again["base"]["from_cache"]) == (False, True) and set(ran) == {"out-fp8-dynamic"}
+    assert (first["base"]["from_cache"], again["base"]["from_cache"]) == (False, True) and set(ran) == {"out-fp8-dynamic", "logits"}
     for key in ("window_nll", "perplexity", "bits_per_byte"):
         assert again["base"][key] == fresh["base"][key] == first["base"][key]
     assert again["quants"][0]["window_kld"] == fresh["quants"][0]["window_kld"]

@@ -112,6 +112,16 @@ def test_parts_are_those_of_the_models_own_logits(kind, changes, use_kernel, tmp
     torch.testing.assert_close(head.logits(hidden, None), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("use_kernel", [True, False])
+def test_hidden_states_that_bfloat16_does_not_hold_are_not_rounded(use_kernel, tmp_path):
+    model = make_model(tmp_path, "llama")
+    weight, hidden = model.lm_head.weight.detach().double(), torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+    head = OutputHead(model, use_kernel)
+    for states in (hidden, hidden.bfloat16()):
+        logits = torch.cat([head.logits(states, part) for part in head.parts], dim=-1)
+        torch.testing.assert_close(logits.double(), states.double() @ weight.T, rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_that_looks_at_the_whole_vocabulary_comes_as_a_whole(tmp_path, monkeypatch):
     model = make_model(tmp_path, "llama", torch.float32)
     hidden = torch.randn(3, SIZES["hidden_size"])
