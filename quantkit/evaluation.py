@@ -79,14 +79,14 @@ def evaluate(options: EvaluationOptions, on_progress: Progress = lambda name, do
     from quantkit.model import pick_device
 
     with joined_ranks(pick_device(options.device)) as ranks:
-        windows, seq_len = ranks.first_decides(lambda: _prepare(options, ranks.count))
-        return _Judgement(options, ranks, windows, seq_len, on_progress).result(gates)
+        windows, seq_len, remarks = ranks.first_decides(lambda: _prepare(options, ranks.count))
+        result = _Judgement(options, ranks, windows, seq_len, on_progress).result(gates)
+        return result | {"remarks": [*remarks, *result["remarks"]]}
 
 
-def _prepare(options: EvaluationOptions, processes: int) -> tuple[Windows, int]:
-    """Refuse what can't be judged before the base has run for an hour; cut the windows."""
+def _prepare(options: EvaluationOptions, processes: int) -> tuple[Windows, int, list[str]]:
+    """Refuse what can't be judged before the base has run for an hour; cut the windows. Returns them, their length and remarks."""
     from quantkit.model import auto_config
-    from quantkit.verification import verify
 
     base = _check_candidate(options.base, Checkpoint.open(options.base), options.hardware)
     candidates = [_check_candidate(path, base, options.hardware) for path in options.quants]
@@ -101,17 +101,25 @@ def _prepare(options: EvaluationOptions, processes: int) -> tuple[Windows, int]:
     sample = tokenizer.decode([token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens])
     for checkpoint in candidates:
         _require_same_tokenizer(tokenizer, checkpoint.path, options, sample)
-    for checkpoint in candidates:
-        if QuantizationLayout.read(checkpoint.config) is not None:
-            # Whether its files are those that were exported is not asked: also a checkpoint that was changed by hand has its figures.
-            found = verify(checkpoint.path, manifest=False)
-            if found.faults:
-                tensor, message = found.faults[0]
-                more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
-                raise CheckpointError(
-                    f"{checkpoint.path} has faults: {f'{tensor} ' if tensor else ''}{message}{more}; `quantkit verify {shlex.quote(str(checkpoint.path))}` lists them"
-                )
-    return windows, seq_len
+    return windows, seq_len, [remark for checkpoint in candidates for remark in _require_sound(checkpoint)]
+
+
+def _require_sound(checkpoint: Checkpoint) -> list[str]:
+    """Refuse what `verify` finds faults in; returns what must be said of the rest."""
+    from quantkit.verification import verify
+
+    if QuantizationLayout.read(checkpoint.config) is None:
+        return []
+    found, path = verify(checkpoint.path, as_stored=True), checkpoint.path
+    if found.faults:
+        tensor, message = found.faults[0]
+        more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
+        where = f"{tensor} " if tensor else ""
+        raise CheckpointError(f"{path} has faults: {where}{message}{more}; `quantkit verify {shlex.quote(str(path))}` lists them")
+    if found.unequal:
+        tensor, message = found.unequal[0]
+        return [f"Warning: {path} is judged as it is stored, but {tensor} {message}: they round again, and serve something else"]
+    return []
 
 
 def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Checkpoint:

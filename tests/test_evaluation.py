@@ -318,6 +318,16 @@ def test_a_candidate_that_verify_rejects_is_refused(export_to, judge):
         judge(out)
 
 
+def test_a_fused_set_with_several_scales_is_judged_as_stored_and_said(export_to, judge):
+    """As other tools write it: verify counts it as a fault, since runtimes round again under one scale."""
+    out = export_to("fp8-tensor")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight_scale"] *= 1.01
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    result = judge(out)
+    assert "differs among q_proj, k_proj, v_proj" in result["remarks"][0] and result["quants"][0]["kld"]["mean"] > 0
+
+
 def test_a_base_that_was_judged_before_comes_from_the_cache(llama, copy, export_to, judge, monkeypatch, tmp_path):
     llama = copy(llama)
     judge = partial(judge, base=llama)
