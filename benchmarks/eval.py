@@ -2,10 +2,10 @@
 
     python benchmarks/eval.py                     # about 10 minutes
 
-SmolLM2-135M and its int8-dynamic export, windows of 2048 tokens of the bundled text. The naive loop is that of most perplexity scripts: the whole model in bfloat16, one window
-after the other, `model(input_ids=window, labels=window).loss`, and it judges one model. `quantkit eval` judges two and compares their distributions at every token: its seconds are
-those of the whole command, so "per model" is half of them. The programs take turns, and of each turn's ratio the median stands in the table: a machine whose speed changes with its
-neighbours' work doesn't decide.
+SmolLM2-135M and its int8-dynamic export, windows of 2048 tokens of the bundled text. The naive loop is that of most perplexity scripts: the whole
+model in bfloat16, one window after the other, `model(input_ids=window, labels=window).loss`, and it judges one model. `quantkit eval` judges two and
+compares their distributions at every token: its seconds are those of the whole of `evaluate`, so "per model" is half of them. The programs take turns,
+and of each turn's ratio the median stands in the table: a machine whose speed changes with its neighbours' work decides as little as can be.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def _require_comparable(a: dict[str, Any], b: dict[str, Any], first: Path, secon
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What else was not the same, and may show in the figures."""
     what = {"hardware": "--hardware", "kernel_level": "kernels", "device": "device", "quantkit_version": "quantkit"}
-    return [f"A and B ran with different {name}: {a.get(key)} and {b.get(key)}" for key, name in what.items() if a.get(key) != b.get(key)]
+    found = [f"A and B ran with different {name}: {a.get(key)} and {b.get(key)}" for key, name in what.items() if a.get(key) != b.get(key)]
+    ran = [sorted({str(quant.get("exec")) for quant in result["quants"]}) for result in (a, b)]
+    return found if ran[0] == ran[1] else [*found, f"A and B ran with different arithmetic (--exec): {' and '.join(', '.join(each) for each in ran)}"]
 
 
 def _pair(a: dict[str, Any], b: dict[str, Any], counts: np.ndarray, tokens_per_unit: float) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`eval`: base and quantized models over the same windows, from the exported files, and what the difference is worth.
 
-One model after the other goes block by block over all windows and leaves its final hidden states (tokens × hidden size, never tokens × vocabulary); those of a base that
-was judged before come from the cache. Logits of base and candidate are made from them side by side, in float32, compared and dropped. With torchrun each process
-takes a share of the windows.
+One model after the other goes block by block over all windows and leaves its final hidden states (tokens × hidden size, never tokens × vocabulary);
+those of a base that was judged before come from the cache. Logits of base and candidate are made from them side by side, in float32, compared and
+dropped. With torchrun each process takes a share of the windows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Experts that transformers stacks into one tensor, as a server runs them: each expert's two inputs are quantized as the scheme says.
 
-Their weights lie in the stack dequantized, in the model's dtype. All of eval runs experts one after the other, base and candidates alike, so that nothing but quantization
-tells them apart.
+Their weights lie in the stack dequantized, in the model's dtype. All of eval runs experts one after the other, base and candidates alike, so that
+nothing but quantization tells them apart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ExpertInput:
 def quantize_expert_inputs(model: BlockwiseModel, schemes: Mapping[str, QuantScheme], input_scale: Callable[[str], Tensor]) -> set[str]:
     """Have stacked experts quantize their inputs. schemes: of each quantized Linear, by its name on disk; input_scale: reads a static scale.
 
-    Returns the Linears whose inputs are quantized now: an input that all experts of a layer quantize alike. Static scales of a layer's experts are merged into the largest, as vLLM does.
+    Returns the Linears whose inputs are quantized now: an input that all experts of a layer quantize alike. Static scales of a layer's experts are merged
+    into the largest, as vLLM does.
     """
     reached: set[str] = set()
     for name, module in model.model.named_modules():

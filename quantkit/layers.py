@@ -1,8 +1,8 @@
 """What quantization did to each Linear: its weight against the base's, and its output for the inputs that reach it.
 
-All of it comes from the pass that judges the candidate. While a block is in memory, some rows of each quantized Linear's input are kept; behind its windows the
-base's weight is read a few rows at a time and compared with the codes' values, and both are multiplied with the kept rows: what the layer adds to the error by itself,
-whatever came before it. Nothing of the base stays in memory.
+All of it comes from the pass that judges the candidate. While a block is in memory, some rows of each quantized Linear's input are kept; behind its
+windows the base's weight is read a few rows at a time and compared with the codes' values, and both are multiplied with the kept rows: what the layer
+adds to the error by itself, whatever came before it. Nothing of the base stays in memory.
 """
 
 from __future__ import annotations

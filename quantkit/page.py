@@ -1,7 +1,7 @@
-"""`eval --html`: a result as one page that needs no network, drawn as SVG by matplotlib (extra `report`). Readable on a telephone: plots are narrow and stand one below the other.
+"""`eval --html`: a result as one page that needs no network, drawn as SVG by matplotlib (extra `report`).
 
-Five plots: the difference window by window with its band, the estimate as the text grows, the distribution of KL beside the noise floor, KL against size, and layers.
-Everything that is drawn stands in the JSON too.
+Five plots: the difference window by window with its band, the estimate as the text grows, the distribution of KL beside the noise floor, KL against
+size, and layers. They are narrow, and stand one below the other on a telephone. Everything that is drawn stands in the JSON too.
 """
 
 from __future__ import annotations

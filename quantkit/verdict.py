@@ -144,9 +144,14 @@ def _share(value: float | None) -> str:
 
 
 def evaluation_title(result: dict[str, Any]) -> str:
-    protocol = result["protocol"]
     hardware = f", as {result['hardware']} computes" if result.get("hardware") else ""
-    return f"{result['tokens_scored']} tokens in {counted(result['windows'], 'window')} of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), {_arithmetic(result)}{hardware}"
+    return f"{_text_described(result)}, {_arithmetic(result)}{hardware}"
+
+
+def _text_described(result: dict[str, Any]) -> str:
+    protocol = result["protocol"]
+    windows = f"{counted(result['windows'], 'window')} of {protocol['seq_len']}"
+    return f"{result['tokens_scored']} tokens in {windows}, protocol {protocol['name']} ({protocol['hash']})"
 
 
 def _arithmetic(result: dict[str, Any]) -> str:
@@ -241,8 +246,7 @@ def comparison_rows(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def comparison_title(comparison: dict[str, Any]) -> str:
-    protocol = comparison["protocol"]
-    return f"{comparison['tokens_scored']} tokens in {counted(comparison['windows'], 'window')} of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), base {comparison['base']['path']}"
+    return f"{_text_described(comparison)}, base {comparison['base']['path']}"
 
 
 def comparison_remarks(comparison: dict[str, Any]) -> Sequence[str]:

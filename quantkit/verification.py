@@ -79,7 +79,8 @@ def verify(
 ) -> Verification:
     """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all).
 
-    as_stored: ask only whether it can be computed as it is stored; that its files were changed since they were exported, or that a fused set has several scales, is no fault then.
+    as_stored: ask only whether it can be computed as it is stored; that its files were changed since they were exported, or that a fused set has
+    several scales, is no fault then.
     """
     try:
         checkpoint = Checkpoint.open(path)
