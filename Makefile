@@ -12,7 +12,7 @@ help:
 	@echo "make wheel    one wheel for every Python and torch, with the compiled kernels, in dist/"
 	@echo "make lint     check the style"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
-	@echo "make speed    measure export beside cp, calibrate beside the forward, CPU kernels beside a copy (25 GB of disk)"
+	@echo "make speed    measure export beside cp, calibrate and eval beside the forward, CPU kernels beside a copy (25 GB of disk)"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/quantkit demo --overwrite
@@ -36,6 +36,7 @@ speed: $(VENV)/installed
 	$(VENV)/bin/python kernels/bench/matmul.py -o kernels/bench/results/matmul.md
 	$(VENV)/bin/python benchmarks/export.py
 	$(VENV)/bin/python benchmarks/calibrate.py
+	$(VENV)/bin/python benchmarks/eval.py
 
 # The stamp is written last, so an interrupted install is begun again.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/cpu/*)
