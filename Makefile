@@ -5,21 +5,26 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint quality speed gpu clean help
+.PHONY: demo test wheel lint quality speed gpu clean help
 
 help:
 	@echo "make demo     quantize and judge a real small model, in minutes"
 	@echo "make test     run the tests"
+	@echo "make wheel    one wheel for every Python and torch, with the compiled kernels, in dist/"
 	@echo "make lint     check the style"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
 	@echo "make gpu      check, measure and evaluate the CUDA kernels on this machine's GPU, in nine minutes, without a network"
-	@echo "make speed    measure export beside cp, calibrate beside the forward, CPU kernels beside a copy (25 GB of disk)"
+	@echo "make speed    measure export beside cp, calibrate and eval beside the forward, CPU kernels beside a copy (25 GB of disk)"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/quantkit demo --overwrite
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
+
+wheel: $(VENV)/installed
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -33,6 +38,7 @@ speed: $(VENV)/installed
 	$(VENV)/bin/python kernels/bench/matmul.py -o kernels/bench/results/matmul.md
 	$(VENV)/bin/python benchmarks/export.py
 	$(VENV)/bin/python benchmarks/calibrate.py
+	$(VENV)/bin/python benchmarks/eval.py
 
 gpu:
 	$(PYTHON) kernels/bench/gpu.py

@@ -25,8 +25,9 @@ from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.export import export
 from quantkit.output import format_bytes
 from quantkit.plan import ExportOptions, plan_export
-from quantkit.report import finite, interval_text, markdown_table
+from quantkit.report import finite, markdown_table
 from quantkit.scheme import Recipe
+from quantkit.verdict import interval_text
 
 LENGTH = 1024
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -169,6 +169,7 @@ def _conversions(in_features: int, out_features: int, turns: int, seconds: float
     ops, shape = torch.ops.quantkit, (out_features, in_features)
     codes, one = torch.randn(shape).to(torch.float8_e4m3fn), torch.ones(1, 1)
     for what, kernel, rival, read in (
+        ("E4M3 → bfloat16", lambda: ops.dequantize_blocks(codes, one, *shape, torch.bfloat16), lambda: codes.to(torch.bfloat16), 3),
         ("E4M3 → float32", lambda: ops.dequantize_blocks(codes, one, *shape), lambda: codes.to(torch.float32), 5),
         *(
             (f"{str(dtype).removeprefix('torch.')} → E4M3", *_encoding(torch.randn(shape).to(dtype), one), size)

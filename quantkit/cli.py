@@ -402,31 +402,26 @@ def _raise_faults(found: Any) -> None:
     help="Compiled kernels (refused where a Linear has none), the reference arithmetic, or kernels where there are any.",
 )
 @click.option("--hardware", type=click.Choice(HARDWARE_NAMES), help="Compute what this hardware computes.")
+@click.option("--noise-floor", is_flag=True, help="Measure too what rounding noise alone would change.")
+@click.option("--no-cache", is_flag=True, help="Neither take the base's hidden states from an earlier run nor keep them.")
 @device_option
 @remote_code_option
 def eval_command(
     out: Output, base: str, quants: tuple[str, ...], data: tuple[str, ...], output: Path | None, html: Path | None, markdown: Path | None,
-    gates: tuple[str, ...], strict: bool, exec_: str, **options: Any,
+    gates: tuple[str, ...], strict: bool, exec_: str, no_cache: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Compare quantized checkpoints with BASE on the same text, from the files as exported.
 
-    With BASE alone: its perplexity.
+    With BASE alone: its perplexity. Several processes share the windows: torchrun --nproc-per-node N
+    -m quantkit eval ...
     """
     from quantkit.evaluation import EvaluationOptions, evaluate
     from quantkit.hub import resolve_model
     from quantkit.output import write_json, write_text
-    from quantkit.report import (
-        EVALUATION_COLUMNS,
-        Progress,
-        evaluation_html,
-        evaluation_markdown,
-        evaluation_remarks,
-        evaluation_rows,
-        evaluation_title,
-        finite,
-        print_json,
-        print_table,
-    )
+    from quantkit.page import evaluation_html, require_matplotlib
+    from quantkit.ranks import rank_of_environment
+    from quantkit.report import Progress, finite, print_json
+    from quantkit.verdict import evaluation_markdown, evaluation_remarks
 
     written = [path.resolve() for path in (output, html, markdown) if path is not None]
     if len(set(written)) < len(written):
@@ -434,13 +429,18 @@ def eval_command(
     for path in (output, html, markdown):
         if path is not None and not path.absolute().parent.is_dir():
             raise OutputError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
+    if html is not None:
+        require_matplotlib()
     paths = [resolve_model(base), *(resolve_model(quant) for quant in quants)]
+    out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
     with Progress("eval", out.quiet) as progress:
         result = evaluate(
-            EvaluationOptions(paths[0], tuple(paths[1:]), data, gates=gates, exec=exec_, **options),
+            EvaluationOptions(paths[0], tuple(paths[1:]), data, gates=gates, exec=exec_, cache=not no_cache, **options),
             lambda name, done, total: progress.update(done, total, f"eval {name}"),
         )
+    if rank_of_environment() > 0:
+        return
     if output is not None:
         write_json(output, finite(result))
     if markdown is not None:
@@ -450,9 +450,28 @@ def eval_command(
     if out.as_json:
         print_json(result)
     else:
-        print_table(EVALUATION_COLUMNS, evaluation_rows(result), evaluation_title(result), right=(2, 3, 4, 5, 6, 7, 8, 9, 11))
+        _print_evaluation(result)
     for remark in evaluation_remarks(result):
         out.note(remark)
+    _raise_gates(result, strict)
+    if not quants:
+        out.note(f"Next: quantkit quantize {shlex.quote(base)} -o OUT --scheme fp8-dynamic")
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    from quantkit.report import print_table
+    from quantkit.verdict import EVALUATION_COLUMNS, LAYER_COLUMNS, evaluation_rows, evaluation_title, figure_rows, layer_rows
+
+    print_table(EVALUATION_COLUMNS, evaluation_rows(result), evaluation_title(result), right=(2, 3, 4, 5, 6, 7, 8, 9, 11))
+    if result["quants"]:
+        columns, rows = figure_rows(result)
+        print_table(columns, rows, right=range(1, len(columns)))
+    layers = layer_rows(result)
+    if layers:
+        print_table(LAYER_COLUMNS, layers, right=range(2, len(LAYER_COLUMNS)))
+
+
+def _raise_gates(result: dict[str, Any], strict: bool) -> None:
     failed = [gate for gate in result["gates"] if gate["result"] == "fail"]
     undecided = [gate for gate in result["gates"] if gate["result"] == "inconclusive"]
     if failed:
@@ -462,8 +481,27 @@ def eval_command(
         raise Inconclusive(
             f"the gate {undecided[0]['expr']} is undecided on this text" + (f"; it needs about {more} more tokens" if more else "; give more text")
         )
-    if not quants:
-        out.note(f"Next: quantkit quantize {shlex.quote(base)} -o OUT --scheme fp8-dynamic")
+
+
+@command("compare")
+@click.argument("first", metavar="A.json", type=UserPath(dir_okay=False))
+@click.argument("second", metavar="B.json", type=UserPath(dir_okay=False))
+def compare_command(out: Output, first: Path, second: Path) -> None:
+    """Quant against quant, paired: two results of `eval -o` against the same base, on the same text.
+
+    Exit code 5 where they can't be compared.
+    """
+    from quantkit.comparison import compare
+    from quantkit.report import print_json, print_table
+    from quantkit.verdict import COMPARISON_COLUMNS, comparison_remarks, comparison_rows, comparison_title
+
+    comparison = compare(first, second)
+    if out.as_json:
+        print_json(comparison)
+    else:
+        print_table(COMPARISON_COLUMNS, comparison_rows(comparison), comparison_title(comparison), right=range(2, len(COMPARISON_COLUMNS)))
+    for remark in comparison_remarks(comparison):
+        out.note(remark)
 
 
 @command("inspect")

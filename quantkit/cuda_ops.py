@@ -106,17 +106,17 @@ def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor | None:
     return codes
 
 
-def dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor | None:
-    number_format = {torch.int8: 0, torch.float8_e4m3fn: 1}.get(codes.dtype)
-    if not _is_ready(codes) or codes.dim() != 2 or number_format is None:
+def dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    number_format, dtype = {torch.int8: 0, torch.float8_e4m3fn: 1}.get(codes.dtype), dtype or torch.float32
+    if not _is_ready(codes) or codes.dim() != 2 or number_format is None or dtype not in INPUT_NUMBERS:
         return None
     codes, scale = rows_dense(codes), scale.float().contiguous()
     needed = (-(-codes.shape[0] // block_rows), -(-codes.shape[1] // block_columns))
     if tuple(scale.shape) != needed:
         raise ValueError(f"the scale has the shape {list(scale.shape)}, the blocks need {list(needed)}")
-    values = codes.new_empty(codes.shape, dtype=torch.float32)
+    values = codes.new_empty(codes.shape, dtype=dtype)
     sizes = (*codes.shape, _row_stride(codes), block_rows, block_columns)
-    _run("qk_cuda_dequantize", codes, codes.data_ptr(), number_format, *sizes, scale.data_ptr(), values.data_ptr())
+    _run("qk_cuda_dequantize", codes, codes.data_ptr(), number_format, *sizes, scale.data_ptr(), INPUT_NUMBERS[dtype], values.data_ptr())
     return values
 
 

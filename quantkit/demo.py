@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.cache import cache_directory
 from quantkit.data import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
 from quantkit.output import check_output, format_bytes, sha256_file
@@ -41,12 +42,6 @@ class Story:
     rows: list[tuple[str, ...]]
     right: Sequence[int]
     epilogue: str
-
-
-def cache_directory() -> Path:
-    """Where the demo's model is kept: $QUANTKIT_CACHE, else quantkit in the user's cache directory."""
-    named = os.environ.get("QUANTKIT_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
 
 
 def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
@@ -150,7 +145,7 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
 
 
 def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dict[str, float], seconds: float, peak: int) -> Story:
-    from quantkit.report import evaluation_title, interval_text
+    from quantkit.verdict import evaluation_title, interval_text
 
     columns = ("model", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "Linears quantized", "left", "export", "eval")
     tokens = result["windows"] * result["protocol"]["seq_len"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import quantkit
 from quantkit.errors import QuantkitError
 
-LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 3
+LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 4
 CUDA_LIBRARY_NAME, CUDA_LIBRARY_VERSION = "libquantkit_cuda.so", 1
 # The order of the enum in kernels/cpu/dispatch.cpp. "avx512vnni" has VNNI too, "avx512bf16" also VBMI and BF16, "amx" also AMX's tiles.
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
@@ -43,7 +43,7 @@ def cpu_kernels() -> ctypes.CDLL | None:
     library.qk_block_amax.argtypes = [pointer, number, *matrix, pointer]
     library.qk_encode_blocks.argtypes = [pointer, number, *matrix, number, pointer, pointer]
     library.qk_quantize_blocks.argtypes = [pointer, number, *matrix, number, number, pointer, pointer]
-    library.qk_dequantize_blocks.argtypes = [pointer, number, *matrix, pointer, pointer]
+    library.qk_dequantize_blocks.argtypes = [pointer, number, *matrix, pointer, number, pointer]
     library.qk_observe_rows.argtypes = [pointer, number, *[size] * 4, ctypes.c_float, *[pointer] * 6]
     library.qk_count_magnitudes.argtypes = [pointer, size, size, pointer]
     library.qk_pack_weight.argtypes = [number, pointer, size, size, size, pointer]
@@ -104,7 +104,7 @@ def open_cuda_library(path: Path) -> ctypes.CDLL | None:
     library.qk_cuda_architectures.restype = library.qk_cuda_error.restype = ctypes.c_char_p
     library.qk_cuda_quantize_rows.argtypes = [pointer, number, *[size] * 4, number, number, pointer, pointer, pointer]
     library.qk_cuda_quantize_kv.argtypes = [pointer, number, *[size] * 7, pointer, size, number, pointer, pointer]
-    library.qk_cuda_dequantize.argtypes = [pointer, number, *[size] * 5, pointer, pointer, pointer]
+    library.qk_cuda_dequantize.argtypes = [pointer, number, *[size] * 5, pointer, number, pointer, pointer]
     library.qk_cuda_matmul_int8.argtypes = library.qk_cuda_matmul_fp8.argtypes = [ctypes.POINTER(Product), pointer]
     library.qk_cuda_matmul_weight_only.argtypes = [ctypes.POINTER(Product), number, pointer]
     return library

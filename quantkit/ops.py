@@ -3,7 +3,7 @@
     block_amax(values, block_rows, block_columns) -> amax
     encode_blocks(values, scale, block_rows, block_columns, format) -> codes
     quantize_blocks(values, block_rows, block_columns, format, rule) -> (codes, scale)
-    dequantize_blocks(codes, scale, block_rows, block_columns) -> values
+    dequantize_blocks(codes, scale, block_rows, block_columns, dtype=float32) -> values
     quantize_rows(rows, group, format, rule) -> (codes, scale): activations, each row cut into groups; a group as long as a row is per token
     observe_rows(rows, above, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts): adds what calibration keeps
     quantize_kv(states, scale, format) -> codes: keys and values [batch, heads, tokens, width] by static scales, [1] or [heads]
@@ -85,7 +85,7 @@ _library = torch.library.Library("quantkit", "DEF")
 _library.define("block_amax(Tensor values, int block_rows, int block_columns) -> Tensor")
 _library.define("encode_blocks(Tensor values, Tensor scale, int block_rows, int block_columns, str format) -> Tensor")
 _library.define("quantize_blocks(Tensor values, int block_rows, int block_columns, str format, str rule) -> (Tensor, Tensor)")
-_library.define("dequantize_blocks(Tensor codes, Tensor scale, int block_rows, int block_columns) -> Tensor")
+_library.define("dequantize_blocks(Tensor codes, Tensor scale, int block_rows, int block_columns, ScalarType? dtype=None) -> Tensor")
 _library.define(
     "observe_rows(Tensor rows, float above, Tensor(a!) channel_amax, Tensor(b!) channel_sum_of_squares, Tensor(c!) histogram, "
     "Tensor(d!) token_histogram, Tensor(e!) extremes, Tensor(f!) counts) -> ()"
@@ -158,8 +158,8 @@ def _reference_quantize_blocks(values: Tensor, block_rows: int, block_columns: i
     return quantized.qdata, quantized.scale
 
 
-def _reference_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return reference.dequantize(codes, scale, block(block_rows, block_columns))
+def _reference_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    return reference.dequantize(codes, scale, block(block_rows, block_columns)).to(dtype or torch.float32)
 
 
 def _reference_observe_rows(
@@ -364,16 +364,16 @@ def _cpu_quantize_blocks(values: Tensor, block_rows: int, block_columns: int, fo
     return codes, scale
 
 
-def _cpu_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    number_format = {torch.int8: 0, torch.float8_e4m3fn: 1}.get(codes.dtype)
-    if cpu_kernels() is None or number_format is None or codes.dim() != 2 or not codes.numel():
-        return _reference_dequantize_blocks(codes, scale, block_rows, block_columns)
+def _cpu_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    number_format, dtype = {torch.int8: 0, torch.float8_e4m3fn: 1}.get(codes.dtype), dtype or torch.float32
+    if cpu_kernels() is None or number_format is None or dtype not in INPUT_NUMBERS or codes.dim() != 2 or not codes.numel():
+        return _reference_dequantize_blocks(codes, scale, block_rows, block_columns, dtype)
     codes, scale = rows_dense(codes), scale.float().contiguous()
     if tuple(scale.shape) != _scale_shape(codes, block_rows, block_columns):
         raise ValueError(f"the scale has the shape {list(scale.shape)}, the blocks need {list(_scale_shape(codes, block_rows, block_columns))}")
-    values = torch.empty(codes.shape, dtype=torch.float32)
+    values = torch.empty(codes.shape, dtype=dtype)
     matrix = _matrix(codes, block_rows, block_columns)
-    _ran(cpu_kernels().qk_dequantize_blocks(codes.data_ptr(), number_format, *matrix, scale.data_ptr(), values.data_ptr()))
+    _ran(cpu_kernels().qk_dequantize_blocks(codes.data_ptr(), number_format, *matrix, scale.data_ptr(), INPUT_NUMBERS[dtype], values.data_ptr()))
     return values
 
 
@@ -527,8 +527,8 @@ def _fake_quantize_blocks(values: Tensor, block_rows: int, block_columns: int, f
     return codes, values.new_empty(_scale_shape(values, block_rows, block_columns), dtype=torch.float32)
 
 
-def _fake_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return codes.new_empty(codes.shape, dtype=torch.float32)
+def _fake_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype or torch.float32)
 
 
 def _fake_observe_rows(rows: Tensor, above: float, *statistics: Tensor) -> None:

@@ -196,7 +196,7 @@ class BlockRecorder:
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
                 self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
-            elif _is_experts(module):
+            elif is_experts(module):
                 self.experts[module] = experts = _Experts.of(module, name, model)
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
             else:
@@ -242,7 +242,7 @@ class BlockRecorder:
 def require_linears(model: BlockwiseModel) -> None:
     """Refuse a model in whose decoder blocks there is nothing to measure, before hours are spent on it."""
     modules = [module for _, module in model.model.get_submodule(model.blocks_name).named_modules()]
-    if any(isinstance(module, nn.Linear) or _is_experts(module) for module in modules):
+    if any(isinstance(module, nn.Linear) or is_experts(module) for module in modules):
         return
     kinds = dict.fromkeys(type(module).__name__ for module in modules if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False)))
     raise CheckpointError(
@@ -320,11 +320,11 @@ class ObservingCache(PassingCache):
 # ---- Experts that transformers keeps in one tensor of three dimensions.
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in _first_and_down(module))
+def is_experts(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in first_and_down(module))
 
 
-def _first_and_down(module: nn.Module) -> tuple[str, str]:
+def first_and_down(module: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
@@ -345,7 +345,7 @@ class _Experts:
 
     @classmethod
     def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _Experts:
-        leaf, down = _first_and_down(module)
+        leaf, down = first_and_down(module)
         weight, transposed = getattr(module, leaf), getattr(module, "is_transposed", False)
         count = weight.shape[0]
         on_disk = [_expert_linears(model.sources(f"{name}.{part}"), f"{name}.{part}", count) for part in (leaf, down)]
@@ -384,7 +384,7 @@ def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     """
     batch = _current()
     experts = batch.recorder.experts.get(module) if batch is not None else None
-    leaf, down = _first_and_down(module)
+    leaf, down = first_and_down(module)
     first_position = None
     if experts is not None:
         if hidden_states.shape[0] == batch.windows * batch.positions:
@@ -404,7 +404,7 @@ def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
             first = None if first_position is None else first_position[token]
             batch.observe(experts.first[expert], states, first)
             batch.observe(experts.down[expert], intermediate, first)
-        states = _expert_linear(module, down, expert, intermediate)
+        states = expert_linear(module, down, expert, intermediate)
         if getattr(module, "has_post_expert_norm", False):
             states = module.post_expert_norm(states)
         states = states * top_k_weights[token, position, None]
@@ -414,16 +414,21 @@ def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
 
 def _observe_expert(batch: _Batch, module: nn.Module, experts: _Experts, expert: int, states: Tensor, first: Tensor | None) -> None:
     batch.observe(experts.first[expert], states, first)
-    batch.observe(experts.down[expert], _intermediate(module, _first_and_down(module)[0], expert, states), first)
+    batch.observe(experts.down[expert], _intermediate(module, first_and_down(module)[0], expert, states), first)
 
 
 def _intermediate(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
     """What the expert's last Linear reads."""
-    projected = _expert_linear(module, leaf, expert, states)
+    return gated(module, expert_linear(module, leaf, expert, states))
+
+
+def gated(module: nn.Module, projected: Tensor) -> Tensor:
+    """What stands between an expert's Linears: gate times up, or an activation alone."""
     return module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
 
 
-def _expert_linear(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
+def expert_linear(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
+    """One expert's part of a stacked parameter as a Linear."""
     weight = getattr(module, leaf)[expert]
     bias = getattr(module, f"{leaf}_bias")[expert] if module.has_bias else None
     if module.is_transposed:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import EvaluationError
 from quantkit.output import counted, format_bytes
 from quantkit.runtimes import FORMAT_SCHEMES, FORMAT_SUPPORT, HARDWARE, RUNTIMES, SUPPORT, Support, hardware_mode
 from quantkit.scheme import ALIASES, SCHEMES
@@ -52,121 +51,6 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def interval_text(interval: dict[str, Any], digits: int = 2) -> str:
-    """+1.23 % [+1.10, +1.36]"""
-    value = f"{interval['value']:+.{digits}f} %"
-    if interval["low"] is None:
-        return value
-    return f"{value} [{interval['low']:+.{digits}f}, {interval['high']:+.{digits}f}]"
-
-
-EVALUATION_COLUMNS = (
-    "model",
-    "scheme",
-    "perplexity",
-    "ΔPPL [95 %]",
-    "KL mean",
-    "KL p99",
-    "same top-1",
-    "size",
-    "bits/weight",
-    "Linears",
-    "inputs quantized",
-    "tokens/s",
-)
-
-
-def evaluation_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row for the base, one per candidate; the columns are EVALUATION_COLUMNS."""
-    base = result["base"]
-    rows = [
-        (
-            base["path"],
-            "base",
-            f"{base['perplexity']:.4f}",
-            "",
-            "",
-            "",
-            "",
-            format_bytes(base["bytes"]),
-            f"{base['bits_per_weight']:.2f}",
-            "",
-            "",
-            f"{base['tokens_per_second']:.0f}",
-        )
-    ]
-    for quant in result["quants"]:
-        activations = {True: "yes", False: "no"}.get(quant["activations_quantized"], "in part")
-        rows.append(
-            (
-                quant["path"],
-                quant["scheme"],
-                f"{quant['perplexity']:.4f}",
-                interval_text(quant["ppl_delta_pct"]),
-                f"{quant['kld']['mean']:.5f}",
-                f"{quant['kld']['p99']:.4f}",
-                f"{100 * quant['top1_agreement']:.2f} %",
-                format_bytes(quant["bytes"]),
-                f"{quant['bits_per_weight']:.2f}",
-                f"{quant['linears_quantized']} ({len(quant['linears_left'])} left)",
-                activations,
-                f"{quant['tokens_per_second']:.0f}",
-            )
-        )
-    return rows
-
-
-def evaluation_title(result: dict[str, Any]) -> str:
-    protocol = result["protocol"]
-    hardware = f", as {result['hardware']} computes" if result.get("hardware") else ""
-    return f"{result['tokens_scored']} tokens in {counted(result['windows'], 'window')} of {protocol['seq_len']}, protocol {protocol['name']} ({protocol['hash']}), {_arithmetic(result)}{hardware}"
-
-
-def _arithmetic(result: dict[str, Any]) -> str:
-    ran = {quant["exec"] for quant in result["quants"]}
-    if ran <= {"reference"}:
-        return "reference arithmetic"
-    return f"kernels ({result['kernel_level']})" if ran == {"kernel"} else f"kernels ({result['kernel_level']}) and reference arithmetic"
-
-
-def evaluation_remarks(result: dict[str, Any]) -> list[str]:
-    """What a reader of the table must know beside it."""
-    remarks = []
-    for quant in result["quants"]:
-        if quant["exec"] == "mixed":
-            remarks.append(f"{quant['path']}: ran through {', '.join(f'{name} ({count} Linears)' for name, count in quant['kernels'].items())}")
-        delta = quant["ppl_delta_pct"]
-        if delta["method"] == "t":
-            remarks.append(f"{quant['path']}: Student's t interval, since {result['windows']} windows are too few for a bootstrap")
-        elif delta["method"] == "none":
-            remarks.append(f"{quant['path']}: one window gives no interval; give more text or a smaller --seq-len")
-        if delta["smallest_resolvable"]:
-            remarks.append(f"{quant['path']}: this much text resolves differences of about {delta['smallest_resolvable']:.2f} %")
-        if quant["windows_calibrated_on"]:
-            remarks.append(
-                f"Warning: {quant['path']} was calibrated on text of {quant['windows_calibrated_on']} of these {result['windows']} windows; judge it on text that it hasn't seen"
-            )
-        elif quant["sources_calibrated_on"]:
-            remarks.append(f"Warning: {quant['path']} was calibrated on {', '.join(quant['sources_calibrated_on'])}; judge it on text that it hasn't seen")
-        if quant["weights_only_linears"]:
-            remarks.append(f"{quant['path']}: {len(quant['weights_only_linears'])} fused experts ran with unquantized inputs")
-        if quant["layers"]:
-            worst = quant["layers"][0]
-            remarks.append(f"{quant['path']}: the weight that changed most is {worst['name']}, {worst['weight_sqnr_db']:.1f} dB")
-    for gate in result["gates"]:
-        more = f", needs about {gate['more_tokens_needed']} more tokens" if gate.get("more_tokens_needed") else ""
-        remarks.append(f"gate {gate['expr']} on {gate['path']}: {gate['result']} ({gate['value']:.4g}{more})")
-    return remarks
-
-
-def evaluation_markdown(result: dict[str, Any]) -> str:
-    """The table and its remarks for a model card."""
-    lines = [f"## Quality\n\n{evaluation_title(result)}; {result['data']['sources'][0]}.\n"]
-    lines.append(markdown_table(EVALUATION_COLUMNS, evaluation_rows(result)))
-    lines += [f"- {remark}" for remark in evaluation_remarks(result)]
-    return "\n".join(lines) + "\n"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -336,44 +220,3 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def evaluation_html(result: dict[str, Any]) -> str:
-    """One page that needs no network: the table, its remarks, and the difference window by window as an inline SVG."""
-    from html import escape
-
-    head = "".join(f"<th>{escape(column)}</th>" for column in EVALUATION_COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in evaluation_rows(result))
-    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in evaluation_remarks(result))
-    plots = f"<h2>Difference to the base, window by window</h2>{_window_plot(result)}" if result["quants"] else ""
-    style = (
-        "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}div{overflow-x:auto}table{border-collapse:collapse}"
-        "th,td{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>quantkit eval</title><style>{style}</style></head>'
-        f"<body><h1>What quantization cost</h1><p>{escape(evaluation_title(result))}; {escape(', '.join(result['data']['sources']))}.</p>"
-        f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><ul>{remarks}</ul>{plots}</body></html>\n"
-    )
-
-
-def _window_plot(result: dict[str, Any]) -> str:
-    """Per window, nll_quant − nll_base per token of each candidate, as SVG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EvaluationError("--html draws with matplotlib, which is not installed; pip install 'quantkit[report]'") from None
-    import io
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color="0.6", linewidth=1)
-    for quant in result["quants"]:
-        differences = [(ours - base) / count for ours, base, count in zip(quant["window_nll"], result["base"]["window_nll"], result["window_tokens"])]
-        axes.plot(range(1, len(differences) + 1), differences, marker="o", markersize=3, linewidth=1, label=f"{quant['path']} ({quant['scheme']})")
-    axes.set_xlabel("window")
-    axes.set_ylabel("ΔNLL per token (nats)")
-    axes.legend()
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg")
-    return drawing.getvalue()[drawing.getvalue().index("<svg") :]

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import Checkpoint, torch_dtype
 from quantkit.errors import CheckpointError, EvaluationError
+from quantkit.experts import EXPERTS_IMPLEMENTATION, quantize_expert_inputs, register_serving_experts
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
 from quantkit.linear import OPS, QuantizedLinear, kernel_for
 from quantkit.quantize import QuantizedTensor
@@ -53,7 +54,7 @@ class ServedModel:
 
     scheme: the scheme of most Linears, "mixed" with several, or the stored dtype of an unquantized model.
     activations_quantized: True, False, or "partial".
-    weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: fused experts.
+    weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: stacked experts that don't all quantize alike.
     kernels: how many quantized Linears run through each kernel, and under "reference" those that don't.
     """
 
@@ -74,7 +75,8 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     """Open a checkpoint, quantized or not, for evaluation. exec: "auto" runs kernels where there are any, "kernel" refuses Linears that have none."""
     checkpoint = Checkpoint.open(path)
     layout = QuantizationLayout.read(checkpoint.config)
-    skeleton = build_skeleton(checkpoint, trust_remote_code)
+    register_serving_experts()
+    skeleton = build_skeleton(checkpoint, trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
     if layout is None:
         dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
         return ServedModel(BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None, {})
@@ -86,11 +88,12 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     strangers = [name for name in weights.linears if f"{name}.weight" in blocks.unexpected]
     if strangers:
         raise CheckpointError(f"{path} quantizes {strangers[0]}, which transformers' {type(skeleton).__name__} doesn't have; it can't be judged")
-    inputs_quantized = sum(computed[weights.linears[name]].input is not None for name in weights.linears if name in weights.modules)
+    reached = weights.modules | quantize_expert_inputs(blocks, {name: computed[scheme] for name, scheme in weights.linears.items()}, weights.input_scale)
+    inputs_quantized = sum(computed[weights.linears[name]].input is not None for name in weights.linears if name in reached)
     total = len(weights.linears)
     activations: bool | str = inputs_quantized == total if inputs_quantized in (0, total) else "partial"
     names = list(dict.fromkeys(scheme.name for scheme in layout.schemes))
-    weights_only = [name for name in weights.linears if name not in weights.modules]
+    weights_only = [name for name in weights.linears if name not in reached]
     dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
     kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, device)
     return ServedModel(blocks, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, kv_scales, weights.count_kernels())
@@ -133,6 +136,10 @@ class QuantizedWeights:
                         f"{name} holds codes, but {module}.weight_scale is missing; `quantkit verify {shlex.quote(str(checkpoint.path))}` lists all faults"
                     )
                 self._others.append(name)
+
+    def input_scale(self, module: str) -> Tensor:
+        """The static scale of a Linear's input, [1]."""
+        return self._decoded(module)[1]
 
     def _kernel_for(self, module: str) -> tuple[str | None, str]:
         if module not in self.modules:

@@ -6,6 +6,7 @@ noise (which text it happens to be) cancels. Windows, not tokens, are resampled,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,3 +69,17 @@ def perplexity_change_pct(differences: np.ndarray, counts: np.ndarray, tokens_pe
     tokens_per_unit: tokens per word where perplexity is per word.
     """
     return paired_interval(differences, counts).mapped(lambda mean: 100.0 * np.expm1(mean * tokens_per_unit))
+
+
+def mcnemar_p(first: int, second: int) -> float:
+    """The two-sided p of McNemar's exact test: are so unequal counts of disagreement, one way and the other, chance?
+
+    Under the hypothesis that neither way is likelier, the smaller count is binomial(n, ½). Tokens of one text lean on each other, so a p close to the limit says little.
+    """
+    total, smaller = first + second, min(first, second)
+    if total == 0:
+        return 1.0
+    # log C(n, k), k = 0 … smaller, from the ratios of neighbours: n of 10⁵ overflow nothing.
+    chosen = np.arange(1, smaller + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log((total - chosen + 1) / chosen))]) - total * math.log(2)
+    return float(min(1.0, 2 * np.exp(logs).sum()))

@@ -6,10 +6,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+# What tests judge is kept where nobody else looks, and goes with them.
+_CACHE = tempfile.TemporaryDirectory(prefix="quantkit-tests-")
+os.environ["QUANTKIT_CACHE"] = _CACHE.name
 
 WORDS = [
     "the",

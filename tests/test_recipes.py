@@ -26,3 +26,17 @@ def test_every_scheme_has_a_recipe_of_its_name():
 def test_every_recipe_says_what_it_is_for():
     for path in CONFIGS:
         assert path.read_text().startswith("# ") and yaml.safe_load(path.read_text())
+
+
+def test_commands_of_the_ci_example_parse_and_its_gates_too():
+    import shlex
+
+    from quantkit.cli import main
+    from quantkit.gates import Gate
+
+    workflow = yaml.safe_load((CONFIGS[0].parent / "ci" / "quality-gate.yml").read_text())
+    commands = [shlex.split(step["run"]) for step in workflow["jobs"]["judge"]["steps"] if step.get("run", "").startswith("quantkit ")]
+    parsed = {name: main.commands[name].make_context(name, arguments).params for _, name, *arguments in commands}
+    assert set(parsed) == {"quantize", "eval"} and parsed["eval"]["strict"]
+    assert {Gate.parse(gate).metric for gate in parsed["eval"]["gates"]} == set(Gate.METRICS)
+    assert (CONFIGS[0].parent.parent / workflow["env"]["RECIPE"]) in CONFIGS

@@ -7,6 +7,10 @@ namespace QK_LEVEL {
 
 // E4M3: sign, 4 bits of exponent with bias 7, 3 of mantissa; 0x7F and 0xFF are NaN, there is no infinity.
 inline lanes::Float decode_e4m3(const uint8_t* codes) {
+#if defined(__F16C__)
+    // Moved into float16's place a code is 2^-8 times its value, subnormals included; NaN's would be 480 times 2^-8.
+    return lanes::multiply(lanes::load_e4m3_as_float16(codes), lanes::broadcast(256.0f));
+#endif
     const lanes::Word code = lanes::load_bytes(codes), magnitude = lanes::only(code, 0x7Fu);
     // Exponent and mantissa moved into place want 120 more in the exponent; below 8 there is a subnormal, so many times 2^-9. (One multiplication by 2^120
     // would do for both, but subnormal float32 operands cost a hundred cycles.)

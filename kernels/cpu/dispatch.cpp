@@ -143,7 +143,7 @@ bool is_within(int value, int end) { return value >= 0 && value < end; }
 extern "C" {
 
 // Raised when a function's arguments change, so that ops.py refuses a library of another version.
-int qk_cpu_version() { return 3; }
+int qk_cpu_version() { return 4; }
 
 // An index into the levels above, as in quantkit/ops.py.
 int qk_cpu_level() { return current_level; }
@@ -181,12 +181,12 @@ int qk_quantize_blocks(const void* values, int input, int64_t rows, int64_t colu
     return 0;
 }
 
-// codes: [rows, columns] bytes, rows row_stride apart; values: [rows, columns] float32, dense.
+// codes: [rows, columns] bytes, rows row_stride apart; values: [rows, columns] of `output`, one of QkInput, dense.
 int qk_dequantize_blocks(const void* codes, int format, int64_t rows, int64_t columns, int64_t row_stride, int64_t block_rows, int64_t block_columns,
-                         const float* scale, float* values) {
+                         const float* scale, int output, void* values) {
     const QkMatrix m{rows, columns, row_stride, block_rows, block_columns};
-    if (!is_matrix(m) || !is_within(format, QK_FORMATS)) return -1;
-    kernels().dequantize_blocks[format](m, static_cast<const uint8_t*>(codes), scale, values);
+    if (!is_matrix(m) || !is_within(format, QK_FORMATS) || !is_within(output, QK_INPUTS)) return -1;
+    kernels().dequantize_blocks[output][format](m, static_cast<const uint8_t*>(codes), scale, values);
     return 0;
 }
 

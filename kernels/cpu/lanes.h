@@ -46,6 +46,12 @@ inline Float load_float32(const void* p) { return _mm512_loadu_ps(p); }
 inline Float load_bfloat16(const void* p) { return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16)); }
 inline Float even_bfloat16(Word pairs) { return as_float(_mm512_slli_epi32(pairs, 16)); }
 inline Float load_float16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+// E4M3 codes as the float16 numbers of the same bits, which are 2^-8 times as large; all bits of NaN are set.
+inline Float load_e4m3_as_float16(const void* p) {
+    const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))), magnitude = _mm256_and_si256(words, _mm256_set1_epi16(0x7F));
+    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7F));
+    return _mm512_cvtph_ps(_mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(short(0xBFFF))), nan));
+}
 inline Word load_bytes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 inline Word load_signed_bytes(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 inline void store_low_bytes(void* p, Word x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
@@ -125,6 +131,11 @@ inline Float load_float32(const void* p) { return _mm256_loadu_ps(static_cast<co
 inline Float load_bfloat16(const void* p) { return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16)); }
 inline Float even_bfloat16(Word pairs) { return as_float(_mm256_slli_epi32(pairs, 16)); }
 inline Float load_float16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline Float load_e4m3_as_float16(const void* p) {
+    const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p))), magnitude = _mm_and_si128(words, _mm_set1_epi16(0x7F));
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7F));
+    return _mm256_cvtph_ps(_mm_or_si128(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(short(0xBFFF))), nan));
+}
 inline Word load_bytes(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
 inline Word load_signed_bytes(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
 inline void store_low_bytes(void* p, Word x) {

@@ -34,6 +34,7 @@ private:
 };
 
 constexpr int64_t L1_BYTES = 24 << 10;        // of unpacked weights
+constexpr int64_t READY_BYTES = 64 << 10;     // of weights that are multiplied as they are stored: a longer sum costs less than a first-level cache saves
 constexpr int64_t L2_BYTES = 1 << 20;         // of activations
 constexpr int64_t SUPERBLOCK_ROWS = 256;      // at most; at least half of it
 
@@ -72,22 +73,23 @@ inline bool has_normal_outputs(const QkMatmul& m) {
     return least_magnitude(m.activation_scale, m.activation_row_step ? m.rows : 1) >= 0x1p-60f && least_magnitude(m.weight_scale, m.columns) >= 0x1p-60f;
 }
 
-// A panel of sums to outputs: rows `row` to `row + count`, 16 columns from `column` on or as many as there are. sums: SUMS_STRIDE apart; corrections: what to
-// take from each row's, or nullptr. Each step rounds: the reference multiplies by the one scale, then by the other.
-template <int TYPE, class Sum>
-void finish_panel(const QkMatmul& m, int64_t row, int64_t count, int64_t column, const Sum* sums, const int32_t* corrections, bool scale) {
-    constexpr int V = QK_PANEL / lanes::WIDTH;
-    const int64_t columns = std::min(QK_PANEL, m.columns - column);
-    alignas(64) float weight_scale[QK_PANEL], bias[QK_PANEL];
-    std::fill(weight_scale, weight_scale + QK_PANEL, 1.0f);
-    std::fill(bias, bias + QK_PANEL, 0.0f);
+// Sums to outputs: rows `row` to `row + count`, PANELS * 16 columns from `column` on or as many as there are. sums: SUMS_STRIDE apart; corrections: what to
+// take from each row's, or nullptr. Each step rounds: the reference multiplies by the one scale, then by the other. Two panels at once, where they are whole,
+// make a cache line of bfloat16: a row's outputs are far from the next row's, and half a line costs as much to write.
+template <int TYPE, int PANELS, class Sum>
+void finish_panels(const QkMatmul& m, int64_t row, int64_t count, int64_t column, const Sum* sums, const int32_t* corrections, bool scale) {
+    constexpr int V = PANELS * QK_PANEL / lanes::WIDTH;
+    constexpr int64_t MOST = PANELS * QK_PANEL;
+    const int64_t columns = std::min(MOST, m.columns - column);
+    alignas(64) float weight_scale[MOST], bias[MOST];
+    std::fill(weight_scale, weight_scale + MOST, 1.0f);
+    std::fill(bias, bias + MOST, 0.0f);
     const bool scaled = scale && m.weight_scale, biased = m.bias, own = scale && m.activation_scale;
     if (scaled) std::memcpy(weight_scale, m.weight_scale + column, size_t(columns) * 4);
     if (biased) std::memcpy(bias, m.bias + column, size_t(columns) * 4);
     for (int64_t r = 0; r < count; ++r, sums += SUMS_STRIDE) {
         const lanes::Float activation_scale = lanes::broadcast(own ? m.activation_scale[(row + r) * m.activation_row_step] : 1.0f);
-        alignas(64) unsigned char padded[QK_PANEL * 4];
-        for (int v = 0; v < V; ++v) {
+        const auto output = [&](int v) QK_INLINE {
             lanes::Float value;
             if constexpr (std::is_same_v<Sum, int32_t>) {
                 lanes::Word word = lanes::load_words(sums + v * lanes::WIDTH);
@@ -97,23 +99,45 @@ void finish_panel(const QkMatmul& m, int64_t row, int64_t count, int64_t column,
             }
             // Where there is no scale, one multiplication by 1 costs less than a branch and changes nothing.
             value = lanes::multiply(lanes::multiply(value, activation_scale), lanes::load_float32(weight_scale + v * lanes::WIDTH));
-            if (biased) value = lanes::add(value, lanes::load_float32(bias + v * lanes::WIDTH));
-            if (columns == QK_PANEL) store_output<TYPE>(m.output, (row + r) * m.columns + column + v * lanes::WIDTH, value);
-            else store_output<TYPE>(padded, v * lanes::WIDTH, value);
+            return biased ? lanes::add(value, lanes::load_float32(bias + v * lanes::WIDTH)) : value;
+        };
+        const int64_t at = (row + r) * m.columns + column;
+#if defined(__AVX512BF16__)
+        if constexpr (TYPE == TO_NORMAL_BFLOAT16 && PANELS == 2) {
+            _mm512_storeu_si512(static_cast<uint16_t*>(m.output) + at, (__m512i)_mm512_cvtne2ps_pbh(output(1), output(0)));
+            continue;
         }
-        if (columns < QK_PANEL) {
+#endif
+        alignas(64) unsigned char padded[MOST * 4];
+        for (int v = 0; v < V; ++v) {
+            if (columns == MOST) store_output<TYPE>(m.output, at + v * lanes::WIDTH, output(v));
+            else store_output<TYPE>(padded, v * lanes::WIDTH, output(v));
+        }
+        if (columns < MOST) {
             const size_t size = TYPE == QK_TO_FLOAT32 ? 4 : 2;
-            std::memcpy(static_cast<unsigned char*>(m.output) + size_t((row + r) * m.columns + column) * size, padded, size_t(columns) * size);
+            std::memcpy(static_cast<unsigned char*>(m.output) + size_t(at) * size, padded, size_t(columns) * size);
         }
     }
 }
 
+// The same of `panels` panels.
+template <int TYPE, class Sum>
+void finish_all(const QkMatmul& m, int64_t row, int64_t count, int64_t column, int panels, const Sum* sums, const int32_t* corrections, bool scale) {
+    for (int panel = 0; panel < panels;) {
+        const int64_t first = column + panel * QK_PANEL;
+        const bool pair = panel + 1 < panels && first + 2 * QK_PANEL <= m.columns;
+        if (pair) finish_panels<TYPE, 2>(m, row, count, first, sums + panel * QK_PANEL, corrections, scale);
+        else finish_panels<TYPE, 1>(m, row, count, first, sums + panel * QK_PANEL, corrections, scale);
+        panel += pair ? 2 : 1;
+    }
+}
+
 template <class Sum>
-inline void finish(const QkMatmul& m, int64_t row, int64_t count, int64_t column, const Sum* sums, const int32_t* corrections, bool scale, int type) {
-    if (type == TO_NORMAL_BFLOAT16) return finish_panel<TO_NORMAL_BFLOAT16>(m, row, count, column, sums, corrections, scale);
-    if (type == QK_TO_BFLOAT16) return finish_panel<QK_TO_BFLOAT16>(m, row, count, column, sums, corrections, scale);
-    if (type == QK_TO_FLOAT16) return finish_panel<QK_TO_FLOAT16>(m, row, count, column, sums, corrections, scale);
-    finish_panel<QK_TO_FLOAT32>(m, row, count, column, sums, corrections, scale);
+inline void finish(const QkMatmul& m, int64_t row, int64_t count, int64_t column, int panels, const Sum* sums, const int32_t* corrections, bool scale, int type) {
+    if (type == TO_NORMAL_BFLOAT16) return finish_all<TO_NORMAL_BFLOAT16>(m, row, count, column, panels, sums, corrections, scale);
+    if (type == QK_TO_BFLOAT16) return finish_all<QK_TO_BFLOAT16>(m, row, count, column, panels, sums, corrections, scale);
+    if (type == QK_TO_FLOAT16) return finish_all<QK_TO_FLOAT16>(m, row, count, column, panels, sums, corrections, scale);
+    finish_all<QK_TO_FLOAT32>(m, row, count, column, panels, sums, corrections, scale);
 }
 
 // One row's INT8 sums of 16 columns from `column` on, without what the activations' zero point added.
@@ -166,7 +190,7 @@ template <class Source> bool multiply(const QkMatmul& m, const typename Source::
     const int64_t superblock = std::min(rows, std::clamp(fitting, SUPERBLOCK_ROWS / 2, SUPERBLOCK_ROWS));
     const int64_t superblocks = (rows + superblock - 1) / superblock, blocks = (panels + shape.panels - 1) / shape.panels;
     // Chunks of about one size, a little more than what fits if that saves one: sums go to memory and back between them.
-    const int64_t fitting_inner = L1_BYTES / (shape.panels * QK_PANEL * int64_t(sizeof(Weight)));
+    const int64_t fitting_inner = (Source::READY ? READY_BYTES : L1_BYTES) / (shape.panels * QK_PANEL * int64_t(sizeof(Weight)));
     const int64_t chunks = std::max<int64_t>(1, (4 * inner + 5 * fitting_inner - 1) / (5 * fitting_inner));
     const int64_t chunk = grouped ? m.group : Source::READY && rows <= shape.rows ? inner : qk_rounded_up((inner + chunks - 1) / chunks, QK_INNER_UNIT);
     const int threads = int(std::min<int64_t>(m.threads, superblocks * blocks));
@@ -227,18 +251,20 @@ template <class Source> bool multiply(const QkMatmul& m, const typename Source::
                     }
                     if (row == first_row || (!grouped && !last)) continue;
                     const int64_t before = row - shape.rows, exist = std::min<int64_t>({shape.rows, end_row - before, m.rows - before});
-                    for (int panel = 0; panel < count; ++panel) {
-                        Sum* own = sums.get() + (before - first_row) * SUMS_STRIDE + panel * QK_PANEL;
-                        float* total = grouped ? totals.get() + (before - first_row) * SUMS_STRIDE + panel * QK_PANEL : nullptr;
+                    Sum* own = sums.get() + (before - first_row) * SUMS_STRIDE;
+                    float* total = grouped ? totals.get() + (before - first_row) * SUMS_STRIDE : nullptr;
+                    for (int panel = 0; panel < count && (grouped || m.zero_point); ++panel) {
                         const int64_t column = (first_panel + panel) * QK_PANEL;
-                        for (int64_t r = 0; r < exist && grouped; ++r) {
-                            correct(corrections.get()[(before + r) * groups + k / chunk], own + r * SUMS_STRIDE);
-                            add_group(m, before + r, column, k / chunk, own + r * SUMS_STRIDE, total + r * SUMS_STRIDE);
+                        for (int64_t r = 0; r < exist; ++r) {
+                            Sum* at = own + r * SUMS_STRIDE + panel * QK_PANEL;
+                            if (grouped) correct(corrections.get()[(before + r) * groups + k / chunk], at);
+                            if (grouped) add_group(m, before + r, column, k / chunk, at, total + r * SUMS_STRIDE + panel * QK_PANEL);
+                            if (m.zero_point) take_zero_point(m, before + r, column, at);
                         }
-                        for (int64_t r = 0; r < exist && m.zero_point; ++r) take_zero_point(m, before + r, column, own + r * SUMS_STRIDE);
-                        if (last && grouped) finish(m, before, exist, column, total, nullptr, false, type);
-                        else if (last) finish(m, before, exist, column, own, corrections.get() + before, !Source::folds(m), type);
                     }
+                    if (!last) continue;
+                    if (grouped) finish(m, before, exist, first_panel * QK_PANEL, count, total, nullptr, false, type);
+                    else finish(m, before, exist, first_panel * QK_PANEL, count, own, corrections.get() + before, !Source::folds(m), type);
                 }
             }
         }

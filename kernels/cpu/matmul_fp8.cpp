@@ -8,7 +8,7 @@
 namespace QK_LEVEL {
 
 bool matmul_fp8(const QkMatmul& m, const uint8_t* activations, const uint8_t* packed) {
-    return multiply<FloatOperands<E4M3Rows, E4M3Weight>>(m, activations, packed);
+    return multiply_codes<E4M3Rows, E4M3Weight>(m, activations, packed);
 }
 
 }  // namespace QK_LEVEL

@@ -7,11 +7,11 @@
 namespace QK_LEVEL {
 
 bool matmul_weight_only_int8(const QkMatmul& m, const uint16_t* activations, const uint8_t* packed) {
-    return multiply<FloatOperands<BFloat16Rows, Int8Weight>>(m, activations, packed);
+    return multiply_codes<BFloat16Rows, Int8Weight>(m, activations, packed);
 }
 
 bool matmul_weight_only_e4m3(const QkMatmul& m, const uint16_t* activations, const uint8_t* packed) {
-    return multiply<FloatOperands<BFloat16Rows, E4M3Weight>>(m, activations, packed);
+    return multiply_codes<BFloat16Rows, E4M3Weight>(m, activations, packed);
 }
 
 }  // namespace QK_LEVEL

@@ -18,7 +18,7 @@ using lanes::Float;
 using lanes::Word;
 using lanes::WIDTH;
 
-// ---- Inputs: how a type is read, and its largest magnitude. As integers, magnitudes have the order of their values, NaN above infinity above
+// ---- Types of values: how one is read and written, and its largest magnitude. As integers, magnitudes have the order of their values, NaN above infinity above
 // all numbers: a NaN anywhere makes the amax NaN.
 
 struct NarrowMagnitudes {
@@ -34,6 +34,7 @@ struct NarrowMagnitudes {
 struct BFloat16 : NarrowMagnitudes {
     static inline float widen_one(Stored x) { return float_of(uint32_t(x) << 16); }
     static inline Float widen(const Stored* x) { return lanes::load_bfloat16(x); }
+    static inline void store(Stored* x, Float value) { lanes::store_bfloat16(x, value); }
     // 2 * WIDTH elements as those at even and those at odd places: cheaper to take apart than halves, and to put together again.
     static constexpr bool INTERLEAVED = true;
     static inline void widen_pair(const Stored* x, Float& even, Float& odd) {
@@ -51,6 +52,7 @@ struct Float16 : NarrowMagnitudes {
         return values[0];
     }
     static inline Float widen(const Stored* x) { return lanes::load_float16(x); }
+    static inline void store(Stored* x, Float value) { lanes::store_float16(x, value); }
     static constexpr bool INTERLEAVED = false;
     static inline void widen_pair(const Stored* x, Float& first, Float& second) { first = widen(x), second = widen(x + WIDTH); }
 };
@@ -67,6 +69,7 @@ struct Float32 {
     static inline Float widen(const Stored* x) { return lanes::load_float32(x); }
     static constexpr bool INTERLEAVED = false;
     static inline void widen_pair(const Stored* x, Float& first, Float& second) { first = widen(x), second = widen(x + WIDTH); }
+    static inline void store(Stored* x, Float value) { lanes::store_float32(x, value); }
 };
 
 // ---- Formats: float32 already divided by its scale to codes, and codes to float32. BOUNDED promises quotients that no format has to clamp by
@@ -231,16 +234,16 @@ inline void encode_run(const typename Input::Stored* x, int64_t n, const Divisio
     }
 }
 
-template <class Format>
-inline void decode_run(const uint8_t* codes, int64_t n, float scale, float* values) {
+template <class Output, class Format>
+inline void decode_run(const uint8_t* codes, int64_t n, float scale, typename Output::Stored* values) {
     const Float factor = lanes::broadcast(scale);
     int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) lanes::store_float32(values + i, lanes::multiply(Format::decode(codes + i), factor));
+    for (; i + WIDTH <= n; i += WIDTH) Output::store(values + i, lanes::multiply(Format::decode(codes + i), factor));
     if (i < n) {
         uint8_t rest[WIDTH] = {};
-        float rest_values[WIDTH];
+        typename Output::Stored rest_values[WIDTH];
         std::memcpy(rest, codes + i, size_t(n - i));
-        lanes::store_float32(rest_values, lanes::multiply(Format::decode(rest), factor));
+        Output::store(rest_values, lanes::multiply(Format::decode(rest), factor));
         std::memcpy(values + i, rest_values, size_t(n - i) * sizeof *values);
     }
 }
@@ -334,13 +337,14 @@ void quantize_blocks(const QkMatrix& m, const void* values, int rule, uint8_t* c
     });
 }
 
-template <class Format>
-void dequantize_blocks(const QkMatrix& m, const uint8_t* codes, const float* scale, float* values) {
+template <class Output, class Format>
+void dequantize_blocks(const QkMatrix& m, const uint8_t* codes, const float* scale, void* values) {
+    auto x = static_cast<typename Output::Stored*>(values);
     each_tile(m, [&](const Tile& tile) {
         for (int64_t row = tile.row; row < tile.row + tile.rows; ++row)
             for (int64_t block = 0; block < tile.blocks; ++block) {
                 const int64_t column = tile.column + block * m.block_columns;
-                decode_run<Format>(codes + row * m.row_stride + column, block_width(m, tile, block), scale[tile.index + block], values + row * m.columns + column);
+                decode_run<Output, Format>(codes + row * m.row_stride + column, block_width(m, tile, block), scale[tile.index + block], x + row * m.columns + column);
             }
     });
 }
@@ -356,7 +360,9 @@ const QkKernels KERNELS = {
     {{quantize_blocks<BFloat16, Int8>, quantize_blocks<BFloat16, E4M3>},
      {quantize_blocks<Float16, Int8>, quantize_blocks<Float16, E4M3>},
      {quantize_blocks<Float32, Int8>, quantize_blocks<Float32, E4M3>}},
-    {dequantize_blocks<Int8>, dequantize_blocks<E4M3>},
+    {{dequantize_blocks<BFloat16, Int8>, dequantize_blocks<BFloat16, E4M3>},
+     {dequantize_blocks<Float16, Int8>, dequantize_blocks<Float16, E4M3>},
+     {dequantize_blocks<Float32, Int8>, dequantize_blocks<Float32, E4M3>}},
 };
 
 }  // namespace QK_LEVEL

@@ -17,5 +17,5 @@ struct QkKernels {
     void (*block_amax[QK_INPUTS])(const QkMatrix&, const void* values, float* amax);
     void (*encode_blocks[QK_INPUTS][QK_FORMATS])(const QkMatrix&, const void* values, const float* scale, uint8_t* codes);
     void (*quantize_blocks[QK_INPUTS][QK_FORMATS])(const QkMatrix&, const void* values, int rule, uint8_t* codes, float* scale);
-    void (*dequantize_blocks[QK_FORMATS])(const QkMatrix&, const uint8_t* codes, const float* scale, float* values);
+    void (*dequantize_blocks[QK_INPUTS][QK_FORMATS])(const QkMatrix&, const uint8_t* codes, const float* scale, void* values);
 };

@@ -37,7 +37,7 @@ template <int MOST, class F> inline void with_constant(int count, F f) {
 
 // f(0), f(1), ..., f(COUNT - 1), each with its number as a constant: sums stay in registers only where the compiler knows every index from the start.
 #define QK_INLINE __attribute__((always_inline))
-template <class F, int... NUMBERS> QK_INLINE inline void each_of(F f, std::integer_sequence<int, NUMBERS...>) { (f(std::integral_constant<int, NUMBERS>()), ...); }
+template <class F, int... NUMBERS> QK_INLINE inline void each_of([[maybe_unused]] F f, std::integer_sequence<int, NUMBERS...>) { (f(std::integral_constant<int, NUMBERS>()), ...); }
 template <int COUNT, class F> QK_INLINE inline void each(F f) { each_of(f, std::make_integer_sequence<int, COUNT>()); }
 
 // ---- INT8.
@@ -213,7 +213,7 @@ struct FloatTiles {
 // ---- Any number of rows and panels up to what one tile of this instruction set takes.
 
 #if defined(__AMX_INT8__)
-template <class Tiles> struct AmxOf;
+template <class Tiles> struct AmxOf { using Type = void; };
 template <> struct AmxOf<Int8Tiles> { using Type = amx::Int8; };
 template <> struct AmxOf<FloatTiles> { using Type = amx::BFloat16; };
 using Session = amx::Registers;
@@ -230,10 +230,11 @@ struct TileShape {
 
 template <class Tiles> inline TileShape tile_shape(int64_t rows, int64_t group) {
 #if defined(__AMX_INT8__)
-    if (rows >= AMX_FEWEST_ROWS && group % AmxOf<Tiles>::Type::INNER == 0) {
-        if (rows <= amx::ROWS) return {amx::ROWS, amx::ROWS, 4, true};
-        return {amx::ROWS, 2 * amx::ROWS, 2, true};
-    }
+    if constexpr (!std::is_void_v<typename AmxOf<Tiles>::Type>)
+        if (rows >= AMX_FEWEST_ROWS && group % AmxOf<Tiles>::Type::INNER == 0) {
+            if (rows <= amx::ROWS) return {amx::ROWS, amx::ROWS, 4, true};
+            return {amx::ROWS, 2 * amx::ROWS, 2, true};
+        }
 #endif
     (void)rows, (void)group;
     return {1, Tiles::ROWS, Tiles::PANELS, false};
@@ -243,10 +244,10 @@ template <class Tiles>
 inline void multiply_tile(const TileShape& shape, int rows, int panels, const typename Tiles::Activation* a, int64_t row_stride, const typename Tiles::Weight* b,
                           int64_t panel_stride, int64_t inner, typename Tiles::Sum* sums, bool add) {
 #if defined(__AMX_INT8__)
-    if (shape.amx) {
-        using Amx = typename AmxOf<Tiles>::Type;
-        return Amx::multiply(rows, panels, a, row_stride * int64_t(sizeof *a), b, panel_stride * int64_t(sizeof *b), inner / Amx::INNER, sums, SUMS_STRIDE * 4, add);
-    }
+    using Amx = typename AmxOf<Tiles>::Type;
+    if constexpr (!std::is_void_v<Amx>)
+        if (shape.amx)
+            return Amx::multiply(rows, panels, a, row_stride * int64_t(sizeof *a), b, panel_stride * int64_t(sizeof *b), inner / Amx::INNER, sums, SUMS_STRIDE * 4, add);
 #endif
     (void)shape;
     with_constant<Tiles::PANELS>(panels, [&](auto panel_count) {

@@ -1,4 +1,4 @@
-// x[r][c] = code[r][c] * scale[r / block_rows][c / block_columns], float32: blocks of any shape.
+// x[r][c] = store(code[r][c] * scale[r / block_rows][c / block_columns]): blocks of any shape, products in float32.
 //
 // Bit for bit equal to quantkit/quantize.py: dequantize.
 
@@ -10,10 +10,11 @@ struct Blocks {
     const uint8_t* codes;  // [rows, columns], rows row_stride apart
     int64_t rows, columns, row_stride, block_rows, block_columns, across;
     const float* scale;  // [block rows, across]
-    float* values;       // [rows, columns], dense
+    void* values;        // [rows, columns] of `output`, dense
+    int output;          // QkInput
 };
 
-// Four codes of a thread, 16 bytes of output, where rows and blocks are multiples of four; one else. A block of threads has a row.
+// Four codes of a thread, 16 or 8 bytes of output, where rows and blocks are multiples of four; one else. A block of threads has a row.
 template <int FORMAT, int VECTOR>
 __global__ void __launch_bounds__(256) decode(const Blocks b) {
     const int64_t row = blockIdx.x;
@@ -26,13 +27,14 @@ __global__ void __launch_bounds__(256) decode(const Blocks b) {
         const float scale = scales[column / block_columns];
         const uint8_t* from = b.codes + row * b.row_stride + column;
         if constexpr (VECTOR == 1) {
-            b.values[i] = hw::multiply(numbers::decode(FORMAT, *from), scale);
+            numbers::store(b.values, b.output, i, hw::multiply(numbers::decode(FORMAT, *from), scale));
         } else {
             const uint32_t codes = *reinterpret_cast<const uint32_t*>(from);
             float values[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) values[j] = hw::multiply(numbers::decode(FORMAT, codes >> 8 * j & 0xFFu), scale);
-            reinterpret_cast<uint4*>(b.values)[i] = {hw::bits_of(values[0]), hw::bits_of(values[1]), hw::bits_of(values[2]), hw::bits_of(values[3])};
+            if (b.output == QK_FLOAT32) static_cast<uint4*>(b.values)[i] = {hw::bits_of(values[0]), hw::bits_of(values[1]), hw::bits_of(values[2]), hw::bits_of(values[3])};
+            else static_cast<uint2*>(b.values)[i] = {numbers::narrow_pair(b.output, values[0], values[1]), numbers::narrow_pair(b.output, values[2], values[3])};
         }
     }
 }
@@ -50,11 +52,12 @@ int launch(const Blocks& b, void* stream) {
 
 }  // namespace
 
-// codes: [rows, columns] bytes, rows row_stride apart; scale: [block rows, block columns] float32; values: [rows, columns] float32, dense.
+// codes: [rows, columns] bytes, rows row_stride apart; scale: [block rows, block columns] float32; values: [rows, columns] of `output` (QkInput), dense.
 // Returns 0, -1 for arguments that make no sense, or CUDA's error.
 extern "C" int qk_cuda_dequantize(const void* codes, int format, int64_t rows, int64_t columns, int64_t row_stride, int64_t block_rows, int64_t block_columns,
-                                  const float* scale, float* values, void* stream) {
+                                  const float* scale, int output, void* values, void* stream) {
     if (rows < 1 || columns < 1 || row_stride < (rows > 1 ? columns : 0) || block_rows < 1 || block_columns < 1 || format < 0 || format >= QK_FORMATS) return -1;
-    const Blocks b{static_cast<const uint8_t*>(codes), rows, columns, row_stride, block_rows, block_columns, (columns + block_columns - 1) / block_columns, scale, values};
+    if (output < 0 || output >= QK_INPUTS) return -1;
+    const Blocks b{static_cast<const uint8_t*>(codes), rows, columns, row_stride, block_rows, block_columns, (columns + block_columns - 1) / block_columns, scale, values, output};
     return format == QK_INT8 ? launch<QK_INT8>(b, stream) : launch<QK_E4M3>(b, stream);
 }

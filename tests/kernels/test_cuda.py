@@ -362,8 +362,10 @@ def test_dequantize_equals_its_reference(machine):
     for rows, columns, block_rows, block_columns in ((5, 7, 1, 7), (130, 200, 128, 128), (9, 64, 1, 32), (64, 96, 64, 96)):
         scale = torch.rand(-(-rows // block_rows), -(-columns // block_columns))
         for codes in (int8_codes(rows, columns), torch.arange(rows * columns).to(torch.uint8).view(E4M3).reshape(rows, columns)):
-            ours = machine.run("dequantize_blocks", codes, scale, block_rows, block_columns)
-            assert torch.equal(ours.nan_to_num(7.0), reference.dequantize(codes, scale, block(block_rows, block_columns)).nan_to_num(7.0))
+            expected = reference.dequantize(codes, scale, block(block_rows, block_columns))
+            for dtype in DTYPES:
+                ours = machine.run("dequantize_blocks", codes, scale, block_rows, block_columns, dtype)
+                assert torch.equal(ours.nan_to_num(7.0), expected.to(dtype).nan_to_num(7.0))
 
 
 # ---- numbers.h, compiled for the host.
@@ -472,7 +474,7 @@ def test_the_library_refuses_arguments_that_no_kernel_takes(machine):
     assert library.qk_cuda_matmul_weight_only(ctypes.byref(native.Product(**right)), 2, None) == -1
     assert library.qk_cuda_quantize_rows(None, 3, 1, 1, 1, 1, 0, 0, None, None, None) == -1
     assert library.qk_cuda_quantize_kv(None, 0, 1, 1, 0, 1, 0, 0, 0, None, 0, 0, None, None) == -1
-    assert library.qk_cuda_dequantize(None, 2, 1, 1, 1, 1, 1, None, None, None) == -1
+    assert library.qk_cuda_dequantize(None, 2, 1, 1, 1, 1, 1, None, 0, None, None) == -1
 
 
 def test_fakes_describe_what_cuda_gives():

@@ -107,7 +107,7 @@ def scale_rules(number_format, granularity: Granularity) -> list[tuple[str, Quan
 
 
 def as_bits(values: Tensor) -> Tensor:
-    return values.view({1: torch.uint8, 4: torch.int32}[values.element_size()])
+    return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()])
 
 
 def is_nan(values: Tensor) -> Tensor:
@@ -159,7 +159,10 @@ def check_block_amax(values: Tensor, granularity: Granularity) -> None:
 def check_dequantize(codes: Tensor, scale: Tensor, granularity: Granularity) -> None:
     blocks = granularity.block_shape(*codes.shape)
     about = f"{codes.dtype} {list(codes.shape)} {granularity} dequantized"
-    check_levels(lambda: OPS.dequantize_blocks(codes, scale, *blocks), (reference.dequantize(codes, scale, granularity),), about)
+    expected = reference.dequantize(codes, scale, granularity)
+    check_levels(lambda: OPS.dequantize_blocks(codes, scale, *blocks), (expected,), about)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_levels(lambda dtype=dtype: OPS.dequantize_blocks(codes, scale, *blocks, dtype), (expected.to(dtype),), f"{about} to {dtype}")
 
 
 def given_scale(shape: tuple[int, int], granularity: Granularity, seed: int) -> Tensor:
@@ -476,9 +479,11 @@ def test_dequantize_stays_inside_its_buffer(number_format, granularity):
         blocks = granularity.block_shape(*shape)
         for level in LEVELS_HERE:
             LIBRARY.qk_select_cpu_level(level)
-            values = Guarded(shape, torch.float32)
-            assert LIBRARY.qk_dequantize_blocks(pointer, FORMATS.index(number_format), *shape, stride, *blocks, scale.data_ptr(), values.pointer) == 0
-            assert_same_bits(values.written(), expected, native.LEVELS[level])
+            for output, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
+                values = Guarded(shape, dtype)
+                arguments = (pointer, FORMATS.index(number_format), *shape, stride, *blocks, scale.data_ptr(), output, values.pointer)
+                assert LIBRARY.qk_dequantize_blocks(*arguments) == 0
+                assert_same_bits(values.written(), expected.to(dtype), f"{native.LEVELS[level]} {dtype}")
 
 
 def test_nonsense_arguments_are_refused():
@@ -489,7 +494,7 @@ def test_nonsense_arguments_are_refused():
         assert LIBRARY.qk_block_amax(*matrix, out.data_ptr()) == -1
         assert LIBRARY.qk_encode_blocks(*matrix, 0, out.data_ptr(), out.data_ptr()) == -1
         assert LIBRARY.qk_quantize_blocks(*matrix, 0, 0, out.data_ptr(), out.data_ptr()) == -1
-        assert LIBRARY.qk_dequantize_blocks(*matrix, out.data_ptr(), out.data_ptr()) == -1
+        assert LIBRARY.qk_dequantize_blocks(*matrix, out.data_ptr(), 0, out.data_ptr()) == -1
     matrix = (values.data_ptr(), *good.values())
     for number_format, rule in ((2, 0), (-1, 0), (0, 3), (0, -1)):
         assert LIBRARY.qk_quantize_blocks(*matrix, number_format, rule, out.data_ptr(), out.data_ptr()) == -1
@@ -550,6 +555,7 @@ def test_schemas_and_fakes_describe_the_ops(shape, number_format):
         (OPS.encode_blocks, (values, scale, 1, 32, number_format.name)),
         (OPS.quantize_blocks, (values, 1, 32, number_format.name, "stored")),
         (OPS.dequantize_blocks, (codes, scale, 1, 32)),
+        (OPS.dequantize_blocks, (codes, scale, 1, 32, torch.bfloat16)),
     ):
         # What checks the schema multiplies tensors, which torch can't in FP8; the schema is the same for both formats.
         torch.library.opcheck(operator.default, arguments, test_utils=CHECKS if number_format is INT8 else CHECKS[1:])

@@ -1,0 +1,82 @@
+"""Experts that lie one by one on disk and stacked in transformers: judged with quantized inputs, as they are served."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from quantkit.blockwise import one_thread
+from quantkit.calibration import CalibrationOptions, calibrate
+from quantkit.data import evaluation_windows, load_tokenizer
+from quantkit.evaluation import EvaluationOptions, evaluate
+from quantkit.experts import serving_experts
+from quantkit.quantize import quantize
+from quantkit.scheme import SCHEMES
+from quantkit.served import load_served
+
+
+def make_mixtral(directory):
+    directory.mkdir()
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=make_tokenizer(directory), max_position_embeddings=128, initializer_range=0.1, **sizes)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
+
+
+def test_experts_quantize_their_inputs_too(tmp_path, export_to, text):
+    """Experts that lie one by one on disk are one tensor in transformers, and quantize what they read all the same."""
+    model = make_mixtral(tmp_path / "mixtral")
+    out = export_to("fp8-dynamic", model)
+    result = evaluate(EvaluationOptions(model, (out, model), (str(text),), 32, 320))
+    quant, itself = result["quants"]
+    assert quant["linears_quantized"] == 4 + 3 * 4 and quant["weights_only_linears"] == []
+    assert quant["activations_quantized"] is True and len(quant["layers"]) == 16
+    assert itself["kld"]["max"] == 0
+    (weights_only,) = evaluate(EvaluationOptions(model, (out,), (str(text),), 32, 320, hardware="ampere"))["quants"]
+    assert 0 < weights_only["kld"]["mean"] < quant["kld"]["mean"] and weights_only["activations_quantized"] is False
+
+
+def test_base_with_experts_is_the_eager_forward(tmp_path, text):
+    model = make_mixtral(tmp_path / "mixtral")
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto", experts_implementation="eager").eval()
+    losses = []
+    with torch.inference_mode(), one_thread():
+        for window in evaluation_windows([str(text)], load_tokenizer(model), "gptq", 32, 320).windows:
+            tokens = torch.tensor([window.tokens])
+            logits = whole.model(tokens).last_hidden_state[0].double() @ whole.lm_head.weight.double().T
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none"))
+    base = evaluate(EvaluationOptions(model, (), (str(text),), 32, 320))["base"]
+    assert base["perplexity"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "int8-static"])
+def test_an_experts_output_is_the_product_of_quantized_inputs(scheme, tmp_path, export_to, text):
+    model = make_mixtral(tmp_path / "mixtral")
+    calibrated = tmp_path / "calib"
+    calibrate(CalibrationOptions(model, calibrated, (str(text),), num_samples=4, seq_len=64, all_experts=True))
+    out = export_to(scheme, model, calibrated)
+    served, spec, codes = load_served(out, "cpu"), SCHEMES[scheme], load_file(out / "model.safetensors")
+    names = [f"model.layers.0.block_sparse_moe.experts.{{}}.{leaf}" for leaf in ("w1", "w3", "w2")]
+    hidden = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    chosen, shares = torch.tensor([[1], [1], [3], [0], [1], [2]]), torch.full((6, 1), 0.5).bfloat16()
+    with served.blocks.block(0) as block, torch.inference_mode():
+        experts = next(module for module in block.modules() if hasattr(module, "quantkit_inputs"))
+        output = serving_experts(experts, hidden, chosen, shares)
+    expected = torch.zeros_like(hidden)
+
+    def product(states, expert, leaf):
+        name = names[leaf].format(expert)
+        merged = [f"{names[k].format(each)}.input_scale" for k in ((2,) if leaf == 2 else (0, 1)) for each in range(4)]
+        static = None if spec.input.dynamic else torch.stack([codes[scale] for scale in merged]).max().reshape(1, 1)
+        weight = (codes[f"{name}.weight"].float() * codes[f"{name}.weight_scale"].float()).bfloat16().float()
+        return (quantize(states, spec.input, static).dequantize() @ weight.T).bfloat16()
+
+    for token, expert in enumerate(chosen[:, 0].tolist()):
+        states = hidden[token : token + 1]
+        between = torch.nn.functional.silu(product(states, expert, 0)) * product(states, expert, 1)
+        expected[token] = product(between, expert, 2)[0] * 0.5
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=1e-3)
