@@ -157,12 +157,17 @@ def compare(work: Path, data: str, windows: int, seq_len: int, vllm_python: str 
     return rows
 
 
+def _percent(share: float) -> str:
+    text = f"{100 * share:+.3f} %"
+    return text[1:] if float(text[:-2]) == 0 else text
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     columns = ("checkpoint", "against", "its perplexity", "quantkit eval", "difference", "--exec reference", "difference", "remark")
     shown = []
     for entry in rows:
         ours = [entry["eval"], entry["eval_reference"]]
-        figures = [cell for value in ours for cell in (("", "") if value is None else (f"{value:.3f}", f"{100 * (value / entry['theirs'] - 1):+.3f} %"))]
+        figures = [cell for value in ours for cell in (("", "") if value is None else (f"{value:.3f}", _percent(value / entry["theirs"] - 1)))]
         shown.append((entry["checkpoint"], entry["against"], f"{entry['theirs']:.3f}", *figures, entry["remark"]))
     return markdown_table(columns, shown)
 
