@@ -116,8 +116,7 @@ def dequantized(checkpoint: Path, base: Path, output: Path) -> Path:
     return output
 
 
-def compare(work: Path, data: str, windows: int, seq_len: int, vllm_python: str | None) -> tuple[list[dict[str, Any]], float]:
-    """The table's rows, and what rounding noise alone does to the base's perplexity, in percent."""
+def compare(work: Path, data: str, windows: int, seq_len: int, vllm_python: str | None) -> list[dict[str, Any]]:
     base = smollm2(lambda text: click.echo(text, err=True))
     outputs = {}
     for scheme in ("int8-dynamic", "fp8-dynamic"):
@@ -131,9 +130,7 @@ def compare(work: Path, data: str, windows: int, seq_len: int, vllm_python: str 
     def judged(quants: tuple[Path, ...], **options: Any) -> dict[str, Any]:
         return evaluate(EvaluationOptions(base, quants, (data,), seq_len, windows * seq_len, **options))
 
-    kernels, reference = (
-        judged((outputs["int8-dynamic"], outputs["fp8-dynamic"]), exec=name, noise_floor=name == "reference") for name in ("auto", "reference")
-    )
+    kernels, reference = (judged((outputs["int8-dynamic"], outputs["fp8-dynamic"]), exec=name) for name in ("auto", "reference"))
     weights_only = {name: judged((outputs["fp8-dynamic"],), hardware="cpu", exec=name)["quants"][0] for name in ("auto", "reference")}
     rows = []
 
@@ -157,7 +154,12 @@ def compare(work: Path, data: str, windows: int, seq_len: int, vllm_python: str 
         values = vllm_perplexity(vllm_python, dequantized(outputs["fp8-dynamic"], base, work / "values"), work / "windows.json")
         ours, by_reference = (weights_only[name]["perplexity"] for name in ("auto", "reference"))
         row("fp8-dynamic, --hardware cpu", against, values["perplexity"], ours, by_reference, "codes' values in bfloat16")
-    return rows, reference["noise_floor"]["ppl_delta_pct"]["value"]
+    return rows
+
+
+def _percent(share: float) -> str:
+    text = f"{100 * share:+.3f} %"
+    return text[1:] if float(text[:-2]) == 0 else text
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -165,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     shown = []
     for entry in rows:
         ours = [entry["eval"], entry["eval_reference"]]
-        figures = [cell for value in ours for cell in (("", "") if value is None else (f"{value:.3f}", f"{100 * (value / entry['theirs'] - 1):+.3f} %"))]
+        figures = [cell for value in ours for cell in (("", "") if value is None else (f"{value:.3f}", _percent(value / entry["theirs"] - 1)))]
         shown.append((entry["checkpoint"], entry["against"], f"{entry['theirs']:.3f}", *figures, entry["remark"]))
     return markdown_table(columns, shown)
 
@@ -180,13 +182,12 @@ def main(data: str, windows: int, seq_len: int, vllm_python: str | None, output:
     """Compare eval's perplexities with a server's and with transformers'."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     with tempfile.TemporaryDirectory() as temporary:
-        rows, noise_floor = compare(Path(temporary), data, windows, seq_len, vllm_python)
+        rows = compare(Path(temporary), data, windows, seq_len, vllm_python)
     title = f"SmolLM2-135M-Instruct, {Path(data).name}, the first {windows} windows of {seq_len} tokens, protocol gptq"
-    noise = f"Rounding noise alone, one step of bfloat16 in twelve behind each block of the base, moves the perplexity by {noise_floor:+.3f} %."
-    text = f"# Eval beside vLLM and transformers\n\n{title}.\nMachine: {machine()}.\n\n{table(rows)}\n{noise}\n"
+    text = f"# Eval beside vLLM and transformers\n\n{title}.\nMachine: {machine()}.\n\n{table(rows)}"
     output.parent.mkdir(exist_ok=True)
     output.write_text(text)
-    write_json(output.with_suffix(".json"), {"machine": machine(), "windows": windows, "seq_len": seq_len, "rows": rows, "noise_floor_ppl_pct": noise_floor})
+    write_json(output.with_suffix(".json"), {"machine": machine(), "windows": windows, "seq_len": seq_len, "rows": rows})
     click.echo(text)
 
 

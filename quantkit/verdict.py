@@ -238,7 +238,7 @@ def comparison_rows(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{pair['b']['perplexity']:.4f}",
                 interval_text(pair["ppl_delta_pct"]),
                 interval_text(pair["kld_delta"], 5, ""),
-                interval_text(top1),
+                interval_text(top1, unit=" points"),
                 f"{pair['size_ratio']:.3f}",
             )
         )
