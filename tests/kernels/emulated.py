@@ -36,6 +36,8 @@ def build(directory: Path, name: str = "emulated", defines: tuple[str, ...] = ()
     for architecture in dict.fromkeys(architecture for architecture, _ in wanted):
         objects = [_object(directory, architecture, source) for source in SOURCES]
         _run([compiler(), "-shared", "-o", f"{libraries[architecture]}.new", *objects])
+        for path in [*directory.glob(f"{name}-{architecture}-*.so"), *map(Path, objects)]:  # of older sources
+            path.unlink()
         Path(f"{libraries[architecture]}.new").replace(libraries[architecture])
     return {architecture: native.open_cuda_library(path) for architecture, path in libraries.items()}
 
