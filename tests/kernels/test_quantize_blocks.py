@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import native, ops
+from quantkit import arguments, native
 from quantkit import quantize as reference
 from quantkit.formats import E8M0, FP8_E4M3, INT8
 from quantkit.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
@@ -449,7 +449,7 @@ def test_kernels_stay_inside_their_buffers(dtype, granularity):
         values = sample(shape, dtype, 5)
         _memory, pointer, stride = fenced(values, torch.nan)
         blocks = granularity.block_shape(*shape)
-        matrix = (pointer, ops._INPUTS[dtype], *shape, stride, *blocks)
+        matrix = (pointer, arguments.INPUT_NUMBERS[dtype], *shape, stride, *blocks)
         scale_shape = granularity.scale_shape(*shape)
         for level in LEVELS_HERE:
             LIBRARY.qk_select_cpu_level(level)
