@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import arguments, native
+from quantkit import native, ops
 from quantkit import quantize as reference
+from quantkit.arguments import INPUT_NUMBERS
 from quantkit.formats import E8M0, FP8_E4M3, INT8
 from quantkit.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
 
@@ -449,7 +450,7 @@ def test_kernels_stay_inside_their_buffers(dtype, granularity):
         values = sample(shape, dtype, 5)
         _memory, pointer, stride = fenced(values, torch.nan)
         blocks = granularity.block_shape(*shape)
-        matrix = (pointer, arguments.INPUT_NUMBERS[dtype], *shape, stride, *blocks)
+        matrix = (pointer, INPUT_NUMBERS[dtype], *shape, stride, *blocks)
         scale_shape = granularity.scale_shape(*shape)
         for level in LEVELS_HERE:
             LIBRARY.qk_select_cpu_level(level)
