@@ -1,6 +1,7 @@
 """Weights chosen with data: recipe, calibration, export, judged; and a model with outliers that plain rounding ruins."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from quantkit.errors import CalibrationError
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.export import export
 from quantkit.plan import ExportOptions, plan_export
+from quantkit.ranks import Ranks
 from quantkit.scheme import Recipe
 
 SMOOTH = {"scheme": "int8-dynamic", "algorithms": ["smoothquant"]}
@@ -114,6 +116,22 @@ def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
     assert contents[0] == contents[1] and "weights-00001.safetensors" in contents[0]
 
 
+def test_weights_that_are_not_what_was_written_are_refused(options):
+    calibrate(options)
+    path = options.output / "weights-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match="it has changed since it was written"):
+        Calibration.open(options.output)
+
+
+def test_several_processes_are_refused(options, monkeypatch):
+    monkeypatch.setattr("quantkit.calibration.joined_ranks", lambda device: nullcontext(Ranks(0, 2, device)))
+    with pytest.raises(CalibrationError, match="run in one process"):
+        calibrate(options)
+
+
 def test_threads_change_no_byte(options, tmp_path):
     calibrate(options)
     threads = torch.get_num_threads()
@@ -147,6 +165,10 @@ def test_quantize_runs_a_recipe_with_algorithms_and_inspect_shows_what_was_done(
     assert len(described["chosen"]["linears"]) == 14
     folds = {(fold["into"].rpartition(".")[2], len(fold["linears"])) for fold in described["chosen"]["folds"]}
     assert folds <= {("input_layernorm", 3), ("post_attention_layernorm", 2), ("v_proj", 1), ("up_proj", 1)}
+    shown = run("inspect", tmp_path / "q-calibration")
+    assert shown.exit_code == 0 and "scales folded by smoothquant" in shown.stdout and "chosen by" in shown.stdout
+    again = run("quantize", llama, "-o", tmp_path / "q2", "--scheme", "int8-dynamic", "--calibration", tmp_path / "q-calibration")
+    assert again.exit_code == 1 and "made for another recipe" in again.stderr
     manifest = json.loads((tmp_path / "q" / "quantkit.json").read_text())
     assert "model.layers.0.self_attn.q_proj.weight" in manifest["changed"]
 

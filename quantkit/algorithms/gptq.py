@@ -1,16 +1,18 @@
 """GPTQ (Frantar et al. 2022): round a weight's columns one after the other, and let the columns still to come make up for each error.
 
-The codes shall minimize ‖W X − Q X̂‖², with X the inputs [in_features, tokens] and X̂ those that the quantized Linear will see, which are quantized
-themselves. First the real-valued weight that does best on X̂,
-
-    W* = W + W (X − X̂) X̂ᵀ H⁻¹        H = X̂ X̂ᵀ
-
-(least squares; where an input's rounding noise is as large as the input, this trusts it less; Qronos and GPTAQ begin the same way), then Q by the
-paper's algorithm: ‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² and a constant. With U the upper Cholesky factor of H⁻¹, and column j rounded to q_j,
+The codes Q shall minimize ‖(W − Q) X̂‖², where X̂, [in_features, tokens], are the inputs that the quantized Linear will see, quantized themselves. With
+H = X̂ X̂ᵀ, U the upper Cholesky factor of H⁻¹, and column j rounded to q_j,
 
     e = (w_j − q_j) / U_jj        w_k ← w_k − e U_jk  for k > j
 
-Scales stay those of rounding W* to nearest: what is stored is codes and scales, and both are final here.
+On request it works on a weight that was fitted first, by least squares, to give W X from X̂, where X are the inputs before they were quantized:
+
+    W* = W + W (X − X̂) X̂ᵀ H⁻¹
+
+‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² and a constant. An input that is mostly rounding noise is trusted less then. The fit has in_features² numbers to learn from text: where noise is small, it
+learns that text instead.
+
+Scales stay those of rounding to nearest: what is stored is codes and scales, and both are final here.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Solution:
-    """error, plain_error: ‖W X − Q X̂‖² up to a constant, of these codes and of rounding to nearest. fallback: why these are rounded to nearest, or ""."""
+    """error, plain_error: ‖(W − Q) X̂‖² (with W* for W where it was fitted), of these codes and of rounding to nearest. fallback: why these are rounded to nearest, or ""."""
 
     weight: QuantizedTensor
     error: float
