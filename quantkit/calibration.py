@@ -459,6 +459,9 @@ class _Run:
             chosen = {weights_file(number): self.output.done[weights_file(number)] for number in range(self.model.block_count)}
             described = [entry["description"] for entry in chosen.values()]
             description["chosen"] = {key: [item for block in described for item in block[key]] for key in ("folds", "refused", "linears")}
+            done = {entry["name"] for entry in description["chosen"]["linears"]}
+            reason = "transformers has no Linear of that name in a decoder block"
+            description["chosen"]["linears"] += [{"name": name, "algorithm": "rtn", "reason": reason} for name in self.chooser.schemes if name not in done]
             description["chosen"]["files"] = list(chosen)
             names, entries = [*names, *chosen], [*entries, *chosen.values()]
         description["files"] = {name: {"bytes": entry["bytes"], "blake3": entry["blake3"]} for name, entry in zip(names, entries)}

@@ -277,8 +277,8 @@ class _Run:
             yield job.tensors[0].name, _kv_scale(self._plan, job.tensors[0]), 0
         elif job.linear is None:
             yield from self._copied(job.source, job.tensors[0])
-        elif self._chosen(job) is not None:
-            yield from self._chosen_codes(job)
+        elif (chosen := self._chosen(job)) is not None:
+            yield from self._chosen_codes(job, chosen)
         elif self._stream.source_spec == job.linear.scheme.weight:
             yield from self._codes_as_they_are(job)
         else:
@@ -289,9 +289,9 @@ class _Run:
         calibration = self._plan.calibration
         return calibration.quantized_weight(job.linear.name, job.linear.scheme.weight) if calibration else None
 
-    def _chosen_codes(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
+    def _chosen_codes(self, job: _Job, quantized: QuantizedTensor) -> Iterator[tuple[str, Tensor, int]]:
         """Codes and scales that algorithms chose, as they are: rounding anew would undo their work."""
-        quantized, linear, layout = self._chosen(job), job.linear, self._plan.options.layout
+        linear, layout = job.linear, self._plan.options.layout
         if not torch.isfinite(quantized.scale).all():
             raise _not_finite(job.source)
         places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}

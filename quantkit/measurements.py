@@ -237,14 +237,20 @@ def _require_rest(description: Mapping[str, Any]) -> None:
             _counts(entry, "tokens")
     if description.get("chosen") is not None:
         chosen = _object(description, "chosen")
-        for entry in [*_entries(chosen, "folds"), *_entries(chosen, "refused")]:
-            if "into" in entry:
-                _text(entry, "into"), _texts(entry, "linears"), _magnitude(entry, "error"), _magnitude(entry, "plain_error"), _magnitude(entry, "strength")
-            else:
-                _text(entry, "linear"), _text(entry, "reason")
+        for entry in _entries(chosen, "folds"):
+            _text(entry, "into"), _text(entry, "measure"), _texts(entry, "linears")
+            _magnitude(entry, "error"), _magnitude(entry, "plain_error"), _magnitude(entry, "strength")
+        for entry in _entries(chosen, "refused"):
+            _text(entry, "linear"), _text(entry, "reason")
         for entry in _entries(chosen, "linears"):
-            _text(entry, "name"), _text(entry, "algorithm")
-        _value(chosen, "files", "names of its files", lambda value: isinstance(value, list) and all(name in description["files"] for name in value))
+            _text(entry, "name"), _text(entry, "algorithm"), _text({"reason": ""} | entry, "reason")
+            _magnitude({"error": 0} | entry, "error"), _magnitude({"plain_error": 0} | entry, "plain_error")
+        _value(
+            chosen,
+            "files",
+            "names of its files",
+            lambda value: isinstance(value, list) and all(isinstance(name, str) and name in description["files"] for name in value),
+        )
     if description.get("recipe") is not None:
         try:
             Recipe.from_mapping(_object(description, "recipe"), "its recipe")

@@ -203,3 +203,26 @@ def test_what_cannot_be_folded_is_left_and_said(tmp_path, text, options):
     quantized(replace(options, model=tmp_path / "moe", recipe=smoothing, seq_len=32))
     chosen = Calibration.open(options.output).description["chosen"]
     assert not any("post_attention_layernorm" in fold["into"] for fold in chosen["folds"])
+    experts = [entry for entry in chosen["linears"] if ".experts." in entry["name"]]
+    assert len(experts) == 2 * 4 * 3 and {entry["algorithm"] for entry in experts} == {"rtn"} and experts[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": [["a"]]},
+        {"files": ["nowhere.safetensors"]},
+        {"folds": [{"into": "norm"}]},
+        {"refused": [{}]},
+        {"linears": [{"name": "a", "algorithm": "gptq", "plain_error": "0"}]},
+        {"linears": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_description_is_refused_in_a_sentence(change, options):
+    calibrate(options)
+    path = options.output / "calibration.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {"chosen": description["chosen"] | change}))
+    with pytest.raises(CalibrationError, match="is damaged"):
+        Calibration.open(options.output)

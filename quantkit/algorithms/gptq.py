@@ -78,7 +78,7 @@ def gptq(weight: Tensor, spec: QuantSpec, hessian: Tensor, target: Tensor | None
 
 def _error(values: Tensor, target: Tensor, hessian: Tensor) -> float:
     difference = (values - target).double()
-    return float(((difference @ hessian.double()) * difference).sum())
+    return max(0.0, float(((difference @ hessian.double()) * difference).sum()))  # rounding may leave a little less than nothing
 
 
 def _cholesky(hessian: Tensor, damping: float) -> Tensor | None:
