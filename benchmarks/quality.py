@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 24] [-o benchmarks/results]
 
-Calibrates once, exports every recipe, judges all of them on the same windows of 1024 tokens (protocol gptq) with the
+Calibrates once, and again for each recipe whose algorithms choose weights (its seconds of export count that), exports every recipe, judges all of them on the same windows of 1024 tokens (protocol gptq) with the
 reference arithmetic, as the schemes say. Writes quality.json and quality.md, with the machine they were made on.
 """
 
@@ -62,8 +62,11 @@ def main() -> None:
             if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
                 print(f"{path.stem}: its groups don't divide 576; not measured")
                 continue
-            started = time.monotonic()
-            export(plan_export(ExportOptions(model, Path(temporary) / path.stem, recipe, calibration if recipe.needs_calibration else None)))
+            started, own = time.monotonic(), calibration
+            if recipe.chooses_weights:
+                own = Path(temporary) / f"calibration-{path.stem}"
+                calibrate(CalibrationOptions(model, own, data, recipe, num_samples=64, seq_len=512))
+            export(plan_export(ExportOptions(model, Path(temporary) / path.stem, recipe, own if recipe.needs_calibration else None)))
             seconds[path.stem] = time.monotonic() - started
         outputs = tuple(Path(temporary) / name for name in seconds)
         result = evaluate(

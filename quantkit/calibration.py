@@ -1,7 +1,9 @@
 """`calibrate`: run text through the model, block by block, and record the statistics of every Linear's input and of keys and values.
 
+With a recipe whose algorithms choose weights, each block's are chosen first (`choosing.py`), and statistics are those of the block as it will be served.
+
 CALIB holds `calibration.json` (what was measured, from what) and a `block-NNNNN.safetensors` for each decoder block, written when the block is
-finished: that is what `--resume` continues from. The statistics serve every scheme: calibrate once, export many.
+finished, beside `weights-NNNNN.safetensors` with what algorithms chose: that is what `--resume` continues from. Statistics alone serve every scheme: calibrate once, export many.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, loa
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
 from quantkit.layouts import QuantizationLayout
-from quantkit.measurements import SCHEMA_VERSION, Calibration
+from quantkit.measurements import SCHEMA_VERSION, Calibration, chosen_remarks
 from quantkit.model import classify_tensors, covering_patterns
 from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
+from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks, joined_ranks
 from quantkit.scheme import Pattern, Recipe
 from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
     from quantkit.blockwise import BlockwiseModel
+    from quantkit.choosing import BlockChooser
     from quantkit.observers import InputObserver
     from quantkit.recording import BlockStatistics
 
@@ -75,7 +79,7 @@ class CalibrationSummary:
     """What a run did.
 
     unsettled: inputs whose amax still grew. starved: experts with too few tokens. unread: other Linears that no token reached, which have no static scale.
-    refused: parameters that `export` can't quantize. ignore: patterns, by "unread" and "refused", that leave just these.
+    refused: parameters that `export` can't quantize. chosen: what algorithms did, in sentences. ignore: patterns, by "unread" and "refused", that leave just these.
     """
 
     path: Path
@@ -93,6 +97,7 @@ class CalibrationSummary:
     refused: tuple[str, ...] = ()
     ignore: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     was_finished: bool = False
+    chosen: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
@@ -113,6 +118,8 @@ def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, 
 
     device = pick_device(options.device)
     with joined_ranks(device) as ranks:
+        if options.recipe and options.recipe.chooses_weights and ranks.count > 1:
+            raise CalibrationError("algorithms that choose weights run in one process; start calibrate without torchrun, or leave the recipe's algorithms out")
         plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
         finished = ranks.first_decides(lambda: options.resume and finished_already(options.output, plan.fingerprint, options.overwrite))
         if finished:
@@ -181,6 +188,10 @@ def block_file(number: int) -> str:
     return f"block-{number:05d}.safetensors"
 
 
+def weights_file(number: int) -> str:
+    return f"weights-{number:05d}.safetensors"
+
+
 @dataclass
 class _Run:
     """One calibration on one rank: its batches, the blocks one after the other, and on the first rank CALIB."""
@@ -204,6 +215,7 @@ class _Run:
         self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
         self.threads = max(1, torch.get_num_threads())
         self.model = self._build()
+        self.chooser = self._chooser()
         self.ranks.first_decides(lambda: require_linears(self.model))
         done = self.ranks.first_decides(self._open_output)
         self.partial = self.ranks.first_decides(lambda: self.output.partial)
@@ -226,12 +238,28 @@ class _Run:
         skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
         return BlockwiseModel(skeleton, StoredWeights(self.checkpoint, require_finite=True), str(self.checkpoint.path), self.ranks.device)
 
+    def _chooser(self) -> BlockChooser | None:
+        """What chooses weights, where the recipe asks for that; the schemes are those that `export` will use, refused here if it would refuse them."""
+        recipe = self.options.recipe
+        if recipe is None or not recipe.chooses_weights:
+            return None
+        from quantkit.choosing import BlockChooser
+
+        plan = plan_export(ExportOptions(self.options.model, self.options.output, recipe), calibration_follows=True, checkpoint=self.checkpoint)
+        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads)
+
     def _open_output(self) -> dict[int, dict[str, Any]]:
         """CALIB.partial, and which blocks an earlier run finished."""
         options = self.options
         self.output = OutputDirectory(options.output, self.plan.fingerprint, resume=options.resume, overwrite=options.overwrite, reads=[options.model])
-        names = {block_file(number): number for number in range(self.model.block_count)}
-        return {names[name]: entry for name, entry in self.output.finished(names).items()}
+        numbers = range(self.model.block_count)
+        whole = self.output.finished([file(number) for number in numbers for file in self._files])
+        return {number: whole[block_file(number)] for number in numbers if all(file(number) in whole for file in self._files)}
+
+    @property
+    def _files(self) -> tuple[Callable[[int], str], ...]:
+        """The names of what a finished block leaves."""
+        return (block_file,) if self.chooser is None else (block_file, weights_file)
 
     def _memory(self) -> int:
         share = self.options.memory if self.options.memory is not None else available_memory() // 2
@@ -262,6 +290,8 @@ class _Run:
         self._saved = time.monotonic()
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
+                if self.chooser is not None:
+                    self._choose(number, block, calls, states, number in done)
                 if number in done:
                     self._pass(number, block, calls, states)
                 else:
@@ -270,6 +300,17 @@ class _Run:
                 calls[batch][number] = None
             states.turn()
             self._stop_or_save(number, states)
+
+    def _choose(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates, is_done: bool) -> None:
+        """Make the block what it will be, by the algorithms or from what they wrote earlier."""
+        path = self.output.partial / weights_file(number)
+        if is_done:
+            self.chooser.install(number, block, {name: read_tensor(info) for name, info in read_header(path).items()})
+            return
+        self.on_progress(number, self.model.block_count, f"calibrate: choosing weights of block {number + 1} of {self.model.block_count}")
+        chosen = self.chooser.choose(number, block, self.mine, calls, states)
+        write_tensors(path, chosen.to_tensors())
+        self.output.record(path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": chosen.described})
 
     def _measure(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
         from quantkit.recording import BlockRecorder, BlockStatistics
@@ -413,8 +454,17 @@ class _Run:
             "kv": [entry for block in blocks for entry in block["kv"]],
             "experts": [entry for block in blocks for entry in block["experts"]],
             "token_pieces": token_pieces(plan.windows),
-            "files": {name: {"bytes": entry["bytes"], "blake3": entry["blake3"]} for name, entry in zip(names, entries)},
         }
+        if self.chooser is not None:
+            chosen = {weights_file(number): self.output.done[weights_file(number)] for number in range(self.model.block_count)}
+            described = [entry["description"] for entry in chosen.values()]
+            description["chosen"] = {key: [item for block in described for item in block[key]] for key in ("folds", "refused", "linears")}
+            done = {entry["name"] for entry in description["chosen"]["linears"]}
+            reason = "transformers has no Linear of that name in a decoder block"
+            description["chosen"]["linears"] += [{"name": name, "algorithm": "rtn", "reason": reason} for name in self.chooser.schemes if name not in done]
+            description["chosen"]["files"] = list(chosen)
+            names, entries = [*names, *chosen], [*entries, *chosen.values()]
+        description["files"] = {name: {"bytes": entry["bytes"], "blake3": entry["blake3"]} for name, entry in zip(names, entries)}
         write_json(self.output.partial / CALIBRATION_FILE, description)
         for path in self.output.partial.iterdir():
             if path.name not in names and path.name not in (CALIBRATION_FILE, "progress.json"):
@@ -522,5 +572,5 @@ def _summary_of(
         sum(len(entry["linears"]) for entry in inputs), seconds, description["tokens"] / seconds if seconds else 0.0, peak_memory_bytes(),
         tuple(entry["name"] for entry in inputs if is_unsettled(entry)),
         tuple(f"{entry['module']}.{number}" for entry in description["experts"] for number in entry["starved"]),
-        tuple(unread), tuple(refused), ignore, was_finished,
+        tuple(unread), tuple(refused), ignore, was_finished, tuple(chosen_remarks(description)),
     )  # fmt: skip

@@ -109,13 +109,14 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
     from quantkit.scheme import Recipe
 
     loaded = Recipe.load(recipe) if recipe else None
+    chosen = f"--recipe {shlex.quote(str(recipe))}" if recipe else "--scheme fp8-static"
     summary = _calibrate(out, resolve_model(model), output, data, loaded, **options)
     if out.as_json:
         from quantkit.report import print_json
 
         print_json(summary.to_json())
     ignore = "".join(f" --ignore {shlex.quote(pattern)}" for patterns in summary.ignore.values() for pattern in patterns)
-    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT --scheme fp8-static --calibration {shlex.quote(str(output))}{ignore}")
+    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT {chosen} --calibration {shlex.quote(str(output))}{ignore}")
 
 
 def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
@@ -133,6 +134,8 @@ def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], re
         return summary
     if rank_of_environment() == 0:
         _warn_of_calibration(out, summary)
+        for remark in summary.chosen:
+            out.note(remark)
     out.note(
         f"{output}: statistics of {counted(summary.inputs, 'input')} ({counted(summary.linears, 'Linear')}) "
         f"from {counted(summary.windows, 'window')} of {summary.seq_len} tokens, "
@@ -301,7 +304,8 @@ def quantize_command(
         if finished:
             _require_same_calibration(directory, data, calibrating)
         else:
-            _calibrate(out, options.model, directory, data, None, resume=resume, overwrite=overwrite, **calibrating)
+            # Statistics alone serve every recipe; weights that algorithms choose serve theirs.
+            _calibrate(out, options.model, directory, data, chosen if chosen.chooses_weights else None, resume=resume, overwrite=overwrite, **calibrating)
         plan = plan_export(replace(options, calibration=directory))
     summary, seconds = _export(out, plan)
     found = _verify(out, output, options.model, runtime)
@@ -366,6 +370,7 @@ def _verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> 
             out.warn(warning)
     if not found.faults:
         worst = f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB" if found.sqnr_db and math.isfinite(min(found.sqnr_db.values())) else ""
+        worst += f", {len(found.changed)} tensors not the base's because algorithms changed them" if base and found.changed else ""
         out.note(
             f"{path}: sound; {counted(found.tensors, 'tensor')}, {counted(found.quantized, 'Linear')} quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__, ops
-from quantkit.checkpoint import DTYPES, INDEX_FILE, MODELOPT_FILE
+from quantkit.checkpoint import DTYPES, INDEX_FILE, MODELOPT_FILE, read_tensor
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.interrupts import stop_between_steps
 from quantkit.layouts import encode_constants, encode_rows, kv_scale_module, kv_scale_name, modelopt_file, quantization_config
@@ -44,7 +44,7 @@ from quantkit.output import (
     write_text,
 )
 from quantkit.plan import ExportPlan, file_times, linear_plans
-from quantkit.quantize import choose_scale, kv_scale
+from quantkit.quantize import QuantizedTensor, choose_scale, kv_scale
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
 from quantkit.streaming import WeightStream
@@ -277,12 +277,39 @@ class _Run:
             yield job.tensors[0].name, _kv_scale(self._plan, job.tensors[0]), 0
         elif job.linear is None:
             yield from self._copied(job.source, job.tensors[0])
+        elif (chosen := self._chosen(job)) is not None:
+            yield from self._chosen_codes(job, chosen)
         elif self._stream.source_spec == job.linear.scheme.weight:
             yield from self._codes_as_they_are(job)
         else:
             yield from self._quantized(job)
 
+    def _chosen(self, job: _Job) -> QuantizedTensor | None:
+        """What calibration chose for a Linear."""
+        calibration = self._plan.calibration
+        return calibration.quantized_weight(job.linear.name, job.linear.scheme.weight) if calibration else None
+
+    def _chosen_codes(self, job: _Job, quantized: QuantizedTensor) -> Iterator[tuple[str, Tensor, int]]:
+        """Codes and scales that algorithms chose, as they are: rounding anew would undo their work."""
+        linear, layout = job.linear, self._plan.options.layout
+        if not torch.isfinite(quantized.scale).all():
+            raise _not_finite(job.source)
+        places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
+        for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
+            yield places[suffix].name, part, 0
+        yield from self._constants(linear, places, quantized.scale)
+
+    def _constants(self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor) -> Iterator[tuple[str, Tensor, int]]:
+        shared = weight_scale if linear.scheme.weight.granularity == TENSOR else None
+        input_scale = _input_scale(linear, self._plan) if linear.scheme.needs_calibration else None
+        for suffix, constant in encode_constants(linear.scheme, linear.shape, self._plan.options.layout, shared, input_scale).items():
+            yield places[suffix].name, constant, 0
+
     def _copied(self, name: str, tensor: TensorPlan) -> Iterator[tuple[str, Tensor, int]]:
+        changed = self._plan.calibration.weights.get(name) if self._plan.calibration else None
+        if changed is not None:
+            yield name, read_tensor(changed), 0
+            return
         dtype = getattr(torch, DTYPES[tensor.dtype][1])
         row_bytes = tensor.nbytes // max(1, tensor.shape[0] if tensor.shape else 1)
         for first, last in self._stream.steps(name):
@@ -319,10 +346,7 @@ class _Run:
                 tensor = places[suffix]
                 row = first if tensor.shape[0] == linear.shape[0] else first // block_rows
                 yield tensor.name, part, row * (tensor.nbytes // tensor.shape[0])
-        weight_scale = quantized.scale if amax is not None else None
-        input_scale = _input_scale(linear, self._plan) if linear.scheme.needs_calibration else None
-        for suffix, constant in encode_constants(linear.scheme, linear.shape, layout, weight_scale, input_scale).items():
-            yield places[suffix].name, constant, 0
+        yield from self._constants(linear, places, quantized.scale)
 
 
 def _is_finite(rows: Tensor) -> bool:
@@ -431,6 +455,8 @@ def _write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
         # So that `eval` can say when it judges on the text that the scales were made with.
         described = plan.calibration.description
         kept = {key: described["data"][key] for key in ("sources", "source_sha256")}
+        if plan.changed:
+            content["changed"] = plan.changed
         content["calibrated_on"] = kept | {"token_pieces": described["token_pieces"]}
     write_json(output.partial / MANIFEST_FILE, content)
 
@@ -445,7 +471,10 @@ def model_card_section(plan: ExportPlan) -> str:
         lines.append(f"- made from FP8 blocks ({len(plan.block_scales)} weights), not from the original floating-point weights")
     if plan.calibration:
         described = plan.calibration.description
-        lines.append(f"- static scales measured on {described['tokens']} tokens ({', '.join(described['data']['sources'])})")
+        what = "static scales measured"
+        if described.get("chosen"):
+            what = f"weights chosen by {' and '.join(algorithm.name for algorithm in plan.options.recipe.algorithms)}"
+        lines.append(f"- {what} on {described['tokens']} tokens ({', '.join(described['data']['sources'])})")
     if plan.options.recipe.kv_cache:
         lines.append("- scales for an FP8 KV cache")
     unchanged = "; embeddings, norms and lm_head are not quantized" if "lm_head" in plan.left else ""

@@ -27,6 +27,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
 def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
     keys = ("model", "data", "windows", "windows_requested", "seq_len", "tokens", "seed", "recipe", "all_experts", "quantkit_version", "kv", "experts")
     description = {"path": str(calibration.path)} | {key: calibration.description.get(key) for key in keys}
+    if calibration.description.get("chosen"):
+        description["chosen"] = calibration.description["chosen"]
     return description | {"inputs": [entry | {"unsettled": is_unsettled(entry)} for entry in calibration.description["inputs"]]}
 
 

@@ -24,6 +24,7 @@ from quantkit.finals import Watch
 from quantkit.formats import FP8_E4M3, INT8, NumberFormat
 from quantkit.layouts import QuantizationLayout, decode_linear, stored_linears
 from quantkit.linear import QuantizedLinear
+from quantkit.output import changed_tensors
 from quantkit.quantize import QuantizedTensor, expand_scale, quantize
 from quantkit.served import ServedModel
 from quantkit.streaming import WeightStream
@@ -63,6 +64,7 @@ class LayerProbe:
         self._is_quantized = {module for module in stored_linears(base.tensors)} - {name.rpartition(".")[0] for name in self._base.block_scales}
         self._layout = QuantizationLayout.read(self._candidate.config)
         self._stored = stored_linears(self._candidate.tensors) if self._layout else {}
+        self._changed = changed_tensors(self._candidate.path)
         step = max(1, len(numbers) // SAMPLED_WINDOWS)
         self._sampled = set(list(numbers)[::step][:SAMPLED_WINDOWS])
         self._here = threading.local()
@@ -123,7 +125,9 @@ class LayerProbe:
         return worst_first(list(self.rows.values()))
 
     def _comparable(self, module: str) -> bool:
-        return f"{module}.weight" in self._base.checkpoint.tensors and module not in self._is_quantized
+        """Not where an algorithm changed the weight and with it what its input means."""
+        name = f"{module}.weight"
+        return name in self._base.checkpoint.tensors and module not in self._is_quantized and name not in self._changed
 
     def _compare(self, name: str, weight: QuantizedTensor, module: QuantizedLinear | None, inputs: Tensor | None) -> None:
         if not self._comparable(name) or self._base.checkpoint.tensors[f"{name}.weight"].shape != tuple(weight.qdata.shape):

@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Checkpoint, read_header, read_json, read_tensor
+from quantkit.checkpoint import Checkpoint, TensorInfo, read_header, read_json, read_tensor
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError
-from quantkit.output import CALIBRATION_FILE, blake3_file
+from quantkit.output import CALIBRATION_FILE, blake3_file, counted
 from quantkit.scheme import ObserverChoice, QuantSpec, Recipe
 
 if TYPE_CHECKING:
     from quantkit.observers import InputObserver
+    from quantkit.quantize import QuantizedTensor
 
 SCHEMA_VERSION = 3
 FLOAT32_MAX = 3.4028234663852886e38
@@ -89,12 +91,42 @@ class Calibration:
     def require_same_recipe(self, recipe: Recipe) -> None:
         """A calibration made for a recipe serves that one only; one made without serves all."""
         earlier = self.description.get("recipe")
+        if earlier is None and recipe.chooses_weights:
+            names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
+            raise CalibrationError(f"{self.path} holds statistics alone, and {names} choose weights with data; calibrate again, with --recipe")
         neutral = ObserverChoice()  # the statistics serve every observer
         if (
             earlier is not None
             and replace(Recipe.from_mapping(earlier, str(self.path)), observer=neutral).canonical() != replace(recipe, observer=neutral).canonical()
         ):
             raise CalibrationError(f"{self.path} was made for another recipe; export with the same recipe, or calibrate without one, which serves every scheme")
+
+    @cached_property
+    def weights(self) -> dict[str, TensorInfo]:
+        """What algorithms chose: NAME.weight (codes) and NAME.weight_scale [block rows, block columns] of Linears, and other parameters that changed."""
+        names = (self.description.get("chosen") or {"files": []})["files"]
+        return {name: info for file in names for name, info in read_header(self.path / file).items()}
+
+    def quantized_weight(self, linear: str, spec: QuantSpec) -> QuantizedTensor | None:
+        """The codes and scales that were chosen for a Linear, if any were."""
+        from quantkit.quantize import QuantizedTensor
+
+        if f"{linear}.weight_scale" not in self.weights:
+            return None
+        return QuantizedTensor(read_tensor(self.weights[f"{linear}.weight"]), read_tensor(self.weights[f"{linear}.weight_scale"]), spec)
+
+    def require_weights(self, linears: Mapping[str, tuple[tuple[int, ...], QuantSpec]], checkpoint: Checkpoint) -> None:
+        """Refuse chosen weights that aren't of these Linears' shapes and formats (name → shape, spec), or of the checkpoint's other tensors."""
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, (shape, spec) in linears.items():
+            codes = {"int": "I8", "float": "F8_E4M3"}[spec.format.kind]
+            expected |= {f"{name}.weight": (codes, tuple(shape)), f"{name}.weight_scale": ("F32", spec.granularity.scale_shape(*shape))}
+        others = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items() if name not in expected}
+        for name, info in self.weights.items():
+            if (info.dtype, info.shape) != (expected.get(name) or others.get(name)):
+                raise CalibrationError(
+                    f"{self.path} holds {name} as {info.dtype} {list(info.shape)}, which the recipe and the model have no place for; calibrate again"
+                )
 
     @cached_property
     def _headers(self) -> dict[str, dict[str, Any]]:
@@ -127,6 +159,28 @@ class Calibration:
 
             amax = observed_amax(self.observer(linear), observer, spec)
         return max(amax, statistics.first_position_amax if spec.format.kind == "float" or not amax else 0.0)
+
+
+def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
+    """What algorithms did, and where they couldn't, in a sentence each."""
+    chosen, recipe = description.get("chosen"), description.get("recipe")
+    if not chosen or not recipe:
+        return
+    names = [algorithm.name for algorithm in Recipe.from_mapping(recipe, "recipe").algorithms]
+    if "smoothquant" in names:
+        folds, strengths = chosen["folds"], sorted({fold["strength"] for fold in chosen["folds"]})
+        span = f", strengths {strengths[0]:g} to {strengths[-1]:g}" if strengths else ""
+        yield f"smoothquant: {counted(len(folds), 'scale')} folded into what comes before{span}"
+        by_reason = Counter(entry["reason"] for entry in chosen["refused"])
+        for reason, count in by_reason.items():
+            first = next(entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason)
+            yield f"smoothquant left the inputs of {first}{f' and {count - 1} others' if count > 1 else ''} alone: {reason}"
+    if "gptq" in names:
+        rounded = [entry for entry in chosen["linears"] if entry["algorithm"] == "rtn"]
+        yield f"gptq: codes of {counted(len(chosen['linears']) - len(rounded), 'Linear')}"
+        for reason, count in Counter(entry.get("reason", "") for entry in rounded).items():
+            first = next(entry["name"] for entry in rounded if entry.get("reason", "") == reason)
+            yield f"gptq rounded {first}{f' and {count - 1} others' if count > 1 else ''} to nearest: {reason}"
 
 
 # ---- Is it what `calibrate` wrote?
@@ -181,6 +235,22 @@ def _require_rest(description: Mapping[str, Any]) -> None:
         _text(entry, "module"), _counts(entry, "starved")
         if "tokens" in entry:
             _counts(entry, "tokens")
+    if description.get("chosen") is not None:
+        chosen = _object(description, "chosen")
+        for entry in _entries(chosen, "folds"):
+            _text(entry, "into"), _text(entry, "measure"), _texts(entry, "linears")
+            _magnitude(entry, "error"), _magnitude(entry, "plain_error"), _magnitude(entry, "strength")
+        for entry in _entries(chosen, "refused"):
+            _text(entry, "linear"), _text(entry, "reason")
+        for entry in _entries(chosen, "linears"):
+            _text(entry, "name"), _text(entry, "algorithm"), _text({"reason": ""} | entry, "reason")
+            _magnitude({"error": 0} | entry, "error"), _magnitude({"plain_error": 0} | entry, "plain_error")
+        _value(
+            chosen,
+            "files",
+            "names of its files",
+            lambda value: isinstance(value, list) and all(isinstance(name, str) and name in description["files"] for name in value),
+        )
     if description.get("recipe") is not None:
         try:
             Recipe.from_mapping(_object(description, "recipe"), "its recipe")

@@ -437,6 +437,14 @@ def _different(what: str) -> str:
     return f"different {what}" if is_several else f"a different {what}"
 
 
+def changed_tensors(directory: Path) -> frozenset[str]:
+    """What algorithms changed of a model, by its manifest: these can't be compared with the original's one by one."""
+    if not (directory / MANIFEST_FILE).is_file():
+        return frozenset()
+    names = read_json(directory / MANIFEST_FILE, "").get("changed")
+    return frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+
+
 def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> bool:
     """Whether a whole output of the same work lies at `path`, each file with the hash that it was exported with.
 

@@ -80,6 +80,11 @@ class ExportPlan:
     block_scales: Mapping[str, str]
     dense_dtype: str
 
+    @property
+    def changed(self) -> list[str]:
+        """Tensors of the checkpoint that algorithms changed, and Linears whose codes they chose, by the names that they have there."""
+        return [name for name in self.calibration.weights if name in self.checkpoint.tensors] if self.calibration else []
+
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
         """Quantized Linear → the fused set that it is a member of, if it is."""
@@ -281,6 +286,11 @@ def _observer_warnings(recipe: Recipe, linears: Mapping[str, QuantizedLinearInfo
 def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str, linears: Mapping[str, QuantizedLinearInfo]) -> Calibration | None:
     static = [linear for linear in linears.values() if linear.scheme.needs_calibration]
     if options.calibration is None:
+        if options.recipe.chooses_weights:
+            names = " and ".join(algorithm.name for algorithm in options.recipe.algorithms)
+            raise CalibrationError(
+                f"{names} choose weights with data; first: quantkit calibrate {shlex.quote(str(options.model))} -o CALIB --recipe RECIPE, then pass --calibration CALIB"
+            )
         if static or options.recipe.kv_cache:
             what = f"{static[0].scheme.name} has static input scales, which" if static else "an FP8 KV cache has scales, which"
             raise CalibrationError(
@@ -290,6 +300,7 @@ def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str,
     calibration = Calibration.open(options.calibration)
     calibration.require_same_model(checkpoint, model)
     calibration.require_same_recipe(options.recipe)
+    calibration.require_weights({name: (linear.shape, linear.scheme.weight) for name, linear in linears.items()}, checkpoint)
     for linear in static:
         statistics = calibration.inputs.get(linear.name)
         if statistics is None or not (statistics.tokens or statistics.amax):

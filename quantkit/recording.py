@@ -18,11 +18,14 @@ from transformers import DynamicCache
 
 from quantkit.blockwise import BlockwiseModel, ParameterSource
 from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.linear import QuantizedLinear
 from quantkit.observers import HELD_OUT, GramObserver, HeadObserver, InputObserver
 from quantkit.ranks import Ranks
 
 # The name under which transformers finds the experts' forward of this file.
 EXPERTS_IMPLEMENTATION = "quantkit_observing"
+# What reads an input that is measured: also where an algorithm has quantized it already.
+LINEARS = (nn.Linear, QuantizedLinear)
 
 
 @dataclass
@@ -192,7 +195,7 @@ class BlockRecorder:
         self.heads_of: dict[int, str] = {}
         for path, module in block.named_modules():
             name = f"{prefix}.{path}" if path else prefix
-            if isinstance(module, nn.Linear):
+            if isinstance(module, LINEARS):
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
                 self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
@@ -204,7 +207,7 @@ class BlockRecorder:
             self._order |= {name: len(self._order) + position for position, name in enumerate(names)}
         for path, module in block.named_modules():
             index = getattr(module, "layer_idx", None)
-            linears = [leaf for leaf, child in module.named_children() if isinstance(child, nn.Linear)]
+            linears = [leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)]
             if isinstance(index, int) and linears:
                 child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
                 self.heads_of[index] = names_on_disk(model.sources(f"{child}.weight"), child)[0].rpartition(".")[0]

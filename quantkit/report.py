@@ -134,6 +134,27 @@ def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
     ]
 
 
+def _chosen_tables(chosen: Any) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
+    """What algorithms did to the weights."""
+    tables = []
+    if chosen and chosen["folds"]:
+        rows = [
+            [fold["into"], str(len(fold["linears"])), f"{fold['strength']:g} ({fold['measure']})", f"{fold['plain_error']:.3g}", f"{fold['error']:.3g}"]
+            for fold in chosen["folds"]
+        ]
+        columns = ("folded into", "Linears", "strength", "squared error without", "with")
+        tables.append(("scales folded by smoothquant; errors of the Linears' outputs, over their squares", columns, rows, (1, 3, 4)))
+    if chosen and chosen["refused"]:
+        tables.append(("inputs that smoothquant left alone", ("input of", "why"), [[entry["linear"], entry["reason"]] for entry in chosen["refused"]], ()))
+    if chosen:
+        rows = [
+            [entry["name"], entry["algorithm"], f"{entry['error'] / entry['plain_error']:.3f}" if entry.get("plain_error") else "", entry.get("reason", "")]
+            for entry in chosen["linears"]
+        ]
+        tables.append(("codes", ("Linear", "chosen by", "squared error beside rounding's", "why rounded"), rows, (2,)))
+    return tables
+
+
 def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
     """Tables of `quantkit inspect`: (title, columns, rows, columns of numbers)."""
     if description["kind"] == "calibration":
@@ -167,7 +188,7 @@ def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[s
         if description["kv"]:
             rows = [[entry["module"], f"{entry['k_amax']:.4g}", f"{entry['v_amax']:.4g}"] for entry in description["kv"]]
             tables.append(("keys and values, after rotary embedding", ("attention", "key amax", "value amax"), rows, (1, 2)))
-        return tables
+        return tables + _chosen_tables(description.get("chosen"))
     quantization = description["quantization"]
     method = f"{quantization['method']}, KV cache {quantization['kv_cache'] or 'as it is'}" if quantization else "not quantized"
     title = f"{description['path']}: {description['architecture']}, {method}, {format_bytes(description['bytes'])} in {description['shards']} shards"

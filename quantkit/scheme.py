@@ -292,8 +292,65 @@ class Pattern:
         raise RecipeError(f"the {purpose} pattern '{self.text}' matches no module of this model; {hint}".rstrip("; "))
 
 
-# Algorithms that choose weights with data. Plain rounding to nearest is what `export` does without any.
-ALGORITHMS = ("rtn",)
+@dataclass(frozen=True)
+class Setting:
+    """A number, or true and false, that a recipe may give an algorithm; None where the algorithm finds it out."""
+
+    default: float | bool | None
+    low: float = 0.0
+    high: float = 1.0
+
+    def require_allowed(self, value: Any, where: str) -> None:
+        if isinstance(self.default, bool):
+            if not isinstance(value, bool):
+                raise RecipeError(f"{where} is {value!r}; allowed are true and false")
+        elif not isinstance(value, (int, float)) or isinstance(value, bool) or not self.low <= value <= self.high:
+            raise RecipeError(f"{where} is {value!r}, not a number from {self.low:g} to {self.high:g}")
+
+
+# In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is what `export` does without any.
+ALGORITHMS: dict[str, dict[str, Setting]] = {
+    "smoothquant": {"strength": Setting(None)},
+    "gptq": {"damping": Setting(0.01, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False)},
+    "rtn": {},
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One entry of a recipe's `algorithms`: a name, and what its settings are where they aren't the usual."""
+
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in ALGORITHMS:
+            raise RecipeError(f"unknown algorithm '{self.name}'; this version has {', '.join(ALGORITHMS)}")
+        known = ALGORITHMS[self.name]
+        for key, value in self.settings:
+            if key not in known:
+                allowed = f"allowed are {_quoted(known)}" if known else "it has none"
+                raise RecipeError(f"the algorithm '{self.name}' has no setting '{key}'; {allowed}")
+            known[key].require_allowed(value, f"the setting '{key}' of the algorithm '{self.name}'")
+
+    @classmethod
+    def parse(cls, entry: Any, where: str) -> Algorithm:
+        """From `gptq` or `{gptq: {damping: 0.1}}`."""
+        if not isinstance(entry, Mapping):
+            return cls(str(entry))
+        if len(entry) != 1:
+            raise RecipeError(f"{where}: algorithms: write each as a name, or as a name with its settings, not {dict(entry)!r}")
+        name, settings = next(iter(entry.items()))
+        if settings is not None and not isinstance(settings, Mapping):
+            raise RecipeError(f"{where}: algorithms: the settings of '{name}' must be a mapping, not {settings!r}")
+        return cls(str(name), tuple(sorted((str(key), value) for key, value in (settings or {}).items())))
+
+    def to_description(self) -> Any:
+        return {self.name: dict(self.settings)} if self.settings else self.name
+
+    def __getitem__(self, key: str) -> Any:
+        """A setting's value: the given one, or the usual one."""
+        return dict(self.settings).get(key, ALGORITHMS[self.name][key].default)
 
 
 def _strict_loader() -> type:
@@ -309,18 +366,6 @@ def _strict_loader() -> type:
             return super().construct_mapping(node, deep)
 
     return Loader
-
-
-def _algorithm_name(entry: Any, where: str) -> str:
-    """The name in `rtn` or `{rtn: {setting: value}}`; no algorithm of this version has settings."""
-    if not isinstance(entry, Mapping):
-        return str(entry)
-    if len(entry) != 1:
-        raise RecipeError(f"{where}: algorithms: write each as a name, or as a name with its settings, not {dict(entry)!r}")
-    name, settings = next(iter(entry.items()))
-    if name in ALGORITHMS and settings:
-        raise RecipeError(f"{where}: the algorithm '{name}' has no settings, but {settings!r} is given")
-    return str(name)
 
 
 OBSERVERS = ("absmax", "percentile", "mse")
@@ -363,16 +408,17 @@ class Recipe:
     """
 
     scheme: QuantScheme
-    algorithms: tuple[str, ...] = ()
+    algorithms: tuple[Algorithm, ...] = ()
     ignore: tuple[Pattern, ...] = ()
     layers: tuple[tuple[Pattern, QuantScheme], ...] = ()
     kv_cache: str | None = None
     observer: ObserverChoice = ObserverChoice()
 
     def __post_init__(self) -> None:
-        for algorithm in self.algorithms:
-            if algorithm not in ALGORITHMS:
-                raise RecipeError(f"unknown algorithm '{algorithm}'; this version has {', '.join(ALGORITHMS)}")
+        names = [algorithm.name for algorithm in self.algorithms]
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise RecipeError(f"the algorithm '{twice}' stands twice; leave one out")
         if self.kv_cache not in (None, "fp8"):
             raise RecipeError(f"unknown kv_cache '{self.kv_cache}'; choose fp8 or leave it out")
 
@@ -394,7 +440,7 @@ class Recipe:
             raise RecipeError(f"{where}: algorithms must be a list, not {algorithms!r}")
         return cls(
             scheme=QuantScheme.parse(content["scheme"], f"{where}: scheme"),
-            algorithms=tuple(_algorithm_name(entry, where) for entry in algorithms),
+            algorithms=tuple(Algorithm.parse(entry, where) for entry in algorithms),
             ignore=tuple(Pattern(text) for text in ignore),
             layers=tuple((Pattern(text), QuantScheme.parse(entry, f"{where}: layers: {text}")) for text, entry in layers.items()),
             kv_cache=content.get("kv_cache"),
@@ -418,7 +464,7 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         return {
             "scheme": self.scheme.to_description(),
-            "algorithms": list(self.algorithms),
+            "algorithms": [algorithm.to_description() for algorithm in self.algorithms],
             "ignore": [pattern.text for pattern in self.ignore],
             "layers": {pattern.text: scheme.to_description() for pattern, scheme in self.layers},
             "kv_cache": self.kv_cache,
@@ -441,6 +487,14 @@ class Recipe:
     def schemes(self) -> tuple[QuantScheme, ...]:
         return (self.scheme, *(scheme for _, scheme in self.layers))
 
+    def algorithm(self, name: str) -> Algorithm | None:
+        return next((algorithm for algorithm in self.algorithms if algorithm.name == name), None)
+
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether `calibrate` has to choose weights with data: all algorithms but rounding to nearest do."""
+        return any(algorithm.name != "rtn" for algorithm in self.algorithms)
+
     @property
     def needs_calibration(self) -> bool:
-        return self.kv_cache is not None or any(scheme.needs_calibration for scheme in self.schemes)
+        return self.kv_cache is not None or self.chooses_weights or any(scheme.needs_calibration for scheme in self.schemes)

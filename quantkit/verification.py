@@ -21,7 +21,7 @@ from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
 from quantkit.model import classify_tensors, fused_sets
-from quantkit.output import MANIFEST_FILE, blake3_file, cores
+from quantkit.output import MANIFEST_FILE, blake3_file, changed_tensors, cores
 from quantkit.packing import unpack_int8
 from quantkit.quantize import QuantizedTensor
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
@@ -35,7 +35,10 @@ CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 
 @dataclass
 class Verification:
-    """What `verify` found. left: Linear that isn't quantized → why. sqnr_db: Linear → weight SQNR against the base, where one was given."""
+    """What `verify` found. left: Linear that isn't quantized → why. sqnr_db: Linear → weight SQNR against the base, where one was given.
+
+    changed: tensors that algorithms changed, by the manifest; they differ from the base's on purpose and aren't compared with it.
+    """
 
     path: Path
     tensors: int = 0
@@ -45,6 +48,7 @@ class Verification:
     warnings: list[str] = field(default_factory=list)
     unequal: list[tuple[str, str]] = field(default_factory=list)  # fused sets with several scales, as faults are written
     sqnr_db: dict[str, float] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
 
     def fault(self, tensor: str, message: str) -> None:
         self.faults.append((tensor, message))
@@ -57,6 +61,7 @@ class Verification:
             "path": str(self.path),
             "tensors": self.tensors,
             "quantized": self.quantized,
+            "changed": len(self.changed),
             "left": [{"name": name, "reason": reason} for name, reason in self.left.items()],
             "layers": [{"name": name, "weight_sqnr_db": value} for name, value in self.worst_first],
         }
@@ -93,7 +98,7 @@ def verify(
     if base_layout is not None and base_layout.method != "fp8":
         raise CheckpointError(f"the base {base} is quantized itself; give the original model")
     layout = QuantizationLayout.read(checkpoint.config)
-    found = Verification(path, tensors=len(checkpoint.tensors))
+    found = Verification(path, tensors=len(checkpoint.tensors), changed=changed_tensors(path))
     stored = stored_linears(checkpoint.tensors)
     linears = _check_names(found, checkpoint, layout, stored) if layout else {}
     if layout and layout.method == "compressed-tensors":
@@ -280,8 +285,8 @@ class _ValueReader:
         ours, theirs = self.stream.checkpoint.tensors[name], self.base.checkpoint.tensors[name]
         if ours.shape != theirs.shape:
             return [(name, f"has the shape {list(ours.shape)}; the base has {list(theirs.shape)}")]
-        if ours.dtype in CODES:
-            return []  # codes without their scales are a fault already
+        if ours.dtype in CODES or name in self.found.changed:
+            return []  # codes without their scales are a fault already; what algorithms changed is no longer the base's
         signal = noise = 0.0
         for first, last in self.base.steps(name):
             with self.stream.stored_rows(name, first, last) as rows, self.base.rows(name, first, last) as expected:
@@ -303,6 +308,8 @@ class _ValueReader:
             return []
         if original.shape != shape:
             return [(name, f"stands for the shape {list(shape)}; the base has {list(original.shape)}")]
+        if name in self.found.changed:
+            return []
         signal = noise = 0.0
         block_rows = scheme.weight.granularity.rows or 1
         # The scales are a few kilobytes to a megabyte; the codes come in steps.

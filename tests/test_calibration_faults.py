@@ -25,14 +25,17 @@ import quantkit.recording
 from quantkit import calibration
 from quantkit.calibration import CalibrationOptions, calibrate
 
+from quantkit.scheme import Recipe
+
 model, text, place = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+chosen = {"recipe": Recipe.from_mapping(json.loads(sys.argv[4]), "recipe")} if sys.argv[4] else {}
 
 
 def attempt(out, number=0, seconds_between_saves=0.0, **changes):
     def work():
         calibration.SECONDS_BETWEEN_SAVES = seconds_between_saves
         torch.set_num_threads(2)
-        calibrate(CalibrationOptions(model, out, (text,), **({"num_samples": 6, "seq_len": 32, "batch_size": 1, "device": "cpu"} | changes)))
+        calibrate(CalibrationOptions(model, out, (text,), **({"num_samples": 6, "seq_len": 32, "batch_size": 1, "device": "cpu"} | chosen | changes)))
 
     return attempt_of(work, number)
 
@@ -87,12 +90,12 @@ print(json.dumps(report))
 """
 
 
-def drive(tmp_path, program: str) -> dict:
-    """Run a program that ends by printing a JSON object."""
+def drive(tmp_path, program: str, recipe: str = "") -> dict:
+    """Run a program that ends by printing a JSON object. recipe: as JSON."""
     model, text = make_llama(tmp_path / "model", num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96), tmp_path / "text.txt"
     text.write_text(make_text(1500))
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
-        done = subprocess.run([sys.executable, "-c", DRIVER + program, str(model), str(text), place], capture_output=True, text=True, timeout=400)
+        done = subprocess.run([sys.executable, "-c", DRIVER + program, str(model), str(text), place, recipe], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -101,6 +104,13 @@ def test_twenty_random_kills_end_with_the_same_bytes(tmp_path):
     report = drive(tmp_path, RANDOM_KILLS)
     assert report["wrong"] == [] and report["files"] == LAYERS + 1
     assert report["killed"] >= 15, report
+
+
+def test_so_do_kills_of_a_run_that_chooses_weights(tmp_path):
+    recipe = json.dumps({"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]})
+    report = drive(tmp_path, RANDOM_KILLS.replace("range(20)", "range(6)"), recipe)
+    assert report["wrong"] == [] and report["files"] == 2 * LAYERS + 1
+    assert report["killed"] >= 4, report
 
 
 def test_a_kill_before_any_file_system_call_ends_with_the_same_bytes(tmp_path):

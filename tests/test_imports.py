@@ -18,15 +18,17 @@ ORDER = (
     ("ops", "layouts", "statistics"),
     ("figures", "gates"),
     ("linear",),
-    ("observers", "ranks"),
+    ("observers", "ranks", "algorithms", "algorithms.smoothquant", "algorithms.gptq"),
     ("model", "data", "checkpoint"),
     ("output", "streaming", "hub"),
     ("states", "measurements", "cache"),
     ("blockwise", "heads"),
     ("recording",),
     ("runtimes", "experts"),
+    ("folding", "plan"),
+    ("choosing",),
     ("calibration", "served"),
-    ("plan", "finals"),
+    ("finals",),
     ("layers", "verification"),
     ("export", "evaluation", "inspection"),
     ("benchmark",),
@@ -53,16 +55,20 @@ def imported_modules(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
+def modules() -> dict[str, Path]:
+    """All modules of the package by their names in it."""
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in paths.items() if name != "__init__"}
+
+
 def test_every_module_has_a_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(RANK)
+    assert set(modules()) == set(RANK)
 
 
 def test_imports_point_one_way():
-    for path in PACKAGE.glob("*.py"):
-        if path.stem == "__init__":
-            continue
+    for importer, path in modules().items():
         for name, _ in imported_modules(path):
-            assert RANK[name] < RANK[path.stem], f"{path.stem} imports {name}"
+            assert RANK[name] < RANK[importer], f"{importer} imports {name}"
 
 
 def test_values_and_command_line_need_no_torch():

@@ -32,7 +32,7 @@ def test_help_texts_are_those_of_the_commands():
 def test_tree_names_every_file_and_no_other():
     tree = re.search(r"## The house\n\n```text\n(.*?)```", README.read_text(), re.DOTALL)[1]
     named = set(re.findall(r"[\w.]+\.py\b", tree))
-    present = {path.name for folder in ("quantkit", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+    present = {path.name for folder in ("quantkit", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     assert named == present
     for folder in re.findall(r"^(\w+)/", tree, re.MULTILINE):
         assert (ROOT / folder).is_dir()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.scheme import SCHEMES, Recipe
 from quantkit.verification import verify
 
@@ -12,8 +13,12 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_recipe_exports_a_sound_checkpoint(path, export_to, llama):
-    found = verify(export_to(Recipe.load(path)), llama)
+def test_recipe_exports_a_sound_checkpoint(path, export_to, llama, calib, text, tmp_path):
+    recipe = Recipe.load(path)
+    if recipe.chooses_weights:
+        calib = tmp_path / "own"
+        calibrate(CalibrationOptions(llama, calib, (str(text),), recipe, num_samples=4, seq_len=32))
+    found = verify(export_to(recipe, calibration=calib), llama)
     assert found.faults == [] and found.quantized == 14
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from quantkit.errors import RecipeError
 from quantkit.formats import E8M0, FP8_E4M3, INT8
-from quantkit.scheme import ALIASES, CHANNEL, SCHEMES, TENSOR, TOKEN, Pattern, QuantScheme, QuantSpec, Recipe, block, group
+from quantkit.scheme import ALIASES, CHANNEL, SCHEMES, TENSOR, TOKEN, Algorithm, Pattern, QuantScheme, QuantSpec, Recipe, block, group
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.10.mlp.down_proj", "lm_head"]
 
@@ -261,7 +261,7 @@ def test_a_recipe_file_says_what_it_says(tmp_path):
     path.write_text(RECIPE)
     recipe = Recipe.load(path)
     assert recipe.scheme is SCHEMES["int8-dynamic"]
-    assert recipe.algorithms == ("rtn",)
+    assert recipe.algorithms == (Algorithm("rtn"),)
     assert recipe.ignore == (Pattern(r"re:.*layers\.0\..*"), Pattern("lm_head"))
     assert [pattern.text for pattern, _ in recipe.layers] == ["re:.*down_proj", "*q_proj"]
     assert recipe.layers[0][1] is SCHEMES["fp8-dynamic"]
@@ -317,6 +317,30 @@ def test_a_recipe_that_makes_no_sense_is_refused(content, words):
 def test_settings_of_an_algorithm_are_not_dropped_in_silence():
     with pytest.raises(RecipeError, match="damping"):
         Recipe.from_mapping({"scheme": "fp8-dynamic", "algorithms": [{"rtn": {"damping": 0.01}}]}, "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"smoothquant": {"strength": 1.5}}, "'strength' of the algorithm 'smoothquant' is 1.5, not a number from 0 to 1"),
+        ({"gptq": {"act_order": 1}}, "allowed are true and false"),
+        ({"gptq": {"dampening": 0.1}}, "no setting 'dampening'; allowed are 'act_order', 'correct_inputs', 'damping'"),
+        ({"gptq": [0.1]}, "must be a mapping"),
+        ({"gptq": {}, "rtn": {}}, "write each as a name"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(entry, words):
+    with pytest.raises(RecipeError, match=words):
+        Recipe.from_mapping({"scheme": "fp8-dynamic", "algorithms": [entry]}, "recipe.yaml")
+
+
+def test_settings_are_read_and_others_are_the_usual():
+    recipe = Recipe.from_mapping({"scheme": "int8", "algorithms": [{"smoothquant": {"strength": 0.5}}, "gptq"]}, "recipe.yaml")
+    assert recipe.chooses_weights and recipe.needs_calibration and Recipe.from_mapping(recipe.to_mapping(), "again") == recipe
+    assert recipe.algorithm("smoothquant")["strength"] == 0.5 and recipe.algorithm("gptq")["act_order"] is True
+    assert not Recipe.from_mapping({"scheme": "int8", "algorithms": ["rtn"]}, "r").chooses_weights
+    with pytest.raises(RecipeError, match="'gptq' stands twice"):
+        Recipe.from_mapping({"scheme": "int8", "algorithms": ["gptq", {"gptq": {"damping": 0.1}}]}, "r")
 
 
 def test_a_missing_or_broken_recipe_file_is_refused(tmp_path):
