@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,8 @@ def _multiplication(kind: str, in_features: int, out_features: int, tokens: int,
         sides["kernel"] = fp8
         if 2 * tokens * in_features * out_features <= MOST_SCALED_MM:
             quantized, one = inputs.to(torch.float8_e4m3fn), torch.ones(())
-            sides["torch._scaled_mm"] = lambda: torch._scaled_mm(quantized, codes.t(), one, one, out_dtype=torch.bfloat16)
+            with suppress(RuntimeError):  # oneDNN has it for some instruction sets only
+                sides["torch._scaled_mm"] = _tried(lambda: torch._scaled_mm(quantized, codes.t(), one, one, out_dtype=torch.bfloat16))
     else:
         codes = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
         rotated = _cold(ops.pack_weight(codes, "int8"), tokens)
@@ -147,6 +149,11 @@ def _multiplication(kind: str, in_features: int, out_features: int, tokens: int,
     return Figure(
         kind, f"matmul_{kind.replace('-', '_')}", in_features, out_features, tokens, own * 1e6, operations / own / 1e9, read / own / 1e9, _ratios(taken)
     )
+
+
+def _tried(run: Callable[[], Any]) -> Callable[[], Any]:
+    run()
+    return run
 
 
 def _qlinear(codes: Tensor, scale: Tensor, inputs: Tensor, tokens: int) -> Callable[[], Any]:
