@@ -20,7 +20,7 @@ from quantkit.algorithms.gptq import Solution, corrected_weight, gptq
 from quantkit.algorithms.smoothquant import Smoothing, search_smoothing
 from quantkit.blockwise import BlockwiseModel, Call, each_batch, one_thread
 from quantkit.errors import CalibrationError
-from quantkit.folding import STORED_TOLERANCE, BlockProbe, Fold, find_folds, folded, same_folds
+from quantkit.folding import STORED_TOLERANCE, BlockProbe, Fold, find_folds, folded
 from quantkit.linear import QuantizedLinear
 from quantkit.model import fused_sets
 from quantkit.ops import quantize as quantize_weight
@@ -64,7 +64,6 @@ class BlockChooser:
     recipe: Recipe
     schemes: Mapping[str, QuantScheme]
     threads: int
-    _folds: dict[tuple[Any, ...], tuple[list[Fold], dict[str, str]]] = field(default_factory=dict)  # of blocks with the same Linears
 
     def choose(self, number: int, block: nn.Module, batches: Sequence[int], calls: Mapping[int, Any], states: HiddenStates) -> ChosenWeights:
         """Choose and put in place: afterwards the block is the quantized one."""
@@ -86,12 +85,6 @@ class BlockChooser:
             if f"{linear}.weight_scale" in tensors:
                 weight = QuantizedTensor(tensors[f"{linear}.weight"].to(device), tensors[f"{linear}.weight_scale"].to(device), self.schemes[linear].weight)
                 replace_linear(self.model, block, path, weight, self.schemes[linear])
-
-    def folds_of(self, probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
-        key = tuple((name, *module.weight.shape) for name, module in probe.block.named_modules() if isinstance(module, nn.Linear))
-        if key not in self._folds or not same_folds(probe, self._folds[key][0]):
-            self._folds[key] = find_folds(probe)
-        return self._folds[key]
 
 
 @dataclass(frozen=True)
@@ -153,7 +146,7 @@ class _Block:
         # On one thread the result doesn't depend on how many there are; each search is small.
         with torch.inference_mode(), one_thread():
             probe = BlockProbe(self.model, self.block, self.call_of(self.batches[0]), self.states.get(self.batches[0]).to(self.model.device))
-            folds, reasons = self.chooser.folds_of(probe)
+            folds, reasons = find_folds(probe)
             name = self.names.linears
             self.chosen.described["refused"] += [{"linear": name.get(path, path), "reason": reason} for path, reason in reasons.items() if path in self.schemes]
             if not folds:

@@ -96,7 +96,7 @@ def _export_options(
 @model_argument
 @directory_output
 @data_option
-@click.option("--recipe", type=UserPath(), help="Only for this recipe; without, the statistics serve every scheme.")
+@click.option("--recipe", type=UserPath(), help="Run its algorithms, and serve it alone; without, the statistics serve every scheme.")
 @calibration_options
 @resume_options
 def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ...], recipe: Path | None, **options: Any) -> None:

@@ -10,7 +10,7 @@ Whatever is folded is tried on a float32 copy of the block, with scales that are
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,20 +221,3 @@ def _in_float32(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_in_float32(item) for item in value)
     return {key: _in_float32(item) for key, item in value.items()} if type(value) is dict else value
-
-
-def same_folds(probe: BlockProbe, folds: Sequence[Fold]) -> bool:
-    """Whether another block's folds are this one's too, so that they needn't be searched for."""
-    modules = dict(probe.block.named_modules())
-    parameters = dict(probe.block.named_parameters())
-    for fold in folds:
-        if any(name not in modules for name in (fold.producer, *fold.consumers)):
-            return False
-        if fold.channels is not None and parameters[f"{fold.consumers[0]}.weight"].shape[1] != len(fold.channels):
-            return False
-    changed = dict(parameters)
-    for fold in folds:
-        scale = torch.exp2(torch.arange(parameters[f"{fold.producer}.weight"].shape[0]) % 3 - 1.0).to(parameters[f"{fold.producer}.weight"].device)
-        changed |= folded(fold, changed, scale)
-    with probe.changed({name: changed[name] for name in changed if changed[name] is not parameters[name]}):
-        return probe.change() < TOLERANCE
