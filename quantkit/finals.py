@@ -23,7 +23,7 @@ from quantkit.states import HiddenStates
 
 @dataclass(frozen=True)
 class FinalStates:
-    """Of one model. windows: what went through, by number; seconds: what making them took (or took then, where they come from the cache)."""
+    """Of one model. windows: what went through, by number; seconds: what making them took without a watch's own work (or took then, where they come from the cache)."""
 
     windows: Mapping[int, Window]
     states: HiddenStates | KeptStates
@@ -59,7 +59,7 @@ def make_final_states(
     watch: Watch | None = None,
 ) -> FinalStates:  # fmt: skip
     """Run the windows through the blocks. Leaves the model with its output head in memory and without its blocks. on_progress(blocks done, blocks)."""
-    started, blocks = time.perf_counter(), served.blocks
+    started, watched, blocks = time.perf_counter(), 0.0, served.blocks
     watch = watch or Watch()
     numbers = list(windows)
     # lmeval's windows carry one token more, which is predicted but not read.
@@ -90,7 +90,9 @@ def make_final_states(
 
                 for done, _ in enumerate(each_batch(work, numbers, blocks.device, torch.get_num_threads()), 1):
                     on_progress(block_number + done / len(numbers), blocks.block_count)
+                ran = time.perf_counter()
                 finish()
+                watched += time.perf_counter() - ran
             for number in numbers:
                 calls[number][block_number] = None
             states.turn()
@@ -105,7 +107,7 @@ def make_final_states(
         raise
     finally:
         blocks.close()
-    return FinalStates(dict(windows), states, time.perf_counter() - started)
+    return FinalStates(dict(windows), states, time.perf_counter() - started - watched)
 
 
 def kept_or_made(cache: StateCache | None, made_from: Mapping[str, Any], windows: Mapping[int, Window], make: Callable[[], FinalStates]) -> FinalStates:
