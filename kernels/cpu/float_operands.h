@@ -242,7 +242,6 @@ template <class Rows, class Codes> struct CodeOperands {
         Rows::load(m, x, row, a);
         std::memset(a + m.inner, 0, size_t(inner - m.inner) * sizeof *a);
     }
-    static void unpack(const QkMatmul&, const uint8_t*, int64_t, int64_t, int64_t, uint8_t*) {}
 };
 
 template <class Rows, class Codes> bool multiply_codes(const QkMatmul& m, const typename Rows::Input* x, const uint8_t* packed) {

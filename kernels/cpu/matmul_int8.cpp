@@ -40,7 +40,6 @@ struct Int8Operands {
             for (int64_t k = 0; k < count; ++k) a[k] = x[k];
         std::memset(a + count, 0, size_t(inner - count) * sizeof *a);
     }
-    static void unpack(const QkMatmul&, const uint8_t*, int64_t, int64_t, int64_t, uint8_t*) {}
 };
 
 }  // namespace
