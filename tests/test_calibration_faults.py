@@ -63,16 +63,22 @@ def finish(note):
 
 RANDOM_KILLS = """
 random.seed(3)
-for number in range(20):
+for number in range(60):
+    if report["killed"] >= KILLS:
+        break
     settings = {"seconds_between_saves": random.choice([0.0, 1000.0]), "memory": random.choice([None, 0])}
     for again in range(random.choice([1, 1, 2, 3])):
         child = attempt(out, resume=again > 0, **settings)
         report["runs"] += 1
         time.sleep(duration * random.random())
         os.kill(child, signal.SIGKILL)
-        report["killed"] += ended(child) == -9
+        code = ended(child)
+        report["killed"] += code == -9
         check()
-        if out.exists():
+        if code == 0:
+            # Spread over the time that a run takes, learnt anew from each that was not hit: the first may have been slow for reasons of its own.
+            if not again:
+                duration = min(duration, float((place / "seconds").read_text()))
             break
     finish(f"attempt {number}")
 print(json.dumps(report))
@@ -101,16 +107,16 @@ def drive(tmp_path, program: str, recipe: str = "") -> dict:
 
 
 def test_twenty_random_kills_end_with_the_same_bytes(tmp_path):
-    report = drive(tmp_path, RANDOM_KILLS)
+    report = drive(tmp_path, RANDOM_KILLS.replace("KILLS", "20"))
     assert report["wrong"] == [] and report["files"] == LAYERS + 1
-    assert report["killed"] >= 15, report
+    assert report["killed"] >= 20, report
 
 
 def test_so_do_kills_of_a_run_that_chooses_weights(tmp_path):
     recipe = json.dumps({"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]})
-    report = drive(tmp_path, RANDOM_KILLS.replace("range(20)", "range(6)"), recipe)
+    report = drive(tmp_path, RANDOM_KILLS.replace("KILLS", "6"), recipe)
     assert report["wrong"] == [] and report["files"] == 2 * LAYERS + 1
-    assert report["killed"] >= 4, report
+    assert report["killed"] >= 6, report
 
 
 def test_a_kill_before_any_file_system_call_ends_with_the_same_bytes(tmp_path):
