@@ -247,7 +247,7 @@ class _Judgement:
             probe = LayerProbe(served, self.base_checkpoint, list(self.mine)) if self.ranks.is_first else None
             own = self._states(served, probe.watch if probe else None)
             try:
-                scored = self._score(head, finals, OutputHead(served.blocks.model, self.options.exec != "reference"), own)
+                scored = self._score(head, finals, OutputHead(served.blocks.model, self.options.exec != "reference", like=head), own)
             finally:
                 own.close()
             if base_tokens is None:

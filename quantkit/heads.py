@@ -2,11 +2,7 @@
 
 `lm_head` gives float32 (bfloat16 logits alone would add a KL of 1e-4, and ties at the top in some percent of positions): through a kernel that multiplies bfloat16
 and loses nothing, where hidden states and weights are of that type and there is one. The vocabulary comes in parts; base and candidate make the same part at
-the same time, and what is left of it are a few sums for each position:
-
-    nll = log Σ exp(l) − l[target]        KL(base‖quant) = Σ p_base·(l_base − l_quant) − log Σ exp(l_base) + log Σ exp(l_quant)
-
-Sums within a part are float32, over the parts float64.
+the same time, and what is left of it are a few sums for each position (scores.py); where nothing comes behind `lm_head`, a kernel makes those at once.
 """
 
 from __future__ import annotations
@@ -21,21 +17,22 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.native import cpu_kernels
+from quantkit.scores import VOCABULARY_PER_CHUNK, score_parts
 
-POSITIONS_PER_CHUNK = 256
-VOCABULARY_PER_CHUNK = 1024
+POSITIONS_PER_CHUNK = 512
+ROWS_PACKED = 16  # of a packed weight, side by side
 
 
 class OutputHead:
     """Hidden states to float32 logits, a part of the vocabulary at a time, without the model's body.
 
     Where an architecture does something after `lm_head` (scaling, soft-capping), the model's own forward does it here too, with stand-ins for body and `lm_head`.
-    parts: slices of the vocabulary, or [None] where it only comes as a whole.
+    parts: slices of the vocabulary, or [None] where it only comes as a whole. like: another model's, whose packed weight is shared if it is the same.
     """
 
-    def __init__(self, model: nn.Module, use_kernel: bool) -> None:
+    def __init__(self, model: nn.Module, use_kernel: bool, like: OutputHead | None = None) -> None:
         head = model.get_output_embeddings()  # asked first: without a body transformers finds none
-        self._linear = _PartialLinear(head, use_kernel) if isinstance(head, nn.Linear) else None
+        self._linear = _PartialLinear(head, use_kernel, like._linear if like else None) if isinstance(head, nn.Linear) else None
         self._stand_in, self._part = _stand_in(), threading.local()
         if self._linear is not None:
             model.set_output_embeddings(_Given(self._part))
@@ -49,7 +46,7 @@ class OutputHead:
 
     def _probe(self, head: nn.Linear) -> None:
         """Does the model change logits behind `lm_head`, and if so, each by itself?"""
-        parts = [slice(start, start + VOCABULARY_PER_CHUNK) for start in range(0, head.weight.shape[0], VOCABULARY_PER_CHUNK)]
+        parts = self._linear.parts
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(2, head.weight.shape[1], generator=generator).to(head.weight.device).to(head.weight.dtype)
         raw = torch.cat([self._linear(hidden, part) for part in parts], dim=-1)
@@ -58,6 +55,13 @@ class OutputHead:
         by_parts = torch.cat([self._finished(hidden, raw[:, part]) for part in parts], dim=-1) if not self._is_plain else whole
         if by_parts.shape == whole.shape and torch.allclose(by_parts, whole, rtol=1e-5, atol=1e-6):
             self.parts = parts
+
+    def packed(self, hidden: Tensor) -> PackedHead | None:
+        """What a kernel takes that makes figures of these hidden states at once: where nothing comes behind `lm_head`, and bfloat16 holds them."""
+        linear = self._linear
+        if not self._is_plain or linear is None or linear.packed is None or not is_exact_in_bfloat16(hidden):
+            return None
+        return PackedHead(linear.packed, linear.bias, linear.vocabulary)
 
     def logits(self, hidden: Tensor, part: slice | None) -> Tensor:
         """hidden: [positions, hidden size]; returns [positions, size of the part] float32, for the caller to change."""
@@ -112,26 +116,42 @@ def _stand_in() -> Any:
     return StandIn()
 
 
+@dataclass(frozen=True)
+class PackedHead:
+    """`lm_head` as kernels multiply it. weight: as ops.pack_weight arranges bfloat16; bias: [vocabulary] float32 or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    vocabulary: int
+
+
 class _PartialLinear:
     """Rows of `lm_head`, with a float32 result: from a kernel where its operands are bfloat16, else converted a part at a time."""
 
-    def __init__(self, linear: nn.Linear, use_kernel: bool) -> None:
+    def __init__(self, linear: nn.Linear, use_kernel: bool, like: _PartialLinear | None) -> None:
         weight = linear.weight.detach()
-        self.parts = [slice(start, start + VOCABULARY_PER_CHUNK) for start in range(0, weight.shape[0], VOCABULARY_PER_CHUNK)]
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self.vocabulary, self._features = weight.shape
+        self.parts = [slice(start, min(start + VOCABULARY_PER_CHUNK, self.vocabulary)) for start in range(0, self.vocabulary, VOCABULARY_PER_CHUNK)]
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
         ready = use_kernel and cpu_kernels() is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self._shapes = {part.start: tuple(weight[part].shape) for part in self.parts}
         # One of the two: lm_head is the largest tensor of many a model.
-        self._packed = {part.start: torch.ops.quantkit.pack_weight(weight[part], "bf16") for part in self.parts} if ready else None
+        self.packed = torch.ops.quantkit.pack_weight(weight, "bf16") if ready else None
         self._weight = None if ready else weight
+        if self.packed is not None and like is not None and like.packed is not None and torch.equal(self.packed, like.packed):
+            self.packed = like.packed  # most schemes leave it alone: read once for both models
 
     def __call__(self, hidden: Tensor, part: slice) -> Tensor:
-        bias = None if self._bias is None else self._bias[part]
-        low = hidden.bfloat16()
-        if self._packed is not None and (hidden.dtype == torch.bfloat16 or torch.equal(low.float(), hidden.float())):
-            return torch.ops.quantkit.matmul_bf16(low, self._packed[part.start], self._shapes[part.start][0], bias, torch.float32)
-        rows = self._weight[part] if self._weight is not None else ops.unpack_weight(self._packed[part.start], "bf16", *self._shapes[part.start])
-        return nn.functional.linear(hidden.float(), rows.float(), bias)
+        bias = None if self.bias is None else self.bias[part]
+        if self.packed is None:
+            return nn.functional.linear(hidden.float(), self._weight[part].float(), bias)
+        packed, rows = self.packed[part.start // ROWS_PACKED :][: -(-(part.stop - part.start) // ROWS_PACKED)], part.stop - part.start
+        if is_exact_in_bfloat16(hidden):
+            return torch.ops.quantkit.matmul_bf16(hidden.bfloat16(), packed, rows, bias, torch.float32)
+        return nn.functional.linear(hidden.float(), ops.unpack_weight(packed, "bf16", rows, self._features).float(), bias)
+
+
+def is_exact_in_bfloat16(values: Tensor) -> bool:
+    return values.dtype == torch.bfloat16 or torch.equal(values.bfloat16().float(), values.float())
 
 
 # ---- Figures of each token.
@@ -167,67 +187,24 @@ class TokenFigures:
         return int((~finite).sum())
 
 
-class _Distribution:
-    """What is kept of one model's logits at some positions while the vocabulary goes by. Ties at the top go to the lower index."""
-
-    def __init__(self, targets: Tensor) -> None:
-        self._targets = targets
-        self.top = torch.full(targets.shape, -torch.inf, device=targets.device)
-        self.index = torch.zeros_like(targets)
-        self.total = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)  # Σ exp(l − top)
-        self._target = torch.zeros_like(self.top)
-
-    def see(self, logits: Tensor, start: int) -> Tensor:
-        """Look for the top and the target in a part of the vocabulary; returns what sums made with the earlier top are multiplied by."""
-        found = logits.amax(-1)
-        higher = (found > self.top).nonzero()[:, 0]
-        if len(higher):
-            self.index[higher] = logits[higher].argmax(-1) + start
-        # fmax: a NaN shows in the sums, and must not hide what comes after it from the comparison above.
-        top = torch.fmax(self.top, found)
-        factor = torch.where(top == self.top, 1.0, (self.top - top).exp())
-        self.top, inside = top, self._targets - start
-        here = ((inside >= 0) & (inside < logits.shape[-1])).nonzero()[:, 0]
-        self._target[here] = logits[here, inside[here]]
-        return factor.double()
-
-    def add(self, exponentials: Tensor, factor: Tensor) -> None:
-        self.total = self.total * factor + exponentials.sum(-1)
-
-    @property
-    def log_total(self) -> Tensor:
-        return self.top.double() + self.total.log()
-
-    @property
-    def nll(self) -> Tensor:
-        return self.log_total - self._target.double()
-
-    @property
-    def hit(self) -> Tensor:
-        return self.index == self._targets
-
-
 def score(base_head: OutputHead, base_hidden: Tensor, targets: Tensor, head: OutputHead | None = None, hidden: Tensor | None = None) -> TokenFigures:
     """The figures of some positions. base_hidden, hidden: [positions, hidden size]; targets: [positions], what came next."""
-    base, quant = _Distribution(targets), _Distribution(targets)
-    divergence = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
-    # Logits of heads that don't come in the same parts can only be compared whole.
-    parts = base_head.parts if head is None or head.parts == base_head.parts else [None]
-    for part in parts:
-        start = 0 if part is None else part.start
-        logits = base_head.logits(base_hidden, part)
-        factor = base.see(logits, start)
-        exponentials = (logits - base.top[:, None]).exp_()
-        base.add(exponentials, factor)
-        if head is None:
-            continue
-        theirs = head.logits(hidden, part)
-        own_factor = quant.see(theirs, start)
-        divergence = divergence * factor + torch.linalg.vecdot(exponentials, logits.sub_(theirs))
-        quant.add(theirs.sub_(quant.top[:, None]).exp_(), own_factor)
-    arrays = {"nll": base.nll, "hit": base.hit, "confidence": 1 / base.total}
+    fused = base_head.packed(base_hidden)
+    own = None if head is None else head.packed(hidden)
+    if fused is not None and (head is None or (own is not None and own.vocabulary == fused.vocabulary)):
+        candidate = () if own is None else (hidden.bfloat16(), own.weight, own.bias)
+        found = torch.ops.quantkit.score_logits(base_hidden.bfloat16(), fused.weight, fused.bias, targets, fused.vocabulary, *candidate)
+    else:
+        # Logits of heads that don't come in the same parts can only be compared whole.
+        parts = base_head.parts if head is None or head.parts == base_head.parts else [None]
+        logits = (
+            (0 if part is None else part.start, base_head.logits(base_hidden, part), None if head is None else lambda part=part: head.logits(hidden, part))
+            for part in parts
+        )
+        found = score_parts(logits, targets)
+    nll, index, confidence, quant_nll, quant_index, kld = found
+    arrays = {"nll": nll, "hit": index == targets, "confidence": confidence}
     if head is not None:
-        kld = divergence / base.total - base.log_total + quant.log_total
         # A divergence is never negative; its rounding, about 1e-7, may be.
-        arrays |= {"quant_nll": quant.nll, "quant_hit": quant.hit, "kld": kld.clamp(min=0), "same_top1": base.index == quant.index}
+        arrays |= {"quant_nll": quant_nll, "quant_hit": quant_index == targets, "kld": kld.clamp(min=0), "same_top1": index == quant_index}
     return TokenFigures(**{name: values.cpu().numpy() for name, values in arrays.items()})

@@ -14,7 +14,7 @@ from pathlib import Path
 import quantkit
 from quantkit.errors import QuantkitError
 
-LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 4
+LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 5
 CUDA_LIBRARY_NAME, CUDA_LIBRARY_VERSION = "libquantkit_cuda.so", 1
 # The order of the enum in kernels/cpu/dispatch.cpp. "avx512vnni" has VNNI too, "avx512bf16" also VBMI and BF16, "amx" also AMX's tiles.
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
@@ -52,6 +52,8 @@ def cpu_kernels() -> ctypes.CDLL | None:
     library.qk_matmul_fp8.argtypes = [*activations, pointer, size, size, *weight, size, *weight, *output, number]
     library.qk_matmul_weight_only.argtypes = [*activations, pointer, number, size, size, *weight, *output, number]
     library.qk_matmul_bf16.argtypes = [*activations, pointer, size, *output]
+    model = [pointer, size, *[pointer] * 5]  # hidden states, their stride, weight, bias, figures
+    library.qk_score_logits.argtypes = [size, size, size, pointer, *model, *model, number]
     if wanted and library.qk_select_cpu_level(LEVELS.index(wanted)) != 0:
         raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, which this processor doesn't have")
     return library

@@ -224,10 +224,10 @@ def _reference_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor
     return reference.encode_codes(states.float() / scale.float().reshape(1, -1, 1, 1), FORMATS[format])
 
 
-def _packed_shape(codes: Tensor) -> tuple[int, ...]:
-    if codes.device.type == "cuda":
-        return codes.shape[0], -(-codes.shape[1] // ROW_UNIT) * ROW_UNIT
-    return -(-codes.shape[0] // _PANEL), -(-codes.shape[1] // _INNER_UNIT) * _INNER_UNIT, _PANEL
+def packed_shape(out_features: int, in_features: int, device: str = "cpu") -> tuple[int, ...]:
+    if device == "cuda":
+        return out_features, -(-in_features // ROW_UNIT) * ROW_UNIT
+    return -(-out_features // _PANEL), -(-in_features // _INNER_UNIT) * _INNER_UNIT, _PANEL
 
 
 def _reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
@@ -235,7 +235,7 @@ def _reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
     check_codes(codes, packing)
     if codes.device.type == "cuda":
         return plain_weight(codes, packing)
-    panels, inner, _ = _packed_shape(codes)
+    panels, inner, _ = packed_shape(*codes.shape)
     padding = (0, inner - codes.shape[1], 0, panels * _PANEL - codes.shape[0])
     padded = torch.nn.functional.pad(codes.view(packed_dtype(packing)), padding)
     if packing == "int8_dot":
@@ -327,7 +327,7 @@ def _is_ready(values: Tensor) -> bool:
     return cpu_kernels() is not None and values.dim() == 2 and values.numel() > 0 and values.dtype in INPUT_NUMBERS
 
 
-def _ran(status: int) -> None:
+def ran(status: int) -> None:
     if status != 0:
         raise AssertionError("a kernel refused its arguments")
 
@@ -337,7 +337,7 @@ def _cpu_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tens
         return _reference_block_amax(values, block_rows, block_columns)
     values = rows_dense(values)
     amax = torch.empty(_scale_shape(values, block_rows, block_columns), dtype=torch.float32)
-    _ran(cpu_kernels().qk_block_amax(values.data_ptr(), INPUT_NUMBERS[values.dtype], *_matrix(values, block_rows, block_columns), amax.data_ptr()))
+    ran(cpu_kernels().qk_block_amax(values.data_ptr(), INPUT_NUMBERS[values.dtype], *_matrix(values, block_rows, block_columns), amax.data_ptr()))
     return amax
 
 
@@ -349,7 +349,7 @@ def _cpu_encode_blocks(values: Tensor, scale: Tensor, block_rows: int, block_col
         raise ValueError(f"the scale has the shape {list(scale.shape)}, the blocks need {list(_scale_shape(values, block_rows, block_columns))}")
     codes = torch.empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
     arguments = (values.data_ptr(), INPUT_NUMBERS[values.dtype], *_matrix(values, block_rows, block_columns), FORMAT_NUMBERS[format])
-    _ran(cpu_kernels().qk_encode_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
+    ran(cpu_kernels().qk_encode_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
     return codes
 
 
@@ -360,7 +360,7 @@ def _cpu_quantize_blocks(values: Tensor, block_rows: int, block_columns: int, fo
     codes = torch.empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
     scale = torch.empty(_scale_shape(values, block_rows, block_columns), dtype=torch.float32)
     arguments = (values.data_ptr(), INPUT_NUMBERS[values.dtype], *_matrix(values, block_rows, block_columns), FORMAT_NUMBERS[format], RULE_NUMBERS[rule])
-    _ran(cpu_kernels().qk_quantize_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
+    ran(cpu_kernels().qk_quantize_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
     return codes, scale
 
 
@@ -373,7 +373,7 @@ def _cpu_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_
         raise ValueError(f"the scale has the shape {list(scale.shape)}, the blocks need {list(_scale_shape(codes, block_rows, block_columns))}")
     values = torch.empty(codes.shape, dtype=dtype)
     matrix = _matrix(codes, block_rows, block_columns)
-    _ran(cpu_kernels().qk_dequantize_blocks(codes.data_ptr(), number_format, *matrix, scale.data_ptr(), INPUT_NUMBERS[dtype], values.data_ptr()))
+    ran(cpu_kernels().qk_dequantize_blocks(codes.data_ptr(), number_format, *matrix, scale.data_ptr(), INPUT_NUMBERS[dtype], values.data_ptr()))
     return values
 
 
@@ -396,8 +396,8 @@ def _cpu_observe_rows(
     stride = max(rows.stride(0), features) if tokens > 1 else features
     magnitudes = torch.empty(tokens, dtype=torch.float32)
     pointers = [tensor.data_ptr() for tensor in (channel_amax, channel_sum_of_squares, histogram, extremes, counts[1:], magnitudes)]
-    _ran(cpu_kernels().qk_observe_rows(rows.data_ptr(), INPUT_NUMBERS[rows.dtype], tokens, stride, 0, features, above, *pointers))
-    _ran(cpu_kernels().qk_count_magnitudes(magnitudes.data_ptr(), 1, tokens, token_histogram.data_ptr()))
+    ran(cpu_kernels().qk_observe_rows(rows.data_ptr(), INPUT_NUMBERS[rows.dtype], tokens, stride, 0, features, above, *pointers))
+    ran(cpu_kernels().qk_count_magnitudes(magnitudes.data_ptr(), 1, tokens, token_histogram.data_ptr()))
     counts[0] += tokens
     return None
 
@@ -418,9 +418,9 @@ def _cpu_pack_weight(codes: Tensor, packing: str) -> Tensor:
     if cpu_kernels() is None or not codes.numel():
         return _reference_pack_weight(codes, packing)
     codes = rows_dense(codes)
-    packed = torch.empty(_packed_shape(codes), dtype=packed_dtype(packing))
+    packed = torch.empty(packed_shape(*codes.shape), dtype=packed_dtype(packing))
     stride = max(codes.stride(0), codes.shape[1])
-    _ran(cpu_kernels().qk_pack_weight(list(PACKINGS).index(packing), codes.data_ptr(), *codes.shape, stride, packed.data_ptr()))
+    ran(cpu_kernels().qk_pack_weight(list(PACKINGS).index(packing), codes.data_ptr(), *codes.shape, stride, packed.data_ptr()))
     return packed
 
 
@@ -429,7 +429,7 @@ def _multiplies(activations: Tensor, dtype: torch.dtype, packed: Tensor, out_fea
     inner = activations.shape[1] if activations.dim() == 2 else 0
     if activations.dim() != 2 or activations.dtype != dtype:
         raise ValueError(f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of {dtype}")
-    needed = (-(-out_features // _PANEL), -(-inner // _INNER_UNIT) * _INNER_UNIT, _PANEL)
+    needed = packed_shape(out_features, inner)
     if tuple(packed.shape) != needed or packed.dtype != packed_dtype(packing) or not packed.is_contiguous():
         raise ValueError(f"the packed weight is {packed.dtype} {list(packed.shape)}; {out_features} output features of {inner} inputs need {list(needed)}")
     whole = group is None or group >= inner or group % 4 == 0
@@ -460,7 +460,7 @@ def _cpu_matmul_int8(
     to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
     scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
     zeros = (pointer(zero), 0 if zero is None or zero.numel() == 1 else 1, pointer(sums))
-    _ran(cpu_kernels().qk_matmul_int8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, *zeros))
+    ran(cpu_kernels().qk_matmul_int8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, *zeros))
     return output
 
 
@@ -479,7 +479,7 @@ def _cpu_matmul_fp8(
     output = torch.empty(rows, out_features, dtype=dtype)
     to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
     scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
-    _ran(cpu_kernels().qk_matmul_fp8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, powers_of_two))
+    ran(cpu_kernels().qk_matmul_fp8(*matrix, packed.data_ptr(), out_features, group, *scales, *to, powers_of_two))
     return output
 
 
@@ -496,7 +496,7 @@ def _cpu_matmul_weight_only(
     output = torch.empty(rows, out_features, dtype=dtype)
     to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
     which = list(PACKINGS).index(packing)
-    _ran(cpu_kernels().qk_matmul_weight_only(*matrix, packed.data_ptr(), which, out_features, group, weight.data_ptr(), weight_step, *to, powers_of_two))
+    ran(cpu_kernels().qk_matmul_weight_only(*matrix, packed.data_ptr(), which, out_features, group, weight.data_ptr(), weight_step, *to, powers_of_two))
     return output
 
 
@@ -507,7 +507,7 @@ def _cpu_matmul_bf16(inputs: Tensor, packed: Tensor, out_features: int, bias: Te
     bias = side(bias, torch.float32, (out_features,))
     output = torch.empty(inputs.shape[0], out_features, dtype=dtype)
     to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
-    _ran(cpu_kernels().qk_matmul_bf16(*matrix, packed.data_ptr(), out_features, *to))
+    ran(cpu_kernels().qk_matmul_bf16(*matrix, packed.data_ptr(), out_features, *to))
     return output
 
 
@@ -546,7 +546,7 @@ def _fake_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
 
 def _fake_pack_weight(codes: Tensor, packing: str) -> Tensor:
     check_codes(codes, packing)
-    return codes.new_empty(_packed_shape(codes), dtype=packed_dtype(packing))
+    return codes.new_empty(packed_shape(*codes.shape, codes.device.type), dtype=packed_dtype(packing))
 
 
 def _fake_matmul_int8(activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:

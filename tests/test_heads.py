@@ -19,6 +19,9 @@ class Logits:
     def logits(self, hidden: torch.Tensor, part: slice | None) -> torch.Tensor:
         return (self._logits if part is None else self._logits[:, part]).clone()
 
+    def packed(self, _: torch.Tensor) -> None:
+        return None
+
 
 def figures(base: torch.Tensor, quant: torch.Tensor, targets: torch.Tensor, size: int = 7) -> TokenFigures:
     return score(Logits(base, size), base, targets, Logits(quant, size), quant)

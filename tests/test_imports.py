@@ -17,7 +17,7 @@ ORDER = (
     ("cuda_ops",),
     ("ops", "layouts", "statistics"),
     ("figures", "gates"),
-    ("linear",),
+    ("linear", "scores"),
     ("observers", "ranks", "algorithms", "algorithms.smoothquant", "algorithms.gptq"),
     ("model", "data", "checkpoint"),
     ("output", "streaming", "hub"),

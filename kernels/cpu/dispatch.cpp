@@ -143,7 +143,7 @@ bool is_within(int value, int end) { return value >= 0 && value < end; }
 extern "C" {
 
 // Raised when a function's arguments change, so that ops.py refuses a library of another version.
-int qk_cpu_version() { return 4; }
+int qk_cpu_version() { return 5; }
 
 // An index into the levels above, as in quantkit/ops.py.
 int qk_cpu_level() { return current_level; }
@@ -253,6 +253,17 @@ int qk_matmul_bf16(const uint16_t* activations, int64_t rows, int64_t inner, int
     const QkMatmul m = matmul_of(rows, columns, inner, row_stride, inner, nullptr, 0, 0, nullptr, 0, bias, output, output_type, threads);
     if (!m.inner) return -1;
     return matmul_kernels().bf16(m, activations, packed) ? 0 : -2;
+}
+
+// Two models' hidden states [rows, inner] and heads to what score_logits.h lists, [rows] each; of one model if the second's hidden is null.
+int qk_score_logits(int64_t rows, int64_t inner, int64_t columns, const int64_t* targets, const uint16_t* hidden, int64_t row_stride, const uint8_t* packed,
+                    const float* bias, double* nll, int64_t* index, double* confidence, const uint16_t* own_hidden, int64_t own_row_stride, const uint8_t* own_packed,
+                    const float* own_bias, double* own_nll, int64_t* own_index, double* divergence, int threads) {
+    if (rows < 1 || inner < 1 || columns < 1 || columns > INT32_MAX || threads < 1 || row_stride < (rows > 1 ? inner : 0)) return -1;
+    if (own_hidden && own_row_stride < (rows > 1 ? inner : 0)) return -1;
+    const QkScores s{rows, inner, columns, targets, {hidden, row_stride, packed, bias, nll, index, confidence},
+                     {own_hidden, own_row_stride, own_packed, own_bias, own_nll, own_index, divergence}, threads};
+    return matmul_kernels().score_logits(s) ? 0 : -2;
 }
 
 }  // extern "C"

@@ -84,6 +84,7 @@ template <int N> inline Word shift_left(Word x) { return _mm512_slli_epi32(x, N)
 inline Word select_bits(uint32_t which, Word yes, Word no) { return _mm512_ternarylogic_epi32(broadcast(which), yes, no, 0xCA); }
 inline Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Mask is_nan(Float a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+inline bool any(Mask m) { return m != 0; }
 inline Mask equal(Word a, uint32_t b) { return _mm512_cmpeq_epi32_mask(a, broadcast(b)); }
 inline Word choose(Mask m, Word yes, Word no) { return _mm512_mask_blend_epi32(m, no, yes); }
 inline Float choose(Mask m, Float yes, Float no) { return _mm512_mask_blend_ps(m, no, yes); }
@@ -97,6 +98,8 @@ inline Word count_at_most(Word count, Word x, Word limit) { return _mm512_mask_s
 inline void store_words(void* p, Word x) { _mm512_storeu_si512(p, x); }
 inline Word load_words(const void* p) { return _mm512_loadu_si512(p); }
 inline uint32_t largest(Word x) { return _mm512_reduce_max_epu32(x); }
+inline float largest(Float x) { return _mm512_reduce_max_ps(x); }
+inline float sum(Float x) { return _mm512_reduce_add_ps(x); }
 inline Narrow load_narrow(const void* p, uint16_t mask) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(short(mask))); }
 inline Narrow broadcast_narrow(uint16_t x) { return _mm512_set1_epi16(short(x)); }
 inline Narrow only_narrow(Narrow a, uint16_t b) { return _mm512_and_si512(a, broadcast_narrow(b)); }
@@ -180,6 +183,7 @@ template <int N> inline Word shift_left(Word x) { return _mm256_slli_epi32(x, N)
 inline Word select_bits(uint32_t which, Word yes, Word no) { return _mm256_or_si256(only(yes, which), only(no, ~which)); }
 inline Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline Mask is_nan(Float a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+inline bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
 inline Mask equal(Word a, uint32_t b) { return as_float(_mm256_cmpeq_epi32(a, broadcast(b))); }
 inline Float choose(Mask m, Float yes, Float no) { return _mm256_blendv_ps(no, yes, m); }
 inline Word choose(Mask m, Word yes, Word no) { return as_word(choose(m, as_float(yes), as_float(no))); }
@@ -195,6 +199,16 @@ inline uint32_t largest(Word x) {
     __m128i half = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4E));
     return uint32_t(_mm_extract_epi32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xB1)), 0));
+}
+inline float largest(Float x) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+inline float sum(Float x) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 inline Narrow load_narrow(const void* p, uint16_t mask) { return _mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_set1_epi16(short(mask))); }
 inline Narrow broadcast_narrow(uint16_t x) { return _mm256_set1_epi16(short(x)); }
@@ -269,6 +283,7 @@ template <int N> inline Word shift_left(Word x) { return {x.bits << N}; }
 inline Word select_bits(uint32_t which, Word yes, Word no) { return {(yes.bits & which) | (no.bits & ~which)}; }
 inline Mask less(Float a, Float b) { return a < b; }
 inline Mask is_nan(Float a) { return a != a; }
+inline bool any(Mask m) { return m; }
 inline Mask equal(Word a, uint32_t b) { return a.bits == b; }
 inline Word choose(Mask m, Word yes, Word no) { return m ? yes : no; }
 inline Float choose(Mask m, Float yes, Float no) { return m ? yes : no; }
@@ -281,6 +296,8 @@ inline Word count_at_most(Word count, Word x, Word limit) { return {count.bits +
 inline void store_words(void* p, Word x) { std::memcpy(p, &x.bits, 4); }
 inline Word load_words(const void* p) { return {load<uint32_t>(p)}; }
 inline uint32_t largest(Word x) { return x.bits; }
+inline float largest(Float x) { return x; }
+inline float sum(Float x) { return x; }
 inline Narrow load_narrow(const void* p, uint16_t mask) { return load<uint16_t>(p) & mask; }
 inline Narrow no_narrow() { return 0; }
 inline Narrow larger_narrow(Narrow a, Narrow b) { return a > b ? a : b; }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "score_logits.h"
+
 enum QkOutput { QK_TO_BFLOAT16, QK_TO_FLOAT16, QK_TO_FLOAT32, QK_OUTPUTS };
 // What a packed weight holds, and so which multiplication it is for.
 enum QkPacking { QK_PACKED_INT8_DOT, QK_PACKED_INT8, QK_PACKED_E4M3, QK_PACKED_BFLOAT16, QK_PACKINGS };
@@ -42,4 +44,5 @@ struct QkMatmulKernels {
     bool (*weight_only_int8)(const QkMatmul&, const uint16_t* activations, const uint8_t* packed);
     bool (*weight_only_e4m3)(const QkMatmul&, const uint16_t* activations, const uint8_t* packed);
     bool (*bf16)(const QkMatmul&, const uint16_t* activations, const uint8_t* packed);
+    bool (*score_logits)(const QkScores&);
 };

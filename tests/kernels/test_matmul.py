@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from levels import LIBRARY, levels_here, on_level
 from torch import Tensor
 
 from quantkit import native, ops
 from quantkit.linear import QuantizedLinear, kernel_for
 from quantkit.scheme import SCHEMES, QuantScheme
 
-LIBRARY = native.cpu_kernels()
 if LIBRARY is None:
     pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference", allow_module_level=True)
 
@@ -23,16 +23,7 @@ TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65, 130, 257]
 # (out_features, in_features): panels and their rests, one past a vector, a step of each instruction and a chunk.
 WEIGHTS = [(1, 1), (16, 64), (5, 7), (33, 65), (48, 128), (100, 300), (130, 200), (17, 1030)]
 E4M3 = torch.float8_e4m3fn
-
-
-def _levels_here() -> list[int]:
-    chosen = LIBRARY.qk_cpu_level()
-    levels = [level for level in range(len(native.LEVELS)) if LIBRARY.qk_select_cpu_level(level) == 0]
-    LIBRARY.qk_select_cpu_level(chosen)
-    return levels
-
-
-LEVELS_HERE = _levels_here()
+LEVELS_HERE = levels_here()
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +36,8 @@ def one_thread():
 
 @pytest.fixture(params=LEVELS_HERE, ids=[native.LEVELS[level] for level in LEVELS_HERE])
 def level(request):
-    chosen = LIBRARY.qk_cpu_level()
-    assert LIBRARY.qk_select_cpu_level(request.param) == 0
-    yield request.param
-    LIBRARY.qk_select_cpu_level(chosen)
+    with on_level(request.param):
+        yield request.param
 
 
 def int8_codes(*shape: int) -> Tensor:
