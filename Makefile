@@ -36,6 +36,7 @@ speed: $(VENV)/installed
 	$(VENV)/bin/python kernels/bench/quantize_blocks.py -o kernels/bench/results/quantize_blocks.md
 	$(VENV)/bin/python kernels/bench/observe_rows.py -o kernels/bench/results/observe_rows.md
 	$(VENV)/bin/python kernels/bench/matmul.py -o kernels/bench/results/matmul.md --json kernels/bench/results/matmul.json
+	$(VENV)/bin/python kernels/bench/score_logits.py -o kernels/bench/results/score_logits.md
 	$(VENV)/bin/python kernels/bench/eval_levels.py -o kernels/bench/results/eval_levels.md
 	$(VENV)/bin/python benchmarks/export.py
 	$(VENV)/bin/python benchmarks/calibrate.py
