@@ -37,11 +37,13 @@ ORDER = (
     ("page",),
     ("demo",),
     ("console",),
+    ("commands", "commands.judging"),
+    ("commands.making",),
     ("cli",),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "console", "cli")
+WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "console", "commands.judging", "commands.making", "cli")
 
 
 def imported_modules(path: Path) -> list[tuple[str, bool]]:

@@ -1,0 +1,285 @@
+"""The commands that make something: `calibrate`, `export`, and `quantize`, which is both and a look at the result."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit.commands.judging import raise_faults, verified
+from quantkit.console import (
+    Output,
+    UserPath,
+    calibration_options,
+    command,
+    data_option,
+    directory_output,
+    export_options,
+    model_argument,
+    recipe_options,
+    resume_options,
+)
+from quantkit.errors import OutputError
+
+
+def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...], kv_cache: str | None, observer: str | None) -> Any:
+    from quantkit.scheme import QuantScheme, Recipe
+
+    if (scheme is None) == (recipe is None):
+        raise click.UsageError("give either --scheme or --recipe; `quantkit schemes` lists the schemes")
+    chosen = Recipe.load(recipe) if recipe is not None else Recipe(QuantScheme.parse(scheme))
+    return chosen.with_options(ignore, kv_cache, observer)
+
+
+def _export_options(
+    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: int, resume: bool, overwrite: bool
+) -> Any:
+    from quantkit.plan import ExportOptions
+
+    return ExportOptions(model, output, recipe, calibration, runtime, layout, max_shard_size, resume, overwrite)
+
+
+@command("calibrate")
+@model_argument
+@directory_output
+@data_option
+@click.option("--recipe", type=UserPath(), help="Run its algorithms, and serve it alone; without, the statistics serve every scheme.")
+@calibration_options
+@resume_options
+def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ...], recipe: Path | None, **options: Any) -> None:
+    """Run text through MODEL, block by block, and record the statistics of every Linear's input.
+
+    Without --data a small text that comes with quantkit is used. Several processes share the work:
+    torchrun --nproc-per-node N -m quantkit calibrate ...
+    """
+    from quantkit.hub import resolve_model
+    from quantkit.scheme import Recipe
+
+    loaded = Recipe.load(recipe) if recipe else None
+    chosen = f"--recipe {shlex.quote(str(recipe))}" if recipe else "--scheme fp8-static"
+    summary = _calibrate(out, resolve_model(model), output, data, loaded, **options)
+    if out.as_json:
+        from quantkit.report import print_json
+
+        print_json(summary.to_json())
+    ignore = "".join(f" --ignore {shlex.quote(pattern)}" for patterns in summary.ignore.values() for pattern in patterns)
+    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT {chosen} --calibration {shlex.quote(str(output))}{ignore}")
+
+
+def _calibrate(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
+    from quantkit.calibration import CalibrationOptions, calibrate
+    from quantkit.output import counted, format_bytes
+    from quantkit.ranks import rank_of_environment
+    from quantkit.report import Progress
+
+    out.quiet = out.quiet or rank_of_environment() > 0
+    out.quiet_libraries()
+    with Progress("calibrate", out.quiet) as progress:
+        summary = calibrate(CalibrationOptions(model, output, data, recipe, **options), progress.update)
+    if summary.was_finished:
+        out.note(f"{output} was finished already, and its files are as they were written; nothing was measured")
+        return summary
+    if rank_of_environment() == 0:
+        _warn_of_calibration(out, summary)
+        for remark in summary.chosen:
+            out.note(remark)
+    out.note(
+        f"{output}: statistics of {counted(summary.inputs, 'input')} ({counted(summary.linears, 'Linear')}) "
+        f"from {counted(summary.windows, 'window')} of {summary.seq_len} tokens, "
+        f"{summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s, peak memory {format_bytes(summary.peak_memory_bytes)}"
+    )
+    return summary
+
+
+def _warn_of_calibration(out: Output, summary: Any) -> None:
+    from quantkit.output import counted
+
+    has_run_out = summary.windows < summary.requested
+    if has_run_out:
+        out.warn(
+            f"the text holds {counted(summary.windows, 'window')} of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; "
+            "give more with --data"
+        )
+    if summary.unsettled:
+        count, name = len(summary.unsettled), summary.unsettled[0]
+        out.warn(
+            f"{count} of {counted(summary.inputs, 'input')} still grew in the last quarter of the data ({name}{' and others' if count > 1 else ''}); "
+            f"static scales want more text: {'give it with --data' if has_run_out else 'raise --num-samples'}. "
+            f"`quantkit inspect {shlex.quote(str(summary.path))}` shows them"
+        )
+    if summary.starved:
+        out.warn(
+            f"{counted(len(summary.starved), 'expert')} saw too few tokens ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); "
+            "their scales are estimated from their weights and the other experts: give more text, or --all-experts"
+        )
+
+    if summary.unread:
+        out.warn(
+            f"no token reached {_named(summary.unread, 'Linear')}, whose weights the model uses in another way, so they have no static scale: "
+            f"a static scheme needs {_ignoring(summary, 'unread')}"
+        )
+    if summary.refused:
+        out.warn(f"export can't quantize {_named(summary.refused, 'parameter')} and refuses the model unless they are left: {_ignoring(summary, 'refused')}")
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    return f"the {what} {names[0]}" if len(names) == 1 else f"{len(names)} {what}s ({names[0]} and others)"
+
+
+def _ignoring(summary: Any, which: str) -> str:
+    return " ".join(f"--ignore {shlex.quote(pattern)}" for pattern in summary.ignore[which])
+
+
+@command("export")
+@model_argument
+@directory_output
+@recipe_options
+@export_options
+@click.option("--stream-download", is_flag=True, help="Of a hub id, keep only the shards in work on the disk.")
+@resume_options
+def export_command(
+    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...],
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    """Write MODEL's quantized checkpoint, a few rows at a time.
+
+    A hub id's shards are fetched as they are needed.
+    """
+    from quantkit.plan import plan_export
+
+    chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
+    path, checkpoint = _open_for_export(model, output, calibration, stream_download)
+    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    plan = plan_export(options, checkpoint=checkpoint)
+    if dry_run:
+        _print_plan(out, plan)
+        return
+    summary, seconds = _export(out, plan)
+    if out.as_json:
+        from quantkit.report import print_json
+
+        print_json(summary.to_json() | {"seconds": seconds})
+    out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE")
+
+
+def _open_for_export(model: str, output: Path, calibration: Path | None, stream_download: bool) -> tuple[Path, Any]:
+    """Where MODEL is, and the checkpoint if it is opened already: a hub id from its headers, unless a calibration has to be compared with its files."""
+    from quantkit.hub import is_hub_id, open_hub_model, resolve_model
+
+    if stream_download and (calibration is not None or not is_hub_id(model)):
+        raise click.UsageError("--stream-download is for a hub id" + (", without --calibration: that was made from a local copy" if calibration else ""))
+    if calibration is not None or not is_hub_id(model):
+        return resolve_model(model), None
+    partial = output.resolve().with_name(output.name + ".partial")
+    return Path(model), open_hub_model(model, partial / ".download" if stream_download else None)
+
+
+def _export(out: Output, plan: Any) -> tuple[Any, float]:
+    from quantkit.export import export
+    from quantkit.output import counted, format_bytes
+    from quantkit.report import Progress
+
+    started = time.monotonic()
+    with Progress("export", out.quiet) as progress:
+        summary = export(plan, progress.update)
+    seconds = time.monotonic() - started
+    for warning in summary.warnings:
+        out.warn(warning)
+    if out.verbose:
+        for row in plan.parameters:
+            out.note(f"  {row.status:9} {row.name}: {row.reason}")
+    if summary.was_finished:
+        out.note(f"{summary.path} was finished already, and its files are as they were exported; nothing was written")
+        return summary, seconds
+    ratio = summary.bytes_after / summary.bytes_before
+    schemes = {linear.scheme.name for linear in plan.linears.values()}
+    out.note(
+        f"{summary.path}: {counted(summary.quantized, 'Linear')} in {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, "
+        f"{summary.left} left; {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)} ({100 * ratio:.0f} %), {seconds:.1f} s"
+    )
+    return summary, seconds
+
+
+def _print_plan(out: Output, plan: Any) -> None:
+    from quantkit.report import PLAN_COLUMNS, plan_rows, print_json, print_table
+
+    if out.as_json:
+        print_json(plan.to_json())
+    else:
+        print_table(PLAN_COLUMNS, plan_rows(plan), right=(4, 5))
+    for warning in plan.warnings:
+        out.warn(warning)
+
+
+@command("quantize")
+@model_argument
+@directory_output
+@recipe_options
+@data_option
+@calibration_options
+@export_options
+@resume_options
+def quantize_command(
+    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, data: tuple[str, ...], calibration: Path | None, ignore: tuple[str, ...],
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, resume: bool, overwrite: bool,
+    **calibrating: Any,
+) -> None:  # fmt: skip
+    """Calibrate where the recipe needs it, export, verify: MODEL to a checked checkpoint.
+
+    The calibration is kept beside the output, as OUT-calibration.
+    """
+    from dataclasses import replace
+
+    from quantkit.hub import resolve_model
+    from quantkit.plan import plan_export
+
+    chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
+    options = _export_options(resolve_model(model), output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    plan = plan_export(options, calibration_follows=chosen.needs_calibration and calibration is None)
+    if dry_run:
+        _print_plan(out, plan)
+        return
+    if data and (calibration is not None or not chosen.needs_calibration):
+        out.warn("--data is not read: " + ("--calibration is given" if calibration is not None else "this recipe needs no calibration"))
+    if chosen.needs_calibration and calibration is None:
+        from quantkit.output import MANIFEST_FILE, check_output
+
+        if not (resume and (output / MANIFEST_FILE).is_file()):
+            check_output(output, overwrite=overwrite, reads=[options.model])
+        directory = output.with_name(output.name + "-calibration")
+        finished = resume and (directory / "calibration.json").is_file()
+        if finished:
+            _require_same_calibration(directory, data, calibrating)
+        else:
+            # Statistics alone serve every recipe; weights that algorithms choose serve theirs.
+            _calibrate(out, options.model, directory, data, chosen if chosen.chooses_weights else None, resume=resume, overwrite=overwrite, **calibrating)
+        plan = plan_export(replace(options, calibration=directory))
+    summary, seconds = _export(out, plan)
+    found = verified(out, output, options.model, runtime)
+    if out.as_json:
+        from quantkit.report import print_json
+
+        print_json(summary.to_json() | {"seconds": seconds, "verify": found.to_json()})
+    raise_faults(found)
+    out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n      vllm serve {shlex.quote(str(output))}")
+
+
+def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dict[str, Any]) -> None:
+    """`quantize --resume` goes on from a finished calibration only if the same one is asked for."""
+    from quantkit.measurements import Calibration
+
+    made = Calibration.open(directory).description
+    same = {
+        "--data": made["data"]["sources"] == (list(data) or ["bundled"]),
+        "--num-samples": made["windows_requested"] == asked["num_samples"],
+        "--seq-len": asked["seq_len"] in (None, made["seq_len"]),
+        "--seed": made["seed"] == asked["seed"],
+        "--all-experts": made["all_experts"] == asked["all_experts"],
+    }
+    differing = [option for option, equal in same.items() if not equal]
+    if differing:
+        raise OutputError(f"{directory} was made with a different {', '.join(differing)}; use the same, or start again with --overwrite")
