@@ -15,7 +15,7 @@ import numpy as np
 from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.output import parse_bytes
 
-# Sums of the same numbers in another order differ by less than this share.
+# Sums of the same numbers in another order differ by less than this share of what they could be at most.
 ROUNDING = 1e-12
 
 
@@ -57,15 +57,18 @@ def solve(items: Sequence[Item], max_size: int | None, max_cost: float | None) -
             return None
         max_size = int(sum(size[number] for size, number in zip(sizes, chosen)))
     chosen = _least(costs, sizes, max_size)
-    if chosen is None or (max_cost is not None and sum(cost[number] for cost, number in zip(costs, chosen)) > max_cost * (1 + ROUNDING)):
+    if chosen is None or (
+        max_cost is not None
+        and sum(float(cost[number]) for cost, number in zip(costs, chosen)) > max_cost + ROUNDING * sum(float(cost.max()) for cost in costs)
+    ):
         return None
     return chosen
 
 
 def _least(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float) -> list[int] | None:
     """The choices of least total objective whose total weight is at most the limit."""
-    order = range(len(objective))
-    limit = limit + ROUNDING * abs(limit)
+    slack, margin = (ROUNDING * sum(float(np.abs(values).max()) for values in sums) for sums in (weight, objective))
+    limit = limit + slack
     curves = _remaining_curves(objective, weight)
     if limit < curves[0][0][0]:
         return None
@@ -73,15 +76,15 @@ def _least(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit:
     # Each state: total weight, total objective, the state before it and the choice that led here.
     totals, values = np.zeros(1), np.zeros(1)
     history: list[tuple[np.ndarray, np.ndarray]] = []
-    for number in order:
+    for number in range(len(objective)):
         new_totals = (totals[:, None] + weight[number]).ravel()
         new_values = (values[:, None] + objective[number]).ravel()
         before = np.repeat(np.arange(len(totals)), len(weight[number]))
         choice = np.tile(np.arange(len(weight[number])), len(totals))
         at, least = curves[number + 1]
-        fits = limit - new_totals >= at[0] - ROUNDING * abs(limit)
+        fits = limit - new_totals >= at[0] - slack
         bound = new_values + np.interp(limit - new_totals, at, least)
-        kept = np.flatnonzero(fits & (bound <= best + ROUNDING * abs(best)))
+        kept = np.flatnonzero(fits & (bound <= best + margin))
         ranked = kept[np.lexsort((new_values[kept], new_totals[kept]))]
         smallest = np.minimum.accumulate(new_values[ranked])
         undominated = np.concatenate([[True], new_values[ranked][1:] < smallest[:-1]]) if len(ranked) else np.zeros(0, bool)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from quantkit import __version__
-from quantkit.commands.judging import compare_command, eval_command, verify_command
+from quantkit.commands.judging import compare_command, eval_command, sensitivity_command, verify_command
 from quantkit.commands.making import calibrate_command, export_command, quantize_command
 from quantkit.console import BENCHMARK_KINDS, CONTEXT, ErrorGroup, Output, Shape, UserPath, command
 from quantkit.errors import QuantkitError
@@ -118,7 +118,7 @@ def demo_command(out: Output, output: Path, overwrite: bool) -> None:
 
 
 for _command in (
-    calibrate_command, export_command, eval_command, compare_command, quantize_command, verify_command, inspect_command,
+    calibrate_command, export_command, eval_command, compare_command, quantize_command, verify_command, sensitivity_command, inspect_command,
     schemes_command, doctor_command, bench_command, demo_command,
 ):  # fmt: skip
     main.add_command(_command)

@@ -7,6 +7,8 @@ were made from: algorithms fold scales per channel into weights before they choo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from quantkit.experts import EXPERTS_IMPLEMENTATION, ExpertInput, register_servi
 from quantkit.export import input_scale_of
 from quantkit.linear import QuantizedLinear
 from quantkit.measurements import Calibration
+from quantkit.plan import ExportPlan
 from quantkit.quantize import QuantizedTensor, sqnr_db
 from quantkit.recording import first_and_down, is_experts, names_on_disk
 from quantkit.runtimes import QuantizedLinearInfo
@@ -34,11 +37,14 @@ NUDGED = 1 / 12  # share of roundings that a nudge moves by one step
 
 
 class SetInstaller:
-    """options: a SensitivityOptions; choices: its plans. sets: set once they are known."""
+    """plans: for each choice of a set the plan of a model whose sets all take it, None for the first, which leaves them. sets: the Linears of each, once they are
+    known. sampled: how many windows may be looked at.
+    """
 
-    def __init__(self, options: Any, choices: Any) -> None:
-        self._options, self._choices = options, choices
-        self.sets: Sequence[Any] = ()
+    def __init__(self, model: Path, plans: Sequence[ExportPlan | None], trust_remote_code: bool) -> None:
+        self._path, self._plans, self._trust_remote_code = model, plans, trust_remote_code
+        self.sets: Sequence[Sequence[str]] = ()
+        self.sampled = 1
         self._figures: dict[int, dict[str, dict[str, Any]]] = {}
         self._inputs: dict[str, Tensor] = {}
 
@@ -51,10 +57,10 @@ class SetInstaller:
     def reopened(self, device: str) -> BlockwiseModel:
         """The unquantized model, its blocks on disk: each of them runs once."""
         register_serving_experts()
-        checkpoint = self._choices.plans[1].checkpoint
-        skeleton = build_skeleton(checkpoint, self._options.trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
-        self._weights = _Weights(checkpoint, self._choices.plans[1].calibration)
-        self._model = BlockwiseModel(skeleton, self._weights, str(self._options.model), device)
+        checkpoint = self._plans[1].checkpoint
+        skeleton = build_skeleton(checkpoint, self._trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
+        self._weights = _Weights(checkpoint, self._plans[1].calibration)
+        self._model = BlockwiseModel(skeleton, self._weights, str(self._path), device)
         return self._model
 
     def linears_of(self, number: int) -> list[str]:
@@ -79,8 +85,8 @@ class SetInstaller:
         if place >= len(self.sets):
             path, linear = [(path, module) for path, module in block.named_modules() if isinstance(module, nn.Linear)][-1]
             return [Swap(*_owner(block, path), _Nudged(linear))]
-        prefix, plan = self._model.block_name(number), self._choices.plans[choice]
-        members = set(self.sets[place].linears)
+        prefix, plan = self._model.block_name(number), self._plans[choice]
+        members = set(self.sets[place])
         swaps: list[Swap] = []
         for path, module in block.named_modules():
             if isinstance(module, nn.Linear):
@@ -91,27 +97,27 @@ class SetInstaller:
                 swaps += self._stacked(plan, choice, f"{prefix}.{path}", module, members)
         return swaps
 
-    def _quantized(self, plan: Any, choice: int, name: str, linear: nn.Linear, place: int) -> QuantizedLinear:
+    def _quantized(self, plan: ExportPlan, choice: int, name: str, linear: nn.Linear, place: int) -> QuantizedLinear:
         info = plan.linears[name]
-        weight = self._codes(plan, choice, info).to(self._model.device)
+        weight = self._codes(plan, choice, info)
+        weight = replace(weight, qdata=weight.qdata.to(self._model.device), scale=weight.scale.to(self._model.device))
         input_scale = input_scale_of(info, plan).reshape(1).to(self._model.device) if info.scheme.needs_calibration else None
         made = QuantizedLinear(weight, info.scheme, input_scale, linear.bias, self._model.model.config.dtype)
         if choice == 1:
             self._compare(place, name, linear, weight, made)
         return made
 
-    def _codes(self, plan: Any, choice: int, info: QuantizedLinearInfo) -> _Codes:
+    def _codes(self, plan: ExportPlan, choice: int, info: QuantizedLinearInfo) -> QuantizedTensor:
         chosen = plan.calibration.quantized_weight(info.name, info.scheme.weight) if choice == 1 and plan.calibration else None
         if chosen is not None:
-            return _Codes(chosen.qdata, chosen.scale, chosen.spec)
+            return chosen
         amax = None
         if info.scheme.weight.granularity == TENSOR:
             members = plan.fused_with.get(info.name, (info.name,))
             amax = torch.stack([self._weights.read(f"{member}.weight").abs().amax().float() for member in members]).amax().reshape(1, 1)
-        made = ops.quantize(self._weights.read(f"{info.name}.weight"), info.scheme.weight, amax)
-        return _Codes(made.qdata, made.scale, made.spec)
+        return ops.quantize(self._weights.read(f"{info.name}.weight"), info.scheme.weight, amax)
 
-    def _stacked(self, plan: Any, choice: int, name: str, module: nn.Module, members: set[str]) -> list[Swap]:
+    def _stacked(self, plan: ExportPlan, choice: int, name: str, module: nn.Module, members: set[str]) -> list[Swap]:
         """Stacked experts run with the values of their codes, and quantize their inputs."""
         swaps, inputs = [], {}
         for leaf in first_and_down(module):
@@ -158,8 +164,6 @@ class SetInstaller:
                 hook.remove()
         self._inputs = {name: torch.cat(rows) for name, rows in kept.items()}
 
-    sampled = 1
-
     def _compare(self, place: int, name: str, linear: nn.Linear, weight: QuantizedTensor, made: QuantizedLinear) -> None:
         figures = {"name": name, "weight_sqnr_db": float(sqnr_db(linear.weight, weight.dequantize()))}
         rows = self._inputs.get(name)
@@ -170,11 +174,6 @@ class SetInstaller:
     def layer_figures(self) -> dict[int, list[dict[str, Any]]]:
         """By the set's place: weight and output SQNR of each of its Linears."""
         return {place: list(layers.values()) for place, layers in self._figures.items()}
-
-
-class _Codes(QuantizedTensor):
-    def to(self, device: Any) -> _Codes:
-        return _Codes(self.qdata.to(device), self.scale.to(device), self.spec)
 
 
 def _owner(block: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkit import __version__, budget
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, window_length
-from quantkit.errors import CheckpointError, EvaluationError
+from quantkit.errors import CheckpointError, EvaluationError, NotComparableError
 from quantkit.figures import per_window
 from quantkit.layouts import QuantizationLayout
-from quantkit.model import auto_config, fused_sets, pick_device
+from quantkit.mixing import mixed_recipe
+from quantkit.model import auto_config, classify_tensors, fused_sets, pick_device
 from quantkit.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.scheme import QuantScheme, Recipe
 from quantkit.states import peak_memory_bytes
@@ -42,6 +43,8 @@ RESTORED = 10  # sets that are restored, each alone, in an otherwise quantized m
 FLOORS = 8  # blocks in which the floor is measured, evenly spread
 # Sums are good enough to choose by while they are off by less than this factor.
 ADDITIVE_WITHIN = 1.5
+# Several windows, so that there are intervals; long enough for attention to have something to look at.
+DEFAULT_LENGTH = 256
 VARIANTS_AT_ONCE = 16  # whose logits are made beside one making of the base's
 
 
@@ -57,7 +60,7 @@ class SensitivityOptions:
     alternatives: tuple[str, ...] = (KEEP,)
     calibration: Path | None = None
     data: tuple[str, ...] = ()
-    max_tokens: int = 4096
+    max_tokens: int = 2048
     seq_len: int | None = None
     max_size: str | None = None
     max_kld: float | None = None
@@ -108,10 +111,11 @@ def _parent(group: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a set may become. names: "keep", "recipe", then schemes; plans: of a model whose sets all take that choice, None for "keep"."""
+    """What a set may become. names: "keep", "recipe", then schemes; plans: of a model whose sets all take that choice, None for "keep". may_keep: whether a budget may."""
 
     names: tuple[str, ...]
     plans: tuple[ExportPlan | None, ...]
+    may_keep: bool
 
     def bytes_of(self, linears: Sequence[str], choice: int) -> int | None:
         """What the Linears take on disk, None where this choice can't hold one of them."""
@@ -122,11 +126,9 @@ class Choices:
         return sum(rows[name].bytes_after for name in linears) if all(rows[name].status == "quantized" for name in linears) else None
 
     @property
-    def allowed(self) -> tuple[int, ...]:
-        """Those that a set may end with: "keep" only where it was asked for."""
-        return tuple(number for number, name in enumerate(self.names) if name != KEEP or self._may_keep)
-
-    _may_keep: bool = True
+    def allowed(self) -> list[str]:
+        """What a budget may give a set instead of the recipe's scheme."""
+        return [name for name in self.names if name != RECIPE and (name != KEEP or self.may_keep)]
 
 
 def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
@@ -146,7 +148,11 @@ def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
     for name in schemes:
         alternative = Recipe(QuantScheme.parse(name), ignore=recipe.ignore, observer=recipe.observer)
         plans.append(plan_export(_plan_options(options, alternative, None if has_chosen else options.calibration), checkpoint=checkpoint))
-    return Choices((KEEP, RECIPE, *(plan.options.recipe.scheme.name for plan in plans[2:])), tuple(plans), KEEP in options.alternatives), remarks
+    names = [plan.options.recipe.scheme.name for plan in plans[2:]]
+    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        raise EvaluationError(f"the alternative {twice} is named twice; leave one out")
+    return Choices((KEEP, RECIPE, *names), tuple(plans), KEEP in options.alternatives), remarks
 
 
 def _plan_options(options: SensitivityOptions, recipe: Recipe, calibration: Path | None) -> ExportOptions:
@@ -169,14 +175,14 @@ def score_sensitivity(options: SensitivityOptions, on_progress: Progress = lambd
     from quantkit.installing import SetInstaller
 
     with torch.inference_mode():
-        run = _Scoring(options, choices, windows, SetInstaller(options, choices), on_progress)
+        run = _Scoring(options, choices, windows, SetInstaller(options.model, choices.plans, options.trust_remote_code), on_progress)
         result = run.result()
     described = {
         "schema_version": SCHEMA_VERSION,
         "quantkit_version": __version__,
         "model": {"path": str(options.model), "fingerprint": choices.plans[1].fingerprint["model"], "bytes": choices.plans[1].bytes_before},
         "recipe": options.recipe.to_mapping(),
-        "alternatives": list(options.alternatives),
+        "alternatives": choices.allowed,
         "calibration": str(options.calibration) if options.calibration else None,
         "data": {"sources": list(options.data) or ["bundled"], "sha256": windows.data_sha256, "tokens_sha256": windows.tokens_sha256},
         "seq_len": seq_len,
@@ -190,7 +196,7 @@ def _windows(options: SensitivityOptions) -> tuple[Windows, int]:
     config = auto_config(options.model, options.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    seq_len = window_length(options.seq_len, positions, default=512)
+    seq_len = window_length(options.seq_len, positions, default=DEFAULT_LENGTH)
     names = options.data or (str(BUNDLED_CALIBRATION),)
     return calibration_windows(names, tokenizer, max(len(names), options.max_tokens // seq_len), seq_len, options.seed), seq_len
 
@@ -205,7 +211,8 @@ class _Scoring:
         self.device = pick_device(options.device)
         self.batches = [torch.tensor([window.tokens]) for window in windows.windows]
         self.counts = np.array([window.scored for window in windows.windows])
-        self.block_runs = 0
+        self.block_runs = self.without_sharing = 0
+        installer.sampled = len(self.batches)
 
     def result(self) -> dict[str, Any]:
         sets, floors = self._open()
@@ -237,7 +244,8 @@ class _Scoring:
         sets = linear_sets(linears)
         if not sets:
             raise EvaluationError(f"none of the Linears that this recipe quantizes is in a decoder block of {self.options.model}")
-        self.installer.sets = sets
+        self.sets = sets
+        self.installer.sets = [each.linears for each in sets]
         self.outside = sorted(set(quantized) - {name for each in sets for name in each.linears})
         step = max(1, blocks // FLOORS)
         return sets, list(range(0, blocks, step))
@@ -251,14 +259,8 @@ class _Scoring:
 
     def _row(self, each: LinearSet) -> dict[str, Any]:
         sizes = {name: self._size(each, number) for number, name in enumerate(self.choices.names)}
-        return {
-            "name": set_name(each.linears),
-            "block": each.block,
-            "kind": each.kind,
-            "linears": list(each.linears),
-            "choices": {name: {"bytes": size} for name, size in sizes.items() if size is not None} | {},
-            "layers": [],
-        }
+        choices = {name: {"bytes": size} for name, size in sizes.items() if size is not None}
+        return {"name": set_name(each.linears), "block": each.block, "kind": each.kind, "linears": list(each.linears), "choices": choices, "layers": []}
 
     def _measure(self, name: str, variants: Sequence[Variant], floors: Sequence[int] = ()) -> list[dict[str, Any]]:
         """KL and ΔPPL of each variant against the first, and of the nudges in the blocks `floors`."""
@@ -269,7 +271,7 @@ class _Scoring:
         # A nudge is one more choice of a set that no budget knows.
         extended = [(*variant, *[0] * len(floors)) for variant in variants]
         extended += [(*variants[0], *[int(number == place) for number in range(len(floors))]) for place in range(len(floors))]
-        block_of = [each.block for each in self.installer.sets] + list(floors)
+        block_of = [each.block for each in self.sets] + list(floors)
         states = run_variants(
             model,
             self.batches,
@@ -281,7 +283,7 @@ class _Scoring:
         )
         try:
             self.block_runs += states.block_runs
-            self.without_sharing = getattr(self, "without_sharing", 0) + len(extended) * model.block_count
+            self.without_sharing += len(extended) * model.block_count
             return self._figures(OutputHead(model.model, True), states, len(extended))
         finally:
             states.close()
@@ -339,7 +341,7 @@ class _Scoring:
         ranked = ranking(rows)
         restored = [self._only(quantized, place, 0) for place in ranked[:RESTORED]]
         lines = pareto_lines(rows, result, self.choices.names)
-        solution = solve(result | {"pareto": lines}, self.options.max_size, self.options.max_kld, self._allowed())
+        solution = solve(result | {"pareto": lines}, self.options.max_size, self.options.max_kld, self.choices.allowed)
         wanted = [tuple([0] * len(sets)), quantized, *restored]
         points = [(line, point) for line in lines for point in line["points"] if point["k"] in line["measured"]]
         wanted += [self._line_variant(sets, ranked, line, point["k"]) for line, point in points]
@@ -347,7 +349,7 @@ class _Scoring:
             wanted.append(tuple(self.choices.names.index(name) for name in solution["choices"]))
         figures = self._measure("restored", wanted)
         whole = figures[1]["kld"]
-        for place, figure in zip(ranked, figures[2:]):
+        for place, figure in zip(ranked, figures[2 : 2 + len(restored)]):
             rows[place]["restored"] = figure | {"gain": whole - figure["kld"]}
         for (_, point), figure in zip(points, figures[2 + len(restored) :]):
             point["measured"] = figure
@@ -359,9 +361,6 @@ class _Scoring:
                 f"{self.outside[0]}{f' and {len(self.outside) - 1} more' if len(self.outside) > 1 else ''}, outside of the blocks, stays as the recipe has it"
             )
         return {"ranking": ranked, "pareto": lines, "solution": solution, "remarks": remarks}
-
-    def _allowed(self) -> list[str]:
-        return [self.choices.names[number] for number in self.choices.allowed]
 
     def _line_variant(self, sets: Sequence[LinearSet], ranked: Sequence[int], line: dict[str, Any], k: int) -> Variant:
         to = self.choices.names.index(line["to"])
@@ -448,6 +447,46 @@ def pareto_lines(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], n
     return lines
 
 
+def opened_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an earlier run wrote with -o, about the same model."""
+    try:
+        result = read_json(path, "")
+        known = result.get("schema_version"), isinstance(result["sets"], list) and result["model"]["fingerprint"]
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        raise EvaluationError(f"{path} is no result of `quantkit sensitivity -o`; give one, or leave out --from") from None
+    if known[0] != SCHEMA_VERSION:
+        raise EvaluationError(f"{path} has format {known[0]}, this quantkit reads {SCHEMA_VERSION}; score again")
+    if known[1] != checkpoint.fingerprint():
+        raise NotComparableError(
+            f"{path} was made from another model ({result['model']['path']}) than {checkpoint.path}, or its files have changed since; score this one"
+        )
+    return result
+
+
+def solved_anew(result: Mapping[str, Any], max_size: str | None, max_kld: float | None, alternatives: Sequence[str]) -> dict[str, Any]:
+    """The result with another budget's solution; nothing is run. alternatives: of those that were scored, all where none is named."""
+    named = [name if name == KEEP else QuantScheme.parse(name).name for name in alternatives]
+    unknown = next((name for name in named if name != KEEP and name not in result["alternatives"]), None)
+    if unknown is not None:
+        raise EvaluationError(f"{unknown} was not scored as an alternative; score again with --alternative {unknown}")
+    return dict(result) | {"solution": solve(result, max_size, max_kld, named or result["alternatives"])}
+
+
+def solution_recipe(result: Mapping[str, Any], checkpoint: Checkpoint) -> Recipe:
+    """The recipe of a budget's solution, whose export has the size that was promised."""
+    recipe, solution = Recipe.from_mapping(result["recipe"], "the result's recipe"), result["solution"]
+    taken = [(name, choice) for row, choice in zip(result["sets"], solution["choices"]) for name in row["linears"]]
+    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
+    modules = [info.name for info in infos.values() if info.tensor.endswith(".weight")]
+    moved = {name: QuantScheme.parse(choice) for name, choice in taken if choice not in (KEEP, RECIPE)}
+    made = mixed_recipe(recipe, [name for name, choice in taken if choice == KEEP], moved, modules)
+    if set(solution["choices"]) != {KEEP}:
+        where = ExportOptions(checkpoint.path, checkpoint.path.with_name(checkpoint.path.name + "-sensitivity"), made)
+        promised, found = solution["bytes"], plan_export(where, calibration_follows=True, checkpoint=checkpoint).bytes_after
+        assert found == promised, f"the recipe gives {found} bytes, not {promised}"
+    return made
+
+
 def solve(result: Mapping[str, Any], max_size: str | None, max_kld: float | None, allowed: Sequence[str]) -> dict[str, Any] | None:
     """The best choice for each set within the budget, exactly on sums; None without a budget. Raises EvaluationError where nothing fits."""
     if max_size is None and max_kld is None:
@@ -457,7 +496,6 @@ def solve(result: Mapping[str, Any], max_size: str | None, max_kld: float | None
     items = []
     for row in result["sets"]:
         names = [name for name in (RECIPE, *allowed) if name in row["choices"]]
-        names = list(dict.fromkeys(names))
         cost = [0.0 if name == KEEP else factors.get(name, factors[RECIPE]) * row["choices"][name]["own_kld"] for name in names]
         items.append(budget.Item(tuple(names), tuple(row["choices"][name]["bytes"] for name in names), tuple(cost)))
     fixed = result["bytes"]["all_quantized"] - sum(row["choices"][RECIPE]["bytes"] for row in result["sets"])

@@ -71,6 +71,9 @@ def test_everything_fits_a_loose_budget_and_nothing_a_tight_one():
     assert solve(items, 3, None) == [0, 0, 0]
     assert solve(items, 2, None) is None and solve(items, None, -0.1) is None and solve(items, 3, 2.0) is None
     assert solve(items, None, 1.0).count(1) == 2
+    # Costs that add up to nothing but for rounding.
+    uneven = [Item(("recipe", "keep"), (1, 2), (cost, 0.0)) for cost in (1.3e-1, 1.7e-4, 0.9e-3, 1.1e-7, 0.3)]
+    assert solve(uneven, 10, None) == [1] * 5 and solve(uneven, None, 0.0) == [1] * 5
 
 
 def test_sizes_are_bytes_shares_of_the_whole_or_more_than_all_quantized():

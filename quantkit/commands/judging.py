@@ -1,4 +1,4 @@
-"""The commands that judge: `verify` looks at files, `eval` runs them, `compare` sets two results side by side."""
+"""The commands that judge: `verify` looks at files, `eval` runs them, `compare` sets two results side by side, `sensitivity` finds what costs most."""
 
 from __future__ import annotations
 
@@ -10,10 +10,33 @@ from typing import Any
 
 import click
 
-from quantkit.console import HARDWARE_NAMES, PROTOCOL_NAMES, RUNTIME_NAMES, Output, UserPath, command, device_option, different_sources, remote_code_option
+from quantkit.console import (
+    HARDWARE_NAMES,
+    PROTOCOL_NAMES,
+    RUNTIME_NAMES,
+    Output,
+    UserPath,
+    command,
+    data_option,
+    device_option,
+    different_sources,
+    model_argument,
+    recipe_options,
+    remote_code_option,
+)
 from quantkit.errors import FaultsFound, Inconclusive, OutputError
 
 WORST_SHOWN = 5  # of the layers that `verify --base` compares
+
+
+def recipe_of_options(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...] = (), kv_cache: str | None = None, observer: str | None = None) -> Any:
+    """The recipe that --scheme or --recipe names, with what other options add."""
+    from quantkit.scheme import QuantScheme, Recipe
+
+    if (scheme is None) == (recipe is None):
+        raise click.UsageError("give either --scheme or --recipe; `quantkit schemes` lists the schemes")
+    chosen = Recipe.load(recipe) if recipe is not None else Recipe(QuantScheme.parse(scheme))
+    return chosen.with_options(ignore, kv_cache, observer)
 
 
 @command("verify")
@@ -110,12 +133,7 @@ def eval_command(
     from quantkit.report import Progress, finite, print_json
     from quantkit.verdict import evaluation_markdown, evaluation_remarks
 
-    written = [path.resolve() for path in (output, html, markdown) if path is not None]
-    if len(set(written)) < len(written):
-        raise click.UsageError("give --output, --html and --markdown different files")
-    for path in (output, html, markdown):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise OutputError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
+    require_places(output=output, html=html, markdown=markdown)
     if html is not None:
         require_matplotlib()
     paths = [resolve_model(base), *(resolve_model(quant) for quant in quants)]
@@ -143,6 +161,17 @@ def eval_command(
     _raise_gates(result, strict)
     if not quants:
         out.note(f"Next: quantkit quantize {shlex.quote(base)} -o OUT --scheme fp8-dynamic")
+
+
+def require_places(**files: Path | None) -> None:
+    """Refuse files that are one, or that lie where nothing can be written; before anything has run. files: by the option."""
+    given = {name: path for name, path in files.items() if path is not None}
+    if len({path.resolve() for path in given.values()}) < len(given):
+        *first, last = (f"--{name.replace('_', '-')}" for name in files)
+        raise click.UsageError(f"give {', '.join(first)} and {last} different files")
+    for path in given.values():
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:
@@ -189,3 +218,119 @@ def compare_command(out: Output, first: Path, second: Path) -> None:
         print_table(COMPARISON_COLUMNS, comparison_rows(comparison), comparison_title(comparison), right=range(2, len(COMPARISON_COLUMNS)))
     for remark in comparison_remarks(comparison):
         out.note(remark)
+
+
+@command("sensitivity")
+@model_argument
+@recipe_options
+@click.option("--calibration", type=UserPath(), metavar="CALIB", help="Statistics for static scales, or weights that the recipe's algorithms chose.")
+@data_option
+@click.option("--max-tokens", type=click.IntRange(2), default=2048, show_default=True, help="How much text each variant is run on.")
+@click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 256, or the model's positions]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows.")
+@click.option(
+    "--alternative",
+    "alternatives",
+    multiple=True,
+    metavar="SCHEME",
+    help="What a set may be given instead: keep (its stored dtype), or a scheme.  [default: keep]",
+)
+@click.option("--max-size", metavar="SIZE", help="Budget: 150MB, 65% of the model, or +5% over all quantized; spends it where it helps most.")
+@click.option("--max-kld", type=float, metavar="NATS", help="Budget: the mean KL that the result may have; as small as it allows.")
+@click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
+@click.option("--html", type=UserPath(dir_okay=False), help="Write a self-contained page with a heat map.")
+@click.option("--recipe-out", type=UserPath(dir_okay=False), metavar="FILE", help="Write the budget's recipe, for export and quantize.")
+@click.option(
+    "--from", "earlier", type=UserPath(dir_okay=False), metavar="RESULT.json", help="Solve another budget from an earlier -o, without running anything."
+)
+@device_option
+@remote_code_option
+def sensitivity_command(
+    out: Output, model: str, scheme: str | None, recipe: Path | None, output: Path | None, html: Path | None, recipe_out: Path | None, earlier: Path | None,
+    alternatives: tuple[str, ...], max_size: str | None, max_kld: float | None, **scoring: Any,
+) -> None:  # fmt: skip
+    """Which Linears of MODEL cost most by being quantized, and the recipe that spares the right ones.
+
+    Each set that runtimes compute as one (q/k/v, gate/up, all experts of a layer) is quantized alone
+    and compared with MODEL on a little text (calibration text that comes with quantkit, without
+    --data). Sums of what sets cost predict what several cost together; how well is measured. With a
+    budget the best choice for each set follows, exactly on these sums.
+    """
+    from quantkit.checkpoint import Checkpoint
+    from quantkit.hub import resolve_model
+    from quantkit.output import write_json, write_text
+    from quantkit.page import require_matplotlib, sensitivity_html
+    from quantkit.ranking import LINE_COLUMNS, SET_COLUMNS, SHOWN, line_rows, sensitivity_remarks, sensitivity_title, set_rows
+    from quantkit.report import finite, print_json, print_table
+
+    has_budget = max_size is not None or max_kld is not None
+    if recipe_out is not None and not has_budget:
+        raise click.UsageError("--recipe-out writes what a budget chooses; give --max-size or --max-kld")
+    require_places(output=output, html=html, recipe_out=recipe_out)
+    if html is not None:
+        require_matplotlib()
+    path = resolve_model(model)
+    out.quiet_libraries()
+    if earlier is None:
+        result = _sensitivity(out, path, scheme, recipe, alternatives or ("keep",), max_size, max_kld, scoring)
+    else:
+        result = _sensitivity_anew(earlier, path, scheme, recipe, max_size, max_kld, alternatives)
+    if output is not None:
+        write_json(output, finite(result))
+    if html is not None:
+        write_text(html, sensitivity_html(result))
+    if recipe_out is not None:
+        from quantkit.mixing import recipe_text
+        from quantkit.sensitivity import solution_recipe
+
+        write_text(recipe_out, recipe_text(solution_recipe(result, Checkpoint.open(path)), _recipe_comments(result)))
+    if out.as_json:
+        print_json(result)
+    else:
+        shown = None if out.verbose else SHOWN
+        title = "" if shown is None or len(result["sets"]) <= shown else f"; {shown} of {len(result['sets'])} sets (all with -v)"
+        print_table(SET_COLUMNS, set_rows(result, shown), sensitivity_title(result) + title, right=(0, 2, 3, 4, 5, 6, 7, 8, 9))
+        print_table(LINE_COLUMNS, line_rows(result), "the worst sets given something else", right=(2, 3, 4, 5))
+    for remark in sensitivity_remarks(result):
+        out.note(remark)
+    if recipe_out is not None:
+        out.note(f"Next: quantkit quantize {shlex.quote(model)} -o OUT --recipe {shlex.quote(str(recipe_out))}")
+    elif not has_budget:
+        again = shlex.quote(str(output)) if output else "RESULT.json (written with -o)"
+        out.note(f"Next: quantkit sensitivity {shlex.quote(model)} --from {again} --max-size +5% --recipe-out FILE.yaml")
+
+
+def _sensitivity(
+    out: Output, model: Path, scheme: str | None, recipe: Path | None, alternatives: tuple[str, ...], max_size: str | None, max_kld: float | None,
+    scoring: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    from quantkit.report import Progress
+    from quantkit.sensitivity import SensitivityOptions, score_sensitivity
+
+    chosen = recipe_of_options(scheme, recipe)
+    options = SensitivityOptions(model, chosen, alternatives, max_size=max_size, max_kld=max_kld, **scoring)
+    with Progress("sensitivity", out.quiet) as progress:
+        return score_sensitivity(options, lambda name, done, total: progress.update(done, total, f"sensitivity, {name}"))
+
+
+def _sensitivity_anew(
+    earlier: Path, model: Path, scheme: str | None, recipe: Path | None, max_size: str | None, max_kld: float | None, alternatives: tuple[str, ...]
+) -> dict[str, Any]:
+    from quantkit.checkpoint import Checkpoint
+    from quantkit.sensitivity import opened_result, solved_anew
+
+    if scheme is not None or recipe is not None:
+        raise click.UsageError("--from has its recipe from the earlier run; leave out --scheme and --recipe")
+    return solved_anew(opened_result(earlier, Checkpoint.open(model)), max_size, max_kld, alternatives)
+
+
+def _recipe_comments(result: dict[str, Any]) -> list[str]:
+    """What a reader of the written recipe should know."""
+    from quantkit.output import format_bytes
+
+    solution = result["solution"]
+    budget = " and ".join(f"--max-{what} {value}" for what, value in (("size", solution["max_size"]), ("kld", solution["max_kld"])) if value is not None)
+    return [
+        f"Written by quantkit sensitivity for {budget}: {solution['moved']} of {len(result['sets'])} sets take another choice than the recipe's.",
+        f"{format_bytes(solution['bytes'])} of weights, predicted KL {solution['kld_predicted']:.4f} on {result['tokens_scored']} tokens.",
+    ]

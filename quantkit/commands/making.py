@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from quantkit.commands.judging import raise_faults, verified
+from quantkit.commands.judging import raise_faults, recipe_of_options, verified
 from quantkit.console import (
     HARDWARE_NAMES,
     Output,
@@ -25,15 +25,6 @@ from quantkit.console import (
     resume_options,
 )
 from quantkit.errors import DataError, FaultsFound, OutputError, QuantkitError
-
-
-def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...], kv_cache: str | None, observer: str | None) -> Any:
-    from quantkit.scheme import QuantScheme, Recipe
-
-    if (scheme is None) == (recipe is None):
-        raise click.UsageError("give either --scheme or --recipe; `quantkit schemes` lists the schemes")
-    chosen = Recipe.load(recipe) if recipe is not None else Recipe(QuantScheme.parse(scheme))
-    return chosen.with_options(ignore, kv_cache, observer)
 
 
 def _export_options(
@@ -152,7 +143,7 @@ def export_command(
     """
     from quantkit.plan import plan_export
 
-    chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
+    chosen = recipe_of_options(scheme, recipe, ignore, kv_cache, observer)
     path, checkpoint = _open_for_export(model, output, calibration, stream_download)
     options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
     plan = plan_export(options, checkpoint=checkpoint)
@@ -249,7 +240,7 @@ def quantize_command(
     path = resolve_model(model)
     if scheme is None and recipe is None:
         scheme = _default_scheme(out, path, runtime, hardware, layout)
-    chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
+    chosen = recipe_of_options(scheme, recipe, ignore, kv_cache, observer)
     for each in chosen.schemes:
         as_computed(each, hardware)
     options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
