@@ -67,6 +67,10 @@ def line_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def _is_measured(point: Mapping[str, Any]) -> bool:
+    return isinstance(point.get("measured"), dict) and point["measured"]["kld"] > 0
+
+
 def _given(choice: str) -> str:
     return "their stored dtype" if choice == KEEP else choice
 
@@ -82,7 +86,7 @@ def sensitivity_remarks(result: Mapping[str, Any]) -> list[str]:
     remarks = list(result["remarks"])
     floor = result["floor"]
     remarks.append(
-        f"any change at all, one rounding in twelve moved by a step, costs a KL of {max(floor):.2g} in the first block and {floor[-1]:.2g} in the last; that floor is subtracted from each set's"
+        f"any change at all, one rounding in twelve moved by a step, costs a KL of {max(floor):.2g} before the first block and {floor[-1]:.2g} behind the last; that floor is subtracted from each set's"
     )
     for name, entry in result["additivity"].items():
         said = (
@@ -94,6 +98,9 @@ def sensitivity_remarks(result: Mapping[str, Any]) -> list[str]:
         remarks.append(
             f"the sets' KLs{of} add up to {entry['sum']:.4f}, and all of them together have {entry['whole']:.4f} ({entry['factor']:.2f} of it, by which predictions are scaled): {said}"
         )
+    off = [abs(point["kld_predicted"] / point["measured"]["kld"] - 1) for line in result["pareto"] for point in line["points"] if _is_measured(point)]
+    if off:
+        remarks.append(f"at the measured points predictions are off by at most {100 * max(off):.0f} %")
     remarks.append(
         f"{result['block_runs']} runs of a block over {result['tokens_scored'] + result['windows']} tokens, where separate runs of all variants would take {result['block_runs_without_sharing']}; {result['seconds']:.0f} s, peak memory {format_bytes(result['peak_memory_bytes'])}"
     )

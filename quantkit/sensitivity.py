@@ -11,7 +11,7 @@ nudging single roundings, which is subtracted. The sums of what is left are comp
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +41,8 @@ KEEP = "keep"  # the choice of leaving a set in the dtype it is stored in
 RECIPE = "recipe"
 RESTORED = 10  # sets that are restored, each alone, in an otherwise quantized model
 FLOORS = 8  # blocks in which the floor is measured, evenly spread
-# Sums are good enough to choose by while they are off by less than this factor.
-ADDITIVE_WITHIN = 1.5
+# Sums are good enough to choose by while they are off by less than this factor: predictions are scaled by it, and budgets depend on ratios alone.
+ADDITIVE_WITHIN = 2.0
 # Several windows, so that there are intervals; long enough for attention to have something to look at.
 DEFAULT_LENGTH = 256
 VARIANTS_AT_ONCE = 16  # whose logits are made beside one making of the base's
@@ -222,10 +222,10 @@ class _Scoring:
         nothing = tuple([0] * len(sets))
         variants = [nothing, *(self._only(nothing, place, choice) for place, choice in singles), *whole]
         figures = self._measure("sets", variants, floors)
-        self.floor = _Floor(floors, [figure["kld"] for figure in figures[len(variants) :]], max(entry.block for entry in sets) + 1)
-        rows = [self._row(each) for each in sets]
+        self.floor = _Floor(floors, [figure["kld"] for figure in figures[len(variants) :]], self.blocks)
+        rows, depths = [self._row(each) for each in sets], _depths(sets)
         for (place, choice), figure in zip(singles, figures[1:]):
-            rows[place]["choices"][self.choices.names[choice]] |= figure | {"own_kld": self.floor.beyond(figure["kld"], sets[place].block)}
+            rows[place]["choices"][self.choices.names[choice]] |= figure | {"own_kld": self.floor.beyond(figure["kld"], depths[place])}
         wholes = {self.choices.names[variant[0]]: figure for variant, figure in zip(whole, figures[1 + len(singles) : len(variants)])}
         result: dict[str, Any] = {
             "sets": rows,
@@ -247,8 +247,8 @@ class _Scoring:
         self.sets = sets
         self.installer.sets = [each.linears for each in sets]
         self.outside = sorted(set(quantized) - {name for each in sets for name in each.linears})
-        step = max(1, blocks // FLOORS)
-        return sets, list(range(0, blocks, step))
+        self.blocks, step = blocks, max(1, blocks // FLOORS)
+        return sets, sorted({*range(0, blocks, step), blocks - 1})
 
     def _size(self, each: LinearSet, choice: int) -> int | None:
         return self.choices.bytes_of(each.linears, choice)
@@ -368,22 +368,38 @@ class _Scoring:
         return tuple(to if place in moved else 1 for place in range(len(sets)))
 
 
+def _depths(sets: Sequence[LinearSet]) -> list[float]:
+    """How many blocks lie before each set, with the part of its own block that lies before it."""
+    in_block = Counter(each.block for each in sets)
+    seen: Counter[int] = Counter()
+    depths = []
+    for each in sets:
+        depths.append(each.block + seen[each.block] / in_block[each.block])
+        seen[each.block] += 1
+    return depths
+
+
 class _Floor:
-    """What a nudge of single roundings behind a block costs; between the blocks where it was measured it is interpolated."""
+    """What a nudge of single roundings costs, by how many blocks lie before it; between the blocks behind which it was measured it is interpolated."""
 
     def __init__(self, blocks: Sequence[int], kld: Sequence[float], count: int) -> None:
-        self._by_block = np.interp(np.arange(max(count, 1)), blocks, kld) if len(blocks) else np.zeros(count)
+        places, values = [block + 1 for block in blocks], list(kld)
+        if places[0] > 0:
+            slope = (values[1] - values[0]) / (places[1] - places[0]) if len(places) > 1 else 0.0
+            places, values = [0, *places], [max(0.0, values[0] - places[0] * slope), *values]
+        self._values = np.interp(np.arange(count + 1), places, values)
 
     @property
     def deepest(self) -> float:
         """Of a change that goes through the whole model."""
-        return float(self._by_block[0])
+        return float(self._values[0])
 
-    def beyond(self, kld: float, block: int) -> float:
-        return max(0.0, kld - float(self._by_block[block]))
+    def beyond(self, kld: float, place: float) -> float:
+        """place: blocks that lie before the change, with the part of its own."""
+        return max(0.0, kld - float(np.interp(place, np.arange(len(self._values)), self._values)))
 
     def to_json(self) -> list[float]:
-        return self._by_block.tolist()
+        return self._values.tolist()
 
 
 # ---- From figures to advice; nothing below runs the model.
