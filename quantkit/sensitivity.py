@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from quantkit.figures import per_window
 from quantkit.layouts import QuantizationLayout
 from quantkit.mixing import mixed_recipe
 from quantkit.model import auto_config, classify_tensors, fused_sets, pick_device
-from quantkit.plan import ExportOptions, ExportPlan, plan_export
+from quantkit.plan import ExportOptions, ExportPlan, ParameterPlan, plan_export
 from quantkit.scheme import QuantScheme, Recipe
 from quantkit.states import peak_memory_bytes
 from quantkit.statistics import paired_interval, perplexity_change_pct
@@ -119,11 +120,14 @@ class Choices:
 
     def bytes_of(self, linears: Sequence[str], choice: int) -> int | None:
         """What the Linears take on disk, None where this choice can't hold one of them."""
-        plan = self.plans[choice] or self.plans[1]
-        rows = {row.name.removesuffix(".weight"): row for row in plan.parameters}
+        rows = self._rows[choice or 1]
         if self.plans[choice] is None:
             return sum(rows[name].bytes_before for name in linears)
         return sum(rows[name].bytes_after for name in linears) if all(rows[name].status == "quantized" for name in linears) else None
+
+    @cached_property
+    def _rows(self) -> list[dict[str, ParameterPlan]]:
+        return [{row.name.removesuffix(".weight"): row for row in plan.parameters} if plan else {} for plan in self.plans]
 
     @property
     def allowed(self) -> list[str]:

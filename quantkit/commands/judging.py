@@ -262,6 +262,7 @@ def sensitivity_command(
     from quantkit.page import require_matplotlib, sensitivity_html
     from quantkit.ranking import LINE_COLUMNS, SET_COLUMNS, SHOWN, line_rows, sensitivity_remarks, sensitivity_title, set_rows
     from quantkit.report import finite, print_json, print_table
+    from quantkit.scheme import Recipe
 
     has_budget = max_size is not None or max_kld is not None
     if recipe_out is not None and not has_budget:
@@ -294,7 +295,9 @@ def sensitivity_command(
     for remark in sensitivity_remarks(result):
         out.note(remark)
     if recipe_out is not None:
-        out.note(f"Next: quantkit quantize {shlex.quote(model)} -o OUT --recipe {shlex.quote(str(recipe_out))}")
+        # What algorithms choose is chosen for one recipe, so it takes another calibration.
+        walk = "quantize" if Recipe.from_mapping(result["recipe"], "recipe").needs_calibration else "export"
+        out.note(f"Next: quantkit {walk} {shlex.quote(model)} -o OUT --recipe {shlex.quote(str(recipe_out))}")
     elif not has_budget:
         again = shlex.quote(str(output)) if output else "RESULT.json (written with -o)"
         out.note(f"Next: quantkit sensitivity {shlex.quote(model)} --from {again} --max-size +5% --recipe-out FILE.yaml")
