@@ -83,8 +83,8 @@ class SetInstaller:
         if choice == 0:
             return []
         if place >= len(self.sets):
-            path, linear = [(path, module) for path, module in block.named_modules() if isinstance(module, nn.Linear)][-1]
-            return [Swap(*_owner(block, path), _Nudged(linear))]
+            linears = [(path, module) for path, module in block.named_modules() if isinstance(module, nn.Linear)]
+            return [Swap(*_owner(block, path), _Nudged(linear)) for path, linear in linears[-1:]]
         prefix, plan = self._model.block_name(number), self._plans[choice]
         members = set(self.sets[place])
         swaps: list[Swap] = []
@@ -191,10 +191,7 @@ class _Nudged(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         output = self.linear(inputs)
         draws = torch.rand(output.shape, generator=torch.Generator().manual_seed(output.shape[-2])).to(output.device)
-        larger = torch.nextafter(output.float(), torch.full_like(output, torch.inf, dtype=torch.float32)) if output.dtype == torch.float32 else None
-        if larger is None:
-            step = torch.finfo(output.dtype).eps
-            larger = (output.float() * (1 + step)).to(output.dtype)
+        larger = (output.float() * (1 + torch.finfo(output.dtype).eps)).to(output.dtype)
         return torch.where(draws < NUDGED, larger, output)
 
 

@@ -215,14 +215,17 @@ class _Scoring:
         self.device = pick_device(options.device)
         self.batches = [torch.tensor([window.tokens]) for window in windows.windows]
         self.counts = np.array([window.scored for window in windows.windows])
-        self.block_runs = self.without_sharing = 0
+        self.sets: Sequence[LinearSet] = ()
+        self.outside: Sequence[str] = ()  # quantized Linears that are in no block
+        self.blocks = self.block_runs = self.without_sharing = 0
         installer.sampled = len(self.batches)
 
     def result(self) -> dict[str, Any]:
         sets, floors = self._open()
         numbers = range(len(sets))
         singles = [(place, choice) for place in numbers for choice in range(1, len(self.choices.names)) if self._size(sets[place], choice) is not None]
-        whole = [tuple([choice] * len(sets)) for choice in range(1, len(self.choices.names)) if all((place, choice) in set(singles) for place in numbers)]
+        able = set(singles)
+        whole = [tuple([choice] * len(sets)) for choice in range(1, len(self.choices.names)) if all((place, choice) in able for place in numbers)]
         nothing = tuple([0] * len(sets))
         variants = [nothing, *(self._only(nothing, place, choice) for place, choice in singles), *whole]
         figures = self._measure("sets", variants, floors)
