@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
-from quantkit.checkpoint import Checkpoint, read_tensor
+from quantkit.checkpoint import read_tensor
 from quantkit.errors import EvaluationError
 from quantkit.experts import EXPERTS_IMPLEMENTATION, ExpertInput, register_serving_experts
 from quantkit.export import input_scale_of
 from quantkit.linear import QuantizedLinear
-from quantkit.measurements import Calibration
 from quantkit.plan import ExportPlan
 from quantkit.quantize import QuantizedTensor, sqnr_db
 from quantkit.recording import first_and_down, is_experts, names_on_disk
@@ -59,7 +58,7 @@ class SetInstaller:
         register_serving_experts()
         checkpoint = self._plans[1].checkpoint
         skeleton = build_skeleton(checkpoint, self._trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
-        self._weights = _Weights(checkpoint, self._plans[1].calibration)
+        self._weights = _Weights(self._plans[1])
         self._model = BlockwiseModel(skeleton, self._weights, str(self._path), device)
         return self._model
 
@@ -198,25 +197,21 @@ class _Nudged(nn.Module):
 class _Weights(StoredWeights):
     """The checkpoint's tensors, or those that a calibration's codes were made from. rounded: tensors that are read as what their codes stand for."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration | None) -> None:
-        super().__init__(checkpoint, require_finite=True)
-        self._chosen = calibration.weights if calibration else {}
-        self._calibration = calibration
+    def __init__(self, plan: ExportPlan) -> None:
+        super().__init__(plan.checkpoint, require_finite=True)
+        self._plan, self._chosen = plan, plan.calibration.weights if plan.calibration else {}
         self.rounded: dict[str, QuantizedTensor] = {}
 
     def read(self, name: str) -> Tensor:
-        if name in self.rounded:
-            return self.rounded[name].dequantize().to(super().read(name).dtype)
         stored = super().read(name)
+        if name in self.rounded:
+            return self.rounded[name].dequantize().to(stored.dtype)
         if name not in self._chosen:
             return stored
-        info, linear = self._chosen[name], name.removesuffix(".weight")
+        linear = name.removesuffix(".weight")
         if f"{linear}.weight_scale" not in self._chosen:
-            return read_tensor(info)
-        scale = read_tensor(self._chosen[f"{linear}.weight_scale"])
-        codes = read_tensor(info).float()
-        blocks = codes.shape[0] // scale.shape[0], codes.shape[1] // scale.shape[1]
-        values = codes * scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
+            return read_tensor(self._chosen[name])
+        values = self._plan.calibration.quantized_weight(linear, self._plan.linears[linear].scheme.weight).dequantize()
         return recovered_weight(stored.float(), values, name).to(stored.dtype)
 
 
