@@ -345,6 +345,16 @@ class BlockwiseModel:
         require_no_missing(self.where, [f"{self.block_name(number)}.{name}" for name in empty])
         return block
 
+    def read_anew(self, parameter: str) -> nn.Parameter:
+        """A parameter of a block in memory as `weights` gives it now; the block keeps the one that it has."""
+        module, _, leaf = parameter.rpartition(".")
+        owner = self.model.get_submodule(module)
+        before = getattr(owner, leaf)
+        self._load([name for names in self._map.sources[parameter].lists for name in names])
+        made = getattr(owner, leaf)
+        setattr(owner, leaf, before)
+        return made
+
     # -- Running.
 
     def record(self, batches: Sequence[Tensor], states: HiddenStates, cache: Any = None, numbers: Sequence[int] | None = None) -> list[list[Call | None]]:

@@ -6,6 +6,7 @@ Nothing here imports torch or transformers before a command runs.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -19,6 +20,10 @@ from quantkit.errors import Interrupted, QuantkitError
 
 RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 FORMAT_NAMES = ("compressed-tensors", "fp8", "modelopt")
+PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
+HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
+BENCHMARK_KINDS = ("int8", "fp8", "weight-only", "bf16", "convert")
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def one_line(text: str) -> str:
@@ -98,6 +103,24 @@ class Output:
         warnings.filterwarnings("ignore", module="(torch|transformers|huggingface_hub)")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+
+
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A command with the options that all share; its function gets an Output first."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(quiet: bool, verbose: bool, as_json: bool, **arguments: Any) -> None:
+            function(Output(quiet, verbose, as_json), **arguments)
+
+        run = click.option("-v", "--verbose", is_flag=True, help="Say more; let libraries log.")(run)
+        run = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")(run)
+        run = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")(run)
+        # The shared options come last in each help text.
+        run.__click_params__ = run.__click_params__[-3:] + run.__click_params__[:-3]
+        return click.command(name, context_settings=CONTEXT)(run)
+
+    return decorate
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -8,6 +8,7 @@
     ├── DataError            1   text that can't be read or is too short
     ├── OutputError          1   a place that can't be written to
     ├── EvaluationError      1   a model that can't be judged
+    │   └── NonFiniteError   1   one that computes NaN or infinity
     ├── RuntimeLimitError    1   the named runtime or hardware can't run this
     ├── FaultsFound          3   a gate failed, or `verify` found a fault
     ├── Inconclusive         4   `eval --strict`: the text can't decide a gate
@@ -49,6 +50,14 @@ class OutputError(QuantkitError):
 
 class EvaluationError(QuantkitError):
     pass
+
+
+class NonFiniteError(EvaluationError):
+    """path: of the model."""
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class RuntimeLimitError(QuantkitError):

@@ -301,7 +301,7 @@ class _Run:
 
     def _constants(self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor) -> Iterator[tuple[str, Tensor, int]]:
         shared = weight_scale if linear.scheme.weight.granularity == TENSOR else None
-        input_scale = _input_scale(linear, self._plan) if linear.scheme.needs_calibration else None
+        input_scale = input_scale_of(linear, self._plan) if linear.scheme.needs_calibration else None
         for suffix, constant in encode_constants(linear.scheme, linear.shape, self._plan.options.layout, shared, input_scale).items():
             yield places[suffix].name, constant, 0
 
@@ -396,7 +396,8 @@ def _kv_scale(plan: ExportPlan, tensor: TensorPlan) -> Tensor:
     return kv_scale(torch.tensor(k_amax if tensor.name.endswith("k_scale") else v_amax)).reshape(tensor.shape)
 
 
-def _input_scale(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
+def input_scale_of(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
+    """The static scale of a Linear's input, [1, 1]."""
     return choose_scale(torch.tensor([[_static_amax(linear, plan)]]), linear.scheme.input)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantkit.blockwise import each_batch
 from quantkit.cache import KeptStates, StateCache
 from quantkit.data import Window
-from quantkit.errors import EvaluationError
+from quantkit.errors import EvaluationError, NonFiniteError
 from quantkit.served import ServedModel
 from quantkit.states import HiddenStates
 
@@ -126,9 +126,8 @@ def kept_or_made(cache: StateCache | None, made_from: Mapping[str, Any], windows
 def _require_finite(hidden: Tensor, served: ServedModel, number: int, where: str) -> None:
     # A sum costs a tenth of asking each value; it may overflow where no value does.
     if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
-        raise EvaluationError(
-            f"{served.checkpoint.path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify` tells whether its files are sound"
-        )
+        path = str(served.checkpoint.path)
+        raise NonFiniteError(f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify` tells whether its files are sound", path)
 
 
 def _require_head(model: nn.Module) -> None:

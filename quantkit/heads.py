@@ -8,6 +8,7 @@ the same time, and what is left of it are a few sums for each position (scores.p
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -208,3 +209,24 @@ def score(base_head: OutputHead, base_hidden: Tensor, targets: Tensor, head: Out
         # A divergence is never negative; its rounding, about 1e-7, may be.
         arrays |= {"quant_nll": quant_nll, "quant_hit": quant_index == targets, "kld": kld.clamp(min=0), "same_top1": index == quant_index}
     return TokenFigures(**{name: values.cpu().numpy() for name, values in arrays.items()})
+
+
+def score_variants(head: OutputHead, base_hidden: Tensor, targets: Tensor, variants: Sequence[Tensor]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """KL(base‖variant) and nll of each variant's positions; the base's logits are made once for all. All share one head. base_hidden and each variant: [positions, hidden size]."""
+    base, others = _Distribution(targets), [_Distribution(targets) for _ in variants]
+    divergences = [torch.zeros(targets.shape, dtype=torch.float64, device=targets.device) for _ in variants]
+    for part in head.parts:
+        start = 0 if part is None else part.start
+        logits = head.logits(base_hidden, part)
+        factor = base.see(logits, start)
+        exponentials = (logits - base.top[:, None]).exp_()
+        base.add(exponentials, factor)
+        for number, hidden in enumerate(variants):
+            theirs = head.logits(hidden, part)
+            own_factor = others[number].see(theirs, start)
+            divergences[number] = divergences[number] * factor + torch.linalg.vecdot(exponentials, logits - theirs)
+            others[number].add(theirs.sub_(others[number].top[:, None]).exp_(), own_factor)
+    return [
+        ((divergence / base.total - base.log_total + other.log_total).clamp(min=0).cpu().numpy(), other.nll.cpu().numpy())
+        for divergence, other in zip(divergences, others)
+    ]

@@ -46,11 +46,11 @@ def test_every_command_has_the_common_options(command, run):
 
 
 def test_choices_of_the_command_line_are_those_of_the_package():
-    """cli.py repeats these names so that --help imports nothing."""
-    from quantkit import benchmark, cli, data, runtimes
+    """console.py repeats these names so that --help imports nothing."""
+    from quantkit import benchmark, console, data, runtimes
 
-    assert cli.RUNTIME_NAMES == runtimes.RUNTIMES and cli.HARDWARE_NAMES == runtimes.HARDWARE and cli.PROTOCOL_NAMES == data.PROTOCOLS
-    assert cli.BENCHMARK_KINDS == benchmark.KINDS
+    assert console.RUNTIME_NAMES == runtimes.RUNTIMES and console.HARDWARE_NAMES == runtimes.HARDWARE and console.PROTOCOL_NAMES == data.PROTOCOLS
+    assert console.BENCHMARK_KINDS == benchmark.KINDS
 
 
 def test_version_and_module_entry():

@@ -16,32 +16,36 @@ ORDER = (
     ("arguments",),
     ("cuda_ops",),
     ("ops", "layouts", "statistics"),
-    ("figures", "gates"),
+    ("figures", "gates", "mixing"),
     ("linear", "scores"),
     ("observers", "ranks", "algorithms", "algorithms.smoothquant", "algorithms.gptq"),
     ("model", "data", "checkpoint"),
     ("output", "streaming", "hub"),
-    ("states", "measurements", "cache"),
+    ("states", "measurements", "cache", "budget"),
     ("blockwise", "heads"),
     ("recording",),
     ("runtimes", "experts"),
-    ("folding", "plan"),
+    ("folding", "plan", "defaults"),
     ("choosing",),
-    ("calibration", "served"),
+    ("calibration", "served", "variants"),
     ("finals",),
     ("layers", "verification"),
     ("export", "evaluation", "inspection"),
-    ("benchmark",),
+    ("installing",),
+    ("benchmark", "sensitivity"),
     ("report", "doctor", "comparison"),
     ("verdict",),
-    ("page",),
+    ("ranking",),
+    ("page", "judgement"),
     ("demo",),
     ("console",),
+    ("commands", "commands.judging"),
+    ("commands.making",),
     ("cli",),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "console", "cli")
+WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "console", "commands.judging", "commands.making", "cli")
 
 
 def imported_modules(path: Path) -> list[tuple[str, bool]]:
