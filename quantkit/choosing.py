@@ -26,6 +26,7 @@ from quantkit.model import fused_sets
 from quantkit.ops import quantize as quantize_weight
 from quantkit.quantize import QuantizedTensor, block_amax, quantize
 from quantkit.recording import names_on_disk
+from quantkit.rotating import Rotation, require_on_disk, rotate_block
 from quantkit.scheme import TENSOR, TOKEN, QuantScheme, Recipe
 from quantkit.states import HiddenStates
 
@@ -42,13 +43,13 @@ class ChosenWeights:
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    described: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"folds": [], "refused": [], "linears": []})
+    described: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"rotations": [], "folds": [], "refused": [], "linears": []})
 
     def to_tensors(self) -> dict[str, Tensor]:
         """NAME.weight and NAME.weight_scale of each Linear [block rows, block columns], and the other parameters."""
-        tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        tensors = dict(self.tensors)
         for name, weight in self.linears.items():
-            tensors |= {f"{name}.weight": weight.qdata.cpu(), f"{name}.weight_scale": weight.scale.float().cpu()}
+            tensors |= {f"{name}.weight": weight.qdata, f"{name}.weight_scale": weight.scale.float()}
         return tensors
 
 
@@ -58,16 +59,19 @@ class _EnoughSeen(Exception):
 
 @dataclass
 class BlockChooser:
-    """Chooses for block after block. schemes: Linear on disk → scheme. threads: at work at once on a CPU."""
+    """Chooses for block after block. schemes: Linear on disk → scheme. threads: at work at once on a CPU. rotation: of the whole model, if any."""
 
     model: BlockwiseModel
     recipe: Recipe
     schemes: Mapping[str, QuantScheme]
     threads: int
+    rotation: Rotation | None = None
 
     def choose(self, number: int, block: nn.Module, batches: Sequence[int], calls: Mapping[int, Any], states: HiddenStates) -> ChosenWeights:
         """Choose and put in place: afterwards the block is the quantized one."""
         work = _Block(self, number, block, batches, lambda batch: calls[batch][number], states)
+        if self.rotation is not None:
+            work.rotate(self.rotation)
         if self.recipe.algorithm("smoothquant"):
             work.smooth()
         work.quantize()
@@ -128,7 +132,7 @@ class _Block:
     ) -> None:
         self.chooser, self.model, self.recipe = chooser, chooser.model, chooser.recipe
         self.block, self.batches, self.call_of, self.states = block, batches, call_of, states
-        self.names = _Names(self.model, number, block)
+        self.names, self.prefix = _Names(self.model, number, block), self.model.block_name(number)
         self.schemes = {path: chooser.schemes[name] for path, name in self.names.linears.items() if name in chooser.schemes}
         # In float32 as they will be quantized; the block itself holds them rounded to its dtype.
         self.weights = {path: block.get_submodule(path).weight.data.float() for path in self.schemes}
@@ -140,19 +144,39 @@ class _Block:
     def _each(self, work: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
         return each_batch(work, list(numbers), self.model.device, self.chooser.threads)
 
+    def _probe(self, rotation: Tensor | None = None) -> BlockProbe:
+        """On the first batch. rotation: that the hidden states have and this block doesn't expect."""
+        hidden = self.states.get(self.batches[0]).to(self.model.device)
+        return BlockProbe(self.model, self.block, self.call_of(self.batches[0]), hidden if rotation is None else hidden.float() @ rotation.T)
+
+    def _stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Of parameters that are stored as they are."""
+        return {path: parameter.dtype for path, parameter in self.block.named_parameters() if path.removesuffix(".weight") not in self.schemes}
+
+    # -- Rotation.
+
+    def rotate(self, rotation: Rotation) -> None:
+        # On one thread the result doesn't depend on how many there are.
+        with torch.inference_mode(), one_thread():
+            found = rotate_block(self._probe(rotation.stream), rotation, self._stored_dtypes(), self.prefix)
+            require_on_disk(self.model, self.prefix, list(found.parameters))
+            self._put(found.parameters)
+        entry = {"block": self.prefix, "norms": list(found.norms), "writers": list(found.writers), "heads": list(found.heads), "change": found.change}
+        self.chosen.described["rotations"].append(entry)
+
     # -- SmoothQuant.
 
     def smooth(self) -> None:
         # On one thread the result doesn't depend on how many there are; each search is small.
         with torch.inference_mode(), one_thread():
-            probe = BlockProbe(self.model, self.block, self.call_of(self.batches[0]), self.states.get(self.batches[0]).to(self.model.device))
+            probe = self._probe()
             folds, reasons = find_folds(probe)
             name = self.names.linears
             self.chosen.described["refused"] += [{"linear": name.get(path, path), "reason": reason} for path, reason in reasons.items() if path in self.schemes]
             if not folds:
                 return
             samples = self._samples([fold.consumers[0] for fold in folds])
-            dtypes = {path: parameter.dtype for path, parameter in self.block.named_parameters() if path.removesuffix(".weight") not in self.schemes}
+            dtypes = self._stored_dtypes()
             before = dict(probe.block.named_parameters())
             after = dict(before)
             described = []

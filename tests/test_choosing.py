@@ -45,8 +45,8 @@ def kld(base: Path, quant: Path, text: Path) -> float:
     return result["quants"][0]["kld"]["mean"]
 
 
-def with_outliers(model: Path) -> Path:
-    """Every norm's largest channels thirtyfold and more, and the Linears behind it as much smaller: the same function, to the last bit."""
+def with_outliers(model: Path, down: bool = True) -> Path:
+    """Some channels of every norm 256-fold, and the Linears behind it as much smaller: the same function, to the last bit. down: the same between up and down."""
     path = model / "model.safetensors"
     tensors = load_file(path)
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
@@ -59,10 +59,11 @@ def with_outliers(model: Path) -> Path:
             for name in readers:
                 part = "self_attn" if norm == "input_layernorm" else "mlp"
                 tensors[f"{prefix}.{part}.{name}.weight"] /= scale
-        down = torch.ones(tensors[f"{prefix}.mlp.up_proj.weight"].shape[0])
-        down[5::64] = 256.0
-        tensors[f"{prefix}.mlp.up_proj.weight"] *= down[:, None]
-        tensors[f"{prefix}.mlp.down_proj.weight"] /= down
+        if down:
+            scale = torch.ones(tensors[f"{prefix}.mlp.up_proj.weight"].shape[0])
+            scale[5::64] = 256.0
+            tensors[f"{prefix}.mlp.up_proj.weight"] *= scale[:, None]
+            tensors[f"{prefix}.mlp.down_proj.weight"] /= scale
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     return model
 
