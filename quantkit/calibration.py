@@ -32,8 +32,8 @@ from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
     from quantkit.blockwise import BlockwiseModel
-    from quantkit.chosen import ChosenFiles
     from quantkit.choosing import BlockChooser
+    from quantkit.chosen import ChosenFiles
     from quantkit.observers import InputObserver
     from quantkit.recording import BlockStatistics
 
