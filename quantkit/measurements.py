@@ -189,6 +189,11 @@ def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
         for reason, count in by_reason.items():
             first = next(entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason)
             yield f"smoothquant left the inputs of {first}{f' and {count - 1} others' if count > 1 else ''} alone: {reason}"
+    if "scale_search" in names:
+        yield f"scale_search: scales of {counted(len(chosen['linears']), 'Linear')}"
+    if "bias_correction" in names:
+        corrected = sum(entry.get("bias_corrected", False) for entry in chosen["linears"])
+        yield f"bias_correction: biases of {counted(corrected, 'Linear')}{'' if corrected else '; none here has one'}"
     if "gptq" in names:
         rounded = [entry for entry in chosen["linears"] if entry["algorithm"] == "rtn"]
         yield f"gptq: codes of {counted(len(chosen['linears']) - len(rounded), 'Linear')}"
@@ -265,6 +270,7 @@ def _require_rest(description: Mapping[str, Any]) -> None:
         for entry in _entries(chosen, "linears"):
             _text(entry, "name"), _text(entry, "algorithm"), _text({"reason": ""} | entry, "reason")
             _magnitude({"error": 0} | entry, "error"), _magnitude({"plain_error": 0} | entry, "plain_error")
+            _value({"bias_corrected": False} | entry, "bias_corrected", "true or false", lambda value: isinstance(value, bool))
         _value(
             chosen,
             "files",
