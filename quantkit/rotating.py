@@ -100,8 +100,12 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
 
     Needs `load_outer(with_head=True)`. tokens: [windows, positions], for the check. Raises CalibrationError.
     """
+    tokens = tokens[:1, :TRIAL_POSITIONS]
+    states = HiddenStates(device=model.device)
+    model.record([tokens], states)  # finds out what blocks return their hidden states in
+    states.close()
     try:
-        outer = _find_outer(model, tokens[:1, :TRIAL_POSITIONS].to(model.device), rotation.stream)
+        outer = _find_outer(model, tokens.to(model.device), rotation.stream)
     except _Refusal as refusal:
         raise _error("what stands around the blocks", refusal) from None
     embedding, head = model.model.get_submodule(outer.embedding).weight, model.model.get_submodule(outer.head).weight
