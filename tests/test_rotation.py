@@ -106,7 +106,7 @@ def test_norms_that_add_one_and_tied_embeddings(tmp_path, text, options, algorit
     assert found.ok and not any("tie_word_embeddings" in warning for warning in found.warnings)
 
 
-def test_sizes_are_accounted_for(tmp_path, text, options, run_json):
+def test_sizes_are_accounted_for(tmp_path, text, options, run, run_json):
     model = make_llama(tmp_path / "tied", tie=True)
     output = quantized(replace(options, model=model))
     recipe = tmp_path / "recipe.yaml"
@@ -115,6 +115,8 @@ def test_sizes_are_accounted_for(tmp_path, text, options, run_json):
     row = next(row for row in plan["parameters"] if row["name"] == "lm_head.weight")
     assert row["bytes_before"] == 0 and row["bytes_after"] == EMBEDDING_BYTES and "model.embed_tokens.weight" in row["reason"]
     assert plan["bytes_after"] == Checkpoint.open(output).nbytes
+    shown = run("inspect", options.output)
+    assert shown.exit_code == 0 and "rotated" in shown.stdout and "model.layers.1" in shown.stdout
 
 
 def test_transformers_loads_it_and_computes_the_same(tmp_path, options):
