@@ -294,13 +294,13 @@ class _Block:
         alive: list[Tensor] = []  # as long as they live, no other tensor gets their address
 
         def arrive(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            def hook(module: nn.Linear, arguments: tuple[Any, ...]) -> None:
                 alive.append(arguments[0])
                 place = arguments[0].data_ptr(), arguments[0].numel()
                 members = sets.setdefault(place, [])
                 if path not in members:
                     members.append(path)
-                if place in returned:
+                if place in returned and self.block.get_submodule(returned[place]).weight.numel() == module.in_features:
                     norm_of[path] = returned[place]
 
             return hook

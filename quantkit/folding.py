@@ -177,11 +177,12 @@ def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
         return hook
 
     def before(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def hook(module: nn.Linear, arguments: tuple[Any, ...]) -> None:
             order[name] = None
             alive.append(arguments[0])
             norm = returned.get((arguments[0].data_ptr(), arguments[0].numel()))
-            if norm is not None:
+            # A norm of each head by itself has a weight for the head's channels only.
+            if norm is not None and probe.block.get_submodule(norm).weight.numel() == module.in_features:
                 fed[name] = norm
 
         return hook

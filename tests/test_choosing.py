@@ -253,6 +253,17 @@ def test_what_cannot_be_folded_is_left_and_said(tmp_path, text, options):
     assert len(experts) == 2 * 4 * 3 and {entry["algorithm"] for entry in experts} == {"rtn"} and experts[0]["reason"]
 
 
+def test_a_norm_of_each_head_is_not_taken_for_one_of_the_whole_input(tmp_path, text, options):
+    from conftest import make_tokenizer
+
+    make_model(tmp_path / "next", "qwen3_next", vocab_size=384)
+    make_tokenizer(tmp_path / "next")
+    quantized(replace(options, model=tmp_path / "next", seq_len=32, num_samples=2))
+    chosen = Calibration.open(options.output).description["chosen"]
+    assert not any("linear_attn.norm" in fold["into"] for fold in chosen["folds"])
+    assert "model.layers.0.linear_attn.out_proj" in {entry["name"] for entry in chosen["linears"]}
+
+
 @pytest.mark.parametrize(
     "change",
     [
