@@ -48,22 +48,21 @@ def smoothing_scale(inputs: Tensor, weight: Tensor, strength: float) -> Tensor:
 def output_error(
     rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], scale: Tensor | None, exact: Sequence[Tensor], importance: Tensor | None = None
 ) -> float:
-    """Squared error of what quantized Linears make of these rows [n, in_features], over the squares of the exact outputs; of several Linears the mean, so that
-    values count as much as queries and keys, which are far larger.
+    """Squared error of what quantized Linears make of these rows [n, in_features], over the squares of the exact outputs.
 
     In the exact stored arithmetic: weights with their rounded scales, inputs as the scheme quantizes them. importance: of each row, [n, 1], or None for all alike.
     """
     importance = torch.ones(1, 1, device=rows.device) if importance is None else importance
-    shares: list[float] = []
+    error = size = 0.0
     known: dict[object, Tensor] = {}
     for weight, scheme, expected in zip(weights, schemes, exact):
         if scheme.input not in known:
             smoothed = rows if scale is None else rows / scale
             known[scheme.input] = smoothed if scheme.input is None else quantize(smoothed, scheme.input).dequantize()
         values = ops.dequantize(ops.quantize(weight if scale is None else weight * scale, scheme.weight))
-        size = float((expected.square() * importance).sum())
-        shares.append(float(((known[scheme.input] @ values.T - expected).square() * importance).sum()) / size if size else 0.0)
-    return sum(shares) / len(shares)
+        error += float(((known[scheme.input] @ values.T - expected).square() * importance).sum())
+        size += float((expected.square() * importance).sum())
+    return error / size if size else 0.0
 
 
 def search_smoothing(
