@@ -178,7 +178,7 @@ def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
         stream = any(entry["norms"] for entry in rotated)
         what = [*(["the residual stream"] if stream else []), *([f"{counted(heads, 'projection')} of values"] if heads else [])]
         worst = max((entry["change"] for entry in rotated), default=0.0)
-        yield f"rotation: {' and '.join(what) or 'nothing'} rotated; no block returns anything else by more than {worst:.1e} of what it adds"
+        yield f"rotation: {' and '.join(what) or 'nothing'} rotated; every block returns what it did, up to {worst:.1e} of what it adds to its input"
         for name, source in chosen["untied"].items():
             yield f"rotation: {name} is no longer {source}, so the checkpoint grows by one of them"
     if "smoothquant" in names:
