@@ -1,36 +1,46 @@
-"""What each scheme costs on SmolLM2-135M: perplexity, KL and size of every recipe in configs/, as a table.
+"""What each recipe costs on SmolLM2-135M: perplexity, KL, size, time and memory of every recipe in configs/, and of a model with outliers, as a table.
 
-    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 24] [-o benchmarks/results]
+    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 60] [--samples 64] [-o benchmarks/results]
+    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt --only int8-dynamic-best fp8-dynamic-best --vllm-python /path/to/bin/python
 
-Calibrates once, and again for each recipe whose algorithms choose weights (its seconds of export count that), exports every recipe, judges all of them on the same windows of 1024 tokens (protocol gptq) with the
-reference arithmetic, as the schemes say. Writes quality.json and quality.md, with the machine they were made on.
+Each recipe is calibrated (where it needs that) and exported by processes of their own, whose time and largest memory stand in the table, and judged by `eval` on
+the same windows of 1024 tokens (protocol gptq), as the schemes say. Its row is written to quality.json and quality.md when it is done: a run that is stopped goes on with
+--only and what is missing. The rows "… on outliers" are of the same model after some channels of its norms, values and up projections were made 64 times as
+large, and what reads them as much smaller: it computes the same to the last bit. With --vllm-python a server's own perplexities of the first 10 windows stand beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
+import click
 import torch
 import transformers
+from export import measure
 
 from quantkit import __version__
 from quantkit.benchmark import processor
-from quantkit.calibration import CalibrationOptions, calibrate
+from quantkit.checkpoint import Checkpoint
+from quantkit.data import evaluation_windows, load_tokenizer
 from quantkit.demo import smollm2
 from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.export import export
-from quantkit.output import format_bytes
-from quantkit.plan import ExportOptions, plan_export
+from quantkit.output import format_bytes, write_tensors
 from quantkit.report import finite, markdown_table
 from quantkit.scheme import Recipe
 from quantkit.verdict import interval_text
 
 LENGTH = 1024
+SERVED_WINDOWS = 10
 CONFIGS = Path(__file__).parent.parent / "configs"
+# The recipes that are also tried on the model with outliers, and what their rows are called.
+ON_OUTLIERS = {f"{name} on outliers": name for name in ("int8-dynamic", "int8-dynamic-best")}
+OUTLIER = 64.0
 
 
 def machine() -> str:
@@ -38,75 +48,148 @@ def machine() -> str:
     return f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, transformers {transformers.__version__}, quantkit {__version__}"
 
 
+def with_outliers(model: Path, output: Path) -> Path:
+    """The same function with outliers: channels of each norm, of values and of up made larger, and the columns that read them smaller, by a power of two."""
+    checkpoint = Checkpoint.open(model)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    heads = checkpoint.config["num_attention_heads"] // checkpoint.config["num_key_value_heads"]
+
+    def move(producer: str, consumers: tuple[str, ...], step: int, repeats: int = 1) -> None:
+        scale = torch.ones(tensors[f"{producer}.weight"].shape[0])
+        scale[3::step] = OUTLIER
+        head = checkpoint.config["head_dim"]
+        columns = scale.reshape(-1, head).repeat_interleave(repeats, 0).flatten() if repeats > 1 else scale
+        weight = tensors[f"{producer}.weight"]
+        tensors[f"{producer}.weight"] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).bfloat16()
+        for consumer in consumers:
+            tensors[f"{consumer}.weight"] = (tensors[f"{consumer}.weight"] / columns).bfloat16()
+
+    for number in range(checkpoint.config["num_hidden_layers"]):
+        block = f"model.layers.{number}"
+        move(f"{block}.input_layernorm", tuple(f"{block}.self_attn.{name}_proj" for name in "qkv"), 150)
+        move(f"{block}.post_attention_layernorm", (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"), 150)
+        move(f"{block}.self_attn.v_proj", (f"{block}.self_attn.o_proj",), 100, heads)
+        move(f"{block}.mlp.up_proj", (f"{block}.mlp.down_proj",), 400)
+    output.mkdir()
+    write_tensors(output / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
+    for path in (model / "config.json", *checkpoint.other_files()):
+        shutil.copy(path, output / path.name)
+    return output
+
+
+def make(model: Path, recipe: Path, work: Path, arguments: argparse.Namespace) -> tuple[Path, dict[str, float]]:
+    """The quantized checkpoint, and what making it took: seconds, and the largest memory of the processes."""
+    output, calibration = work / "quantized", work / "calibration"
+    command, runs = [sys.executable, "-m", "quantkit"], []
+    needs = Recipe.load(recipe).needs_calibration
+    if needs:
+        data = ["--data", arguments.calibration_data] if arguments.calibration_data else []
+        windows = ["--num-samples", str(arguments.samples), "--seq-len", "512"]
+        runs.append(measure([*command, "calibrate", str(model), "-o", str(calibration), "--recipe", str(recipe), *windows, *data, "--overwrite", "-q"]))
+    calibrated = ["--calibration", str(calibration)] if needs else []
+    runs.append(measure([*command, "export", str(model), "-o", str(output), "--recipe", str(recipe), *calibrated, "--overwrite", "-q"]))
+    return output, {"seconds": sum(run.wall for run in runs), "peak_bytes": max(run.peak for run in runs)}
+
+
+class Server:
+    """vLLM's own perplexities of the first windows; the unquantized model's is asked for once."""
+
+    def __init__(self, python: str, model: Path, data: str, work: Path, base: float | None) -> None:
+        self._python, self._model, self._base, self._windows = python, model, base, work / "windows.json"
+        cut = evaluation_windows([data], load_tokenizer(model), "gptq", LENGTH, SERVED_WINDOWS * LENGTH).windows
+        self._windows.write_text(json.dumps([list(window.tokens) for window in cut]))
+
+    def judge(self, checkpoint: Path) -> dict[str, Any]:
+        from served import vllm_perplexity
+
+        if self._base is None:
+            self._base = vllm_perplexity(self._python, self._model, self._windows)["perplexity"]
+        try:
+            found = vllm_perplexity(self._python, checkpoint, self._windows)
+        except click.ClickException as error:
+            return {"base": self._base, "refused": str(error)[-300:]}
+        return {"base": self._base, "perplexity": found["perplexity"], "delta_pct": 100 * (found["perplexity"] / self._base - 1), "answered": found["answered"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
-    parser.add_argument("--calibration-data", help="text for the static scales; without it the text that comes with quantkit")
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="measure these again and keep the other rows, made on the same machine and text")
+    parser.add_argument("--calibration-data", help="text to calibrate on; without it the text that comes with quantkit")
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens to calibrate on")
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="measure these and keep the other rows, made on the same machine and text")
+    parser.add_argument("--vllm-python", help="a Python that has vLLM, to ask for served perplexities")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = smollm2(print)
-    with tempfile.TemporaryDirectory() as temporary:
-        calibration = Path(temporary) / "calibration"
-        data = (arguments.calibration_data,) if arguments.calibration_data else ()
-        summary = calibrate(CalibrationOptions(model, calibration, data, num_samples=64, seq_len=512))
-        print(f"calibrated on {summary.windows} × 512 tokens, {summary.tokens_per_second:.0f} tokens/s")
-        seconds: dict[str, float] = {}
-        for path in sorted(CONFIGS.glob("*.yaml")):
-            if arguments.only and path.stem not in arguments.only:
-                continue
-            recipe = Recipe.load(path)
-            if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
-                print(f"{path.stem}: its groups don't divide 576; not measured")
-                continue
-            started, own = time.monotonic(), calibration
-            if recipe.chooses_weights:
-                own = Path(temporary) / f"calibration-{path.stem}"
-                calibrate(CalibrationOptions(model, own, data, recipe, num_samples=64, seq_len=512))
-            export(plan_export(ExportOptions(model, Path(temporary) / path.stem, recipe, own if recipe.needs_calibration else None)))
-            seconds[path.stem] = time.monotonic() - started
-        outputs = tuple(Path(temporary) / name for name in seconds)
-        result = evaluate(
-            EvaluationOptions(model, outputs, (arguments.data,), LENGTH, LENGTH * arguments.windows, exec="reference"),
-            lambda name, done, total: print(f"{name} {done}/{total}", flush=True),
-        )
-        results = [{"recipe": name, "export_seconds": took} | quant for (name, took), quant in zip(seconds.items(), result["quants"])]
-    kept = ("protocol", "data", "tokens_scored", "windows", "base")
-    report = {"machine": machine(), "calibration": f"{summary.windows} × 512 tokens"} | {key: result[key] for key in kept} | {"recipes": results}
-    report["data"]["sources"] = [Path(source).name for source in report["data"]["sources"]]
-    report = _without_windows(finite(report))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if arguments.only:
-        report = _merged(json.loads((arguments.output / "quality.json").read_text()), report)
-    (arguments.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
-    (arguments.output / "quality.md").write_text(_markdown(report))
+    recipes = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    recipes |= {row: recipes[name] for row, name in ON_OUTLIERS.items()}
+    unknown = set(arguments.only or ()) - set(recipes)
+    if unknown:
+        raise SystemExit(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(recipes)}")
+    report: dict[str, Any] = {}
+    if arguments.only and (arguments.output / "quality.json").is_file():
+        report = json.loads((arguments.output / "quality.json").read_text())
+    for name in arguments.only or recipes:
+        recipe = Recipe.load(recipes[name])
+        if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
+            print(f"{name}: its groups don't divide 576; not measured")
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            work = Path(temporary)
+            source = with_outliers(model, work / "outliers") if name in ON_OUTLIERS else model
+            quantized, cost = make(source, recipes[name], work, arguments)
+            result = evaluate(EvaluationOptions(model, (quantized,), (arguments.data,), LENGTH, LENGTH * arguments.windows))
+            row = {"recipe": name, "samples": arguments.samples if recipe.needs_calibration else 0} | cost | result["quants"][0]
+            if arguments.vllm_python:
+                base = next((earlier["served"]["base"] for earlier in report.get("recipes", ()) if "served" in earlier), None)
+                row["served"] = Server(arguments.vllm_python, model, arguments.data, work, base).judge(quantized)
+        report = _with_row(report, row, result, arguments)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+        (arguments.output / "quality.md").write_text(_markdown(report))
+        print(f"{name}: {interval_text(row['ppl_delta_pct'])}, KL {row['kld']['mean']:.4f}, {row['seconds']:.0f} s", flush=True)
     print(_markdown(report))
 
 
-def _merged(earlier: dict, report: dict) -> dict:
-    """The earlier report with the new rows in place of the same recipes'."""
-    for key in ("machine", "protocol", "data", "windows"):
-        if earlier[key] != report[key]:
+def _with_row(report: dict[str, Any], row: dict[str, Any], result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report with a row more, in place of the same recipe's; rows of another machine or text aren't mixed with it."""
+    made = {"machine": machine(), "calibration_data": Path(arguments.calibration_data or "bundled").name}
+    made |= {key: result[key] for key in ("protocol", "data", "tokens_scored", "windows", "base")}
+    made["data"]["sources"] = [Path(source).name for source in made["data"]["sources"]]
+    made = _without_windows(finite(made))
+    for key in ("machine", "calibration_data", "protocol", "data", "windows"):
+        if report and report.get(key) != made[key]:
             raise SystemExit(f"--only: the earlier results have another {key}; measure all again")
-    rows = {row["recipe"]: row for row in (*earlier["recipes"], *report["recipes"])}
-    return report | {"recipes": [rows[name] for name in sorted(rows)]}
+    rows = {entry["recipe"]: entry for entry in (*report.get("recipes", ()), _without_windows(finite(row)))}
+    return made | {"recipes": [rows[name] for name in sorted(rows)]}
 
 
-def _markdown(report: dict) -> str:
+def _markdown(report: dict[str, Any]) -> str:
     base = report["base"]
-    rows = [("bfloat16", f"{base['perplexity']:.3f}", "", "", "", format_bytes(base["bytes"]), "")]
+    rows = [("bfloat16", f"{base['perplexity']:.3f}", "", "", "", "", format_bytes(base["bytes"]), "", "")]
     for row in report["recipes"]:
+        served = row.get("served", {})
+        shown = f"{served['delta_pct']:+.2f} %{' ¹' if served['answered'] else ''}" if "delta_pct" in served else "refused" if served else ""
         figures = (f"{row['perplexity']:.3f}", interval_text(row["ppl_delta_pct"]), f"{row['kld']['mean']:.4f}", f"{100 * row['top1_agreement']:.1f} %")
-        rows.append((row["recipe"], *figures, format_bytes(row["bytes"]), f"{row['export_seconds']:.1f} s"))
-    columns = ("recipe", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "export")
-    title = f"SmolLM2-135M-Instruct, {report['data']['sources'][0]}, {report['tokens_scored']} tokens in {report['windows']} windows of {LENGTH}, protocol gptq, reference arithmetic"
-    return f"# What each recipe costs\n\n{title}.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}"
+        rows.append((row["recipe"], *figures, shown, format_bytes(row["bytes"]), f"{row['seconds'] / 60:.1f}", format_bytes(row["peak_bytes"])))
+    columns = ("recipe", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "served ΔPPL", "size", "minutes", "peak memory")
+    title = f"SmolLM2-135M-Instruct, {report['data']['sources'][0]}, {report['tokens_scored']} tokens in {report['windows']} windows of {LENGTH}, protocol gptq"
+    samples = {row["samples"] for row in report["recipes"] if row["samples"]}
+    calibrated = (
+        f"Calibrated on {' or '.join(map(str, sorted(samples)))} windows of 512 tokens of {report['calibration_data']}, where that is needed. "
+        if samples
+        else ""
+    )
+    notes = (
+        "\n\n¹ Asked of vLLM's CPU build with `torch._scaled_mm` answered in float32 (`benchmarks/served.py`)." if any("¹" in row[5] for row in rows) else ""
+    )
+    return f"# What each recipe costs\n\n{title}. {calibrated}Minutes and memory are those of calibrate and export.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}{notes}"
 
 
-def _without_windows(report: dict) -> dict:
+def _without_windows(report: Any) -> Any:
     """Without the per-window sums, paths and layers: they are large, and `quantkit eval -o` gives them to who needs them."""
     dropped = ("window_nll", "window_kld", "window_same_top1", "path", "layers", "max_at")
     if isinstance(report, dict):

@@ -297,6 +297,10 @@ class BlockwiseModel:
         self.model.tie_weights(missing_keys={*tied, *tied.values()} - {self._map.target_of[name] for name in names}, recompute_mapping=False)
         self._weights.finish(self.model, "")
 
+    def outer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is outside of the blocks, by its name in the module tree."""
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if not name.startswith(f"{self.blocks_name}."))
+
     def _is_parameter(self, name: str) -> bool:
         """False where another module has taken the place of the one that had it."""
         module, _, leaf = name.rpartition(".")
@@ -415,6 +419,12 @@ class BlockwiseModel:
         finally:
             for number, block in enumerate(blocks):
                 self._blocks[number] = block
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """The model with blocks that hand on what they are given. After `record`, which finds out what they return it in."""
+        with self._recorders(_Tape(torch.Size()), self._outputs):
+            yield
 
     @contextmanager
     def block(self, number: int, prefetch: bool | None = None) -> Iterator[nn.Module]:

@@ -33,6 +33,7 @@ from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
 if TYPE_CHECKING:
     from quantkit.blockwise import BlockwiseModel
     from quantkit.choosing import BlockChooser
+    from quantkit.chosen import ChosenFiles
     from quantkit.observers import InputObserver
     from quantkit.recording import BlockStatistics
 
@@ -188,10 +189,6 @@ def block_file(number: int) -> str:
     return f"block-{number:05d}.safetensors"
 
 
-def weights_file(number: int) -> str:
-    return f"weights-{number:05d}.safetensors"
-
-
 @dataclass
 class _Run:
     """One calibration on one rank: its batches, the blocks one after the other, and on the first rank CALIB."""
@@ -219,6 +216,12 @@ class _Run:
         self.ranks.first_decides(lambda: require_linears(self.model))
         done = self.ranks.first_decides(self._open_output)
         self.partial = self.ranks.first_decides(lambda: self.output.partial)
+        self.chosen = self._chosen_files()
+        if self.chosen is not None and not done:
+            shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+            self.chosen.try_rotation(
+                self._build, self.batches[0], shapes, lambda number: self.on_progress(0, self.model.block_count, "calibrate: trying the rotation")
+            )
         if len(done) < self.model.block_count:
             states = HiddenStates(self._memory(), self.partial if self.ranks.is_first else None, self._states_device())
             try:
@@ -244,9 +247,18 @@ class _Run:
         if recipe is None or not recipe.chooses_weights:
             return None
         from quantkit.choosing import BlockChooser
+        from quantkit.rotating import make_rotation
 
         plan = plan_export(ExportOptions(self.options.model, self.options.output, recipe), calibration_follows=True, checkpoint=self.checkpoint)
-        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads)
+        rotation = recipe.algorithm("rotation") and make_rotation(recipe.algorithm("rotation"), self.model, self.options.seed)
+        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads, rotation)
+
+    def _chosen_files(self) -> ChosenFiles | None:
+        if self.chooser is None:
+            return None
+        from quantkit.chosen import ChosenFiles
+
+        return ChosenFiles(self.chooser, self.output)
 
     def _open_output(self) -> dict[int, dict[str, Any]]:
         """CALIB.partial, and which blocks an earlier run finished."""
@@ -259,7 +271,11 @@ class _Run:
     @property
     def _files(self) -> tuple[Callable[[int], str], ...]:
         """The names of what a finished block leaves."""
-        return (block_file,) if self.chooser is None else (block_file, weights_file)
+        if self.chooser is None:
+            return (block_file,)
+        from quantkit.chosen import weights_file
+
+        return block_file, weights_file
 
     def _memory(self) -> int:
         share = self.options.memory if self.options.memory is not None else available_memory() // 2
@@ -283,15 +299,21 @@ class _Run:
         hidden_size = self.model.model.config.get_text_config().hidden_size
         self.on_progress(0, self.model.block_count, "calibrate: embeddings")
         states.expect({number: (*self.batches[number].shape, hidden_size) for number in self.mine}, self.model.states_dtype)
-        self.model.load_outer(with_head=False)
+        if self.chosen is None:
+            self.model.load_outer(with_head=False)
+        else:
+            self.chosen.load_outer(self.batches[0])
         calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
         self.model.free_outer()
         first = self._restore(states)
         self._saved = time.monotonic()
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
-                if self.chooser is not None:
-                    self._choose(number, block, calls, states, number in done)
+                if self.chosen is not None and number in done:
+                    self.chosen.install(number, block)
+                elif self.chosen is not None:
+                    self.on_progress(number, self.model.block_count, f"calibrate: choosing weights of block {number + 1} of {self.model.block_count}")
+                    self.chosen.choose(number, block, self.mine, calls, states)
                 if number in done:
                     self._pass(number, block, calls, states)
                 else:
@@ -300,17 +322,6 @@ class _Run:
                 calls[batch][number] = None
             states.turn()
             self._stop_or_save(number, states)
-
-    def _choose(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates, is_done: bool) -> None:
-        """Make the block what it will be, by the algorithms or from what they wrote earlier."""
-        path = self.output.partial / weights_file(number)
-        if is_done:
-            self.chooser.install(number, block, {name: read_tensor(info) for name, info in read_header(path).items()})
-            return
-        self.on_progress(number, self.model.block_count, f"calibrate: choosing weights of block {number + 1} of {self.model.block_count}")
-        chosen = self.chooser.choose(number, block, self.mine, calls, states)
-        write_tensors(path, chosen.to_tensors())
-        self.output.record(path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": chosen.described})
 
     def _measure(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
         from quantkit.recording import BlockRecorder, BlockStatistics
@@ -455,14 +466,8 @@ class _Run:
             "experts": [entry for block in blocks for entry in block["experts"]],
             "token_pieces": token_pieces(plan.windows),
         }
-        if self.chooser is not None:
-            chosen = {weights_file(number): self.output.done[weights_file(number)] for number in range(self.model.block_count)}
-            described = [entry["description"] for entry in chosen.values()]
-            description["chosen"] = {key: [item for block in described for item in block[key]] for key in ("folds", "refused", "linears")}
-            done = {entry["name"] for entry in description["chosen"]["linears"]}
-            reason = "transformers has no Linear of that name in a decoder block"
-            description["chosen"]["linears"] += [{"name": name, "algorithm": "rtn", "reason": reason} for name in self.chooser.schemes if name not in done]
-            description["chosen"]["files"] = list(chosen)
+        if self.chosen is not None:
+            description["chosen"], chosen = self.chosen.describe()
             names, entries = [*names, *chosen], [*entries, *chosen.values()]
         description["files"] = {name: {"bytes": entry["bytes"], "blake3": entry["blake3"]} for name, entry in zip(names, entries)}
         write_json(self.output.partial / CALIBRATION_FILE, description)

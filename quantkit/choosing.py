@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.algorithms.bias_correction import corrected_bias
 from quantkit.algorithms.gptq import Solution, corrected_weight, gptq
+from quantkit.algorithms.scale_search import search_scale
 from quantkit.algorithms.smoothquant import Smoothing, search_smoothing
 from quantkit.blockwise import BlockwiseModel, Call, each_batch, one_thread
 from quantkit.errors import CalibrationError
-from quantkit.folding import STORED_TOLERANCE, BlockProbe, Fold, find_folds, folded
+from quantkit.folding import STORED_TOLERANCE, BlockProbe, Fold, find_folds, folded, is_scaled_by_vector
 from quantkit.linear import QuantizedLinear
 from quantkit.model import fused_sets
 from quantkit.ops import quantize as quantize_weight
-from quantkit.quantize import QuantizedTensor, block_amax, quantize
+from quantkit.quantize import QuantizedTensor, block_amax, choose_scale, quantize
 from quantkit.recording import names_on_disk
+from quantkit.rotating import Rotation, require_on_disk, rotate_block
 from quantkit.scheme import TENSOR, TOKEN, QuantScheme, Recipe
 from quantkit.states import HiddenStates
 
@@ -42,13 +45,13 @@ class ChosenWeights:
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    described: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"folds": [], "refused": [], "linears": []})
+    described: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"rotations": [], "folds": [], "refused": [], "linears": []})
 
     def to_tensors(self) -> dict[str, Tensor]:
         """NAME.weight and NAME.weight_scale of each Linear [block rows, block columns], and the other parameters."""
-        tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        tensors = dict(self.tensors)
         for name, weight in self.linears.items():
-            tensors |= {f"{name}.weight": weight.qdata.cpu(), f"{name}.weight_scale": weight.scale.float().cpu()}
+            tensors |= {f"{name}.weight": weight.qdata, f"{name}.weight_scale": weight.scale.float()}
         return tensors
 
 
@@ -58,16 +61,21 @@ class _EnoughSeen(Exception):
 
 @dataclass
 class BlockChooser:
-    """Chooses for block after block. schemes: Linear on disk → scheme. threads: at work at once on a CPU."""
+    """Chooses for block after block. schemes: Linear on disk → scheme. threads: at work at once on a CPU. rotation: of the whole model, if any."""
 
     model: BlockwiseModel
     recipe: Recipe
     schemes: Mapping[str, QuantScheme]
     threads: int
+    rotation: Rotation | None = None
 
     def choose(self, number: int, block: nn.Module, batches: Sequence[int], calls: Mapping[int, Any], states: HiddenStates) -> ChosenWeights:
         """Choose and put in place: afterwards the block is the quantized one."""
         work = _Block(self, number, block, batches, lambda batch: calls[batch][number], states)
+        if self.rotation is not None:
+            work.rotate(self.rotation)
+        if any(self.recipe.algorithm(name) for name in ("smoothquant", "scale_search", "gptq", "bias_correction")):
+            work.weigh_tokens()
         if self.recipe.algorithm("smoothquant"):
             work.smooth()
         work.quantize()
@@ -120,6 +128,31 @@ def as_it_arrives(scheme: QuantScheme) -> QuantScheme:
     return replace(scheme, input=replace(scheme.input, granularity=TOKEN, dynamic=True)) if scheme.needs_calibration else scheme
 
 
+@dataclass(frozen=True)
+class _Order:
+    """sets: quantized Linears in the order in which a block computes them, those that read one input together; those that aren't reached come last.
+
+    norm_of: the norm that returned what a Linear reads, where one did.
+    """
+
+    sets: list[list[str]]
+    norm_of: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a Linear is given, over all tokens, each as often as it counts. exact_mean, seen_mean, squares: mean of X, of the quantized X̂, of its squares, [in_features].
+
+    hessian, deviation: X̂ X̂ᵀ and (X − X̂) X̂ᵀ, [in_features, in_features] float32, where they were asked for.
+    """
+
+    exact_mean: Tensor
+    seen_mean: Tensor
+    squares: Tensor
+    hessian: Tensor | None = None
+    deviation: Tensor | None = None
+
+
 class _Block:
     """The work on one block."""
 
@@ -128,11 +161,13 @@ class _Block:
     ) -> None:
         self.chooser, self.model, self.recipe = chooser, chooser.model, chooser.recipe
         self.block, self.batches, self.call_of, self.states = block, batches, call_of, states
-        self.names = _Names(self.model, number, block)
+        self.names, self.prefix = _Names(self.model, number, block), self.model.block_name(number)
         self.schemes = {path: chooser.schemes[name] for path, name in self.names.linears.items() if name in chooser.schemes}
         # In float32 as they will be quantized; the block itself holds them rounded to its dtype.
         self.weights = {path: block.get_submodule(path).weight.data.float() for path in self.schemes}
         self.chosen = ChosenWeights()
+        self.order = self._find_order()
+        self.importance: dict[int, Tensor] = {}  # of each batch's tokens, [tokens, 1]
 
     def _run(self, batch: int) -> Tensor:
         return self.model.run_block(self.block, self.call_of(batch), self.states.get(batch).to(self.model.device))
@@ -140,24 +175,44 @@ class _Block:
     def _each(self, work: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
         return each_batch(work, list(numbers), self.model.device, self.chooser.threads)
 
+    def _probe(self, rotation: Tensor | None = None) -> BlockProbe:
+        """On the first batch. rotation: that the hidden states have and this block doesn't expect."""
+        hidden = self.states.get(self.batches[0]).to(self.model.device)
+        return BlockProbe(self.model, self.block, self.call_of(self.batches[0]), hidden if rotation is None else hidden.float() @ rotation.T)
+
+    def _stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Of parameters that are stored as they are."""
+        return {path: parameter.dtype for path, parameter in self.block.named_parameters() if path.removesuffix(".weight") not in self.schemes}
+
+    # -- Rotation.
+
+    def rotate(self, rotation: Rotation) -> None:
+        # On one thread the result doesn't depend on how many there are.
+        with torch.inference_mode(), one_thread():
+            found = rotate_block(self._probe(rotation.stream), rotation, self._stored_dtypes(), self.prefix)
+            require_on_disk(self.model, self.prefix, list(found.parameters))
+            self._put(found.parameters)
+        entry = {"block": self.prefix, "norms": list(found.norms), "writers": list(found.writers), "heads": list(found.heads), "change": found.change}
+        self.chosen.described["rotations"].append(entry)
+
     # -- SmoothQuant.
 
     def smooth(self) -> None:
         # On one thread the result doesn't depend on how many there are; each search is small.
         with torch.inference_mode(), one_thread():
-            probe = BlockProbe(self.model, self.block, self.call_of(self.batches[0]), self.states.get(self.batches[0]).to(self.model.device))
+            probe = self._probe()
             folds, reasons = find_folds(probe)
             name = self.names.linears
             self.chosen.described["refused"] += [{"linear": name.get(path, path), "reason": reason} for path, reason in reasons.items() if path in self.schemes]
             if not folds:
                 return
-            samples = self._samples([fold.consumers[0] for fold in folds])
-            dtypes = {path: parameter.dtype for path, parameter in self.block.named_parameters() if path.removesuffix(".weight") not in self.schemes}
+            samples, importance = self._samples([fold.consumers[0] for fold in folds])
+            dtypes = self._stored_dtypes()
             before = dict(probe.block.named_parameters())
             after = dict(before)
             described = []
             # Each scales other columns, so that none changes what another is chosen by.
-            searches = self._each(lambda index: self._search(folds[index], samples[folds[index].consumers[0]], before), range(len(folds)))
+            searches = self._each(lambda index: self._search(folds[index], samples, importance, before), range(len(folds)))
             for fold, found in zip(folds, searches):
                 if found is None:
                     continue
@@ -181,13 +236,14 @@ class _Block:
     def _refuse(self, fold: Fold, reason: str) -> None:
         self.chosen.described["refused"] += [{"linear": self.names.linears.get(path, path), "reason": reason} for path in fold.consumers]
 
-    def _search(self, fold: Fold, rows: Tensor, weights: Mapping[str, Tensor]) -> Smoothing | None:
+    def _search(self, fold: Fold, samples: Mapping[str, Tensor], importance: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Smoothing | None:
         consumers = [path for path in fold.consumers if path in self.schemes]
+        rows = samples[fold.consumers[0]]
         if not consumers or not rows.numel():
             return None
         strength = self.recipe.algorithm("smoothquant")["strength"]
         arguments = [weights[f"{path}.weight"].float() for path in consumers], [self.schemes[path] for path in consumers]
-        return search_smoothing(rows, *arguments, strength, fold.channels)
+        return search_smoothing(rows, *arguments, strength, fold.channels, importance.get(fold.consumers[0]))
 
     def _described_fold(self, fold: Fold, found: Smoothing) -> dict[str, Any]:
         prefix = self.names.parameters[f"{fold.producer}.weight"].removesuffix(".weight")
@@ -208,20 +264,85 @@ class _Block:
             else:
                 self.chosen.tensors[self.names.parameters[path]] = stored
 
-    def _samples(self, linears: Sequence[str]) -> dict[str, Tensor]:
-        """Some rows of these Linears' inputs, [rows, in_features] float32."""
+    def _samples(self, linears: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Some rows of these Linears' inputs, [rows, in_features] float32, and where they aren't all alike how much each counts, [rows, 1]."""
         each = -(-SEARCH_ROWS // len(self.batches))
 
-        def work(batch: int) -> dict[str, Tensor]:
-            kept = {}
+        def work(batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            kept, counts = {}, {}
             for path, inputs in inputs_of(batch).items():
-                places = torch.linspace(0, inputs.shape[0] - 1, min(each, inputs.shape[0])).long().to(inputs.device)
+                # Drawn, not at equal distances: every window's first position among them would count far more than it does in any text.
+                places = torch.randint(inputs.shape[0], (min(each, inputs.shape[0]),), generator=torch.Generator().manual_seed(batch)).to(inputs.device)
                 kept[path] = inputs[places].float()
-            return kept
+                importance = self._importance(path, batch, inputs)
+                if importance is not None:
+                    counts[path] = importance[places]
+            return kept, counts
 
         with self._keeping_inputs(linears) as inputs_of:
             found = list(self._each(work, self.batches))
-        return {path: torch.cat([rows[path] for rows in found if path in rows] or [torch.empty(0)]) for path in linears}
+        rows, importance = ({path: [entry[side][path] for entry in found if path in entry[side]] for path in linears} for side in (0, 1))
+        return {path: torch.cat(rows[path] or [torch.empty(0)]) for path in linears}, {
+            path: torch.cat(importance[path]) for path in linears if importance[path]
+        }
+
+    def _find_order(self) -> _Order:
+        """In which order the block computes, found by running the first batch."""
+        sets: dict[tuple[int, int], list[str]] = {}
+        returned: dict[tuple[int, int], str] = {}
+        norm_of: dict[str, str] = {}
+        alive: list[Tensor] = []  # as long as they live, no other tensor gets their address
+
+        def arrive(path: str) -> Callable[..., None]:
+            def hook(module: nn.Linear, arguments: tuple[Any, ...]) -> None:
+                alive.append(arguments[0])
+                place = arguments[0].data_ptr(), arguments[0].numel()
+                members = sets.setdefault(place, [])
+                if path not in members:
+                    members.append(path)
+                if place in returned and self.block.get_submodule(returned[place]).weight.numel() == module.in_features:
+                    norm_of[path] = returned[place]
+
+            return hook
+
+        def leave(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    alive.append(output)
+                    returned[output.data_ptr(), output.numel()] = path
+
+            return hook
+
+        hooks = [self.block.get_submodule(path).register_forward_pre_hook(arrive(path)) for path in self.schemes]
+        hooks += [module.register_forward_hook(leave(path)) for path, module in self.block.named_modules() if is_scaled_by_vector(module)]
+        try:
+            with torch.inference_mode(), one_thread():
+                self._run(self.batches[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        reached = {path for members in sets.values() for path in members}
+        return _Order([*sets.values(), *([path] for path in self.schemes if path not in reached)], norm_of)
+
+    def _importance(self, linear: str, batch: int, inputs: Tensor) -> Tensor | None:
+        """How much an error in what a Linear puts out counts for each token, [tokens, 1] float32; None where all are alike.
+
+        What isn't behind a norm writes to the residual stream, and the next norm divides by its size: beside a hidden state ten times as large an error counts a tenth.
+        Without this, the one enormous token at the start of a window would decide for all others.
+        """
+        if linear in self.order.norm_of:
+            return None
+        importance = self.importance[batch]
+        return importance if len(importance) == len(inputs) else None
+
+    def weigh_tokens(self) -> None:
+        """Find 1 / the mean square of what the block returns for each token, for each batch."""
+
+        def work(batch: int) -> Tensor:
+            return 1 / self._run(batch).flatten(0, -2).float().square().mean(1, keepdim=True).clamp(min=1e-12)
+
+        with torch.inference_mode():
+            self.importance = dict(zip(self.batches, self._each(work, self.batches)))
 
     @contextmanager
     def _keeping_inputs(self, linears: Sequence[str]) -> Iterator[Callable[[int], dict[str, Tensor]]]:
@@ -252,106 +373,115 @@ class _Block:
     # -- Codes.
 
     def quantize(self) -> None:
-        settings = self.recipe.algorithm("gptq")
-        for linears in self._sets():
-            if settings is None:
-                solutions = {path: Solution(weight, 0.0, 0.0) for path, weight in zip(linears, self._rounded(linears))}
+        named = {name: self.recipe.algorithm(name) for name in ("scale_search", "gptq", "bias_correction")}
+        for linears in self.order.sets:
+            seen = self._inputs(linears, with_gram=bool(named["gptq"])) if any(named.values()) else {}
+            if named["gptq"] and None not in seen.values():
+                solutions = self._solve(linears, named["gptq"], seen)
             else:
-                solutions = self._solve(linears, settings)
+                reason = "no token reached it" if named["gptq"] else ""
+                scales = self._scales({path: self.weights[path] for path in linears}, seen)
+                solutions = {path: Solution(self._rounded(path, scales[path]), 0.0, 0.0, reason) for path in linears}
             for path, solution in solutions.items():
                 name, scheme = self.names.linears[path], self.schemes[path]
                 self.chosen.linears[name] = solution.weight
-                entry = {"name": name, "algorithm": "gptq" if settings and not solution.fallback else "rtn"}
-                if settings:
+                entry: dict[str, Any] = {"name": name, "algorithm": "gptq" if named["gptq"] and not solution.fallback else "rtn"}
+                if named["gptq"]:
                     entry |= {"error": solution.error, "plain_error": solution.plain_error} | ({"reason": solution.fallback} if solution.fallback else {})
+                if named["bias_correction"]:
+                    entry["bias_corrected"] = self._correct_bias(path, solution.weight, seen[path])
                 self.chosen.described["linears"].append(entry)
                 replace_linear(self.model, self.block, path, solution.weight, scheme)
             for path in linears:
                 del self.weights[path]
 
-    def _sets(self) -> list[list[str]]:
-        """Quantized Linears in the order in which the block computes them, those that read one input together; those that aren't reached come last."""
-        order: dict[tuple[int, int], list[str]] = {}
-        alive: list[Tensor] = []
+    def _rounded(self, path: str, scale: Tensor | None) -> QuantizedTensor:
+        spec = self.schemes[path].weight
+        return quantize_weight(self.weights[path], spec) if scale is None else quantize(self.weights[path], spec, scale)
 
-        def keeper(path: str) -> Callable[..., None]:
-            def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-                alive.append(arguments[0])
-                members = order.setdefault((arguments[0].data_ptr(), arguments[0].numel()), [])
-                if path not in members:
-                    members.append(path)
+    def _correct_bias(self, path: str, weight: QuantizedTensor, inputs: _Inputs | None) -> bool:
+        bias = self.block.get_submodule(path).bias
+        if bias is None or inputs is None or f"{path}.bias" not in self.names.parameters:
+            return False
+        bias.data = corrected_bias(bias.data, self.weights[path], weight.dequantize(), inputs.exact_mean, inputs.seen_mean).to(bias.dtype)
+        self.chosen.tensors[self.names.parameters[f"{path}.bias"]] = bias.data
+        return True
 
-            return keep
+    def _scales(self, targets: Mapping[str, Tensor], inputs: Mapping[str, _Inputs | None]) -> dict[str, Tensor | None]:
+        """Each Linear's scales [block rows, block columns]; None for the usual ones."""
+        scales: dict[str, Tensor | None] = dict.fromkeys(targets)
+        per_tensor = fused_sets([path for path in targets if self.schemes[path].weight.granularity == TENSOR])
+        together = [*per_tensor, *((path,) for path in targets if not any(path in members for members in per_tensor))]
 
-        hooks = [self.block.get_submodule(path).register_forward_pre_hook(keeper(path)) for path in self.schemes]
-        try:
-            with torch.inference_mode(), one_thread():
-                self._run(self.batches[0])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        reached = {path for members in order.values() for path in members}
-        return [*order.values(), *([path] for path in self.schemes if path not in reached)]
+        def work(index: int) -> Tensor | None:
+            members = together[index]
+            spec, seen = self.schemes[members[0]].weight, inputs.get(members[0])
+            weights = [targets[path] for path in members]
+            if self.recipe.algorithm("scale_search"):
+                return search_scale(weights, spec, None if seen is None else seen.squares)
+            # Those that share one scale follow the largest weight of all.
+            return choose_scale(torch.stack([block_amax(weight, TENSOR) for weight in weights]).amax(0), spec) if len(members) > 1 else None
 
-    def _shared_amax(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        """The amax of Linears that share one scale with others of their fused set, [1, 1]."""
-        amax: dict[str, Tensor | None] = dict.fromkeys(targets)
-        per_tensor = [path for path in targets if self.schemes[path].weight.granularity == TENSOR]
-        for members in fused_sets(per_tensor):
-            shared = torch.stack([block_amax(targets[path], TENSOR) for path in members]).amax(0)
-            amax |= dict.fromkeys(members, shared)
-        return amax
+        for members, scale in zip(together, self._each(work, range(len(together)))):
+            scales |= dict.fromkeys(members, scale)
+        return scales
 
-    def _rounded(self, linears: Sequence[str]) -> list[QuantizedTensor]:
-        amax = self._shared_amax({path: self.weights[path] for path in linears})
-        return [quantize_weight(self.weights[path], self.schemes[path].weight, amax[path]) for path in linears]
-
-    def _solve(self, linears: Sequence[str], settings: Any) -> dict[str, Solution]:
-        grams = {spec: self._grams(linears[0], spec, settings["correct_inputs"]) for spec in {as_it_arrives(self.schemes[path]).input for path in linears}}
-        if any(gram is None for gram in grams.values()):
-            return {path: Solution(weight, 0.0, 0.0, "no token reached it") for path, weight in zip(linears, self._rounded(linears))}
-        of = {path: grams[as_it_arrives(self.schemes[path]).input] for path in linears}
+    def _solve(self, linears: Sequence[str], settings: Any, inputs: Mapping[str, _Inputs]) -> dict[str, Solution]:
         damping = settings["damping"]
 
         def correct(index: int) -> Tensor:
             path = linears[index]
-            hessian, deviation = of[path]
-            return self.weights[path] if deviation is None else corrected_weight(self.weights[path], hessian, deviation, damping)
+            if not settings["correct_inputs"] or inputs[path].deviation is None:
+                return self.weights[path]
+            return corrected_weight(self.weights[path], inputs[path].hessian, inputs[path].deviation, damping)
 
         targets = dict(zip(linears, self._each(correct, range(len(linears)))))
-        amax = self._shared_amax(targets)
+        scales = self._scales(targets, inputs)
 
         def solve(index: int) -> Solution:
             path = linears[index]
-            return gptq(self.weights[path], self.schemes[path].weight, of[path][0], targets[path], damping, settings["act_order"], amax[path])
+            return gptq(self.weights[path], self.schemes[path].weight, inputs[path].hessian, targets[path], damping, settings["act_order"], scales[path])
 
         return dict(zip(linears, self._each(solve, range(len(linears)))))
 
-    def _grams(self, linear: str, spec: Any, with_deviation: bool) -> tuple[Tensor, Tensor | None] | None:
-        """X̂ X̂ᵀ and (X − X̂) X̂ᵀ of a Linear's inputs over all batches, [in_features, in_features] float32."""
+    def _inputs(self, linears: Sequence[str], with_gram: bool) -> dict[str, _Inputs | None]:
+        """What the Linears of a set are given, by each; None where no token reached them."""
+        specs = {path: as_it_arrives(self.schemes[path]).input for path in linears}
+        known = {spec: self._inputs_of(linears[0], spec, with_gram) for spec in set(specs.values())}
+        return {path: known[spec] for path, spec in specs.items()}
 
-        def work(batch: int) -> tuple[Tensor, Tensor | None] | None:
+    def _inputs_of(self, linear: str, spec: Any, with_gram: bool) -> _Inputs | None:
+        def work(batch: int) -> list[Tensor] | None:
             inputs = inputs_of(batch).get(linear)
             if inputs is None or not inputs.numel():
                 return None
-            rows = inputs.float()
-            if spec is None:
-                return rows.T @ rows, None
-            seen = quantize(inputs, spec).dequantize()
-            return seen.T @ seen, (rows - seen).T @ seen if with_deviation else None
+            importance = self._importance(linear, batch, inputs)
+            root = 1.0 if importance is None else importance.sqrt()
+            exact = inputs.float() * root
+            seen = exact if spec is None else quantize(inputs, spec).dequantize() * root
+            weights = torch.ones(len(inputs), 1, device=inputs.device) * root
+            sums = [weights.square().sum(), (exact * weights).sum(0), (seen * weights).sum(0), seen.square().sum(0)]
+            if with_gram:
+                sums.append(seen.T @ seen)
+            if with_gram and correct_inputs and spec is not None:
+                sums.append((exact - seen).T @ seen)
+            return sums
 
-        total: tuple[Tensor, Tensor | None] | None = None
+        gptq_settings = self.recipe.algorithm("gptq")
+        correct_inputs = gptq_settings is not None and gptq_settings["correct_inputs"]
+        total: list[Tensor] | None = None
         with self._keeping_inputs([linear]) as inputs_of, torch.inference_mode():
-            for gram in self._each(work, self.batches):
-                if gram is not None and total is None:
-                    total = gram
-                elif gram is not None:
-                    total = tuple(None if mine is None else mine.add_(other) for mine, other in zip(total, gram))
-        if total is not None and not torch.isfinite(total[0]).all():
+            for sums in self._each(work, self.batches):
+                if sums is not None:
+                    total = sums if total is None else [mine.add_(other) for mine, other in zip(total, sums)]
+        if total is None:
+            return None
+        if not torch.isfinite(total[3]).all():
             raise CalibrationError(
                 f"the input of {self.names.linears[linear]} holds NaN or infinity; the model overflows on this text or its weights are damaged"
             )
-        return total
+        count, exact, seen, squares, *grams = total
+        return _Inputs(exact / count, seen / count, squares / count, *grams)
 
 
 def _of_producer(fold: Fold, scale: Tensor) -> Tensor:

@@ -120,10 +120,10 @@ class _Job:
 def _jobs(plan: ExportPlan) -> list[_Job]:
     jobs, layout = [], plan.options.layout
     for row in plan.parameters:
-        info = plan.checkpoint.tensors[row.name]
+        info = plan.checkpoint.tensors[plan.added.get(row.name, row.name)]
         linear = plan.linears.get(row.name.removesuffix(".weight")) if row.status == "quantized" else None
         dtype = plan.dense_dtype if row.name in plan.block_scales else info.dtype
-        tensors = linear_plans(linear, layout) if linear else [TensorPlan(info.name, dtype, info.shape)]
+        tensors = linear_plans(linear, layout) if linear else [TensorPlan(row.name, dtype, info.shape)]
         jobs.append(_Job(row.name, linear, tuple(tensors), row.bytes_before))
     if plan.options.recipe.kv_cache:
         names = [kv_scale_name(module, suffix, layout) for module in plan.calibration.kv_amax for suffix in ("k_scale", "v_scale")]
@@ -266,7 +266,7 @@ class _Run:
 
     def _touched(self, job: _Job) -> list[str]:
         """The tensors that making this one reads: its own, and with one scale for a whole fused set the other members'."""
-        if job.source is None:
+        if job.source is None or job.source in self._plan.added:
             return []
         if job.linear is not None and job.linear.scheme.weight.granularity == TENSOR:
             return [f"{member}.weight" for member in self._plan.fused_with.get(job.linear.name, (job.linear.name,))]
@@ -422,7 +422,12 @@ def _write_config(partial: Path, plan: ExportPlan) -> None:
     recipe, layout = plan.options.recipe, plan.options.layout
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
     stored = quantization_config(layout, schemes, plan.left, recipe.scheme, recipe.kv_cache is not None)
-    write_json(partial / "config.json", dict(plan.checkpoint.config) | {"quantization_config": stored})
+    config = dict(plan.checkpoint.config) | {"quantization_config": stored}
+    if plan.calibration and plan.calibration.untied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+    write_json(partial / "config.json", config)
     if layout == "modelopt":
         write_json(partial / MODELOPT_FILE, modelopt_file(plan.left, recipe.kv_cache is not None))
 

@@ -10,7 +10,7 @@ Whatever is folded is tried on a float32 copy of the block, with scales that are
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,16 +46,19 @@ class BlockProbe:
         self._model = model
         self.block = copy.deepcopy(block).float()
         self._call = replace(call, arguments=_in_float32(call.arguments), keywords=_in_float32(call.keywords))
-        self._hidden = hidden.float()
+        self.hidden = hidden.float()
         self.output = self.run()
 
-    def run(self) -> Tensor:
-        return self._model.run_block(self.block, self._call, self._hidden).float()
+    def run(self, hidden: Tensor | None = None) -> Tensor:
+        return self._model.run_block(self.block, self._call, self.hidden if hidden is None else hidden).float()
 
-    def change(self) -> float:
-        """How far the block's output now is from what it was, over what the block adds to its input: of nine tokens in ten it is less."""
-        output = self.run()
-        moved = (output - self.output).norm(dim=-1) / (self.output - self._hidden).norm(dim=-1).clamp(min=1e-30)
+    def change(self, rotation: Tensor | None = None) -> float:
+        """How far the block's output now is from what it was, over what the block adds to its input: of nine tokens in ten it is less.
+
+        rotation: of the hidden states, where the parameters that the copy has now expect and return them rotated, [hidden size, hidden size].
+        """
+        output = self.run() if rotation is None else self.run(self.hidden @ rotation) @ rotation.T
+        moved = (output - self.output).norm(dim=-1) / (self.output - self.hidden).norm(dim=-1).clamp(min=1e-30)
         return float(moved.flatten().quantile(0.9)) if torch.isfinite(output).all() else torch.inf
 
     @contextmanager
@@ -75,6 +78,22 @@ class BlockProbe:
 def find_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
     """All folds of a block, and for each Linear whose inputs can't be scaled the reason."""
     fed, order = _norm_of_linears(probe)
+    folds, reasons = _norm_folds(probe, fed, order)
+    into_linears, without = _linear_folds(probe, fed, order)
+    return folds + into_linears, reasons | without
+
+
+def find_norm_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
+    """Those into norms alone, and the reasons of Linears behind a norm that takes no scale."""
+    return _norm_folds(probe, *_norm_of_linears(probe))
+
+
+def find_linear_folds(probe: BlockProbe) -> list[Fold]:
+    """Those into Linears alone."""
+    return _linear_folds(probe, *_norm_of_linears(probe))[0]
+
+
+def _norm_folds(probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]) -> tuple[list[Fold], dict[str, str]]:
     folds: list[Fold] = []
     reasons: dict[str, str] = {}
     for norm in dict.fromkeys(fed.values()):
@@ -84,6 +103,12 @@ def find_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
             folds.append(fold)
         else:
             reasons |= dict.fromkeys(consumers, f"more than Linears reads what {norm} returns, or it isn't scaled by its weight")
+    return folds, reasons
+
+
+def _linear_folds(probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]) -> tuple[list[Fold], dict[str, str]]:
+    folds: list[Fold] = []
+    reasons: dict[str, str] = {}
     for number, consumer in enumerate(order):
         if consumer in fed:
             continue
@@ -152,11 +177,12 @@ def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
         return hook
 
     def before(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def hook(module: nn.Linear, arguments: tuple[Any, ...]) -> None:
             order[name] = None
             alive.append(arguments[0])
             norm = returned.get((arguments[0].data_ptr(), arguments[0].numel()))
-            if norm is not None:
+            # A norm of each head by itself has a weight for the head's channels only.
+            if norm is not None and probe.block.get_submodule(norm).weight.numel() == module.in_features:
                 fed[name] = norm
 
         return hook
@@ -165,7 +191,7 @@ def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
     for name, module in probe.block.named_modules():
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(before(name)))
-        elif _is_scaled_by_vector(module):
+        elif is_scaled_by_vector(module):
             hooks.append(module.register_forward_hook(after(name)))
     try:
         probe.run()
@@ -175,7 +201,8 @@ def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
     return fed, list(order)
 
 
-def _is_scaled_by_vector(module: nn.Module) -> bool:
+def is_scaled_by_vector(module: nn.Module) -> bool:
+    """Whether all that a module has is a vector of weights, and maybe a bias: a norm, most likely."""
     parameters = dict(module.named_parameters())
     return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(parameter.dim() == 1 for parameter in parameters.values())
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantkit.observers import InputObserver
     from quantkit.quantize import QuantizedTensor
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -107,6 +107,11 @@ class Calibration:
         names = (self.description.get("chosen") or {"files": []})["files"]
         return {name: info for file in names for name, info in read_header(self.path / file).items()}
 
+    @property
+    def untied(self) -> dict[str, str]:
+        """The output head's tensor and the embedding's, where an algorithm gave them values of their own."""
+        return (self.description.get("chosen") or {}).get("untied") or {}
+
     def quantized_weight(self, linear: str, spec: QuantSpec) -> QuantizedTensor | None:
         """The codes and scales that were chosen for a Linear, if any were."""
         from quantkit.quantize import QuantizedTensor
@@ -122,6 +127,7 @@ class Calibration:
             codes = {"int": "I8", "float": "F8_E4M3"}[spec.format.kind]
             expected |= {f"{name}.weight": (codes, tuple(shape)), f"{name}.weight_scale": ("F32", spec.granularity.scale_shape(*shape))}
         others = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items() if name not in expected}
+        others |= {name: others[source] for name, source in self.untied.items() if source in others}
         for name, info in self.weights.items():
             if (info.dtype, info.shape) != (expected.get(name) or others.get(name)):
                 raise CalibrationError(
@@ -167,6 +173,14 @@ def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
     if not chosen or not recipe:
         return
     names = [algorithm.name for algorithm in Recipe.from_mapping(recipe, "recipe").algorithms]
+    if "rotation" in names:
+        rotated, heads = chosen["rotations"], sum(len(entry["heads"]) for entry in chosen["rotations"])
+        stream = any(entry["norms"] for entry in rotated)
+        what = [*(["the residual stream"] if stream else []), *([f"{counted(heads, 'projection')} of values"] if heads else [])]
+        worst = max((entry["change"] for entry in rotated), default=0.0)
+        yield f"rotation: {' and '.join(what) or 'nothing'} rotated; every block returns what it did, up to {worst:.1e} of what it adds to its input"
+        for name, source in chosen["untied"].items():
+            yield f"rotation: {name} is no longer {source}, so the checkpoint grows by one of them"
     if "smoothquant" in names:
         folds, strengths = chosen["folds"], sorted({fold["strength"] for fold in chosen["folds"]})
         span = f", strengths {strengths[0]:g} to {strengths[-1]:g}" if strengths else ""
@@ -175,6 +189,11 @@ def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
         for reason, count in by_reason.items():
             first = next(entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason)
             yield f"smoothquant left the inputs of {first}{f' and {count - 1} others' if count > 1 else ''} alone: {reason}"
+    if "scale_search" in names:
+        yield f"scale_search: scales of {counted(len(chosen['linears']), 'Linear')}"
+    if "bias_correction" in names:
+        corrected = sum(entry.get("bias_corrected", False) for entry in chosen["linears"])
+        yield f"bias_correction: biases of {counted(corrected, 'Linear')}{'' if corrected else '; none here has one'}"
     if "gptq" in names:
         rounded = [entry for entry in chosen["linears"] if entry["algorithm"] == "rtn"]
         yield f"gptq: codes of {counted(len(chosen['linears']) - len(rounded), 'Linear')}"
@@ -240,11 +259,18 @@ def _require_rest(description: Mapping[str, Any]) -> None:
         for entry in _entries(chosen, "folds"):
             _text(entry, "into"), _text(entry, "measure"), _texts(entry, "linears")
             _magnitude(entry, "error"), _magnitude(entry, "plain_error"), _magnitude(entry, "strength")
+        for entry in _entries(chosen, "rotations"):
+            _text(entry, "block"), _magnitude(entry, "change")
+            for key in ("norms", "writers", "heads"):
+                _value(entry, key, "a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
+        for name, source in _object(chosen, "untied").items():
+            _text({name: source}, name)
         for entry in _entries(chosen, "refused"):
             _text(entry, "linear"), _text(entry, "reason")
         for entry in _entries(chosen, "linears"):
             _text(entry, "name"), _text(entry, "algorithm"), _text({"reason": ""} | entry, "reason")
             _magnitude({"error": 0} | entry, "error"), _magnitude({"plain_error": 0} | entry, "plain_error")
+            _value({"bias_corrected": False} | entry, "bias_corrected", "true or false", lambda value: isinstance(value, bool))
         _value(
             chosen,
             "files",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -83,7 +83,12 @@ class ExportPlan:
     @property
     def changed(self) -> list[str]:
         """Tensors of the checkpoint that algorithms changed, and Linears whose codes they chose, by the names that they have there."""
-        return [name for name in self.calibration.weights if name in self.checkpoint.tensors] if self.calibration else []
+        return [name for name in self.calibration.weights if name in self.checkpoint.tensors or name in self.added] if self.calibration else []
+
+    @property
+    def added(self) -> dict[str, str]:
+        """Tensors that the checkpoint doesn't have, and whose dtype and shape they get: an output head that was tied to the embedding."""
+        return {name: source for name, source in self.calibration.untied.items() if name not in self.checkpoint.tensors} if self.calibration else {}
 
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
@@ -142,7 +147,9 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     dense_dtype = _dense_dtype(checkpoint)
     parameters = _parameter_plans(checkpoint, options.layout, infos, linears, reasons, scales, dense_dtype)
     _refuse_clashes(options, checkpoint, linears, calibration, scales)
-    return ExportPlan(options, checkpoint, calibration, fingerprint, tuple(parameters), linears, tuple(left), tuple(warnings), scales, dense_dtype)
+    plan = ExportPlan(options, checkpoint, calibration, fingerprint, tuple(parameters), linears, tuple(left), tuple(warnings), scales, dense_dtype)
+    untied = [ParameterPlan(name, "left", f"no longer {source}", None, 0, checkpoint.tensors[source].nbytes) for name, source in plan.added.items()]
+    return replace(plan, parameters=(*plan.parameters, *untied))
 
 
 def _refuse_clashes(

@@ -55,6 +55,14 @@ def block_amax(values: Tensor, granularity: Granularity) -> Tensor:
     return magnitudes.amax(dim=(1, 3)).float()
 
 
+def block_sum(values: Tensor, granularity: Granularity) -> Tensor:
+    """Sum of each block. values: [rows, columns]; returns [block rows, block columns] float32."""
+    rows, columns = values.shape
+    if rows == 0 or columns == 0:
+        return values.new_zeros(granularity.scale_shape(rows, columns), dtype=torch.float32)
+    return _in_blocks(values.float(), granularity).sum(dim=(1, 3))
+
+
 def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     """Scales (float32) that map each block's amax to the format's largest code, rounded to what will be stored.
 

@@ -137,6 +137,13 @@ def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
 def _chosen_tables(chosen: Any) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
     """What algorithms did to the weights."""
     tables = []
+    if chosen and chosen["rotations"]:
+        rows = [
+            [entry["block"], str(len(entry["norms"])), str(len(entry["writers"])), str(len(entry["heads"])), f"{entry['change']:.1e}"]
+            for entry in chosen["rotations"]
+        ]
+        columns = ("block", "norms that read the stream", "Linears that write to it", "projections of values", "change of what it adds")
+        tables.append(("rotated", columns, rows, (1, 2, 3, 4)))
     if chosen and chosen["folds"]:
         rows = [
             [fold["into"], str(len(fold["linears"])), f"{fold['strength']:g} ({fold['measure']})", f"{fold['plain_error']:.3g}", f"{fold['error']:.3g}"]

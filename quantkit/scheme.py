@@ -310,8 +310,11 @@ class Setting:
 
 # In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is what `export` does without any.
 ALGORITHMS: dict[str, dict[str, Setting]] = {
+    "rotation": {"residual": Setting(True), "heads": Setting(True), "untie": Setting(False)},
     "smoothquant": {"strength": Setting(None)},
+    "scale_search": {},
     "gptq": {"damping": Setting(0.01, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False)},
+    "bias_correction": {},
     "rtn": {},
 }
 

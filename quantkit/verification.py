@@ -408,7 +408,8 @@ def _check_config_against_base(found: Verification, checkpoint: Checkpoint, base
     shaping = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     for key in sorted((checkpoint.config.keys() | base.config.keys()) - quiet):
         ours, theirs = checkpoint.config.get(key), base.config.get(key)
-        if ours == theirs:
+        # An output head that an algorithm changed is no longer the embedding.
+        if ours == theirs or (key == "tie_word_embeddings" and ours is False and any(name not in base.tensors for name in found.changed)):
             continue
         if key in ("hidden_size", "vocab_size", "model_type"):
             raise CheckpointError(f"{base.path} has {key} {theirs} and {checkpoint.path} {ours}: it is not the model that was quantized; give its own base")
@@ -426,5 +427,5 @@ def _check_names_against_base(found: Verification, checkpoint: Checkpoint, base:
             found.fault(name, "is in the base but not in this checkpoint")
     scales = ("weight_scale", FP8_BLOCK_SUFFIX, "input_scale", "weight_shape", "weight_packed", "k_scale", "v_scale")
     for name in checkpoint.tensors:
-        if name not in base.tensors and name.rpartition(".")[2] not in scales:
+        if name not in base.tensors and name.rpartition(".")[2] not in scales and name not in found.changed:
             found.fault(name, "is not in the base")

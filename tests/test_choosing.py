@@ -13,12 +13,14 @@ from tiny_models import make_model
 
 from quantkit.calibration import Calibration, CalibrationOptions, calibrate
 from quantkit.checkpoint import Checkpoint
+from quantkit.choosing import _Block
 from quantkit.errors import CalibrationError
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.export import export
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks
 from quantkit.scheme import Recipe
+from quantkit.verification import verify
 
 SMOOTH = {"scheme": "int8-dynamic", "algorithms": ["smoothquant"]}
 BEST = {"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]}
@@ -45,8 +47,8 @@ def kld(base: Path, quant: Path, text: Path) -> float:
     return result["quants"][0]["kld"]["mean"]
 
 
-def with_outliers(model: Path) -> Path:
-    """Every norm's largest channels thirtyfold and more, and the Linears behind it as much smaller: the same function, to the last bit."""
+def with_outliers(model: Path, down: bool = True) -> Path:
+    """Some channels of every norm 256-fold, and the Linears behind it as much smaller: the same function, to the last bit. down: the same between up and down."""
     path = model / "model.safetensors"
     tensors = load_file(path)
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
@@ -59,10 +61,11 @@ def with_outliers(model: Path) -> Path:
             for name in readers:
                 part = "self_attn" if norm == "input_layernorm" else "mlp"
                 tensors[f"{prefix}.{part}.{name}.weight"] /= scale
-        down = torch.ones(tensors[f"{prefix}.mlp.up_proj.weight"].shape[0])
-        down[5::64] = 256.0
-        tensors[f"{prefix}.mlp.up_proj.weight"] *= down[:, None]
-        tensors[f"{prefix}.mlp.down_proj.weight"] /= down
+        if down:
+            scale = torch.ones(tensors[f"{prefix}.mlp.up_proj.weight"].shape[0])
+            scale[5::64] = 256.0
+            tensors[f"{prefix}.mlp.up_proj.weight"] *= scale[:, None]
+            tensors[f"{prefix}.mlp.down_proj.weight"] /= scale
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     return model
 
@@ -97,6 +100,49 @@ def test_codes_survive_export_bit_for_bit(scheme, options):
     assert seen == 14
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm]) if norm in calibration.weights else True
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-tensor", "fp8-block", "mxfp8"])
+def test_all_algorithms_work_together(scheme, text, tmp_path, options):
+    model = make_llama(tmp_path / "biased", attention_bias=True)
+    names = [{"rotation": {"untie": True}}, "smoothquant", "scale_search", "gptq", "bias_correction"]
+    output = quantized(replace(options, model=model, recipe=recipe_of({"scheme": scheme, "algorithms": names}), num_samples=4))
+    found = verify(output, model)
+    assert found.ok and found.quantized == 14
+    # The limits of the formats: what eight bits with so coarse scales may cost on this model.
+    assert kld(model, output, text) < {"int8-dynamic": 0.002, "fp8-tensor": 0.02, "fp8-block": 0.02, "mxfp8": 0.03}[scheme]
+
+
+def test_searched_scales_are_those_of_the_codes(options, export_to, llama):
+    recipe = recipe_of({"scheme": "fp8-dynamic", "algorithms": ["scale_search"]})
+    searched, plain = Checkpoint.open(quantized(replace(options, recipe=recipe))), Checkpoint.open(export_to("fp8-dynamic"))
+    base, name = Checkpoint.open(llama), "model.layers.1.mlp.gate_proj"
+    errors = []
+    for checkpoint in (searched, plain):
+        values = checkpoint.read(f"{name}.weight").float() * checkpoint.read(f"{name}.weight_scale").float()
+        errors.append(float((values - base.read(f"{name}.weight").float()).square().sum()))
+    assert errors[0] < 0.99 * errors[1]
+
+
+def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch):
+    """What writes to the residual stream counts an error by what the next norm divides it by; what reads behind a norm counts all tokens alike."""
+    seen = {}
+    weigh = _Block.weigh_tokens
+
+    def with_an_enormous_token(work):
+        enormous = work.states.get(0).clone()
+        enormous[:, 0] *= 1000
+        work.states.put(0, enormous)
+        weigh(work)
+        rows = torch.empty(enormous.shape[0] * enormous.shape[1], 1)
+        for linear in work.schemes:
+            seen[linear] = work._importance(linear, 0, rows)
+
+    monkeypatch.setattr(_Block, "weigh_tokens", with_an_enormous_token)
+    calibrate(replace(options, num_samples=2, seq_len=32))
+    assert {linear for linear, importance in seen.items() if importance is not None} == {"self_attn.o_proj", "mlp.down_proj"}
+    importance = seen["mlp.down_proj"].flatten()
+    assert (importance[::32] < 1e-3 * importance.median()).all() and importance.min() > 0
 
 
 def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
@@ -207,6 +253,17 @@ def test_what_cannot_be_folded_is_left_and_said(tmp_path, text, options):
     assert len(experts) == 2 * 4 * 3 and {entry["algorithm"] for entry in experts} == {"rtn"} and experts[0]["reason"]
 
 
+def test_a_norm_of_each_head_is_not_taken_for_one_of_the_whole_input(tmp_path, text, options):
+    from conftest import make_tokenizer
+
+    make_model(tmp_path / "next", "qwen3_next", vocab_size=384)
+    make_tokenizer(tmp_path / "next")
+    quantized(replace(options, model=tmp_path / "next", seq_len=32, num_samples=2))
+    chosen = Calibration.open(options.output).description["chosen"]
+    assert not any("linear_attn.norm" in fold["into"] for fold in chosen["folds"])
+    assert "model.layers.0.linear_attn.out_proj" in {entry["name"] for entry in chosen["linears"]}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -215,6 +272,11 @@ def test_what_cannot_be_folded_is_left_and_said(tmp_path, text, options):
         {"folds": [{"into": "norm"}]},
         {"refused": [{}]},
         {"linears": [{"name": "a", "algorithm": "gptq", "plain_error": "0"}]},
+        {"linears": [{"name": "a", "algorithm": "rtn", "bias_corrected": "yes"}]},
+        {"rotations": [{"block": "a", "norms": [], "writers": [3], "heads": [], "change": 0.0}]},
+        {"rotations": [{"block": "a", "norms": [], "writers": [], "heads": [], "change": None}]},
+        {"untied": {"lm_head.weight": 3}},
+        {"untied": []},
         {"linears": 3},
     ],
     ids=str,

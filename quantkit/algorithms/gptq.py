@@ -12,7 +12,7 @@ On request it works on a weight that was fitted first, by least squares, to give
 ‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² and a constant. An input that is mostly rounding noise is trusted less then. The fit has in_features² numbers to learn from text: where noise is small, it
 learns that text instead.
 
-Scales stay those of rounding to nearest: what is stored is codes and scales, and both are final here.
+Scales are given, or those of rounding to nearest: what is stored is codes and scales, and both are final here.
 """
 
 from __future__ import annotations
@@ -53,20 +53,19 @@ def corrected_weight(weight: Tensor, hessian: Tensor, deviation: Tensor, damping
 
 
 def gptq(weight: Tensor, spec: QuantSpec, hessian: Tensor, target: Tensor | None = None, damping: float = 0.01, act_order: bool = True,
-         amax: Tensor | None = None) -> Solution:  # fmt: skip
+         scale: Tensor | None = None) -> Solution:  # fmt: skip
     """Codes for a weight [out_features, in_features].
 
     target: W*, where it isn't the weight itself. damping: raise it when codes overfit a small calibration. act_order: the columns with the largest
-    inputs first, while all others can still make up for their errors; no order is stored. amax: of each scale's block, where it isn't the target's own
-    (several Linears share a scale).
+    inputs first, while all others can still make up for their errors; no order is stored. scale: [block rows, block columns], where it isn't the usual one.
     """
     target = weight if target is None else target
-    plain = quantize(weight, spec, choose_scale(block_amax(weight, spec.granularity) if amax is None else amax, spec))
+    plain = quantize(weight, spec, scale)
     plain_error = _error(plain.dequantize(), target, hessian)
     factor = _inverse_factor(hessian, damping, act_order)
     if factor is None:
         return Solution(plain, plain_error, plain_error, "its inputs' Gram matrix can't be inverted, even with more damping")
-    scale = choose_scale(block_amax(target, spec.granularity) if amax is None else amax, spec)
+    scale = choose_scale(block_amax(target, spec.granularity), spec) if scale is None else scale
     order, upper = factor
     codes = _round_in_order(target, spec, scale, order, upper)
     solved = QuantizedTensor(codes, scale, spec)

@@ -45,11 +45,14 @@ def smoothing_scale(inputs: Tensor, weight: Tensor, strength: float) -> Tensor:
     return (log_scale - log_scale.mean()).exp()
 
 
-def output_error(rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], scale: Tensor | None, exact: Sequence[Tensor]) -> float:
+def output_error(
+    rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], scale: Tensor | None, exact: Sequence[Tensor], importance: Tensor | None = None
+) -> float:
     """Squared error of what quantized Linears make of these rows [n, in_features], over the squares of the exact outputs.
 
-    In the exact stored arithmetic: weights with their rounded scales, inputs as the scheme quantizes them.
+    In the exact stored arithmetic: weights with their rounded scales, inputs as the scheme quantizes them. importance: of each row, [n, 1], or None for all alike.
     """
+    importance = torch.ones(1, 1, device=rows.device) if importance is None else importance
     error = size = 0.0
     known: dict[object, Tensor] = {}
     for weight, scheme, expected in zip(weights, schemes, exact):
@@ -57,32 +60,35 @@ def output_error(rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[Quan
             smoothed = rows if scale is None else rows / scale
             known[scheme.input] = smoothed if scheme.input is None else quantize(smoothed, scheme.input).dequantize()
         values = ops.dequantize(ops.quantize(weight if scale is None else weight * scale, scheme.weight))
-        error += float((known[scheme.input] @ values.T - expected).square().sum())
-        size += float(expected.square().sum())
+        error += float(((known[scheme.input] @ values.T - expected).square() * importance).sum())
+        size += float((expected.square() * importance).sum())
     return error / size if size else 0.0
 
 
 def search_smoothing(
-    rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], strength: float | None = None, tied_channels: Tensor | None = None
-) -> Smoothing | None:
+    rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], strength: float | None = None, tied_channels: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> Smoothing | None:  # fmt: skip
     """The best s for Linears that read one input, or None where leaving them alone is best.
 
     rows: inputs [n, in_features] float32; weights: [out_features, in_features] float32 each; strength: α, or None to search it. tied_channels: for each
-    input channel the number of a group that must share a scale (heads of values that several query heads read), [in_features], or None.
+    input channel the number of a group that must share a scale (heads of values that several query heads read), [in_features], or None. importance: of each
+    row, [n, 1], or None.
     """
     exact = [rows @ weight.T for weight in weights]
-    plain = output_error(rows, weights, schemes, None, exact)
+    plain = output_error(rows, weights, schemes, None, exact, importance)
     measures = {"amax": (rows.abs().amax(0), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))}
     if strength is None:
         squares = sum(weight.square().sum(0) for weight in weights)
-        measures["rms"] = (rows.square().mean(0).sqrt(), squares.sqrt())
+        weighted = rows.square() if importance is None else rows.square() * importance
+        measures["rms"] = (weighted.mean(0).sqrt(), squares.sqrt())
     best: Smoothing | None = None
     for measure, (x, w) in measures.items():
         if tied_channels is not None:
             x, w = _largest_of_group(x, tied_channels), _largest_of_group(w, tied_channels)
         for alpha in STRENGTHS if strength is None else (strength,):
             scale = smoothing_scale(x, w, alpha)
-            error = output_error(rows, weights, schemes, scale, exact)
+            error = output_error(rows, weights, schemes, scale, exact, importance)
             if best is None or error < best.error:
                 best = Smoothing(scale, alpha, measure, error, plain)
     return best if strength is not None or best.error < plain else None
