@@ -31,6 +31,7 @@ from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.model import auto_config, require_no_missing
 from quantkit.states import HiddenStates, release_freed_memory
+from quantkit.task import require_decoder
 
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
@@ -76,6 +77,7 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
     """
     from transformers import AutoModelForCausalLM
 
+    require_decoder(checkpoint.config, checkpoint.path)
     config = auto_config(checkpoint.path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -19,7 +19,7 @@ ORDER = (
     ("figures", "gates"),
     ("linear",),
     ("observers", "ranks", "algorithms", "algorithms.smoothquant", "algorithms.gptq"),
-    ("model", "data", "checkpoint"),
+    ("model", "data", "checkpoint", "task"),
     ("output", "streaming", "hub"),
     ("states", "measurements", "cache"),
     ("blockwise", "heads"),

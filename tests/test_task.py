@@ -1,0 +1,52 @@
+"""What isn't a decoder is refused in a sentence, by every command that would begin with it."""
+
+import json
+
+import pytest
+
+from quantkit.errors import CheckpointError
+from quantkit.task import require_decoder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"architectures": ["Gemma3ForConditionalGeneration"]},
+        {"architectures": ["BertLMHeadModel"], "is_decoder": True},
+        {"architectures": ["ChatGLMModel"], "auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
+        {"architectures": None},
+        {},
+    ],
+)
+def test_decoders_are_taken(config):
+    require_decoder(config, "model")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+        {"architectures": ["BertForSequenceClassification"]},
+        {"architectures": ["BertLMHeadModel"]},
+        {"architectures": ["Qwen3Model"]},
+    ],
+)
+def test_others_are_named_and_refused(config):
+    with pytest.raises(CheckpointError, match=f"model is a {config['architectures'][0]}"):
+        require_decoder(config, "model")
+
+
+def test_every_command_refuses_them_before_it_starts(copy, llama, text, tmp_path, run):
+    model = copy(llama)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    commands = (
+        ("calibrate", model, "-o", tmp_path / "calib", "--data", text, "--num-samples", 2, "--seq-len", 16),
+        ("export", model, "-o", tmp_path / "out", "--scheme", "fp8-dynamic"),
+        ("eval", model, "--data", text, "--seq-len", 16, "--max-tokens", 64),
+    )
+    for arguments in commands:
+        result = run(*arguments)
+        assert result.exit_code == 1 and "is a LlamaForSequenceClassification" in result.stderr
