@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.model import auto_config, require_no_missing
+from quantkit.matrices import with_upright_weights
+from quantkit.model import auto_class, auto_config, linears_for_conv1d, require_no_missing
 from quantkit.states import HiddenStates, release_freed_memory
 from quantkit.task import require_decoder
 
@@ -52,7 +53,7 @@ class StoredWeights:
     """The tensors of an unquantized checkpoint, as they are. require_finite: NaN or infinity in one is an error that names it."""
 
     def __init__(self, checkpoint: Checkpoint, require_finite: bool = False) -> None:
-        self._checkpoint, self._require_finite = checkpoint, require_finite
+        self._checkpoint, self._require_finite = with_upright_weights(checkpoint), require_finite
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self._checkpoint.tensors.items()}
@@ -75,8 +76,6 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
 
     settings: of transformers' configuration, such as `experts_implementation`.
     """
-    from transformers import AutoModelForCausalLM
-
     require_decoder(checkpoint.config, checkpoint.path)
     config = auto_config(checkpoint.path, trust_remote_code)
     if hasattr(config, "quantization_config"):
@@ -84,7 +83,8 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
     dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else _stored_dtype(checkpoint)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype, **settings)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, dtype=dtype, **settings)
+            linears_for_conv1d(model)
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor._is_hf_initialized = True
         for name, buffer in list(model.named_non_persistent_buffers()):
@@ -124,7 +124,7 @@ class ParameterSource:
     lists: tuple[tuple[str, ...], ...]
 
 
-class _WeightMap:
+class WeightMap:
     """transformers' own mapping from a checkpoint's names to a model's, looked at before anything is loaded."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -230,7 +230,7 @@ class BlockwiseModel:
         self._weights = weights
         self.blocks_name, self._blocks = decoder_blocks(skeleton)
         shapes = weights.shapes()
-        self._map = _WeightMap(skeleton, list(shapes))
+        self._map = WeightMap(skeleton, list(shapes))
         self._require_whole(shapes)
         self._outer_names = [name for name, target in self._map.target_of.items() if not target.startswith(f"{self.blocks_name}.")]
         self._loader: ThreadPoolExecutor | None = None

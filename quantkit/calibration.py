@@ -22,6 +22,7 @@ from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, loa
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
 from quantkit.layouts import QuantizationLayout
+from quantkit.matrices import as_matrices
 from quantkit.measurements import SCHEMA_VERSION, Calibration, chosen_remarks
 from quantkit.model import classify_tensors, covering_patterns
 from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
@@ -559,10 +560,11 @@ def _summary_of(
 ) -> CalibrationSummary:
     inputs = description["inputs"]
     # Experts that saw no token have their scale estimated.
-    unread = [linear for entry in inputs if not entry["tokens"] and not entry["estimated"] for linear in entry["linears"]]
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()}).values()
+    unread = {linear for entry in inputs if not entry["tokens"] and not entry["estimated"] for linear in entry["linears"]}
+    infos = classify_tensors({name: info.shape for name, info in as_matrices(checkpoint).tensors.items()}).values()
     refused = [info.tensor for info in infos if info.kind == "unreached"]
     linears = [info.name for info in infos if info.kind == "linear"]
+    unread = [name for name in linears if name in unread]
     ignore = {
         "unread": tuple(covering_patterns(unread, set(linears).difference(unread))),
         "refused": tuple(covering_patterns(refused, linears)),

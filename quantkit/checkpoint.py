@@ -42,17 +42,34 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file: where it is and what it is. `start` counts from the file's first byte."""
+    """A tensor in a file: where it is and what it is. `start` counts from the file's first byte.
+
+    strides: of a matrix that isn't stored row after row, the steps from a row and from a column to the next, in elements (`matrices.py` makes such).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     path: Path
     start: int
+    strides: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its rows lie one after the other, without gaps."""
+        return self.strides is None or self.strides == (self.shape[1], 1)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Where in the file rows first to last (exclusive) begin, and over how many bytes they extend."""
+        size = DTYPES[self.dtype][0]
+        if self.is_dense:
+            return self.start + first * row_elements(self) * size, (last - first) * row_elements(self) * size
+        extent = (last - first - 1) * self.strides[0] + (self.shape[1] - 1) * self.strides[1] + 1
+        return self.start + first * self.strides[0] * size, extent * size if last > first and self.shape[1] else 0
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -151,10 +168,11 @@ def read_tensor(info: TensorInfo) -> Tensor:
     """One tensor, read into memory of its own."""
     import torch
 
-    buffer = bytearray(info.nbytes)
+    start, length = (info.start, info.nbytes) if info.is_dense else info.span(0, info.shape[0])
+    buffer = bytearray(length)
     view, position = memoryview(buffer), 0
     with _open_to_read(info.path) as file:
-        file.seek(info.start)
+        file.seek(start)
         while position < len(buffer):
             read = file.readinto(view[position:])
             if not read:
@@ -162,7 +180,8 @@ def read_tensor(info: TensorInfo) -> Tensor:
             position += read
     if not buffer:
         return torch.empty(info.shape, dtype=torch_dtype(info))
-    return torch.frombuffer(buffer, dtype=torch_dtype(info)).reshape(info.shape)
+    values = torch.frombuffer(buffer, dtype=torch_dtype(info))
+    return values.reshape(info.shape) if info.is_dense else values.as_strided(info.shape, info.strides).contiguous()
 
 
 def torch_dtype(info: TensorInfo) -> Any:
@@ -202,26 +221,23 @@ class MappedShard:
         return os.fstat(self._file.fileno()).st_size
 
     def rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a copy. Valid until released."""
+        """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a copy if they are dense. Valid until released."""
         import torch
 
-        start, length = self._span(info, first, last)
+        start, length = info.span(first, last)
         dtype = torch_dtype(info)
         if not length:
             return torch.empty(last - first, row_elements(info), dtype=dtype)
         self._require_readable(info, start, length)
-        return torch.frombuffer(self._map, dtype=dtype, count=length // DTYPES[info.dtype][0], offset=start).reshape(last - first, -1)
+        values = torch.frombuffer(self._map, dtype=dtype, count=length // DTYPES[info.dtype][0], offset=start)
+        return values.reshape(last - first, -1) if info.is_dense else values.as_strided((last - first, info.shape[1]), info.strides).contiguous()
 
     def release(self, info: TensorInfo, first: int, last: int) -> None:
-        start, length = self._span(info, first, last)
+        start, length = info.span(first, last)
         # Whole pages only: the outer two may hold a neighbour's values, which another thread reads.
         begin, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-    def _span(self, info: TensorInfo, first: int, last: int) -> tuple[int, int]:
-        row_bytes = row_elements(info) * DTYPES[info.dtype][0]
-        return info.start + first * row_bytes, (last - first) * row_bytes
 
     def _require_readable(self, info: TensorInfo, start: int, length: int) -> None:
         # Behind a file's end its last page reads as zeros, and the pages after that end the process.

@@ -85,11 +85,12 @@ def _recipe(scheme: str | None, recipe: Path | None, ignore: tuple[str, ...], kv
 
 
 def _export_options(
-    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: int, resume: bool, overwrite: bool
-) -> Any:
+    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: int, resume: bool, overwrite: bool,
+    allow_unreached: bool,
+) -> Any:  # fmt: skip
     from quantkit.plan import ExportOptions
 
-    return ExportOptions(model, output, recipe, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    return ExportOptions(model, output, recipe, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
 
 
 @command("calibrate")
@@ -192,7 +193,7 @@ def _ignoring(summary: Any, which: str) -> str:
 @resume_options
 def export_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, allow_unreached: bool, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Write MODEL's quantized checkpoint, a few rows at a time.
 
@@ -202,7 +203,7 @@ def export_command(
 
     chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
     path, checkpoint = _open_for_export(model, output, calibration, stream_download)
-    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
     plan = plan_export(options, checkpoint=checkpoint)
     if dry_run:
         _print_plan(out, plan)
@@ -274,7 +275,7 @@ def _print_plan(out: Output, plan: Any) -> None:
 @resume_options
 def quantize_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, data: tuple[str, ...], calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, resume: bool, overwrite: bool,
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, allow_unreached: bool, dry_run: bool, resume: bool, overwrite: bool,
     **calibrating: Any,
 ) -> None:  # fmt: skip
     """Calibrate where the recipe needs it, export, verify: MODEL to a checked checkpoint.
@@ -287,7 +288,7 @@ def quantize_command(
     from quantkit.plan import plan_export
 
     chosen = _recipe(scheme, recipe, ignore, kv_cache, observer)
-    options = _export_options(resolve_model(model), output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    options = _export_options(resolve_model(model), output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
     plan = plan_export(options, calibration_follows=chosen.needs_calibration and calibration is None)
     if dry_run:
         _print_plan(out, plan)

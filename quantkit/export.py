@@ -296,7 +296,7 @@ class _Run:
             raise _not_finite(job.source)
         places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
         for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
-            yield places[suffix].name, part, 0
+            yield places[suffix].name, _as_stored(part, suffix, linear), 0
         yield from self._constants(linear, places, quantized.scale)
 
     def _constants(self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor) -> Iterator[tuple[str, Tensor, int]]:
@@ -344,9 +344,14 @@ class _Run:
                 raise _not_finite(job.source)
             for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
                 tensor = places[suffix]
-                row = first if tensor.shape[0] == linear.shape[0] else first // block_rows
-                yield tensor.name, part, row * (tensor.nbytes // tensor.shape[0])
+                row = first if linear.is_transposed or tensor.shape[0] == linear.shape[0] else first // block_rows
+                yield tensor.name, _as_stored(part, suffix, linear), row * (tensor.nbytes // tensor.shape[0])
         yield from self._constants(linear, places, quantized.scale)
+
+
+def _as_stored(part: Tensor, suffix: str, linear: QuantizedLinearInfo) -> Tensor:
+    """Codes as the weight lay on disk; a transposed weight comes as a whole."""
+    return part.T.contiguous() if linear.is_transposed and suffix == "weight" else part
 
 
 def _is_finite(rows: Tensor) -> bool:

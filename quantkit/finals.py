@@ -17,6 +17,7 @@ from quantkit.blockwise import each_batch
 from quantkit.cache import KeptStates, StateCache
 from quantkit.data import Window
 from quantkit.errors import EvaluationError
+from quantkit.model import body_name
 from quantkit.served import ServedModel
 from quantkit.states import HiddenStates
 
@@ -132,8 +133,7 @@ def _require_finite(hidden: Tensor, served: ServedModel, number: int, where: str
 
 
 def _require_head(model: nn.Module) -> None:
-    body = getattr(model, model.base_model_prefix, None)
-    if body is None or body is model or model.get_output_embeddings() is None:
+    if body_name(model) is None or model.get_output_embeddings() is None:
         raise EvaluationError(f"{type(model).__name__} is no causal language model with an output head, which is what eval judges")
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
+from quantkit.model import body_name
 from quantkit.native import cpu_kernels
 
 POSITIONS_PER_CHUNK = 256
@@ -34,12 +35,12 @@ class OutputHead:
     """
 
     def __init__(self, model: nn.Module, use_kernel: bool) -> None:
-        head = model.get_output_embeddings()  # asked first: without a body transformers finds none
+        head, name = model.get_output_embeddings(), body_name(model)  # asked first: without a body transformers finds none
         self._linear = _PartialLinear(head, use_kernel) if isinstance(head, nn.Linear) else None
-        self._stand_in, self._part = _stand_in(), threading.local()
+        self._stand_in, self._part = _stand_in(getattr(model, name)), threading.local()
         if self._linear is not None:
             model.set_output_embeddings(_Given(self._part))
-        setattr(model, model.base_model_prefix, self._stand_in)
+        setattr(model, name, self._stand_in)
         model.config.output_router_logits = False
         self._model = model
         self.parts: list[slice | None] = [None]
@@ -88,8 +89,8 @@ class _Given(nn.Module):
         return self._here.logits
 
 
-def _stand_in() -> Any:
-    """A module that returns the hidden states it was given, in place of the decoder."""
+def _stand_in(body: nn.Module) -> Any:
+    """A module that returns the hidden states it was given, in place of the decoder; models ask it for the decoder's own numbers."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     class Output(BaseModelOutputWithPast):
@@ -101,6 +102,11 @@ def _stand_in() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.here = threading.local()
+            self.__dict__["_numbers"] = {name: value for name, value in vars(body).items() if isinstance(value, (int, float))}
+
+        def __getattr__(self, name: str) -> Any:
+            numbers = self.__dict__["_numbers"]
+            return numbers[name] if name in numbers else super().__getattr__(name)
 
         @property
         def decoder(self) -> Any:

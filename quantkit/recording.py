@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from quantkit.blockwise import BlockwiseModel, ParameterSource
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.linear import QuantizedLinear
+from quantkit.matrices import DOWN, GATE_UP, experts_module
 from quantkit.observers import HELD_OUT, GramObserver, HeadObserver, InputObserver
 from quantkit.ranks import Ranks
 
@@ -199,7 +200,7 @@ class BlockRecorder:
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
                 self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
-            elif is_experts(module):
+            elif is_experts(module) and runs_as_told(module):
                 self.experts[module] = experts = _Experts.of(module, name, model)
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
             else:
@@ -327,6 +328,11 @@ def is_experts(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in first_and_down(module))
 
 
+def runs_as_told(module: nn.Module) -> bool:
+    """Whether transformers lets the forward of such experts be chosen; a few (Llama 4's) run all experts on all tokens in a way of their own."""
+    return hasattr(module, "is_concatenated")
+
+
 def first_and_down(module: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
@@ -364,11 +370,12 @@ class _Experts:
 
 
 def _expert_linears(source: ParameterSource | None, name: str, count: int) -> list[list[str]]:
-    """For each expert the Linears on disk that make its part of a stacked parameter; numbered where they are stacked on disk too."""
-    if source is not None and all(len(tensors) == count for tensors in source.lists):
+    """For each expert the Linears on disk that make its part of a stacked parameter; named as `export` names them where they are stacked on disk too."""
+    if source is not None and all(len(tensors) == count for tensors in source.lists) and count * len(source.lists) > 1:
         return [[tensors[expert].removesuffix(".weight") for tensors in source.lists] for expert in range(count)]
-    stored = source.lists[0][0] if source is not None else name
-    return [[f"{stored}.{expert}"] for expert in range(count)]
+    module = experts_module(source.lists[0][0] if source is not None else name)
+    leaves = {"gate_up_proj": GATE_UP, "down_proj": DOWN}.get(name.rpartition(".")[2], (name.rpartition(".")[2],))
+    return [[f"{module}.{expert}.{leaf}" for leaf in leaves] for expert in range(count)]
 
 
 def _expert_gains(module: nn.Module, weight: Tensor) -> Tensor:

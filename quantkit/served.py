@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
+from quantkit.blockwise import BlockwiseModel, StoredWeights, WeightMap, build_skeleton
 from quantkit.checkpoint import Checkpoint, torch_dtype
 from quantkit.errors import CheckpointError, EvaluationError
-from quantkit.experts import EXPERTS_IMPLEMENTATION, quantize_expert_inputs, register_serving_experts
+from quantkit.experts import EXPERTS_IMPLEMENTATION, Restacked, quantize_expert_inputs, register_serving_experts
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
 from quantkit.linear import OPS, QuantizedLinear, kernel_for
+from quantkit.matrices import with_upright_weights
 from quantkit.quantize import QuantizedTensor
 from quantkit.recording import PassingCache
 from quantkit.runtimes import as_computed
@@ -88,7 +89,8 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     strangers = [name for name in weights.linears if f"{name}.weight" in blocks.unexpected]
     if strangers:
         raise CheckpointError(f"{path} quantizes {strangers[0]}, which transformers' {type(skeleton).__name__} doesn't have; it can't be judged")
-    reached = weights.modules | quantize_expert_inputs(blocks, {name: computed[scheme] for name, scheme in weights.linears.items()}, weights.input_scale)
+    schemes = {name: computed[scheme] for name, scheme in weights.linears.items()}
+    reached = set(weights.modules) | quantize_expert_inputs(blocks, schemes, weights.input_scale, weights.restacked.names)
     inputs_quantized = sum(computed[weights.linears[name]].input is not None for name in weights.linears if name in reached)
     total = len(weights.linears)
     activations: bool | str = inputs_quantized == total if inputs_quantized in (0, total) else "partial"
@@ -102,14 +104,15 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
 class QuantizedWeights:
     """The tensors of a quantized checkpoint, and the QuantizedLinears that take the place of Linears.
 
-    linears: each quantized module of the checkpoint and its scheme. modules: those of them that are Linears of the module tree under their own
-    name; others are merged by transformers into stacked experts, and go there dequantized.
+    linears: each quantized module of the checkpoint and its scheme. modules: those of them that are Linears of the module tree, and their paths there;
+    others are merged into stacked experts, by transformers or (restacked) here, and go there dequantized.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Module, computed: Mapping[QuantScheme, QuantScheme], device: str,
         use_kernels: bool = True,
     ) -> None:  # fmt: skip
+        checkpoint = with_upright_weights(checkpoint)
         self._checkpoint, self._computed, self._device, self._use_kernels = checkpoint, computed, device, use_kernels
         self._dtype = skeleton.config.dtype
         self._stored = stored_linears(checkpoint.tensors)
@@ -122,7 +125,10 @@ class QuantizedWeights:
                 )
             self.linears[module] = scheme
             self._require_readable(module)
-        self.modules = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)} & set(self.linears)
+        trees = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+        paths = {weight.removesuffix(".weight"): path for weight, path in WeightMap(skeleton, [f"{name}.weight" for name in self.linears]).target_of.items()}
+        self.modules = {name: path.removesuffix(".weight") for name, path in paths.items() if path.removesuffix(".weight") in trees}
+        self.restacked = Restacked.of(skeleton, [name for name in self.linears if name not in self.modules])
         self.kv_tensors: dict[str, Tensor] = {}
         self._others = []
         for name, info in checkpoint.tensors.items():
@@ -167,7 +173,11 @@ class QuantizedWeights:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes = {name: self._checkpoint.tensors[name].shape for name in self._others}
+        merged = self.restacked.parts()
+        shapes |= self.restacked.shapes
         for module, suffixes in self._stored.items():
+            if module in merged:
+                continue
             shapes[f"{module}.weight"] = self._weight_shape(module, suffixes)
             if "bias" in suffixes:
                 shapes[f"{module}.bias"] = self._checkpoint.tensors[f"{module}.bias"].shape
@@ -184,6 +194,8 @@ class QuantizedWeights:
 
     def read(self, name: str) -> Tensor:
         """A tensor as transformers shall have it. A weight whose codes come in its place later is a shape alone."""
+        if name in self.restacked.shapes:
+            return self.restacked.read(name, lambda linear: self._decoded(linear)[0].dequantize().to(self._dtype))
         module, _, suffix = name.rpartition(".")
         if module not in self.linears or suffix != "weight":
             return self._checkpoint.read(name)
@@ -193,14 +205,14 @@ class QuantizedWeights:
 
     def finish(self, model: nn.Module, prefix: str) -> None:
         """Put QuantizedLinears in place of the Linears under `prefix` that have their weights; of all outside of the blocks with ""."""
-        for name in [name for name in self.modules if name.startswith(f"{prefix}.") or not prefix]:
-            linear = model.get_submodule(name)
+        for name, path in [item for item in self.modules.items() if item[1].startswith(f"{prefix}.") or not prefix]:
+            linear = model.get_submodule(path)
             if not isinstance(linear, nn.Linear) or linear.weight.is_meta:
                 continue
             weight, input_scale = self._decoded(name)
             weight = replace(weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device))
             input_scale = None if input_scale is None else input_scale.to(self._device)
-            parent, _, leaf = name.rpartition(".")
+            parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, self._linear(name, weight, input_scale, linear.bias))
 
     def _linear(self, name: str, weight: QuantizedTensor, input_scale: Tensor | None, bias: Tensor | None) -> QuantizedLinear:

@@ -49,7 +49,8 @@ class WeightStream:
         if not info.nbytes:
             return
         rows, row_bytes = row_count(info), max(1, info.nbytes // max(1, row_count(info)))
-        step = max(1, STEP_BYTES // row_bytes // multiple) * multiple
+        # Rows of a transposed matrix lie across all of it, which is looked at once.
+        step = max(1, STEP_BYTES // row_bytes // multiple) * multiple if info.is_dense else rows
         for first in range(0, rows, step):
             yield first, min(first + step, rows)
 

@@ -20,6 +20,7 @@ from quantkit import ops
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
+from quantkit.matrices import as_matrices
 from quantkit.model import classify_tensors, fused_sets
 from quantkit.output import MANIFEST_FILE, blake3_file, changed_tensors, cores
 from quantkit.packing import unpack_int8
@@ -93,7 +94,8 @@ def verify(
         if not (path / "config.json").is_file():
             raise  # no checkpoint to find faults in
         return Verification(path, faults=[("", f"can't be opened: {error}")])
-    base_checkpoint = Checkpoint.open(base) if base else None
+    checkpoint = as_matrices(checkpoint)
+    base_checkpoint = as_matrices(Checkpoint.open(base)) if base else None
     base_layout = QuantizationLayout.read(base_checkpoint.config) if base_checkpoint else None
     if base_layout is not None and base_layout.method != "fp8":
         raise CheckpointError(f"the base {base} is quantized itself; give the original model")
