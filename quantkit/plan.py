@@ -197,7 +197,7 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
 def _stack_names(stored: Checkpoint) -> dict[str, str]:
     """A part of a stack of experts → the stack, under whose name it can be ignored too."""
     stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
-    return {f"{stack.linear(expert, leaf)}": name for name, stack in stacks.items() for expert in range(stack.shape[0]) for leaf in stack.leaves}
+    return {stack.linear(expert, leaf): name.removesuffix(".weight") for name, stack in stacks.items() for expert in range(stack.shape[0]) for leaf in stack.leaves}
 
 
 def _assign(
