@@ -132,7 +132,11 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     _refuse_unreached(options, infos)
     schemes, reasons = _assign(recipe, infos, checkpoint, _stack_names(stored))
     checkpoint, whole = as_stored_where_left(stored, checkpoint, {f"{module}.weight" for module in schemes})
-    infos = {name: infos.get(name) or replace(infos[whole[name]], name=name, tensor=name) for name in checkpoint.tensors if name not in consumed}
+    infos = {
+        name: infos.get(name) or replace(infos[whole[name]], name=name.removesuffix(".weight"), tensor=name, shape=info.shape)
+        for name, info in checkpoint.tensors.items()
+        if name not in consumed
+    }
     reasons |= {name: reasons[part] for name, part in whole.items() if part in reasons}
     turned = {name for name, info in checkpoint.tensors.items() if name in stored.tensors and not info.is_dense}
     linears = {
@@ -197,7 +201,9 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
 def _stack_names(stored: Checkpoint) -> dict[str, str]:
     """A part of a stack of experts → the stack, under whose name it can be ignored too."""
     stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
-    return {stack.linear(expert, leaf): name.removesuffix(".weight") for name, stack in stacks.items() for expert in range(stack.shape[0]) for leaf in stack.leaves}
+    return {
+        stack.linear(expert, leaf): name.removesuffix(".weight") for name, stack in stacks.items() for expert in range(stack.shape[0]) for leaf in stack.leaves
+    }
 
 
 def _assign(
