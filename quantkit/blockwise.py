@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import with_upright_weights
-from quantkit.model import auto_class, auto_config, linears_for_conv1d, require_no_missing
+from quantkit.model import auto_class, auto_config, is_of_other_tower, linears_for_conv1d, require_no_missing
 from quantkit.states import HiddenStates, release_freed_memory
 from quantkit.task import require_decoder
 
@@ -257,6 +257,12 @@ class BlockwiseModel:
         """Tensors of the checkpoint that the model has no place for."""
         return self._map.unexpected
 
+    def is_beyond(self, name: str) -> bool:
+        """Whether such a tensor belongs to what runtimes have and transformers leaves out: layers that predict further tokens."""
+        block = re.match(rf"{re.escape(self.blocks_name)}\.(\d+)\.", name)
+        left_out = self.model._keys_to_ignore_on_load_unexpected or ()
+        return block is not None and int(block[1]) >= len(self._blocks) or any(re.search(pattern, name) for pattern in left_out)
+
     def sources(self, parameter: str) -> ParameterSource | None:
         """The tensors on disk that make a parameter of the module tree."""
         return self._map.sources.get(parameter)
@@ -289,10 +295,11 @@ class BlockwiseModel:
     # -- Weights.
 
     def load_outer(self, with_head: bool) -> None:
-        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is asked for."""
+        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is asked for; nothing that sees or hears."""
         head = self.model.get_output_embeddings()
         head_names = {name for name, module in self.model.named_modules() if module is head}
-        names = [name for name in self._outer_names if with_head or self._map.target_of[name].rpartition(".")[0] not in head_names]
+        names = [name for name in self._outer_names if not is_of_other_tower(self._map.target_of[name])]
+        names = [name for name in names if with_head or self._map.target_of[name].rpartition(".")[0] not in head_names]
         names = [name for name in names if self._is_parameter(self._map.target_of[name])]
         self._load(names)
         tied = self.model.all_tied_weights_keys

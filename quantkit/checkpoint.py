@@ -309,6 +309,9 @@ class Checkpoint:
             raise CheckpointError(f"{path} is a file; give the model's directory, with config.json and *.safetensors")
         if (path / "calibration.json").is_file():
             raise CheckpointError(f"{path} is a calibration, not a model; `quantkit inspect {shlex.quote(str(path))}` shows it")
+        weights = [shard for shard in path.glob("*.safetensors") if not shard.name.startswith("adapter_")]
+        if (path / "adapter_config.json").is_file() and not weights:
+            raise CheckpointError(f"{path} is an adapter, not a model; merge it first, with peft: model.merge_and_unload().save_pretrained(OUT)")
         config = read_config(path)
         headers = {shard: read_header(require_inside(shard, path)) for shard in _shard_paths(path)}
         index = read_json(path / INDEX_FILE, "") if (path / INDEX_FILE).is_file() else None
@@ -443,8 +446,6 @@ def _shard_paths(path: Path) -> list[Path]:
                 raise CheckpointError(f"{index} names the shard {name[:200]!r}, which is not there; fetch the model again")
         return [path / name for name in names]
     shards = [p for p in sorted(path.glob("*.safetensors")) if not p.name.startswith("adapter_") and p.is_file()]
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is an adapter, not a model; merge it first, with peft: model.merge_and_unload().save_pretrained(OUT)")
     if len(shards) > 1 and (path / SINGLE_FILE) in shards:
         # Some publishers keep a second copy beside it (consolidated.safetensors); transformers reads this one too.
         shards = [path / SINGLE_FILE]

@@ -171,6 +171,7 @@ class _Judgement:
         self.counts = np.array([window.scored for window in windows.windows])
         self.units = windows.words if options.protocol == "lmeval" else windows.tokens_scored
         self.tokens_per_unit = windows.tokens_scored / self.units
+        self.remarks: list[str] = []
         self.utf8_bytes = _scored_bytes(windows, self.tokenizer, options.protocol)
 
     def result(self, gates: Sequence[Gate]) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class _Judgement:
         described["base"] = self._base_result(base_tokens, finals, base_seconds)
         return described | {
             "quants": quants, "noise_floor": noise, "window_tokens": self.counts.tolist(), "gates": judged, "peak_memory_bytes": self._most(peak_memory_bytes()),
-            "remarks": list(finals.remarks),
+            "remarks": [*finals.remarks, *self.remarks],
         }  # fmt: skip
 
     def _load(self, path: Path) -> ServedModel:
@@ -257,6 +258,8 @@ class _Judgement:
             seconds = self._most(own.seconds) + scored.seconds / 2
             quant, intervals = self._quant_result(served, scored.tokens, probe.finish() if probe else [], seconds)
             quants.append(quant)
+            if served.beyond:
+                self.remarks.append(f"{path}: {served.beyond[0]} and its like ({len(served.beyond)} Linears) are not judged: transformers leaves them out")
             judged += judged_gates(gates, intervals, str(path), self.windows.tokens_scored)
             del served, own
         if base_tokens is None:
@@ -409,6 +412,7 @@ class _Judgement:
             "linears_quantized": served.quantized_linears,
             "linears_left": _linears_left(checkpoint),
             "weights_only_linears": list(served.weights_only),
+            "unjudged_linears": list(served.beyond),
             "layers": layers,
             "window_nll": window_nll.tolist(),
             "window_kld": figures.per_window(tokens.kld, counts).tolist(),

@@ -58,7 +58,7 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "lm_head", "lm_head is left by rule"
     if parts[-2:] == ["shared_head", "head"]:
         return "lm_head", "the head of a layer that predicts further tokens is left like lm_head"
-    if any(_OTHER_TOWER.search(part) for part in parts):
+    if is_of_other_tower(module):
         return "other tower", "not part of the language model"
     block = _BLOCK.match(tensor)
     if block is None or "." not in tensor[block.end() :]:
@@ -84,6 +84,11 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
     if 0 in shape:
         return "unreached", f"has the empty shape {list(shape)}"
     return "linear", ""
+
+
+def is_of_other_tower(module: str) -> bool:
+    """Whether a module, by its name, sees or hears, and is no part of the language model."""
+    return any(_OTHER_TOWER.search(part) for part in module.split("."))
 
 
 def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -7,7 +7,7 @@ whoever wrote it. `hardware` computes what that hardware computes (`runtimes.as_
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class ServedModel:
     activations_quantized: True, False, or "partial".
     weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: stacked experts that don't all quantize alike.
     kernels: how many quantized Linears run through each kernel, and under "reference" those that don't.
+    beyond: quantized Linears that transformers leaves out of the model, so that they aren't judged.
     """
 
     blocks: BlockwiseModel
@@ -67,6 +68,7 @@ class ServedModel:
     weights_only: tuple[str, ...]
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None
     kernels: dict[str, int]
+    beyond: tuple[str, ...] = ()
 
     def new_cache(self) -> DynamicCache | None:
         return QuantizedCache(self.kv_scales) if self.kv_scales else None
@@ -86,19 +88,22 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     if exec == "kernel":
         weights.require_kernels()
     blocks = BlockwiseModel(skeleton, weights, str(path), device)
-    strangers = [name for name in weights.linears if f"{name}.weight" in blocks.unexpected]
+    unexpected = set(blocks.unexpected)
+    beyond = {name for name in weights.linears if f"{name}.weight" in unexpected and blocks.is_beyond(f"{name}.weight")}
+    strangers = [name for name in weights.linears if f"{name}.weight" in unexpected and name not in beyond]
     if strangers:
         raise CheckpointError(f"{path} quantizes {strangers[0]}, which transformers' {type(skeleton).__name__} doesn't have; it can't be judged")
     schemes = {name: computed[scheme] for name, scheme in weights.linears.items()}
     reached = set(weights.modules) | quantize_expert_inputs(blocks, schemes, weights.input_scale, weights.restacked.names)
     inputs_quantized = sum(computed[weights.linears[name]].input is not None for name in weights.linears if name in reached)
-    total = len(weights.linears)
+    total = len(weights.linears) - len(beyond)
     activations: bool | str = inputs_quantized == total if inputs_quantized in (0, total) else "partial"
     names = list(dict.fromkeys(scheme.name for scheme in layout.schemes))
-    weights_only = [name for name in weights.linears if name not in reached]
+    weights_only = [name for name in weights.linears if name not in reached | beyond]
     dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
     kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, device)
-    return ServedModel(blocks, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, kv_scales, weights.count_kernels())
+    scheme = names[0] if len(names) == 1 else "mixed"
+    return ServedModel(blocks, checkpoint, scheme, total, activations, dropped, kv_scales, weights.count_kernels(beyond), tuple(sorted(beyond)))
 
 
 class QuantizedWeights:
@@ -159,8 +164,8 @@ class QuantizedWeights:
             if kernel is None:
                 raise EvaluationError(f"--exec kernel: {module} of {self._checkpoint.path} has none: {why_not}; use --exec auto or reference")
 
-    def count_kernels(self) -> dict[str, int]:
-        kernels = [self._kernel_for(module)[0] if self._use_kernels else None for module in self.linears]
+    def count_kernels(self, beyond: Container[str] = ()) -> dict[str, int]:
+        kernels = [self._kernel_for(module)[0] if self._use_kernels else None for module in self.linears if module not in beyond]
         return {name or "reference": kernels.count(name) for name in dict.fromkeys(kernels)}
 
     def _require_readable(self, module: str) -> None:

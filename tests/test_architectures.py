@@ -18,13 +18,14 @@ from transformers import AutoConfig
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.export import export
-from quantkit.model import auto_class
+from quantkit.model import auto_class, fused_sets
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.runtimes import runtime_problems
 from quantkit.scheme import QuantScheme, Recipe
 from quantkit.served import load_served
 from quantkit.verification import verify
 
+PACKED_MODULES = Path(__file__).parent / "packed_modules.json"
 TOKENS = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(2))
 # What all are exported in, and what a few are beside it: where a scheme's shape or its scales could go wrong in another way.
 SCHEMES = ("fp8-dynamic", "int8-dynamic")
@@ -164,6 +165,21 @@ def test_transformers_loads_what_is_said_to_load(tiny):
     distances = (first - second).norm(dim=-1) / second.norm(dim=-1)
     # A value that lies on the edge of two codes may tip, and what attends to it differs from there on.
     assert distances.median() < 1e-3 and distances.max() < 0.1
+
+
+def test_fused_sets_are_those_that_vllm_merges(tiny):
+    """What vLLM merges in this architecture shares a scale here, and nothing else does but the two inputs of an expert."""
+    declared = json.loads(PACKED_MODULES.read_text())["architectures"][tiny.kind]
+    names = tiny.plan("fp8-dynamic").linears
+    merged = {
+        tuple(f"{parent}.{member}" for member in members)
+        for members in declared.values()
+        for parent in {name.rpartition(".")[0] for name in names}
+        if all(f"{parent}.{member}" in names for member in members)
+    }
+    ours = set(fused_sets(names))
+    assert merged <= ours
+    assert {tuple(name.rpartition(".")[2] for name in members) for members in ours - merged} <= {("gate_proj", "up_proj"), ("w1", "w3")}
 
 
 def test_experts_that_stay_are_ignored_by_the_configuration(tiny):
