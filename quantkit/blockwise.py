@@ -32,7 +32,7 @@ from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import with_upright_weights
 from quantkit.model import auto_class, auto_config, is_of_other_tower, linears_for_conv1d, require_no_missing
 from quantkit.states import HiddenStates, release_freed_memory
-from quantkit.task import require_decoder
+from quantkit.task import CAUSAL, task_of
 
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
@@ -76,7 +76,7 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
 
     settings: of transformers' configuration, such as `experts_implementation`.
     """
-    require_decoder(checkpoint.config, checkpoint.path)
+    task_of(checkpoint.config, checkpoint.path)
     config = auto_config(checkpoint.path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -228,6 +228,7 @@ class BlockwiseModel:
     def __init__(self, skeleton: nn.Module, weights: Weights, where: str, device: str = "cpu") -> None:
         self.model, self.device, self.where = skeleton, torch.device(device), where
         self._weights = weights
+        self.task = task_of(skeleton.config.to_dict(), where)
         self.blocks_name, self._blocks = decoder_blocks(skeleton)
         shapes = weights.shapes()
         self._map = WeightMap(skeleton, list(shapes))
@@ -393,8 +394,11 @@ class BlockwiseModel:
     def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
         body = self.model.get_submodule(self.blocks_name.rpartition(".")[0])
         accepted = inspect.signature(body.forward).parameters
+        if "input_ids" not in accepted:  # an encoder, whose embeddings are beside it
+            body = self.model.get_submodule(self.blocks_name.rpartition(".")[0].rpartition(".")[0])
+            accepted = inspect.signature(body.forward).parameters
         keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        if cache is not None and "past_key_values" in accepted:
+        if cache is not None and "past_key_values" in accepted and self.task == CAUSAL:
             keywords = {"past_key_values": cache, "use_cache": True}
         with one_thread(), torch.inference_mode():
             try:

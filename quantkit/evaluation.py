@@ -34,10 +34,12 @@ from quantkit.ranks import Ranks, joined_ranks
 from quantkit.runtimes import HARDWARE, as_computed
 from quantkit.states import peak_memory_bytes
 from quantkit.statistics import Interval, paired_interval, perplexity_change_pct
+from quantkit.task import MASKED, task_of
 
 if TYPE_CHECKING:
     from quantkit.finals import FinalStates
     from quantkit.heads import OutputHead, TokenFigures
+    from quantkit.masked import Masking
     from quantkit.served import ServedModel
 
 SCHEMA_VERSION = 1
@@ -93,10 +95,24 @@ def _prepare(options: EvaluationOptions, processes: int) -> tuple[Windows, int, 
     candidates = [_check_candidate(path, base, options.hardware) for path in options.quants]
     config = auto_config(options.base, options.trust_remote_code)
     tokenizer = load_tokenizer(options.base, options.trust_remote_code)
-    seq_len = window_length(options.seq_len, getattr(config.get_text_config(), "max_position_embeddings", None))
+    masked = task_of(base.config, options.base) == MASKED
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if masked:
+        from quantkit.masked import DEFAULT_LENGTH, RESERVED_POSITIONS, Masking
+
+        seq_len = window_length(options.seq_len, positions and positions - RESERVED_POSITIONS, DEFAULT_LENGTH)
+        if options.protocol != "gptq":
+            raise EvaluationError(
+                f"--protocol {options.protocol} is for models that predict the next token; {options.base} predicts hidden ones, so leave it out"
+            )
+    else:
+        seq_len = window_length(options.seq_len, positions)
     if seq_len < 2:
         raise EvaluationError("--seq-len must be at least 2: a window's first token is not predicted")
     windows = evaluation_windows(options.data, tokenizer, options.protocol, seq_len, options.max_tokens)
+    if masked:
+        Masking.of(tokenizer)
+        windows = Masking.windows(windows)
     if len(windows.windows) < processes:
         raise EvaluationError(f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer, or give more text")
     sample = tokenizer.decode([token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens])
@@ -168,11 +184,19 @@ class _Judgement:
         self.mine = {number: window for number, window in enumerate(windows.windows) if number % ranks.count == ranks.rank}
         self.base_checkpoint = Checkpoint.open(options.base)
         self.tokenizer = load_tokenizer(options.base, options.trust_remote_code)
+        self.masking = self._masking()
         self.counts = np.array([window.scored for window in windows.windows])
         self.units = windows.words if options.protocol == "lmeval" else windows.tokens_scored
         self.tokens_per_unit = windows.tokens_scored / self.units
         self.remarks: list[str] = []
         self.utf8_bytes = _scored_bytes(windows, self.tokenizer, options.protocol)
+
+    def _masking(self) -> Masking | None:
+        if task_of(self.base_checkpoint.config, self.options.base) != MASKED:
+            return None
+        from quantkit.masked import Masking
+
+        return Masking.of(self.tokenizer)
 
     def result(self, gates: Sequence[Gate]) -> dict[str, Any]:
         import torch
@@ -207,13 +231,16 @@ class _Judgement:
     def _base_states(self, served: ServedModel) -> FinalStates:
         from quantkit.finals import kept_or_made
 
-        return kept_or_made(StateCache() if self.options.cache else None, self._made_from(served), self.mine, lambda: self._states(served))
+        # Of a masked model there are as many hidden states as tokens squared.
+        return kept_or_made(
+            StateCache() if self.options.cache and self.masking is None else None, self._made_from(served), self.mine, lambda: self._states(served)
+        )
 
     def _states(self, served: ServedModel, watch: Any = None, name: str = "") -> FinalStates:
         from quantkit.finals import make_final_states
 
         name = name or served.checkpoint.path.name
-        return make_final_states(served, self.mine, self.seq_len, lambda done, total: self.on_progress(name, done, total), watch)
+        return make_final_states(served, self.mine, self.seq_len, lambda done, total: self.on_progress(name, done, total), watch, self.masking)
 
     def _made_from(self, served: ServedModel) -> dict[str, Any]:
         """All that decides the base's hidden states."""
@@ -329,9 +356,9 @@ class _Judgement:
     def _described(self) -> dict[str, Any]:
         options, windows = self.options, self.windows
         protocol: dict[str, Any] = {
-            "name": options.protocol,
+            "name": "masked" if self.masking else options.protocol,
             "seq_len": self.seq_len,
-            "bos": "tokenizer's own, at the start" if options.protocol == "gptq" else "first token of each window",
+            "bos": "around each window" if self.masking else "tokenizer's own, at the start" if options.protocol == "gptq" else "first token of each window",
         }
         if options.protocol == "lmeval":
             protocol["unit"] = "word"

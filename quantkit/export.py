@@ -48,6 +48,7 @@ from quantkit.quantize import QuantizedTensor, choose_scale, kv_scale
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
 from quantkit.streaming import WeightStream
+from quantkit.task import MASKED, task_of
 
 
 @dataclass(frozen=True)
@@ -425,7 +426,9 @@ def _write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[
 def _write_config(partial: Path, plan: ExportPlan) -> None:
     recipe, layout = plan.options.recipe, plan.options.layout
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
-    stored = quantization_config(layout, schemes, plan.left, recipe.scheme, recipe.kv_cache is not None)
+    # The output head of a masked model has no tensor where it is tied, and a name of its own in every architecture.
+    by_name = task_of(plan.checkpoint.config, plan.checkpoint.path) == MASKED
+    stored = quantization_config(layout, schemes, plan.left, recipe.scheme, recipe.kv_cache is not None, by_name)
     write_json(partial / "config.json", dict(plan.checkpoint.config) | {"quantization_config": stored})
     if layout == "modelopt":
         write_json(partial / MODELOPT_FILE, modelopt_file(plan.left, recipe.kv_cache is not None))

@@ -17,6 +17,7 @@ from quantkit.blockwise import each_batch
 from quantkit.cache import KeptStates, StateCache
 from quantkit.data import Window
 from quantkit.errors import EvaluationError
+from quantkit.masked import Masking
 from quantkit.model import body_name
 from quantkit.served import ServedModel
 from quantkit.states import HiddenStates
@@ -31,9 +32,12 @@ class FinalStates:
     seconds: float
     is_from_cache: bool = False
     remarks: tuple[str, ...] = ()
+    masking: Masking | None = None
 
     def scored(self, number: int) -> Tensor:
         """The hidden states that predict a window's scored tokens, [scored, hidden size]."""
+        if self.masking is not None:
+            return self.masking.scored(self.states.get(number))
         window = self.windows[number]
         return self.states.get(number)[0, window.first_scored - 1 : len(window.tokens) - 1]
 
@@ -57,14 +61,14 @@ class Watch:
 
 def make_final_states(
     served: ServedModel, windows: Mapping[int, Window], seq_len: int, on_progress: Callable[[float, float], None] = lambda done, total: None,
-    watch: Watch | None = None,
+    watch: Watch | None = None, masking: Masking | None = None,
 ) -> FinalStates:  # fmt: skip
-    """Run the windows through the blocks. Leaves the model with its output head in memory and without its blocks. on_progress(blocks done, blocks)."""
+    """Run the windows through the blocks, with `masking` each as many times as it has tokens. Leaves the model with its output head in memory and without its blocks. on_progress(blocks done, blocks)."""
     started, watched, blocks = time.perf_counter(), 0.0, served.blocks
     watch = watch or Watch()
     numbers = list(windows)
     # lmeval's windows carry one token more, which is predicted but not read.
-    batches = {number: torch.tensor([window.tokens[:seq_len]]) for number, window in windows.items()}
+    batches = {number: torch.tensor([window.tokens[:seq_len]]) if masking is None else masking.inputs(window) for number, window in windows.items()}
     _require_head(blocks.model)
     states = HiddenStates(device=blocks.device)
     try:
@@ -108,7 +112,7 @@ def make_final_states(
         raise
     finally:
         blocks.close()
-    return FinalStates(dict(windows), states, time.perf_counter() - started - watched)
+    return FinalStates(dict(windows), states, time.perf_counter() - started - watched, masking=masking)
 
 
 def kept_or_made(cache: StateCache | None, made_from: Mapping[str, Any], windows: Mapping[int, Window], make: Callable[[], FinalStates]) -> FinalStates:

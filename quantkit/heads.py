@@ -11,6 +11,7 @@ Sums within a part are float32, over the parts float64.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from dataclasses import dataclass, fields
 from typing import Any
@@ -39,12 +40,16 @@ class OutputHead:
         self._linear = _PartialLinear(head, use_kernel) if isinstance(head, nn.Linear) else None
         self._stand_in, self._part = _stand_in(getattr(model, name)), threading.local()
         if self._linear is not None:
-            model.set_output_embeddings(_Given(self._part))
+            for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is head]:
+                parent, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, _Given(self._part))
         setattr(model, name, self._stand_in)
         model.config.output_router_logits = False
         self._model = model
         self.parts: list[slice | None] = [None]
         self._is_plain = False
+        self._accepted = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._prepares = False
         if self._linear is not None:
             self._probe(head)
 
@@ -53,7 +58,10 @@ class OutputHead:
         parts = [slice(start, start + VOCABULARY_PER_CHUNK) for start in range(0, head.weight.shape[0], VOCABULARY_PER_CHUNK)]
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(2, head.weight.shape[1], generator=generator).to(head.weight.device).to(head.weight.dtype)
-        raw = torch.cat([self._linear(hidden, part) for part in parts], dim=-1)
+        self._part.arrived = None
+        self._finished(hidden, torch.zeros(2, head.weight.shape[0], device=hidden.device))
+        self._prepares = self._part.arrived is not None and not torch.equal(self._part.arrived.reshape(hidden.shape).to(hidden.dtype), hidden)
+        raw = torch.cat([self._linear(self._prepared(hidden), part) for part in parts], dim=-1)
         whole = self._finished(hidden, raw)
         self._is_plain = whole.shape == raw.shape and torch.equal(whole, raw)
         by_parts = torch.cat([self._finished(hidden, raw[:, part]) for part in parts], dim=-1) if not self._is_plain else whole
@@ -64,28 +72,39 @@ class OutputHead:
         """hidden: [positions, hidden size]; returns [positions, size of the part] float32, for the caller to change."""
         if self._linear is None:
             return self._finished(hidden.float(), None)
+        arriving = self._prepared(hidden)
         if part is None:
-            return self._finished(hidden, torch.cat([self._linear(hidden, piece) for piece in self._linear.parts], dim=-1))
-        raw = self._linear(hidden, part)
+            return self._finished(hidden, torch.cat([self._linear(arriving, piece) for piece in self._linear.parts], dim=-1))
+        raw = self._linear(arriving, part)
         return raw if self._is_plain else self._finished(hidden, raw)
+
+    def _prepared(self, hidden: Tensor) -> Tensor:
+        """What the model makes of hidden states before they arrive at its output head: nothing, or a transform of their own (BERT's), or a scaling."""
+        if not self._prepares:
+            return hidden
+        if getattr(self._part, "prepared_from", None) is not hidden:  # once for all parts of the vocabulary
+            self._finished(hidden, torch.zeros(hidden.shape[0], 1, device=hidden.device))
+            self._part.prepared_from, self._part.prepared = hidden, self._part.arrived.reshape(hidden.shape)
+        return self._part.prepared
 
     def _finished(self, hidden: Tensor, raw: Tensor | None) -> Tensor:
         """What the model makes of logits (or, without them, of hidden states)."""
         self._part.logits = None if raw is None else raw[None]
         self._stand_in.here.hidden = hidden[None]
         tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-        return self._model(input_ids=tokens, use_cache=False).logits[0].float()
+        return self._model(input_ids=tokens, **self._accepted).logits[0].float()
 
 
 class _Given(nn.Module):
-    """In place of `lm_head`: returns the logits that were made already. weight: asked for by models that look at its dtype."""
+    """In place of `lm_head`: keeps what arrives at it and returns the logits that were made already. weight: asked for by models that look at its dtype."""
 
     def __init__(self, here: threading.local) -> None:
         super().__init__()
         self._here = here
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def forward(self, _: Tensor) -> Tensor:
+    def forward(self, arrived: Tensor) -> Tensor:
+        self._here.arrived = arrived
         return self._here.logits
 
 

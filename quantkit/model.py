@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import BIASED, has_biases
 from quantkit.scheme import Pattern
+from quantkit.task import MASKED, task_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,8 +153,10 @@ def linears_for_conv1d(model: nn.Module) -> None:
 
 def auto_class(config: Any) -> Any:
     """transformers' class that builds the model of a configuration with its output head: a text model, or one that reads images beside text."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
+    if task_of(config.to_dict(), config.name_or_path or "the model") == MASKED:
+        return AutoModelForMaskedLM
     others = () if type(config) in AutoModelForCausalLM._model_mapping else (AutoModelForImageTextToText,)
     return next((auto for auto in others if type(config) in auto._model_mapping), AutoModelForCausalLM)
 

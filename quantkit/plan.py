@@ -26,7 +26,7 @@ from quantkit.output import CALIBRATION_FILE, TensorPlan, sha256_file
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
 from quantkit.scheme import TENSOR, Pattern, QuantScheme, Recipe
 from quantkit.streaming import block_scales
-from quantkit.task import require_decoder
+from quantkit.task import task_of
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -118,7 +118,7 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     Raises CheckpointError, RecipeError, CalibrationError or RuntimeLimitError with one sentence.
     """
     recipe, checkpoint = options.recipe, checkpoint or Checkpoint.open(options.model)
-    require_decoder(checkpoint.config, options.model)
+    task_of(checkpoint.config, options.model)
     layout = QuantizationLayout.read(checkpoint.config)
     if layout is not None and layout.method != "fp8":
         raise CheckpointError(f"{options.model} is quantized already ({layout.method}); export from the original model, or from one in FP8 blocks")

@@ -113,7 +113,7 @@ def as_computed(scheme: QuantScheme, hardware: str | None) -> QuantScheme:
     raise RuntimeLimitError(f"{scheme.name} can't be computed as on {hardware}: {mode}; choose another --hardware or leave it out")
 
 
-# vLLM turns every `weight` of such a model as it loads it, codes too.
+# vLLM turns every `weight` of such a model as it loads it, codes too: an INT8 GPT-2 gives its CPU build the probabilities that eval computes.
 _CONV1D = {
     "sglang": "is not known to load quantized weights that are stored as [in_features, out_features]",
     "tensorrt-llm": "is not known to load quantized weights that are stored as [in_features, out_features]",

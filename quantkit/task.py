@@ -1,6 +1,7 @@
-"""What a model was trained to predict, by its configuration: that decides how it is run, and how it is judged.
+"""What a model was trained to predict, by its configuration: that decides how it is built, run and judged.
 
-A decoder predicts the next token. Others can't be judged by what `eval` measures, so they are refused before hours are spent on them.
+A decoder predicts the next token, a masked language model hidden ones. Others can't be judged by what `eval` measures, so they are refused before hours are
+spent on them.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ from typing import Any
 
 from quantkit.errors import CheckpointError
 
+CAUSAL, MASKED = "causal", "masked"
 # The ends of class names that say what a model's head is for. A multimodal model that writes text is called ForConditionalGeneration.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 
 
-def require_decoder(config: Mapping[str, Any], where: object) -> None:
-    """Refuse a model that doesn't predict the next token of a text; a configuration that doesn't name its class is taken at its word."""
+def task_of(config: Mapping[str, Any], where: object) -> str:
+    """CAUSAL or MASKED; a configuration that doesn't name its class is taken for a decoder's.
+
+    Raises CheckpointError for encoders with decoders, classifiers and the like.
+    """
     architecture = str((config.get("architectures") or [""])[0])
+    what = "quantkit calibrates, exports and judges decoders and masked language models"
     if config.get("is_encoder_decoder"):
-        raise CheckpointError(
-            f"{where} is a {architecture or 'model'} of encoder and decoder; quantkit calibrates, exports and judges decoder-only language models"
-        )
-    is_masked = not config.get("is_decoder") and architecture == "BertLMHeadModel"
+        raise CheckpointError(f"{where} is a {architecture or 'model'} of encoder and decoder; {what}")
+    if architecture.endswith("ForMaskedLM"):
+        return MASKED
+    is_encoder = not config.get("is_decoder") and architecture == "BertLMHeadModel"
     is_remote_decoder = "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    if architecture and not is_remote_decoder and (is_masked or not architecture.endswith(_DECODERS)):
-        raise CheckpointError(
-            f"{where} is a {architecture}, which doesn't predict the next token; quantkit calibrates, exports and judges decoder-only language models"
-        )
+    if architecture and not is_remote_decoder and (is_encoder or not architecture.endswith(_DECODERS)):
+        raise CheckpointError(f"{where} is a {architecture}, which predicts no token of a text; {what}")
+    return CAUSAL

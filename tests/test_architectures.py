@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_text, make_tokenizer, whole_model
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, MULTIMODAL, make_model
+from tiny_models import ARCHITECTURES, MASKED, MULTIMODAL, make_model
 from transformers import AutoConfig
 
 from quantkit.calibration import CalibrationOptions, calibrate
@@ -66,10 +66,10 @@ class Tiny:
         return plan.options.output
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, *MULTIMODAL])
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *MULTIMODAL, *MASKED])
 def tiny(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
-    vocabulary = make_tokenizer(place / "model")
+    vocabulary = make_tokenizer(place / "model", mask=request.param in MASKED)
     make_model(place / "model", request.param, torch.float32, vocab_size=vocabulary)
     (place / "text.txt").write_text(make_text(500, seed=3))
     calibrate(CalibrationOptions(place / "model", place / "calib", (str(place / "text.txt"),), num_samples=4, seq_len=32))

@@ -20,7 +20,7 @@ ORDER = (
     ("linear",),
     ("observers", "ranks", "algorithms", "algorithms.smoothquant", "algorithms.gptq"),
     ("data", "checkpoint", "task"),
-    ("matrices",),
+    ("matrices", "masked"),
     ("model",),
     ("output", "streaming"),
     ("states", "measurements", "cache"),

@@ -1,11 +1,11 @@
-"""What isn't a decoder is refused in a sentence, by every command that would begin with it."""
+"""What predicts no token of a text is refused in a sentence, by every command that would begin with it."""
 
 import json
 
 import pytest
 
 from quantkit.errors import CheckpointError
-from quantkit.task import require_decoder
+from quantkit.task import CAUSAL, MASKED, task_of
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,11 @@ from quantkit.task import require_decoder
     ],
 )
 def test_decoders_are_taken(config):
-    require_decoder(config, "model")
+    assert task_of(config, "model") == CAUSAL
+
+
+def test_masked_language_models_are_taken():
+    assert task_of({"architectures": ["XLMRobertaForMaskedLM"]}, "model") == MASKED
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_decoders_are_taken(config):
 )
 def test_others_are_named_and_refused(config):
     with pytest.raises(CheckpointError, match=f"model is a {config['architectures'][0]}"):
-        require_decoder(config, "model")
+        task_of(config, "model")
 
 
 def test_every_command_refuses_them_before_it_starts(copy, llama, text, tmp_path, run):

@@ -79,6 +79,8 @@ ARCHITECTURES = {
 
 ARCHITECTURES["deepseek_v2"] = ARCHITECTURES["deepseek_v3"]
 ARCHITECTURES["qwen3_5_moe_text"] = ARCHITECTURES["qwen3_next"]
+# Encoders, which predict hidden tokens.
+MASKED = {"bert": {}, "roberta": {"pad_token_id": 1}}
 # Of models that read images too: their language model is as SIZES says.
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 MULTIMODAL = {
@@ -95,10 +97,12 @@ def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, 
     if kind in MULTIMODAL:
         settings = MULTIMODAL[kind] | {"text_config": SIZES | changes | MULTIMODAL[kind]["text_config"]}
     else:
-        settings = SIZES | ARCHITECTURES.get(kind, {}) | changes
+        settings = SIZES | (ARCHITECTURES | MASKED).get(kind, {}) | changes
     if kind == "falcon":
         settings.pop("head_dim")
     config = CONFIG_MAPPING[kind](**settings)
+    if kind in MASKED:
+        config.architectures = [f"{kind}ForMaskedLM"]
     model = auto_class(config).from_config(config, dtype=dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         # Norms and biases too: what isn't loaded must show.
