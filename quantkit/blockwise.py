@@ -33,7 +33,10 @@ from quantkit.matrices import with_upright_weights
 from quantkit.model import auto_class, auto_config, is_of_other_tower, linears_for_conv1d, require_no_missing
 from quantkit.states import HiddenStates, release_freed_memory
 from quantkit.task import CAUSAL, task_of
+from quantkit.weight_map import ParameterSource, WeightMap
 
+# The way of returning in which the first block is run for what else it returns.
+RUN_FIRST = 3
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
@@ -111,69 +114,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
-# ---- Which tensors of a checkpoint make which parameters.
-
-
-@dataclass(frozen=True)
-class ParameterSource:
-    """The tensors that make one parameter: one, or lists of equal length that transformers merges (experts).
-
-    lists: one for each kind of tensor (gate_proj, up_proj), each with its tensors in the order in which they are stacked.
-    """
-
-    lists: tuple[tuple[str, ...], ...]
-
-
-class WeightMap:
-    """transformers' own mapping from a checkpoint's names to a model's, looked at before anything is loaded."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        self.conversions = get_model_conversion_mapping(model)
-        expected = model.state_dict()
-        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        self.target_of: dict[str, str] = {}  # checkpoint's tensor → parameter (its first, where one tensor becomes several)
-        self.unexpected: list[str] = []
-        patterns: dict[str, dict[str, list[str]]] = {}
-        self.mapped: set[str] = set()
-        self._plain: set[str] = set()
-        self._split_under: set[str] = set()  # modules in which a tensor is split into several parameters
-        for name in names:
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-            if target not in expected and name in expected:
-                target, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
-            if target not in expected:
-                self.unexpected.append(name)
-                continue
-            self.target_of[name] = target
-            self.mapped.add(target)
-            patterns.setdefault(target, {}).setdefault(pattern or name, []).append(name)
-            if pattern is None:
-                self._plain.add(target)
-            elif len(by_pattern[pattern].target_patterns) > 1:
-                self._split_under.add(".".join(target.split(".")[:-2]))
-        self.sources = {target: ParameterSource(tuple(tuple(_in_order(tensors)) for tensors in by.values())) for target, by in patterns.items()}
-
-    def is_split(self, parameter: str) -> bool:
-        """Whether its tensor becomes other parameters too."""
-        return any(parameter.startswith(f"{module}.") for module in self._split_under)
-
-    def is_plain(self, parameter: str) -> bool:
-        """Whether its tensor is at most renamed."""
-        return parameter in self._plain
-
-    def is_made(self, parameter: str) -> bool:
-        return parameter in self.mapped or self.is_split(parameter)
-
-
-def _in_order(names: Sequence[str]) -> list[str]:
-    from transformers.core_model_loading import dot_natural_key
-
-    return sorted(names, key=dot_natural_key)
+# ---- The model.
 
 
 class _Unread:
@@ -184,9 +125,6 @@ class _Unread:
 
     def __getitem__(self, _: Any) -> Tensor:
         return self._weights.read(self._name)
-
-
-# ---- The model.
 
 
 @dataclass(frozen=True)
@@ -222,6 +160,14 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["_block"], name)
 
 
+class _RunningRecorder(_Recorder):
+    """The same for a block that is run all the same, hidden states apart: what else it returns, all blocks share (T5's position bias)."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        hidden = self._arrive(arguments, keywords)
+        return (hidden, *self.__dict__["_block"](*arguments, **keywords)[1:])
+
+
 class BlockwiseModel:
     """A model whose decoder blocks come into memory one at a time. Each block can be run once."""
 
@@ -249,6 +195,13 @@ class BlockwiseModel:
     @property
     def block_count(self) -> int:
         return len(self._blocks)
+
+    def states_shape(self, tokens: Tensor) -> tuple[int, ...]:
+        """Of the hidden states of a batch of tokens, [windows, positions]."""
+        return (*tokens.shape, self.model.config.get_text_config().hidden_size)
+
+    def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
+        """Called when all batches are behind a block: nothing to do, except between an encoder's last and a decoder's first."""
 
     def block_name(self, number: int) -> str:
         return f"{self.blocks_name}.{number}"
@@ -362,7 +315,7 @@ class BlockwiseModel:
 
         batches: token ids, [windows, positions]; numbers: what they are called in `states`, unless 0, 1, 2 ...
         """
-        known = _Interned()
+        known = Interned()
         calls: list[list[Call | None]] = []
         for number, tokens in zip(numbers if numbers is not None else itertools.count(), batches):
             hidden, batch_calls = self._record(tokens.to(self.device), cache)
@@ -373,17 +326,21 @@ class BlockwiseModel:
         return calls
 
     def _record(self, tokens: Tensor, cache: Any) -> tuple[Tensor, list[Call]]:
+        return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, cache), (0, 1, 2))
+
+    def _record_through(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor], ways: Sequence[int]) -> tuple[Tensor, list[Call]]:
+        """ways: of returning hidden states that a block may have: see `_Recorder`; RUN_FIRST needs the first block's weights."""
         reason = "its blocks pass on more than hidden states"
-        for outputs in dict.fromkeys((self._outputs, 0, 1, 2)):
-            tape = _Tape(tokens.shape)
+        for outputs in dict.fromkeys((self._outputs, *ways)):
+            tape = _Tape(shape)
             try:
-                with self._recorders(tape, outputs):
-                    tape.require_end(self._forward(tokens, cache))
+                with self._recorders(blocks, tape, outputs):
+                    tape.require_end(forward())
             except _WrongReturn as wrong:
                 reason = str(wrong) or reason
                 continue
-            if len(tape.calls) != len(self._blocks):
-                raise self._unusual(f"its forward calls {len(tape.calls)} of {len(self._blocks)} blocks")
+            if len(tape.calls) != len(blocks):
+                raise self._unusual(f"its forward calls {len(tape.calls)} of {len(blocks)} blocks")
             self._outputs = outputs
             return tape.first, tape.calls
         raise self._unusual(reason)
@@ -400,24 +357,29 @@ class BlockwiseModel:
         keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         if cache is not None and "past_key_values" in accepted and self.task == CAUSAL:
             keywords = {"past_key_values": cache, "use_cache": True}
+        return self._call(body, input_ids=tokens, **keywords)
+
+    @staticmethod
+    def _call(body: nn.Module, **keywords: Any) -> Tensor:
         with one_thread(), torch.inference_mode():
             try:
-                return body(input_ids=tokens, **keywords)[0]
+                return body(**keywords)[0]
             except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
                 # A loop that takes its blocks' outputs apart otherwise than a recorder returns them.
                 raise _WrongReturn(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
-    def _recorders(self, tape: _Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
-        blocks, last = list(self._blocks), len(self._blocks) - 1
+    def _recorders(self, places: nn.ModuleList, tape: _Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
+        blocks, last = list(places), len(places) - 1
         for number, block in enumerate(blocks):
             arrive = (lambda *_: final) if final is not None and number == last else tape.arrive
-            self._blocks[number] = _Recorder(block, arrive, outputs)
+            runs = outputs == RUN_FIRST and not number and final is None
+            places[number] = _RunningRecorder(block, arrive, outputs) if runs else _Recorder(block, arrive, outputs)
         try:
             yield
         finally:
             for number, block in enumerate(blocks):
-                self._blocks[number] = block
+                places[number] = block
 
     @contextmanager
     def block(self, number: int, prefetch: bool | None = None) -> Iterator[nn.Module]:
@@ -458,7 +420,7 @@ class BlockwiseModel:
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:
         """What the model makes of the last block's output (its last norm). hidden: [windows, positions, hidden size]."""
-        with self._recorders(_Tape(tokens.shape), self._outputs, hidden.to(self.device)):
+        with self._recorders(self._blocks, _Tape(tokens.shape), self._outputs, hidden.to(self.device)):
             return self._forward(tokens.to(self.device), cache)
 
     def close(self) -> None:
@@ -515,7 +477,7 @@ class _Tape:
             raise _WrongReturn
 
 
-class _Interned:
+class Interned:
     """Tensors that hold the same are kept once: masks and position embeddings of batch after batch."""
 
     COMPARED = 8  # the last few of a shape; values that depend on the tokens never come again

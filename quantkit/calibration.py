@@ -281,9 +281,8 @@ class _Run:
     def _run_blocks(self, states: HiddenStates, done: Mapping[int, Any]) -> None:
         from quantkit.recording import ObservingCache
 
-        hidden_size = self.model.model.config.get_text_config().hidden_size
         self.on_progress(0, self.model.block_count, "calibrate: embeddings")
-        states.expect({number: (*self.batches[number].shape, hidden_size) for number in self.mine}, self.model.states_dtype)
+        states.expect({number: self.model.states_shape(self.batches[number]) for number in self.mine}, self.model.states_dtype)
         self.model.load_outer(with_head=False)
         calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
         self.model.free_outer()
@@ -300,6 +299,7 @@ class _Run:
             for batch in self.mine:
                 calls[batch][number] = None
             states.turn()
+            self.model.pass_on(number, {batch: self.batches[batch] for batch in self.mine}, states, calls)
             self._stop_or_save(number, states)
 
     def _choose(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates, is_done: bool) -> None:

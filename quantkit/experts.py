@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import BlockwiseModel, WeightMap
+from quantkit.blockwise import BlockwiseModel
 from quantkit.matrices import DOWN, GATE_UP
 from quantkit.quantize import quantize
 from quantkit.recording import expert_linear, first_and_down, gated, is_experts, runs_as_told
 from quantkit.scheme import QuantScheme, QuantSpec
+from quantkit.weight_map import WeightMap
 
 # The name under which transformers finds the experts' forward of this file.
 EXPERTS_IMPLEMENTATION = "quantkit_serving"

@@ -72,8 +72,7 @@ def make_final_states(
     _require_head(blocks.model)
     states = HiddenStates(device=blocks.device)
     try:
-        hidden_size = blocks.model.config.get_text_config().hidden_size
-        states.expect({number: (*tokens.shape, hidden_size) for number, tokens in batches.items()}, blocks.states_dtype)
+        states.expect({number: blocks.states_shape(tokens) for number, tokens in batches.items()}, blocks.states_dtype)
         blocks.load_outer(with_head=False)
         calls = dict(zip(numbers, blocks.record(list(batches.values()), states, served.new_cache(), numbers)))
         blocks.free_outer()
@@ -101,6 +100,7 @@ def make_final_states(
             for number in numbers:
                 calls[number][block_number] = None
             states.turn()
+            blocks.pass_on(block_number, batches, states, calls)
         blocks.load_outer(with_head=True)
         for number in numbers:
             final = blocks.finish(batches[number], states.get(number), served.new_cache())

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantkit.blockwise import BlockwiseModel, ParameterSource
+from quantkit.blockwise import BlockwiseModel
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.linear import QuantizedLinear
 from quantkit.matrices import DOWN, GATE_UP, experts_module
 from quantkit.observers import HELD_OUT, GramObserver, HeadObserver, InputObserver
 from quantkit.ranks import Ranks
+from quantkit.weight_map import ParameterSource
 
 # The name under which transformers finds the experts' forward of this file.
 EXPERTS_IMPLEMENTATION = "quantkit_observing"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantkit.blockwise import BlockwiseModel, StoredWeights, WeightMap, build_skeleton
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import Checkpoint, torch_dtype
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.experts import EXPERTS_IMPLEMENTATION, Restacked, quantize_expert_inputs, register_serving_experts
@@ -27,6 +27,7 @@ from quantkit.quantize import QuantizedTensor
 from quantkit.recording import PassingCache
 from quantkit.runtimes import as_computed
 from quantkit.scheme import QuantScheme
+from quantkit.weight_map import WeightMap
 
 
 class QuantizedCache(PassingCache):

@@ -23,7 +23,7 @@ ORDER = (
     ("matrices", "masked"),
     ("model",),
     ("output", "streaming"),
-    ("states", "measurements", "cache"),
+    ("states", "measurements", "cache", "weight_map"),
     ("gguf_files",),
     ("hub",),
     ("blockwise", "heads"),
