@@ -150,7 +150,7 @@ class _Recorder(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         hidden = self._arrive(arguments, keywords)
-        return (hidden, None)[: self._outputs] if self._outputs else hidden
+        return (hidden, None, None)[: self._outputs] if self._outputs else hidden
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their blocks for what kind they are (`attention_type`)."""
@@ -332,7 +332,7 @@ class BlockwiseModel:
         """ways: of returning hidden states that a block may have: see `_Recorder`; RUN_FIRST needs the first block's weights."""
         reason = "its blocks pass on more than hidden states"
         for outputs in dict.fromkeys((self._outputs, *ways)):
-            tape = _Tape(shape)
+            tape = Tape(shape)
             try:
                 with self._recorders(blocks, tape, outputs):
                     tape.require_end(forward())
@@ -369,7 +369,7 @@ class BlockwiseModel:
                 raise _WrongReturn(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
-    def _recorders(self, places: nn.ModuleList, tape: _Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
+    def _recorders(self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
         blocks, last = list(places), len(places) - 1
         for number, block in enumerate(blocks):
             arrive = (lambda *_: final) if final is not None and number == last else tape.arrive
@@ -420,7 +420,7 @@ class BlockwiseModel:
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:
         """What the model makes of the last block's output (its last norm). hidden: [windows, positions, hidden size]."""
-        with self._recorders(self._blocks, _Tape(tokens.shape), self._outputs, hidden.to(self.device)):
+        with self._recorders(self._blocks, Tape(tokens.shape), self._outputs, hidden.to(self.device)):
             return self._forward(tokens.to(self.device), cache)
 
     def close(self) -> None:
@@ -452,7 +452,7 @@ def _empty(block: nn.Module) -> nn.Module:
     return block.to("meta")
 
 
-class _Tape:
+class Tape:
     """The calls of one forward, in the order of the blocks. shape: of the batch's tokens."""
 
     def __init__(self, shape: torch.Size) -> None:

@@ -30,6 +30,7 @@ from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks, joined_ranks
 from quantkit.scheme import Pattern, Recipe
 from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
+from quantkit.task import TARGET
 
 if TYPE_CHECKING:
     from quantkit.blockwise import BlockwiseModel
@@ -231,13 +232,14 @@ class _Run:
         return _summary_of(self.options, self.checkpoint, description, time.monotonic() - self.started)
 
     def _build(self) -> BlockwiseModel:
-        from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
+        from quantkit.blockwise import StoredWeights, build_skeleton
+        from quantkit.encoder_decoder import open_blockwise
         from quantkit.recording import EXPERTS_IMPLEMENTATION, register_observing_experts
 
         register_observing_experts()
         settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
         skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
-        return BlockwiseModel(skeleton, StoredWeights(self.checkpoint, require_finite=True), str(self.checkpoint.path), self.ranks.device)
+        return open_blockwise(skeleton, StoredWeights(self.checkpoint, require_finite=True), str(self.checkpoint.path), self.ranks.device)
 
     def _chooser(self) -> BlockChooser | None:
         """What chooses weights, where the recipe asks for that; the schemes are those that `export` will use, refused here if it would refuse them."""
@@ -379,6 +381,8 @@ class _Run:
 
     def _restore(self, states: HiddenStates) -> int:
         """The block to begin with: the one behind the hidden states that an earlier run saved, if it did."""
+        if self.model.task == TARGET:
+            return 0  # what the encoder made, which the decoder's blocks are called with, was not saved
         saved = self.ranks.first_decides(self._saved_states)
         if saved is None:
             return 0

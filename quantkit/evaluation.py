@@ -22,7 +22,7 @@ import numpy as np
 from quantkit import __version__, figures
 from quantkit.cache import StateCache, directory_state
 from quantkit.checkpoint import Checkpoint, read_json
-from quantkit.data import Window, Windows, count_known_windows, evaluation_windows, load_tokenizer, window_length
+from quantkit.data import Window, Windows, count_known_windows, evaluation_windows, load_tokenizer, targets_of, window_length
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.gates import Gate, judged_gates
 from quantkit.layouts import QuantizationLayout, stored_linears
@@ -34,7 +34,7 @@ from quantkit.ranks import Ranks, joined_ranks
 from quantkit.runtimes import HARDWARE, as_computed
 from quantkit.states import peak_memory_bytes
 from quantkit.statistics import Interval, paired_interval, perplexity_change_pct
-from quantkit.task import MASKED, task_of
+from quantkit.task import CAUSAL, MASKED, TARGET, task_of
 
 if TYPE_CHECKING:
     from quantkit.finals import FinalStates
@@ -95,24 +95,24 @@ def _prepare(options: EvaluationOptions, processes: int) -> tuple[Windows, int, 
     candidates = [_check_candidate(path, base, options.hardware) for path in options.quants]
     config = auto_config(options.base, options.trust_remote_code)
     tokenizer = load_tokenizer(options.base, options.trust_remote_code)
-    masked = task_of(base.config, options.base) == MASKED
+    task = task_of(base.config, options.base)
+    if task != CAUSAL and options.protocol != "gptq":
+        raise EvaluationError(f"--protocol {options.protocol} is for models that predict the next token of a text, which {options.base} doesn't; leave it out")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if masked:
+    if task == MASKED:
         from quantkit.masked import DEFAULT_LENGTH, RESERVED_POSITIONS, Masking
 
         seq_len = window_length(options.seq_len, positions and positions - RESERVED_POSITIONS, DEFAULT_LENGTH)
-        if options.protocol != "gptq":
-            raise EvaluationError(
-                f"--protocol {options.protocol} is for models that predict the next token; {options.base} predicts hidden ones, so leave it out"
-            )
     else:
         seq_len = window_length(options.seq_len, positions)
     if seq_len < 2:
         raise EvaluationError("--seq-len must be at least 2: a window's first token is not predicted")
     windows = evaluation_windows(options.data, tokenizer, options.protocol, seq_len, options.max_tokens)
-    if masked:
+    if task == MASKED:
         Masking.of(tokenizer)
         windows = Masking.windows(windows)
+    elif task == TARGET:
+        windows = targets_of(windows)
     if len(windows.windows) < processes:
         raise EvaluationError(f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer, or give more text")
     sample = tokenizer.decode([token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens])
@@ -184,6 +184,7 @@ class _Judgement:
         self.mine = {number: window for number, window in enumerate(windows.windows) if number % ranks.count == ranks.rank}
         self.base_checkpoint = Checkpoint.open(options.base)
         self.tokenizer = load_tokenizer(options.base, options.trust_remote_code)
+        self.task = task_of(self.base_checkpoint.config, options.base)
         self.masking = self._masking()
         self.counts = np.array([window.scored for window in windows.windows])
         self.units = windows.words if options.protocol == "lmeval" else windows.tokens_scored
@@ -192,7 +193,7 @@ class _Judgement:
         self.utf8_bytes = _scored_bytes(windows, self.tokenizer, options.protocol)
 
     def _masking(self) -> Masking | None:
-        if task_of(self.base_checkpoint.config, self.options.base) != MASKED:
+        if self.task != MASKED:
             return None
         from quantkit.masked import Masking
 
@@ -231,9 +232,9 @@ class _Judgement:
     def _base_states(self, served: ServedModel) -> FinalStates:
         from quantkit.finals import kept_or_made
 
-        # Of a masked model there are as many hidden states as tokens squared.
+        # Of a masked model there are as many hidden states as tokens squared; what is kept is read as a decoder's.
         return kept_or_made(
-            StateCache() if self.options.cache and self.masking is None else None, self._made_from(served), self.mine, lambda: self._states(served)
+            StateCache() if self.options.cache and self.task == CAUSAL else None, self._made_from(served), self.mine, lambda: self._states(served)
         )
 
     def _states(self, served: ServedModel, watch: Any = None, name: str = "") -> FinalStates:
@@ -356,9 +357,9 @@ class _Judgement:
     def _described(self) -> dict[str, Any]:
         options, windows = self.options, self.windows
         protocol: dict[str, Any] = {
-            "name": "masked" if self.masking else options.protocol,
+            "name": options.protocol if self.task == CAUSAL else self.task,
             "seq_len": self.seq_len,
-            "bos": "around each window" if self.masking else "tokenizer's own, at the start" if options.protocol == "gptq" else "first token of each window",
+            "bos": self._bos_described(),
         }
         if options.protocol == "lmeval":
             protocol["unit"] = "word"
@@ -376,6 +377,11 @@ class _Judgement:
             "hardware": options.hardware,
             "kernel_level": _kernel_level(self.ranks.device),
         }
+
+    def _bos_described(self) -> str:
+        if self.task != CAUSAL:
+            return "around each window" if self.task == MASKED else "none"
+        return "tokenizer's own, at the start" if self.options.protocol == "gptq" else "first token of each window"
 
     def _base_result(self, tokens: TokenFigures, finals: FinalStates, head_seconds: float) -> dict[str, Any]:
         checkpoint = self.base_checkpoint

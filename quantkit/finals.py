@@ -21,6 +21,7 @@ from quantkit.masked import Masking
 from quantkit.model import body_name
 from quantkit.served import ServedModel
 from quantkit.states import HiddenStates
+from quantkit.task import CAUSAL, TARGET
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class FinalStates:
     is_from_cache: bool = False
     remarks: tuple[str, ...] = ()
     masking: Masking | None = None
+    task: str = CAUSAL
 
     def scored(self, number: int) -> Tensor:
         """The hidden states that predict a window's scored tokens, [scored, hidden size]."""
         if self.masking is not None:
             return self.masking.scored(self.states.get(number))
         window = self.windows[number]
+        if self.task == TARGET:
+            return self.states.get(number)[0]
         return self.states.get(number)[0, window.first_scored - 1 : len(window.tokens) - 1]
 
     def close(self) -> None:
@@ -112,7 +116,7 @@ def make_final_states(
         raise
     finally:
         blocks.close()
-    return FinalStates(dict(windows), states, time.perf_counter() - started - watched, masking=masking)
+    return FinalStates(dict(windows), states, time.perf_counter() - started - watched, masking=masking, task=blocks.task)
 
 
 def kept_or_made(cache: StateCache | None, made_from: Mapping[str, Any], windows: Mapping[int, Window], make: Callable[[], FinalStates]) -> FinalStates:

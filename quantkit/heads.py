@@ -92,7 +92,8 @@ class OutputHead:
         self._part.logits = None if raw is None else raw[None]
         self._stand_in.here.hidden = hidden[None]
         tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-        return self._model(input_ids=tokens, **self._accepted).logits[0].float()
+        inputs = {"encoder_outputs": (hidden[None],), "decoder_input_ids": tokens} if self._model.config.is_encoder_decoder else {"input_ids": tokens}
+        return self._model(**inputs, **self._accepted).logits[0].float()
 
 
 class _Given(nn.Module):

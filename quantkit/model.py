@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import BIASED, has_biases
 from quantkit.scheme import Pattern
-from quantkit.task import MASKED, task_of
+from quantkit.task import CAUSAL, MASKED, task_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,10 +153,11 @@ def linears_for_conv1d(model: nn.Module) -> None:
 
 def auto_class(config: Any) -> Any:
     """transformers' class that builds the model of a configuration with its output head: a text model, or one that reads images beside text."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-    if task_of(config.to_dict(), config.name_or_path or "the model") == MASKED:
-        return AutoModelForMaskedLM
+    task = task_of(config.to_dict(), config.name_or_path or "the model")
+    if task != CAUSAL:
+        return AutoModelForMaskedLM if task == MASKED else AutoModelForSeq2SeqLM
     others = () if type(config) in AutoModelForCausalLM._model_mapping else (AutoModelForImageTextToText,)
     return next((auto for auto in others if type(config) in auto._model_mapping), AutoModelForCausalLM)
 
@@ -168,6 +169,8 @@ def body_name(model: nn.Module) -> str | None:
         return None if getattr(model, name) is model else name
     head = model.get_output_embeddings()
     children = {name: child for name, child in model.named_children() if child is not head}
+    if "decoder" in children:
+        return "decoder"
     return max(children, key=lambda name: sum(parameter.numel() for parameter in children[name].parameters())) if head is not None and children else None
 
 

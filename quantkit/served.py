@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import Checkpoint, torch_dtype
+from quantkit.encoder_decoder import open_blockwise
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.experts import EXPERTS_IMPLEMENTATION, Restacked, quantize_expert_inputs, register_serving_experts
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
@@ -83,12 +84,12 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     skeleton = build_skeleton(checkpoint, trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
     if layout is None:
         dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-        return ServedModel(BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None, {})
+        return ServedModel(open_blockwise(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None, {})
     computed = {scheme: as_computed(scheme, hardware) for scheme in layout.schemes}
     weights = QuantizedWeights(checkpoint, layout, skeleton, computed, device, exec != "reference")
     if exec == "kernel":
         weights.require_kernels()
-    blocks = BlockwiseModel(skeleton, weights, str(path), device)
+    blocks = open_blockwise(skeleton, weights, str(path), device)
     unexpected = set(blocks.unexpected)
     beyond = {name for name in weights.linears if f"{name}.weight" in unexpected and blocks.is_beyond(f"{name}.weight")}
     strangers = [name for name in weights.linears if f"{name}.weight" in unexpected and name not in beyond]

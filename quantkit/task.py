@@ -1,6 +1,6 @@
 """What a model was trained to predict, by its configuration: that decides how it is built, run and judged.
 
-A decoder predicts the next token, a masked language model hidden ones. Others can't be judged by what `eval` measures, so they are refused before hours are
+A decoder predicts the next token, a masked language model hidden ones, an encoder with a decoder a target. Others can't be judged by what `eval` measures, so they are refused before hours are
 spent on them.
 """
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from quantkit.errors import CheckpointError
 
-CAUSAL, MASKED = "causal", "masked"
+CAUSAL, MASKED, TARGET = "causal", "masked", "target"
 # The ends of class names that say what a model's head is for. A multimodal model that writes text is called ForConditionalGeneration.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 
 
 def task_of(config: Mapping[str, Any], where: object) -> str:
-    """CAUSAL or MASKED; a configuration that doesn't name its class is taken for a decoder's.
+    """CAUSAL, MASKED or TARGET; a configuration that doesn't name its class is taken for a decoder's.
 
-    Raises CheckpointError for encoders with decoders, classifiers and the like.
+    Raises CheckpointError for classifiers and the like.
     """
     architecture = str((config.get("architectures") or [""])[0])
-    what = "quantkit calibrates, exports and judges decoders and masked language models"
-    if config.get("is_encoder_decoder"):
-        raise CheckpointError(f"{where} is a {architecture or 'model'} of encoder and decoder; {what}")
+    what = "quantkit calibrates, exports and judges decoders, masked language models, and encoders with decoders that write text"
+    if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
+        return TARGET
     if architecture.endswith("ForMaskedLM"):
         return MASKED
     is_encoder = not config.get("is_decoder") and architecture == "BertLMHeadModel"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_text, make_tokenizer, whole_model
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, MASKED, MULTIMODAL, make_model
+from tiny_models import ARCHITECTURES, MASKED, MULTIMODAL, TARGET, make_model
 from transformers import AutoConfig
 
 from quantkit.calibration import CalibrationOptions, calibrate
@@ -66,7 +66,7 @@ class Tiny:
         return plan.options.output
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, *MULTIMODAL, *MASKED])
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET])
 def tiny(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     vocabulary = make_tokenizer(place / "model", mask=request.param in MASKED)
@@ -111,6 +111,10 @@ def test_exports_are_sound_and_judged(tiny):
         assert len(quant["layers"]) == quant["linears_quantized"]
 
 
+def inputs_of(tiny: Tiny) -> dict[str, torch.Tensor]:
+    return {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, 3:]} if tiny.kind in TARGET else {"input_ids": TOKENS}
+
+
 def dense_checkpoint(out: Path, model: Path, target: Path) -> Path:
     """The base's files with each weight replaced by what its codes stand for, under the names and in the shapes that the base has."""
     found, tensors = load_file(out / "model.safetensors"), {}
@@ -145,7 +149,7 @@ def test_what_runs_is_what_the_file_says(tiny, tmp_path):
     reference = auto_class(AutoConfig.from_pretrained(dense)).from_pretrained(dense, dtype=torch.float32, experts_implementation="eager").eval()
     ours = whole_model(load_served(out, "cpu", hardware="ampere", exec="reference"))
     with torch.inference_mode():
-        expected, found = reference(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits
+        expected, found = reference(**inputs_of(tiny)).logits, ours(**inputs_of(tiny)).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -161,7 +165,7 @@ def test_transformers_loads_what_is_said_to_load(tiny):
     theirs = auto_class(AutoConfig.from_pretrained(out)).from_pretrained(out, dtype=torch.float32).eval()
     ours = whole_model(load_served(out, "cpu", exec="reference"))
     with torch.inference_mode():
-        first, second = theirs(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits
+        first, second = theirs(**inputs_of(tiny)).logits, ours(**inputs_of(tiny)).logits
     distances = (first - second).norm(dim=-1) / second.norm(dim=-1)
     # A value that lies on the edge of two codes may tip, and what attends to it differs from there on.
     assert distances.median() < 1e-3 and distances.max() < 0.1
@@ -169,7 +173,9 @@ def test_transformers_loads_what_is_said_to_load(tiny):
 
 def test_fused_sets_are_those_that_vllm_merges(tiny):
     """What vLLM merges in this architecture shares a scale here, and nothing else does but the two inputs of an expert."""
-    declared = json.loads(PACKED_MODULES.read_text())["architectures"][tiny.kind]
+    declared = json.loads(PACKED_MODULES.read_text())["architectures"].get(tiny.kind)
+    if declared is None:
+        pytest.skip("vLLM doesn't serve it")
     names = tiny.plan("fp8-dynamic").linears
     merged = {
         tuple(f"{parent}.{member}" for member in members)

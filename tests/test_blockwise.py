@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_batches, make_model, open_blockwise, ordinary_hidden_states
 from torch import nn
 
-from quantkit.blockwise import BlockwiseModel, Call, Interned, StoredWeights, _Tape, build_skeleton, decoder_blocks, each_batch, one_thread
+from quantkit.blockwise import BlockwiseModel, Call, Interned, StoredWeights, Tape, build_skeleton, decoder_blocks, each_batch, one_thread
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.states import HiddenStates
@@ -306,7 +306,7 @@ def test_a_forward_that_skips_blocks_is_refused(stored):
 
 def test_a_block_that_is_called_without_hidden_states_is_refused():
     with pytest.raises(CheckpointError, match="without hidden states, only with tokens, mask"):
-        _Tape(torch.Size((1, 2))).arrive((), {"tokens": None, "mask": None})
+        Tape(torch.Size((1, 2))).arrive((), {"tokens": None, "mask": None})
 
 
 def test_a_refused_forward_leaves_the_blocks_in_place(stored, monkeypatch):

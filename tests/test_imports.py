@@ -27,7 +27,7 @@ ORDER = (
     ("gguf_files",),
     ("hub",),
     ("blockwise", "heads"),
-    ("recording",),
+    ("recording", "encoder_decoder"),
     ("runtimes", "experts"),
     ("folding", "plan"),
     ("choosing",),

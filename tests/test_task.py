@@ -5,7 +5,7 @@ import json
 import pytest
 
 from quantkit.errors import CheckpointError
-from quantkit.task import CAUSAL, MASKED, task_of
+from quantkit.task import CAUSAL, MASKED, TARGET, task_of
 
 
 @pytest.mark.parametrize(
@@ -28,10 +28,14 @@ def test_masked_language_models_are_taken():
     assert task_of({"architectures": ["XLMRobertaForMaskedLM"]}, "model") == MASKED
 
 
+def test_encoders_with_decoders_are_taken():
+    assert task_of({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "model") == TARGET
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+        {"architectures": ["T5Model"], "is_encoder_decoder": True},
         {"architectures": ["BertForSequenceClassification"]},
         {"architectures": ["BertLMHeadModel"]},
         {"architectures": ["Qwen3Model"]},

@@ -81,6 +81,21 @@ ARCHITECTURES["deepseek_v2"] = ARCHITECTURES["deepseek_v3"]
 ARCHITECTURES["qwen3_5_moe_text"] = ARCHITECTURES["qwen3_next"]
 # Encoders, which predict hidden tokens.
 MASKED = {"bert": {}, "roberta": {"pad_token_id": 1}}
+# Models of an encoder and a decoder, which predict a target.
+TARGET = {
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "pad_token_id": 1, "decoder_start_token_id": 1},
+    "bart": {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "pad_token_id": 1,
+        "decoder_start_token_id": 1,
+    },
+}
 # Of models that read images too: their language model is as SIZES says.
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 MULTIMODAL = {
@@ -97,12 +112,14 @@ def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, 
     if kind in MULTIMODAL:
         settings = MULTIMODAL[kind] | {"text_config": SIZES | changes | MULTIMODAL[kind]["text_config"]}
     else:
-        settings = SIZES | (ARCHITECTURES | MASKED).get(kind, {}) | changes
+        settings = SIZES | (ARCHITECTURES | MASKED | TARGET).get(kind, {}) | changes
     if kind == "falcon":
         settings.pop("head_dim")
+    if kind in TARGET:
+        settings = {name: value for name, value in settings.items() if name not in ("head_dim", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     config = CONFIG_MAPPING[kind](**settings)
-    if kind in MASKED:
-        config.architectures = [f"{kind}ForMaskedLM"]
+    if kind in MASKED or kind in TARGET:
+        config.architectures = [f"{kind}ForMaskedLM" if kind in MASKED else f"{kind}ForConditionalGeneration"]
     model = auto_class(config).from_config(config, dtype=dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         # Norms and biases too: what isn't loaded must show.
