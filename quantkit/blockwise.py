@@ -27,16 +27,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import quantkit.ops  # noqa: F401 (declares the op)
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import with_upright_weights
 from quantkit.model import auto_class, auto_config, is_of_other_tower, linears_for_conv1d, require_no_missing
 from quantkit.states import HiddenStates, release_freed_memory
+from quantkit.streaming import block_scales, source_spec
 from quantkit.task import CAUSAL, task_of
 from quantkit.weight_map import ParameterSource, WeightMap
 
-# The way of returning in which the first block is run for what else it returns.
-RUN_FIRST = 3
+# Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of three, for which the first block is run.
+WAYS, RUN_FIRST = (0, 1, 2), -1
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
@@ -53,16 +55,22 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """The tensors of an unquantized checkpoint, as they are. require_finite: NaN or infinity in one is an error that names it."""
+    """The tensors of an unquantized checkpoint, as they are, or of one in FP8 blocks, dequantized. require_finite: NaN or infinity in one is an error that names it."""
 
     def __init__(self, checkpoint: Checkpoint, require_finite: bool = False) -> None:
         self._checkpoint, self._require_finite = with_upright_weights(checkpoint), require_finite
+        self._scales = block_scales(checkpoint)
+        self._block = source_spec(checkpoint).granularity if self._scales else None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self._checkpoint.tensors.items()}
+        scales = set(self._scales.values())
+        return {name: info.shape for name, info in self._checkpoint.tensors.items() if name not in scales}
 
     def read(self, name: str) -> Tensor:
         tensor = self._checkpoint.read(name)
+        if name in self._scales:
+            scale = self._checkpoint.read(self._scales[name]).float()
+            tensor = torch.ops.quantkit.dequantize_blocks(tensor, scale, self._block.rows, self._block.columns)
         # The extremes are NaN where any value is; finding them takes no memory, and less time than the reading.
         if self._require_finite and tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise CheckpointError(
@@ -150,7 +158,7 @@ class _Recorder(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         hidden = self._arrive(arguments, keywords)
-        return (hidden, None, None)[: self._outputs] if self._outputs else hidden
+        return (hidden, None, None)[: 3 if self._outputs == RUN_FIRST else self._outputs] if self._outputs else hidden
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their blocks for what kind they are (`attention_type`)."""
@@ -326,10 +334,16 @@ class BlockwiseModel:
         return calls
 
     def _record(self, tokens: Tensor, cache: Any) -> tuple[Tensor, list[Call]]:
-        return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, cache), (0, 1, 2))
+        try:
+            return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, cache), WAYS)
+        except CheckpointError:
+            if cache is None:
+                raise
+        # Some take no cache but one of their own.
+        return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, None), WAYS)
 
     def _record_through(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor], ways: Sequence[int]) -> tuple[Tensor, list[Call]]:
-        """ways: of returning hidden states that a block may have: see `_Recorder`; RUN_FIRST needs the first block's weights."""
+        """ways: which to try, in this order; RUN_FIRST needs the first block's weights."""
         reason = "its blocks pass on more than hidden states"
         for outputs in dict.fromkeys((self._outputs, *ways)):
             tape = Tape(shape)
@@ -469,6 +483,8 @@ class Tape:
             self.first = hidden
         elif not isinstance(hidden, Tensor) or hidden.shape != self.first.shape:
             raise _WrongReturn
+        elif hidden is not self.first and not torch.equal(hidden, self.first):
+            raise CheckpointError("the model changes hidden states between its decoder blocks; it can't be run block by block")
         self.calls.append(Call(arguments[1:], {key: value for key, value in keywords.items() if key != name}, name))
         return hidden
 

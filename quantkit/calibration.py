@@ -113,8 +113,9 @@ def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, 
     """Measure and write CALIB."""
     check_output(options.output, overwrite=options.overwrite or options.resume, reads=[options.model])
     checkpoint = Checkpoint.open(options.model)
-    if QuantizationLayout.read(checkpoint.config) is not None:
-        raise CheckpointError(f"{options.model} is quantized already; calibrate the original model")
+    layout = QuantizationLayout.read(checkpoint.config)
+    if layout is not None and layout.method != "fp8":
+        raise CheckpointError(f"{options.model} is quantized already; calibrate the original model, or one in FP8 blocks")
 
     from quantkit.model import pick_device
 

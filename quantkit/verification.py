@@ -122,7 +122,8 @@ def verify(
     _check_fused_sets(found, checkpoint, linears)
     if not as_stored:
         found.faults += found.unequal
-    infos = [QuantizedLinearInfo(name, shape, scheme) for name, (scheme, shape) in linears.items()]
+    turned = {name for name, info in checkpoint.tensors.items() if not info.is_dense}
+    infos = [QuantizedLinearInfo(name, shape, scheme, f"{name}.weight" in turned) for name, (scheme, shape) in linears.items()]
     for name in [runtime] if runtime else RUNTIMES:
         for problem in runtime_problems(name, infos, found.left, layout.method if layout else "compressed-tensors"):
             if runtime:

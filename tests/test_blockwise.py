@@ -90,7 +90,7 @@ def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(stored, kind):
     assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "gpt2", "bloom", "bamba", "mamba2", "qwen3_next"])
 def test_files_threads_and_prefetch_change_no_bit(stored, kind):
     directory, model = stored(kind)
     assert_equal(run_blockwise(open_blockwise(directory), memory=0, prefetch=True, threads=3), ordinary_hidden_states(model, BATCHES))

@@ -154,3 +154,17 @@ def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="merge_and_unload"):
         plan_export(ExportOptions(tmp_path, tmp_path / "out", Recipe(QuantScheme.parse("fp8-dynamic"))))
+
+
+def test_a_model_that_comes_in_fp8_blocks(tmp_path, text):
+    """As DeepSeek ships it: calibrated from dequantized blocks, which other schemes are made of, and blocks that stay keep their codes."""
+    original = tiny_model(tmp_path / "original", "deepseek_v3")
+    model = tmp_path / "model"
+    export(plan_export(ExportOptions(original, model, Recipe(QuantScheme.parse("fp8-block")), layout="fp8")))
+    assert "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv" in load_file(model / "model.safetensors")
+    go_the_whole_way(model, text, tmp_path, "int8-static")
+    plan = plan_export(ExportOptions(model, tmp_path / "blocks", Recipe(QuantScheme.parse("fp8-block")), layout="fp8"))
+    export(plan)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "blocks", model))
+    assert all(torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8)) for name, tensor in ours.items())
+    assert sum(row.bytes_before for row in plan.parameters) == sum(tensor.nbytes for tensor in theirs.values())
