@@ -569,7 +569,8 @@ def _summary_of(
     infos = classify_tensors({name: info.shape for name, info in as_matrices(checkpoint).tensors.items()}).values()
     refused = [info.tensor for info in infos if info.kind == "unreached"]
     linears = [info.name for info in infos if info.kind == "linear"]
-    unread = [name for name in linears if name in unread]
+    observed = {linear for entry in inputs for linear in entry["linears"]}
+    unread = [name for name in linears if name in unread or name not in observed]
     ignore = {
         "unread": tuple(covering_patterns(unread, set(linears).difference(unread))),
         "refused": tuple(covering_patterns(refused, linears)),

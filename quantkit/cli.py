@@ -169,7 +169,7 @@ def _warn_of_calibration(out: Output, summary: Any) -> None:
 
     if summary.unread:
         out.warn(
-            f"no token reached {_named(summary.unread, 'Linear')}, whose weights the model uses in another way, so they have no static scale: "
+            f"no token reached {_named(summary.unread, 'Linear')}, which transformers runs in another way or not at all, so they have no static scale: "
             f"a static scheme needs {_ignoring(summary, 'unread')}"
         )
     if summary.refused:

@@ -122,7 +122,7 @@ def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module where all in it is meant, numbers as `*`."""
+    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module where all in it is meant, numbers as `*`, or a whole block."""
     others = list(others)
     patterns: list[Pattern] = []
     refused: set[str] = set()
@@ -130,7 +130,8 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
         if any(pattern.matches(name) for pattern in patterns):
             continue
         numberless = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        for text in (f"{numberless.rpartition('.')[0]}.*", numberless, name):
+        block = _BLOCK.match(name)
+        for text in (f"{numberless.rpartition('.')[0]}.*", numberless, f"{block[0]}*" if block else name, name):
             pattern = Pattern(text)
             if text == name or (text not in refused and not any(pattern.matches(other) for other in others)):
                 patterns.append(pattern)

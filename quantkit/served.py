@@ -103,7 +103,8 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     names = list(dict.fromkeys(scheme.name for scheme in layout.schemes))
     weights_only = [name for name in weights.linears if name not in reached | beyond]
     dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
-    kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, device)
+    on_disk = {path.rpartition(".")[0]: name.rpartition(".")[0] for name, path in weights.modules.items()}
+    kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, on_disk, device)
     scheme = names[0] if len(names) == 1 else "mixed"
     return ServedModel(blocks, checkpoint, scheme, total, activations, dropped, kv_scales, weights.count_kernels(beyond), tuple(sorted(beyond)))
 
@@ -226,14 +227,18 @@ class QuantizedWeights:
         return QuantizedLinear(weight, self._computed[self.linears[name]], input_scale, bias, self._dtype, self._use_kernels)
 
 
-def _kv_scales(layout: QuantizationLayout, model: nn.Module, tensors: Mapping[str, Tensor], device: str) -> dict[int, tuple[Tensor, Tensor]] | None:
+def _kv_scales(
+    layout: QuantizationLayout, model: nn.Module, tensors: Mapping[str, Tensor], on_disk: Mapping[str, str], device: str
+) -> dict[int, tuple[Tensor, Tensor]] | None:
+    """Scale of keys and of values by layer. on_disk: what modules are called in the checkpoint, where that is known."""
     if not layout.kv_cache:
         return None
     scales = {}
     for name, module in model.named_modules():
-        key = tensors.get(f"{name}.k_scale")
+        stored = on_disk.get(name, name)
+        key = tensors.get(f"{stored}.k_scale")
         if key is not None:
-            value = tensors.get(f"{name}.v_scale")
+            value = tensors.get(f"{stored}.v_scale")
             if value is None or key.numel() != 1 or value.numel() != 1:
                 raise CheckpointError(f"{name} has no pair of per-tensor k_scale and v_scale; export it again")
             scales[module.layer_idx] = (key.to(device), value.to(device))

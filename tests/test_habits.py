@@ -19,10 +19,10 @@ from quantkit.scheme import QuantScheme, Recipe
 from quantkit.verification import verify
 
 
-def go_the_whole_way(model: Path, text: Path, place: Path, scheme: str = "int8-static", **options) -> dict:
+def go_the_whole_way(model: Path, text: Path, place: Path, scheme: str = "int8-static", kv_cache: str | None = None, **options) -> dict:
     """Calibrate, export, verify, eval; returns the result."""
     calibrate(CalibrationOptions(model, place / "calib", (str(text),), num_samples=3, seq_len=32))
-    export(plan_export(ExportOptions(model, place / "out", Recipe(QuantScheme.parse(scheme)), place / "calib", **options)))
+    export(plan_export(ExportOptions(model, place / "out", Recipe(QuantScheme.parse(scheme), kv_cache=kv_cache), place / "calib", **options)))
     assert verify(place / "out", model).faults == []
     result = evaluate(EvaluationOptions(model, (place / "out",), (str(text),), 32, 160, cache=False))
     assert 0 < result["quants"][0]["kld"]["mean"] < 0.5
@@ -70,8 +70,8 @@ def test_a_body_without_a_prefix_has_the_same_perplexity_as_with_one(tmp_path, t
     with_prefix = make_llama(tmp_path / "with", tie=True)
     without = make_llama(tmp_path / "without", tie=True)
     retold(without, lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)])
-    result = go_the_whole_way(without, text, tmp_path)
-    assert result["quants"][0]["activations_quantized"] is True
+    result = go_the_whole_way(without, text, tmp_path, kv_cache="fp8")
+    assert result["quants"][0]["activations_quantized"] is True and result["quants"][0]["kv_cache_quantized"] is True
     assert result["base"]["perplexity"] == evaluate(EvaluationOptions(with_prefix, (), (str(text),), 32, 160, cache=False))["base"]["perplexity"]
 
 
@@ -83,6 +83,8 @@ def test_layers_that_predict_further_tokens_are_quantized_and_said_not_to_be_jud
         tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
 
     model = retold(tiny_model(tmp_path / "model", "deepseek_v3"), change)
+    summary = calibrate(CalibrationOptions(model, tmp_path / "told", (str(text),), num_samples=2, seq_len=32))
+    assert summary.unread and all(name.startswith("model.layers.2.") for name in summary.unread) and summary.ignore["unread"] == ("model.layers.2.*",)
     result = go_the_whole_way(model, text, tmp_path, "fp8-dynamic")
     assert any("model.layers.2." in remark and "not judged" in remark for remark in result["remarks"])
     quant, stored = result["quants"][0], load_file(tmp_path / "out" / "model.safetensors")

@@ -165,8 +165,9 @@ def test_names_without_a_parent_fuse_too():
     [
         (["m.0.e.up", "m.0.e.down", "m.1.e.up"], ["m.0.a.up"], ["m.*.e.*"]),
         (["m.0.e.up", "m.1.e.up"], ["m.0.e.down"], ["m.*.e.up"]),
-        (["m.0.e.up"], ["m.1.e.up"], ["m.0.e.up"]),
-        (["m.0.e.up", "m.3.e.up", "m.0.f.x"], ["m.1.e.up"], ["m.0.e.up", "m.3.e.up", "m.*.f.*"]),
+        (["m.0.e.up", "m.0.a.q"], ["m.1.e.up", "m.1.a.q"], ["m.0.*"]),
+        (["m.0.e.up"], ["m.1.e.up", "m.0.a.q"], ["m.0.e.up"]),
+        (["m.0.e.up", "m.3.e.up", "m.0.f.x"], ["m.1.e.up", "m.0.a.q", "m.3.a.q"], ["m.0.e.up", "m.3.e.up", "m.*.f.*"]),
         ([], ["m.0.e.up"], []),
     ],
 )
