@@ -153,13 +153,13 @@ def linears_for_conv1d(model: nn.Module) -> None:
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' class that builds the model of a configuration with its output head: a text model, or one that reads images beside text."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    """transformers' class that builds the model of a configuration with its output head: a text model, or one that sees or hears beside reading text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM
 
     task = task_of(config.to_dict(), config.name_or_path or "the model")
     if task != CAUSAL:
         return AutoModelForMaskedLM if task == MASKED else AutoModelForSeq2SeqLM
-    others = () if type(config) in AutoModelForCausalLM._model_mapping else (AutoModelForImageTextToText,)
+    others = () if type(config) in AutoModelForCausalLM._model_mapping else (AutoModelForImageTextToText, AutoModelForMultimodalLM)
     return next((auto for auto in others if type(config) in auto._model_mapping), AutoModelForCausalLM)
 
 

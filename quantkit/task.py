@@ -6,6 +6,7 @@ spent on them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from quantkit.errors import CheckpointError
 CAUSAL, MASKED, TARGET = "causal", "masked", "target"
 # The ends of class names that say what a model's head is for. A multimodal model that writes text is called ForConditionalGeneration.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
+# What configurations of encoders that see or hear speak of.
+_OTHER_INPUT = re.compile(r"mel_bins|feat_per_channel|feat_extract|image|audio|vision|patch_size")
 
 
 def task_of(config: Mapping[str, Any], where: object) -> str:
@@ -24,7 +27,10 @@ def task_of(config: Mapping[str, Any], where: object) -> str:
     architecture = str((config.get("architectures") or [""])[0])
     what = "quantkit calibrates, exports and judges decoders, masked language models, and encoders with decoders that write text"
     if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
-        return TARGET
+        other = next((key for key in config if _OTHER_INPUT.search(key)), None)
+        if other is None:
+            return TARGET
+        raise CheckpointError(f"{where} is a {architecture}, whose encoder reads no text (its configuration has {other}); {what}")
     if architecture.endswith("ForMaskedLM"):
         return MASKED
     is_encoder = not config.get("is_decoder") and architecture == "BertLMHeadModel"

@@ -36,6 +36,7 @@ def test_encoders_with_decoders_are_taken():
     "config",
     [
         {"architectures": ["T5Model"], "is_encoder_decoder": True},
+        {"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True, "num_mel_bins": 80},
         {"architectures": ["BertForSequenceClassification"]},
         {"architectures": ["BertLMHeadModel"]},
         {"architectures": ["Qwen3Model"]},
