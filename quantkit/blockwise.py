@@ -337,9 +337,9 @@ class BlockwiseModel:
         try:
             return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, cache), WAYS)
         except CheckpointError:
-            if cache is None:
+            if not getattr(cache, "may_be_left_out", False):
                 raise
-        # Some take no cache but one of their own.
+        # Some take no cache but one of their own, and keep no keys and values that could be measured.
         return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, None), WAYS)
 
     def _record_through(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor], ways: Sequence[int]) -> tuple[Tensor, list[Call]]:

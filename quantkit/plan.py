@@ -29,6 +29,7 @@ from quantkit.streaming import block_scales
 from quantkit.task import task_of
 
 FLOATS = ("BF16", "F16", "F32")
+_IGNORED = "ignored by"
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _assign(
         names = (name, info.tensor, stack_of.get(name, name))
         ignored = next((pattern for pattern in recipe.ignore if any(map(pattern.matches, names))), None)
         if ignored is not None:
-            reasons[info.tensor] = f"ignored by '{ignored.text}'"
+            reasons[info.tensor] = f"{_IGNORED} '{ignored.text}'"
             continue
         if info.kind == "linear":
             scheme = entry[1] if entry else recipe.scheme
@@ -250,7 +251,8 @@ def _assign(
             schemes[name] = scheme
     for tensor, info in infos.items():
         if info.kind == "unreached":
-            reasons[tensor] = f"out of reach: {info.reason}"
+            ignored = next((pattern for pattern in recipe.ignore if pattern.matches(info.name) or pattern.matches(tensor)), None)
+            reasons[tensor] = f"{_IGNORED} '{ignored.text}', and out of reach: {info.reason}" if ignored else f"out of reach: {info.reason}"
     for pattern, _ in recipe.layers:
         if pattern not in used:
             raise RecipeError(
@@ -365,7 +367,8 @@ def _parameter_plans(
             after = sum(plan.nbytes for plan in linear_plans(linear, layout))
             rows.append(ParameterPlan(tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after))
         else:
-            rows.append(ParameterPlan(tensor, "unreached" if info.kind == "unreached" else "left", reason, None, before, after))
+            is_unreached = info.kind == "unreached" and not reason.startswith(_IGNORED)
+            rows.append(ParameterPlan(tensor, "unreached" if is_unreached else "left", reason, None, before, after))
     return rows
 
 

@@ -312,6 +312,8 @@ class PassingCache(DynamicCache):
 class ObservingCache(PassingCache):
     """Stands for a KV cache: measures keys and values after rotary embedding and hands them back; keeps nothing."""
 
+    may_be_left_out = True
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         batch = _current()
         module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None

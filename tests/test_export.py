@@ -150,7 +150,8 @@ def test_what_cannot_be_quantized_is_refused_unless_it_is_ignored_or_allowed(lla
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(CheckpointError, match="gate_up_proj.*stack of matrices"):
         planned(model)
-    planned(model, ignore=(Pattern("re:.*experts.*"),))
+    (left,) = [row for row in planned(model, ignore=(Pattern("re:.*experts.*"),)).parameters if "experts" in row.name]
+    assert left.status == "left" and left.reason.startswith("ignored by 're:.*experts.*'")
     command = ("export", model, "-o", tmp_path / "out", "--scheme", "fp8-dynamic", "--dry-run")
     assert "--allow-unreached" in run(*command).stderr
     rows = run_json(*command, "--allow-unreached")["parameters"]
