@@ -25,7 +25,7 @@ from quantkit.scheme import QuantScheme, Recipe
 from quantkit.served import load_served
 from quantkit.verification import verify
 
-PACKED_MODULES = Path(__file__).parent / "packed_modules.json"
+PACKED_MODULES = json.loads((Path(__file__).parent / "packed_modules.json").read_text())["architectures"]
 TOKENS = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(2))
 # What all are exported in, and what a few are beside it: where a scheme's shape or its scales could go wrong in another way.
 SCHEMES = ("fp8-dynamic", "int8-dynamic")
@@ -47,6 +47,13 @@ TRANSFORMERS = {
     "opt": "doesn't quantize inputs of two dimensions",
     **dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text", "granitemoe", "minimax"), _EXPERTS),
 }
+
+
+def of_kinds(*kinds: str):
+    """A test of these only."""
+    return pytest.mark.parametrize("tiny", kinds, indirect=True, scope="module")
+
+
 KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
 
 
@@ -172,13 +179,15 @@ def test_what_runs_is_what_the_file_says(tiny, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_transformers_loads_what_is_said_to_load(tiny):
+def test_the_table_says_what_transformers_cannot_load(tiny):
     plan = tiny.plan("fp8-dynamic")
     has_experts = any(".experts." in name for name in plan.linears) or tiny.kind in OPTIONS
     assert has_experts == (TRANSFORMERS.get(tiny.kind) == _EXPERTS)
     assert bool(runtime_problems("transformers", plan.linears.values(), plan.left)) == ("refused" in TRANSFORMERS.get(tiny.kind, ""))
-    if tiny.kind in TRANSFORMERS:
-        pytest.skip(TRANSFORMERS[tiny.kind])
+
+
+@of_kinds(*(kind for kind in KINDS if kind not in TRANSFORMERS))
+def test_transformers_loads_the_rest(tiny):
     out = tiny.exported("fp8-dynamic")
     theirs = auto_class(AutoConfig.from_pretrained(out)).from_pretrained(out, dtype=torch.float32).eval()
     ours = whole_model(load_served(out, "cpu", exec="reference"))
@@ -189,11 +198,10 @@ def test_transformers_loads_what_is_said_to_load(tiny):
     assert distances.median() < 1e-3 and distances.max() < 0.1
 
 
+@of_kinds(*(kind for kind in KINDS if kind in PACKED_MODULES))
 def test_fused_sets_are_those_that_vllm_merges(tiny):
     """What vLLM merges in this architecture shares a scale here, and nothing else does but the two inputs of an expert."""
-    declared = json.loads(PACKED_MODULES.read_text())["architectures"].get(tiny.kind)
-    if declared is None:
-        pytest.skip("vLLM doesn't serve it")
+    declared = PACKED_MODULES[tiny.kind]
     names = tiny.plan("fp8-dynamic").linears
     merged = {
         tuple(f"{parent}.{member}" for member in members)
@@ -206,10 +214,9 @@ def test_fused_sets_are_those_that_vllm_merges(tiny):
     assert {tuple(name.rpartition(".")[2] for name in members) for members in ours - merged} <= {("gate_proj", "up_proj"), ("w1", "w3")}
 
 
+@of_kinds("gpt_oss", "granitemoe")
 def test_experts_that_stay_are_ignored_by_the_configuration(tiny):
     """Runtimes would look for the scales of a layer's experts, which are a module of theirs under any name on disk."""
-    if tiny.kind not in ("gpt_oss", "granitemoe"):
-        pytest.skip("no experts stacked on disk")
     recipe = Recipe(QuantScheme.parse("fp8-dynamic")).with_options(("*.input_linear", "*.output_linear") if tiny.kind == "granitemoe" else (), None, None)
     plan = plan_export(ExportOptions(tiny.model, tiny.model.parent / "left", recipe, **OPTIONS.get(tiny.kind, {})))
     assert [row.bytes_before for row in plan.parameters] and not any("experts." in name for name in plan.linears)
@@ -217,9 +224,8 @@ def test_experts_that_stay_are_ignored_by_the_configuration(tiny):
     assert rf"re:model\.layers\.1\.{module}\.experts\..*" in plan.left
 
 
+@of_kinds(*MULTIMODAL)
 def test_multimodal_models_say_that_their_other_towers_stay(tiny):
-    if tiny.kind not in MULTIMODAL:
-        pytest.skip("a text model")
     rows = {row.name: row for row in tiny.plan("fp8-dynamic").parameters}
     towers = [row for name, row in rows.items() if "vision" in name]
     assert towers and all(row.status == "left" and row.reason == "not part of the language model" for row in towers)
