@@ -183,6 +183,7 @@ class BlockwiseModel:
         self.model, self.device, self.where = skeleton, torch.device(device), where
         self._weights = weights
         self.task = task_of(skeleton.config.to_dict(), where)
+        self._takes_cache = self.task == CAUSAL
         self.blocks_name, self._blocks = decoder_blocks(skeleton)
         shapes = weights.shapes()
         self._map = WeightMap(skeleton, list(shapes))
@@ -340,6 +341,7 @@ class BlockwiseModel:
             if not getattr(cache, "may_be_left_out", False):
                 raise
         # Some take no cache but one of their own, and keep no keys and values that could be measured.
+        self._takes_cache = False
         return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, None), WAYS)
 
     def _record_through(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor], ways: Sequence[int]) -> tuple[Tensor, list[Call]]:
@@ -369,7 +371,7 @@ class BlockwiseModel:
             body = self.model.get_submodule(self.blocks_name.rpartition(".")[0].rpartition(".")[0])
             accepted = inspect.signature(body.forward).parameters
         keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        if cache is not None and "past_key_values" in accepted and self.task == CAUSAL:
+        if cache is not None and "past_key_values" in accepted and self._takes_cache:
             keywords = {"past_key_values": cache, "use_cache": True}
         return self._call(body, input_ids=tokens, **keywords)
 
