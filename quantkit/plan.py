@@ -288,7 +288,7 @@ def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
 
 def _left_linears(infos: Mapping[str, ModuleInfo], linears: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not quantized."""
-    kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "unreached")
+    kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "used directly", "unreached")
     left = [
         info.name for info in infos.values() if info.kind in kinds and len(info.shape) >= 2 and info.tensor.endswith(".weight") and info.name not in linears
     ]

@@ -152,6 +152,9 @@ def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], lef
     transposed = [linear for linear in quantized if linear.is_transposed]
     if transposed and runtime in _CONV1D:
         problems.append(f"{runtime} {_CONV1D[runtime]} ({transposed[0].name} and the others, which are Conv1D)")
+    mixers = [name for name in by_name if name.endswith(".x_proj") and f"{name.removesuffix('x_proj')}in_proj" in by_name]
+    if mixers and runtime == "vllm":
+        problems.append(f"vllm keeps Mamba's first kind of mixer unquantized ({mixers[0].rpartition('.')[0]} and its like); leave them with --ignore")
     experts = [linear for linear in quantized if ".experts." in linear.name]
     unloadable = {"transformers": ("fp8-block", "mxfp8", "int8-dynamic", "int8-static", "int8-weight-only"), "sglang": ("int8-dynamic", "int8-static")}
     for linear in [linear for linear in experts if scheme_family(linear.scheme) in unloadable.get(runtime, ())][:1]:

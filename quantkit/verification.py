@@ -172,7 +172,7 @@ def _check_names(
             linears[module] = (scheme, shape)
     left: dict[str, str] = {}
     for info in classify_tensors({name: i.shape for name, i in checkpoint.tensors.items()}).values():
-        if info.kind not in ("linear", "lm_head", "router") or info.name in stored or not info.tensor.endswith(".weight"):
+        if info.kind not in ("linear", "lm_head", "router", "used directly") or info.name in stored or not info.tensor.endswith(".weight"):
             continue
         if layout.scheme_of(info.name) is None:
             left[info.name] = info.reason or "ignored in quantization_config"

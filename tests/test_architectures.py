@@ -123,7 +123,7 @@ def test_all_matrices_of_the_blocks_are_quantized(tiny):
     plan = tiny.plan("fp8-dynamic")
     inside = [row for row in plan.parameters if row.reason not in ("outside the decoder blocks", "not part of the language model")]
     stays = sum(row.bytes_before for row in inside if row.status == "left" and "left by rule" not in row.reason)
-    assert stays < 0.1 * sum(row.bytes_before for row in inside if row.status == "quantized")
+    assert stays < 0.15 * sum(row.bytes_before for row in inside if row.status == "quantized")
 
 
 def test_exports_are_sound_and_judged(tiny):

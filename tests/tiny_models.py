@@ -74,6 +74,7 @@ ARCHITECTURES = {
     "deepseek_v2": {},
     "qwen3_5_moe_text": {},
     "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+    "mamba": {"state_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
 }
 
