@@ -27,11 +27,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import quantkit.ops  # noqa: F401 (declares the op)
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.model import auto_config, require_no_missing
+from quantkit.matrices import with_upright_weights
+from quantkit.model import auto_class, auto_config, is_of_other_tower, linears_for_conv1d, require_no_missing
 from quantkit.states import HiddenStates, release_freed_memory
+from quantkit.streaming import block_scales, source_spec
+from quantkit.task import CAUSAL, task_of
+from quantkit.weight_map import ParameterSource, WeightMap
 
+# Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of three, for which the first block is run.
+WAYS, RUN_FIRST = (0, 1, 2), -1
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
@@ -48,16 +55,22 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """The tensors of an unquantized checkpoint, as they are. require_finite: NaN or infinity in one is an error that names it."""
+    """The tensors of an unquantized checkpoint, as they are, or of one in FP8 blocks, dequantized. require_finite: NaN or infinity in one is an error that names it."""
 
     def __init__(self, checkpoint: Checkpoint, require_finite: bool = False) -> None:
-        self._checkpoint, self._require_finite = checkpoint, require_finite
+        self._checkpoint, self._require_finite = with_upright_weights(checkpoint), require_finite
+        self._scales = block_scales(checkpoint)
+        self._block = source_spec(checkpoint).granularity if self._scales else None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self._checkpoint.tensors.items()}
+        scales = set(self._scales.values())
+        return {name: info.shape for name, info in self._checkpoint.tensors.items() if name not in scales}
 
     def read(self, name: str) -> Tensor:
         tensor = self._checkpoint.read(name)
+        if name in self._scales:
+            scale = self._checkpoint.read(self._scales[name]).float()
+            tensor = torch.ops.quantkit.dequantize_blocks(tensor, scale, self._block.rows, self._block.columns)
         # The extremes are NaN where any value is; finding them takes no memory, and less time than the reading.
         if self._require_finite and tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise CheckpointError(
@@ -74,15 +87,15 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
 
     settings: of transformers' configuration, such as `experts_implementation`.
     """
-    from transformers import AutoModelForCausalLM
-
+    task_of(checkpoint.config, checkpoint.path)
     config = auto_config(checkpoint.path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else _stored_dtype(checkpoint)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype, **settings)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, dtype=dtype, **settings)
+            linears_for_conv1d(model)
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor._is_hf_initialized = True
         for name, buffer in list(model.named_non_persistent_buffers()):
@@ -109,69 +122,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
-# ---- Which tensors of a checkpoint make which parameters.
-
-
-@dataclass(frozen=True)
-class ParameterSource:
-    """The tensors that make one parameter: one, or lists of equal length that transformers merges (experts).
-
-    lists: one for each kind of tensor (gate_proj, up_proj), each with its tensors in the order in which they are stacked.
-    """
-
-    lists: tuple[tuple[str, ...], ...]
-
-
-class _WeightMap:
-    """transformers' own mapping from a checkpoint's names to a model's, looked at before anything is loaded."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        self.conversions = get_model_conversion_mapping(model)
-        expected = model.state_dict()
-        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        self.target_of: dict[str, str] = {}  # checkpoint's tensor → parameter (its first, where one tensor becomes several)
-        self.unexpected: list[str] = []
-        patterns: dict[str, dict[str, list[str]]] = {}
-        self.mapped: set[str] = set()
-        self._plain: set[str] = set()
-        self._split_under: set[str] = set()  # modules in which a tensor is split into several parameters
-        for name in names:
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-            if target not in expected and name in expected:
-                target, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
-            if target not in expected:
-                self.unexpected.append(name)
-                continue
-            self.target_of[name] = target
-            self.mapped.add(target)
-            patterns.setdefault(target, {}).setdefault(pattern or name, []).append(name)
-            if pattern is None:
-                self._plain.add(target)
-            elif len(by_pattern[pattern].target_patterns) > 1:
-                self._split_under.add(".".join(target.split(".")[:-2]))
-        self.sources = {target: ParameterSource(tuple(tuple(_in_order(tensors)) for tensors in by.values())) for target, by in patterns.items()}
-
-    def is_split(self, parameter: str) -> bool:
-        """Whether its tensor becomes other parameters too."""
-        return any(parameter.startswith(f"{module}.") for module in self._split_under)
-
-    def is_plain(self, parameter: str) -> bool:
-        """Whether its tensor is at most renamed."""
-        return parameter in self._plain
-
-    def is_made(self, parameter: str) -> bool:
-        return parameter in self.mapped or self.is_split(parameter)
-
-
-def _in_order(names: Sequence[str]) -> list[str]:
-    from transformers.core_model_loading import dot_natural_key
-
-    return sorted(names, key=dot_natural_key)
+# ---- The model.
 
 
 class _Unread:
@@ -182,9 +133,6 @@ class _Unread:
 
     def __getitem__(self, _: Any) -> Tensor:
         return self._weights.read(self._name)
-
-
-# ---- The model.
 
 
 @dataclass(frozen=True)
@@ -210,7 +158,7 @@ class _Recorder(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         hidden = self._arrive(arguments, keywords)
-        return (hidden, None)[: self._outputs] if self._outputs else hidden
+        return (hidden, None, None)[: 3 if self._outputs == RUN_FIRST else self._outputs] if self._outputs else hidden
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their blocks for what kind they are (`attention_type`)."""
@@ -220,15 +168,25 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["_block"], name)
 
 
+class _RunningRecorder(_Recorder):
+    """The same for a block that is run all the same, hidden states apart: what else it returns, all blocks share (T5's position bias)."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        hidden = self._arrive(arguments, keywords)
+        return (hidden, *self.__dict__["_block"](*arguments, **keywords)[1:])
+
+
 class BlockwiseModel:
     """A model whose decoder blocks come into memory one at a time. Each block can be run once."""
 
     def __init__(self, skeleton: nn.Module, weights: Weights, where: str, device: str = "cpu") -> None:
         self.model, self.device, self.where = skeleton, torch.device(device), where
         self._weights = weights
+        self.task = task_of(skeleton.config.to_dict(), where)
+        self._takes_cache = self.task == CAUSAL
         self.blocks_name, self._blocks = decoder_blocks(skeleton)
         shapes = weights.shapes()
-        self._map = _WeightMap(skeleton, list(shapes))
+        self._map = WeightMap(skeleton, list(shapes))
         self._require_whole(shapes)
         self._outer_names = [name for name, target in self._map.target_of.items() if not target.startswith(f"{self.blocks_name}.")]
         self._loader: ThreadPoolExecutor | None = None
@@ -247,6 +205,13 @@ class BlockwiseModel:
     def block_count(self) -> int:
         return len(self._blocks)
 
+    def states_shape(self, tokens: Tensor) -> tuple[int, ...]:
+        """Of the hidden states of a batch of tokens, [windows, positions]."""
+        return (*tokens.shape, self.model.config.get_text_config().hidden_size)
+
+    def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
+        """Called when all batches are behind a block: nothing to do, except between an encoder's last and a decoder's first."""
+
     def block_name(self, number: int) -> str:
         return f"{self.blocks_name}.{number}"
 
@@ -254,6 +219,12 @@ class BlockwiseModel:
     def unexpected(self) -> list[str]:
         """Tensors of the checkpoint that the model has no place for."""
         return self._map.unexpected
+
+    def is_beyond(self, name: str) -> bool:
+        """Whether such a tensor belongs to what runtimes have and transformers leaves out: layers that predict further tokens."""
+        block = re.match(rf"{re.escape(self.blocks_name)}\.(\d+)\.", name)
+        left_out = self.model._keys_to_ignore_on_load_unexpected or ()
+        return block is not None and int(block[1]) >= len(self._blocks) or any(re.search(pattern, name) for pattern in left_out)
 
     def sources(self, parameter: str) -> ParameterSource | None:
         """The tensors on disk that make a parameter of the module tree."""
@@ -287,10 +258,11 @@ class BlockwiseModel:
     # -- Weights.
 
     def load_outer(self, with_head: bool) -> None:
-        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is asked for."""
+        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is asked for; nothing that sees or hears."""
         head = self.model.get_output_embeddings()
         head_names = {name for name, module in self.model.named_modules() if module is head}
-        names = [name for name in self._outer_names if with_head or self._map.target_of[name].rpartition(".")[0] not in head_names]
+        names = [name for name in self._outer_names if not is_of_other_tower(self._map.target_of[name])]
+        names = [name for name in names if with_head or self._map.target_of[name].rpartition(".")[0] not in head_names]
         names = [name for name in names if self._is_parameter(self._map.target_of[name])]
         self._load(names)
         tied = self.model.all_tied_weights_keys
@@ -366,7 +338,7 @@ class BlockwiseModel:
 
         batches: token ids, [windows, positions]; numbers: what they are called in `states`, unless 0, 1, 2 ...
         """
-        known = _Interned()
+        known = Interned()
         calls: list[list[Call | None]] = []
         for number, tokens in zip(numbers if numbers is not None else itertools.count(), batches):
             hidden, batch_calls = self._record(tokens.to(self.device), cache)
@@ -377,17 +349,28 @@ class BlockwiseModel:
         return calls
 
     def _record(self, tokens: Tensor, cache: Any) -> tuple[Tensor, list[Call]]:
+        try:
+            return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, cache), WAYS)
+        except CheckpointError:
+            if not getattr(cache, "may_be_left_out", False):
+                raise
+        # Some take no cache but one of their own, and keep no keys and values that could be measured.
+        self._takes_cache = False
+        return self._record_through(self._blocks, tokens.shape, lambda: self._forward(tokens, None), WAYS)
+
+    def _record_through(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor], ways: Sequence[int]) -> tuple[Tensor, list[Call]]:
+        """ways: which to try, in this order; RUN_FIRST needs the first block's weights."""
         reason = "its blocks pass on more than hidden states"
-        for outputs in dict.fromkeys((self._outputs, 0, 1, 2)):
-            tape = _Tape(tokens.shape)
+        for outputs in dict.fromkeys((self._outputs, *ways)):
+            tape = Tape(shape)
             try:
-                with self._recorders(tape, outputs):
-                    tape.require_end(self._forward(tokens, cache))
+                with self._recorders(blocks, tape, outputs):
+                    tape.require_end(forward())
             except _WrongReturn as wrong:
                 reason = str(wrong) or reason
                 continue
-            if len(tape.calls) != len(self._blocks):
-                raise self._unusual(f"its forward calls {len(tape.calls)} of {len(self._blocks)} blocks")
+            if len(tape.calls) != len(blocks):
+                raise self._unusual(f"its forward calls {len(tape.calls)} of {len(blocks)} blocks")
             self._outputs = outputs
             return tape.first, tape.calls
         raise self._unusual(reason)
@@ -398,32 +381,40 @@ class BlockwiseModel:
     def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
         body = self.model.get_submodule(self.blocks_name.rpartition(".")[0])
         accepted = inspect.signature(body.forward).parameters
+        if "input_ids" not in accepted:  # an encoder, whose embeddings are beside it
+            body = self.model.get_submodule(self.blocks_name.rpartition(".")[0].rpartition(".")[0])
+            accepted = inspect.signature(body.forward).parameters
         keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        if cache is not None and "past_key_values" in accepted:
+        if cache is not None and "past_key_values" in accepted and self._takes_cache:
             keywords = {"past_key_values": cache, "use_cache": True}
+        return self._call(body, input_ids=tokens, **keywords)
+
+    @staticmethod
+    def _call(body: nn.Module, **keywords: Any) -> Tensor:
         with one_thread(), torch.inference_mode():
             try:
-                return body(input_ids=tokens, **keywords)[0]
+                return body(**keywords)[0]
             except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
                 # A loop that takes its blocks' outputs apart otherwise than a recorder returns them.
                 raise _WrongReturn(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
-    def _recorders(self, tape: _Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
-        blocks, last = list(self._blocks), len(self._blocks) - 1
+    def _recorders(self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
+        blocks, last = list(places), len(places) - 1
         for number, block in enumerate(blocks):
             arrive = (lambda *_: final) if final is not None and number == last else tape.arrive
-            self._blocks[number] = _Recorder(block, arrive, outputs)
+            runs = outputs == RUN_FIRST and not number and final is None
+            places[number] = _RunningRecorder(block, arrive, outputs) if runs else _Recorder(block, arrive, outputs)
         try:
             yield
         finally:
             for number, block in enumerate(blocks):
-                self._blocks[number] = block
+                places[number] = block
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """The model with blocks that hand on what they are given. After `record`, which finds out what they return it in."""
-        with self._recorders(_Tape(torch.Size()), self._outputs):
+        with self._recorders(self._blocks, Tape(torch.Size()), self._outputs):
             yield
 
     @contextmanager
@@ -465,7 +456,7 @@ class BlockwiseModel:
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:
         """What the model makes of the last block's output (its last norm). hidden: [windows, positions, hidden size]."""
-        with self._recorders(_Tape(tokens.shape), self._outputs, hidden.to(self.device)):
+        with self._recorders(self._blocks, Tape(tokens.shape), self._outputs, hidden.to(self.device)):
             return self._forward(tokens.to(self.device), cache)
 
     def close(self) -> None:
@@ -497,7 +488,7 @@ def _empty(block: nn.Module) -> nn.Module:
     return block.to("meta")
 
 
-class _Tape:
+class Tape:
     """The calls of one forward, in the order of the blocks. shape: of the batch's tokens."""
 
     def __init__(self, shape: torch.Size) -> None:
@@ -514,6 +505,8 @@ class _Tape:
             self.first = hidden
         elif not isinstance(hidden, Tensor) or hidden.shape != self.first.shape:
             raise _WrongReturn
+        elif hidden is not self.first and not torch.equal(hidden, self.first):
+            raise CheckpointError("the model changes hidden states between its decoder blocks; it can't be run block by block")
         self.calls.append(Call(arguments[1:], {key: value for key, value in keywords.items() if key != name}, name))
         return hidden
 
@@ -522,7 +515,7 @@ class _Tape:
             raise _WrongReturn
 
 
-class _Interned:
+class Interned:
     """Tensors that hold the same are kept once: masks and position embeddings of batch after batch."""
 
     COMPARED = 8  # the last few of a shape; values that depend on the tokens never come again

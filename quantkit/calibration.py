@@ -22,6 +22,7 @@ from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, loa
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
 from quantkit.layouts import QuantizationLayout
+from quantkit.matrices import as_matrices
 from quantkit.measurements import SCHEMA_VERSION, Calibration, chosen_remarks
 from quantkit.model import classify_tensors, covering_patterns
 from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
@@ -29,6 +30,7 @@ from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks, joined_ranks
 from quantkit.scheme import Pattern, Recipe
 from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
+from quantkit.task import TARGET
 
 if TYPE_CHECKING:
     from quantkit.blockwise import BlockwiseModel
@@ -112,8 +114,9 @@ def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, 
     """Measure and write CALIB."""
     check_output(options.output, overwrite=options.overwrite or options.resume, reads=[options.model])
     checkpoint = Checkpoint.open(options.model)
-    if QuantizationLayout.read(checkpoint.config) is not None:
-        raise CheckpointError(f"{options.model} is quantized already; calibrate the original model")
+    layout = QuantizationLayout.read(checkpoint.config)
+    if layout is not None and layout.method != "fp8":
+        raise CheckpointError(f"{options.model} is quantized already; calibrate the original model, or one in FP8 blocks")
 
     from quantkit.model import pick_device
 
@@ -233,13 +236,14 @@ class _Run:
         return _summary_of(self.options, self.checkpoint, description, time.monotonic() - self.started)
 
     def _build(self) -> BlockwiseModel:
-        from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
+        from quantkit.blockwise import StoredWeights, build_skeleton
+        from quantkit.encoder_decoder import open_blockwise
         from quantkit.recording import EXPERTS_IMPLEMENTATION, register_observing_experts
 
         register_observing_experts()
         settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
         skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
-        return BlockwiseModel(skeleton, StoredWeights(self.checkpoint, require_finite=True), str(self.checkpoint.path), self.ranks.device)
+        return open_blockwise(skeleton, StoredWeights(self.checkpoint, require_finite=True), str(self.checkpoint.path), self.ranks.device)
 
     def _chooser(self) -> BlockChooser | None:
         """What chooses weights, where the recipe asks for that; the schemes are those that `export` will use, refused here if it would refuse them."""
@@ -296,9 +300,8 @@ class _Run:
     def _run_blocks(self, states: HiddenStates, done: Mapping[int, Any]) -> None:
         from quantkit.recording import ObservingCache
 
-        hidden_size = self.model.model.config.get_text_config().hidden_size
         self.on_progress(0, self.model.block_count, "calibrate: embeddings")
-        states.expect({number: (*self.batches[number].shape, hidden_size) for number in self.mine}, self.model.states_dtype)
+        states.expect({number: self.model.states_shape(self.batches[number]) for number in self.mine}, self.model.states_dtype)
         if self.chosen is None:
             self.model.load_outer(with_head=False)
         else:
@@ -321,6 +324,7 @@ class _Run:
             for batch in self.mine:
                 calls[batch][number] = None
             states.turn()
+            self.model.pass_on(number, {batch: self.batches[batch] for batch in self.mine}, states, calls)
             self._stop_or_save(number, states)
 
     def _measure(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
@@ -389,6 +393,8 @@ class _Run:
 
     def _restore(self, states: HiddenStates) -> int:
         """The block to begin with: the one behind the hidden states that an earlier run saved, if it did."""
+        if self.model.task == TARGET:
+            return 0  # what the encoder made, which the decoder's blocks are called with, was not saved
         saved = self.ranks.first_decides(self._saved_states)
         if saved is None:
             return 0
@@ -564,10 +570,12 @@ def _summary_of(
 ) -> CalibrationSummary:
     inputs = description["inputs"]
     # Experts that saw no token have their scale estimated.
-    unread = [linear for entry in inputs if not entry["tokens"] and not entry["estimated"] for linear in entry["linears"]]
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()}).values()
+    unread = {linear for entry in inputs if not entry["tokens"] and not entry["estimated"] for linear in entry["linears"]}
+    infos = classify_tensors({name: info.shape for name, info in as_matrices(checkpoint).tensors.items()}).values()
     refused = [info.tensor for info in infos if info.kind == "unreached"]
     linears = [info.name for info in infos if info.kind == "linear"]
+    observed = {linear for entry in inputs for linear in entry["linears"]}
+    unread = [name for name in linears if name in unread or name not in observed]
     ignore = {
         "unread": tuple(covering_patterns(unread, set(linears).difference(unread))),
         "refused": tuple(covering_patterns(refused, linears)),

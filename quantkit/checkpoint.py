@@ -42,17 +42,34 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file: where it is and what it is. `start` counts from the file's first byte."""
+    """A tensor in a file: where it is and what it is. `start` counts from the file's first byte.
+
+    strides: of a matrix that isn't stored row after row, the steps from a row and from a column to the next, in elements (`matrices.py` makes such).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     path: Path
     start: int
+    strides: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its rows lie one after the other, without gaps."""
+        return self.strides is None or self.strides == (self.shape[1], 1)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Where in the file rows first to last (exclusive) begin, and over how many bytes they extend."""
+        size = DTYPES[self.dtype][0]
+        if self.is_dense:
+            return self.start + first * row_elements(self) * size, (last - first) * row_elements(self) * size
+        extent = (last - first - 1) * self.strides[0] + (self.shape[1] - 1) * self.strides[1] + 1
+        return self.start + first * self.strides[0] * size, extent * size if last > first and self.shape[1] else 0
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -151,10 +168,11 @@ def read_tensor(info: TensorInfo) -> Tensor:
     """One tensor, read into memory of its own."""
     import torch
 
-    buffer = bytearray(info.nbytes)
+    start, length = (info.start, info.nbytes) if info.is_dense else info.span(0, info.shape[0])
+    buffer = bytearray(length)
     view, position = memoryview(buffer), 0
     with _open_to_read(info.path) as file:
-        file.seek(info.start)
+        file.seek(start)
         while position < len(buffer):
             read = file.readinto(view[position:])
             if not read:
@@ -162,7 +180,8 @@ def read_tensor(info: TensorInfo) -> Tensor:
             position += read
     if not buffer:
         return torch.empty(info.shape, dtype=torch_dtype(info))
-    return torch.frombuffer(buffer, dtype=torch_dtype(info)).reshape(info.shape)
+    values = torch.frombuffer(buffer, dtype=torch_dtype(info))
+    return values.reshape(info.shape) if info.is_dense else values.as_strided(info.shape, info.strides).contiguous()
 
 
 def torch_dtype(info: TensorInfo) -> Any:
@@ -202,26 +221,23 @@ class MappedShard:
         return os.fstat(self._file.fileno()).st_size
 
     def rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a copy. Valid until released."""
+        """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a copy if they are dense. Valid until released."""
         import torch
 
-        start, length = self._span(info, first, last)
+        start, length = info.span(first, last)
         dtype = torch_dtype(info)
         if not length:
             return torch.empty(last - first, row_elements(info), dtype=dtype)
         self._require_readable(info, start, length)
-        return torch.frombuffer(self._map, dtype=dtype, count=length // DTYPES[info.dtype][0], offset=start).reshape(last - first, -1)
+        values = torch.frombuffer(self._map, dtype=dtype, count=length // DTYPES[info.dtype][0], offset=start)
+        return values.reshape(last - first, -1) if info.is_dense else values.as_strided((last - first, info.shape[1]), info.strides).contiguous()
 
     def release(self, info: TensorInfo, first: int, last: int) -> None:
-        start, length = self._span(info, first, last)
+        start, length = info.span(first, last)
         # Whole pages only: the outer two may hold a neighbour's values, which another thread reads.
         begin, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-    def _span(self, info: TensorInfo, first: int, last: int) -> tuple[int, int]:
-        row_bytes = row_elements(info) * DTYPES[info.dtype][0]
-        return info.start + first * row_bytes, (last - first) * row_bytes
 
     def _require_readable(self, info: TensorInfo, start: int, length: int) -> None:
         # Behind a file's end its last page reads as zeros, and the pages after that end the process.
@@ -293,6 +309,9 @@ class Checkpoint:
             raise CheckpointError(f"{path} is a file; give the model's directory, with config.json and *.safetensors")
         if (path / "calibration.json").is_file():
             raise CheckpointError(f"{path} is a calibration, not a model; `quantkit inspect {shlex.quote(str(path))}` shows it")
+        weights = [shard for shard in path.glob("*.safetensors") if not shard.name.startswith("adapter_")]
+        if (path / "adapter_config.json").is_file() and not weights:
+            raise CheckpointError(f"{path} is an adapter, not a model; merge it first, with peft: model.merge_and_unload().save_pretrained(OUT)")
         config = read_config(path)
         headers = {shard: read_header(require_inside(shard, path)) for shard in _shard_paths(path)}
         index = read_json(path / INDEX_FILE, "") if (path / INDEX_FILE).is_file() else None
@@ -427,8 +446,6 @@ def _shard_paths(path: Path) -> list[Path]:
                 raise CheckpointError(f"{index} names the shard {name[:200]!r}, which is not there; fetch the model again")
         return [path / name for name in names]
     shards = [p for p in sorted(path.glob("*.safetensors")) if not p.name.startswith("adapter_") and p.is_file()]
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is an adapter, not a model; merge it first, with peft: model.merge_and_unload().save_pretrained(OUT)")
     if len(shards) > 1 and (path / SINGLE_FILE) in shards:
         # Some publishers keep a second copy beside it (consolidated.safetensors); transformers reads this one too.
         shards = [path / SINGLE_FILE]

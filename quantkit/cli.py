@@ -18,7 +18,7 @@ from quantkit.errors import QuantkitError
 def main() -> None:
     """Quantize Hugging Face checkpoints to FP8 or INT8, and measure what that costs.
 
-    MODEL is a directory with safetensors or a hub id. A first walk:
+    MODEL is a directory with safetensors, a hub id or a .gguf file. A first walk:
 
     \b
       quantkit quantize MODEL -o OUT --scheme fp8-dynamic

@@ -227,5 +227,6 @@ export_options = options(
     click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Refuse what this runtime can't load."),
     click.option("--format", "layout", type=click.Choice(FORMAT_NAMES), default="compressed-tensors", show_default=True, help="Layout of the files."),
     click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Start a new file beyond this size."),
+    click.option("--allow-unreached", is_flag=True, help="Leave parameters that should be quantized but can't be, instead of refusing the model."),
     click.option("--dry-run", is_flag=True, help="Print what would become of every parameter; write nothing."),
 )

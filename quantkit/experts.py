@@ -6,16 +6,19 @@ nothing but quantization tells them apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.blockwise import BlockwiseModel
+from quantkit.matrices import DOWN, GATE_UP
 from quantkit.quantize import quantize
-from quantkit.recording import expert_linear, first_and_down, gated, is_experts
+from quantkit.recording import expert_linear, first_and_down, gated, is_experts, runs_as_told
 from quantkit.scheme import QuantScheme, QuantSpec
+from quantkit.weight_map import WeightMap
 
 # The name under which transformers finds the experts' forward of this file.
 EXPERTS_IMPLEMENTATION = "quantkit_serving"
@@ -34,20 +37,64 @@ class ExpertInput:
         return quantize(states, self.spec, scale).dequantize()
 
 
-def quantize_expert_inputs(model: BlockwiseModel, schemes: Mapping[str, QuantScheme], input_scale: Callable[[str], Tensor]) -> set[str]:
-    """Have stacked experts quantize their inputs. schemes: of each quantized Linear, by its name on disk; input_scale: reads a static scale.
+@dataclass(frozen=True)
+class Restacked:
+    """Experts that are quantized one by one though the model was published with stacks, which is all that transformers looks for.
+
+    linears: stack, by its name on disk → the Linears of each expert. shapes: of the stacks as transformers expects them.
+    """
+
+    linears: dict[str, list[list[str]]]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module, linears: Iterable[str]) -> Restacked:
+        """linears: the quantized ones, by their names on disk."""
+        counts: dict[str, int] = {}
+        for name in linears:
+            found = re.match(rf"(.*\.experts)\.(\d+)\.({'|'.join(GATE_UP + DOWN)})$", name)
+            if found:
+                counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
+        unknown = set(WeightMap(model, [f"{module}.0.{DOWN[0]}.weight" for module in counts]).unexpected)
+        counts = {module: count for module, count in counts.items() if f"{module}.0.{DOWN[0]}.weight" in unknown}
+        stacks = {f"{module}.{leaf}": (module, leaves) for module in counts for leaf, leaves in (("gate_up_proj", GATE_UP), ("down_proj", DOWN))}
+        targets, expected = WeightMap(model, list(stacks)).target_of, model.state_dict()
+        known = {stack: parts for stack, parts in stacks.items() if stack in targets}
+        return cls(
+            {stack: [[f"{module}.{expert}.{leaf}" for leaf in leaves] for expert in range(counts[module])] for stack, (module, leaves) in known.items()},
+            {stack: tuple(expected[targets[stack]].shape) for stack in known},
+        )
+
+    def parts(self) -> set[str]:
+        return {linear for experts in self.linears.values() for linears in experts for linear in linears}
+
+    def read(self, stack: str, weight: Callable[[str], Tensor]) -> Tensor:
+        """weight: of a Linear, dequantized."""
+        upright = torch.stack([torch.cat([weight(linear) for linear in linears]) for linears in self.linears[stack]])
+        return upright if tuple(upright.shape) == self.shapes[stack] else upright.transpose(1, 2).contiguous()
+
+    def names(self, tensor: str) -> list[str]:
+        """The Linears that a tensor on disk stands for."""
+        return [linear for linears in self.linears[tensor] for linear in linears] if tensor in self.linears else [tensor.removesuffix(".weight")]
+
+
+def quantize_expert_inputs(
+    model: BlockwiseModel, schemes: Mapping[str, QuantScheme], input_scale: Callable[[str], Tensor], names: Callable[[str], list[str]]
+) -> set[str]:
+    """Have stacked experts quantize their inputs. schemes: of each quantized Linear, by its name on disk; input_scale: reads a static scale;
+    names: the Linears that a tensor stands for.
 
     Returns the Linears whose inputs are quantized now: an input that all experts of a layer quantize alike. Static scales of a layer's experts are merged
     into the largest, as vLLM does.
     """
     reached: set[str] = set()
     for name, module in model.model.named_modules():
-        if not is_experts(module):
+        if not (is_experts(module) and runs_as_told(module)):
             continue
         inputs = {}
         for leaf in first_and_down(module):
             source = model.sources(f"{name}.{leaf}")
-            linears = [tensor.removesuffix(".weight") for tensors in source.lists for tensor in tensors] if source else []
+            linears = [linear for tensors in source.lists for tensor in tensors for linear in names(tensor)] if source else []
             specs = {schemes[linear].input if linear in schemes else None for linear in linears}
             if len(specs) != 1 or None in specs:
                 continue

@@ -48,6 +48,7 @@ from quantkit.quantize import QuantizedTensor, choose_scale, kv_scale
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
 from quantkit.streaming import WeightStream
+from quantkit.task import MASKED, task_of
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ class _Run:
             raise _not_finite(job.source)
         places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
         for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
-            yield places[suffix].name, part, 0
+            yield places[suffix].name, _as_stored(part, suffix, linear), 0
         yield from self._constants(linear, places, quantized.scale)
 
     def _constants(self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor) -> Iterator[tuple[str, Tensor, int]]:
@@ -344,9 +345,14 @@ class _Run:
                 raise _not_finite(job.source)
             for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
                 tensor = places[suffix]
-                row = first if tensor.shape[0] == linear.shape[0] else first // block_rows
-                yield tensor.name, part, row * (tensor.nbytes // tensor.shape[0])
+                row = first if linear.is_transposed or tensor.shape[0] == linear.shape[0] else first // block_rows
+                yield tensor.name, _as_stored(part, suffix, linear), row * (tensor.nbytes // tensor.shape[0])
         yield from self._constants(linear, places, quantized.scale)
+
+
+def _as_stored(part: Tensor, suffix: str, linear: QuantizedLinearInfo) -> Tensor:
+    """Codes as the weight lay on disk; a transposed weight comes as a whole."""
+    return part.T.contiguous() if linear.is_transposed and suffix == "weight" else part
 
 
 def _is_finite(rows: Tensor) -> bool:
@@ -421,7 +427,9 @@ def _write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[
 def _write_config(partial: Path, plan: ExportPlan) -> None:
     recipe, layout = plan.options.recipe, plan.options.layout
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
-    stored = quantization_config(layout, schemes, plan.left, recipe.scheme, recipe.kv_cache is not None)
+    # The output head of a masked model has no tensor where it is tied, and a name of its own in every architecture.
+    by_name = task_of(plan.checkpoint.config, plan.checkpoint.path) == MASKED
+    stored = quantization_config(layout, schemes, plan.left, recipe.scheme, recipe.kv_cache is not None, by_name)
     config = dict(plan.checkpoint.config) | {"quantization_config": stored}
     if plan.calibration and plan.calibration.untied:
         config["tie_word_embeddings"] = False

@@ -17,8 +17,11 @@ from quantkit.blockwise import each_batch
 from quantkit.cache import KeptStates, StateCache
 from quantkit.data import Window
 from quantkit.errors import EvaluationError, NonFiniteError
+from quantkit.masked import Masking
+from quantkit.model import body_name
 from quantkit.served import ServedModel
 from quantkit.states import HiddenStates
+from quantkit.task import CAUSAL, TARGET
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,16 @@ class FinalStates:
     seconds: float
     is_from_cache: bool = False
     remarks: tuple[str, ...] = ()
+    masking: Masking | None = None
+    task: str = CAUSAL
 
     def scored(self, number: int) -> Tensor:
         """The hidden states that predict a window's scored tokens, [scored, hidden size]."""
+        if self.masking is not None:
+            return self.masking.scored(self.states.get(number))
         window = self.windows[number]
+        if self.task == TARGET:
+            return self.states.get(number)[0]
         return self.states.get(number)[0, window.first_scored - 1 : len(window.tokens) - 1]
 
     def close(self) -> None:
@@ -56,19 +65,18 @@ class Watch:
 
 def make_final_states(
     served: ServedModel, windows: Mapping[int, Window], seq_len: int, on_progress: Callable[[float, float], None] = lambda done, total: None,
-    watch: Watch | None = None,
+    watch: Watch | None = None, masking: Masking | None = None,
 ) -> FinalStates:  # fmt: skip
-    """Run the windows through the blocks. Leaves the model with its output head in memory and without its blocks. on_progress(blocks done, blocks)."""
+    """Run the windows through the blocks, with `masking` each as many times as it has tokens. Leaves the model with its output head in memory and without its blocks. on_progress(blocks done, blocks)."""
     started, watched, blocks = time.perf_counter(), 0.0, served.blocks
     watch = watch or Watch()
     numbers = list(windows)
     # lmeval's windows carry one token more, which is predicted but not read.
-    batches = {number: torch.tensor([window.tokens[:seq_len]]) for number, window in windows.items()}
+    batches = {number: torch.tensor([window.tokens[:seq_len]]) if masking is None else masking.inputs(window) for number, window in windows.items()}
     _require_head(blocks.model)
     states = HiddenStates(device=blocks.device)
     try:
-        hidden_size = blocks.model.config.get_text_config().hidden_size
-        states.expect({number: (*tokens.shape, hidden_size) for number, tokens in batches.items()}, blocks.states_dtype)
+        states.expect({number: blocks.states_shape(tokens) for number, tokens in batches.items()}, blocks.states_dtype)
         blocks.load_outer(with_head=False)
         calls = dict(zip(numbers, blocks.record(list(batches.values()), states, served.new_cache(), numbers)))
         blocks.free_outer()
@@ -96,6 +104,7 @@ def make_final_states(
             for number in numbers:
                 calls[number][block_number] = None
             states.turn()
+            blocks.pass_on(block_number, batches, states, calls)
         blocks.load_outer(with_head=True)
         for number in numbers:
             final = blocks.finish(batches[number], states.get(number), served.new_cache())
@@ -107,7 +116,7 @@ def make_final_states(
         raise
     finally:
         blocks.close()
-    return FinalStates(dict(windows), states, time.perf_counter() - started - watched)
+    return FinalStates(dict(windows), states, time.perf_counter() - started - watched, masking=masking, task=blocks.task)
 
 
 def kept_or_made(cache: StateCache | None, made_from: Mapping[str, Any], windows: Mapping[int, Window], make: Callable[[], FinalStates]) -> FinalStates:
@@ -131,8 +140,7 @@ def _require_finite(hidden: Tensor, served: ServedModel, number: int, where: str
 
 
 def _require_head(model: nn.Module) -> None:
-    body = getattr(model, model.base_model_prefix, None)
-    if body is None or body is model or model.get_output_embeddings() is None:
+    if body_name(model) is None or model.get_output_embeddings() is None:
         raise EvaluationError(f"{type(model).__name__} is no causal language model with an output head, which is what eval judges")
 
 

@@ -7,6 +7,7 @@ the same time, and what is left of it are a few sums for each position (scores.p
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
+from quantkit.model import body_name
 from quantkit.native import cpu_kernels
 from quantkit.scores import VOCABULARY_PER_CHUNK, score_parts
 
@@ -32,16 +34,20 @@ class OutputHead:
     """
 
     def __init__(self, model: nn.Module, use_kernel: bool, like: OutputHead | None = None) -> None:
-        head = model.get_output_embeddings()  # asked first: without a body transformers finds none
+        head, name = model.get_output_embeddings(), body_name(model)  # asked first: without a body transformers finds none
         self._linear = _PartialLinear(head, use_kernel, like._linear if like else None) if isinstance(head, nn.Linear) else None
-        self._stand_in, self._part = _stand_in(), threading.local()
+        self._stand_in, self._part = _stand_in(getattr(model, name)), threading.local()
         if self._linear is not None:
-            model.set_output_embeddings(_Given(self._part))
-        setattr(model, model.base_model_prefix, self._stand_in)
+            for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is head]:
+                parent, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, _Given(self._part))
+        setattr(model, name, self._stand_in)
         model.config.output_router_logits = False
         self._model = model
         self.parts: list[slice | None] = [None]
         self._is_plain = False
+        self._accepted = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._prepares = False
         if self._linear is not None:
             self._probe(head)
 
@@ -50,7 +56,10 @@ class OutputHead:
         parts = self._linear.parts
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(2, head.weight.shape[1], generator=generator).to(head.weight.device).to(head.weight.dtype)
-        raw = torch.cat([self._linear(hidden, part) for part in parts], dim=-1)
+        self._part.arrived = None
+        self._finished(hidden, torch.zeros(2, head.weight.shape[0], device=hidden.device))
+        self._prepares = self._part.arrived is not None and not torch.equal(self._part.arrived.reshape(hidden.shape).to(hidden.dtype), hidden)
+        raw = torch.cat([self._linear(self._prepared(hidden), part) for part in parts], dim=-1)
         whole = self._finished(hidden, raw)
         self._is_plain = whole.shape == raw.shape and torch.equal(whole, raw)
         by_parts = torch.cat([self._finished(hidden, raw[:, part]) for part in parts], dim=-1) if not self._is_plain else whole
@@ -60,7 +69,7 @@ class OutputHead:
     def packed(self, hidden: Tensor) -> PackedHead | None:
         """What a kernel takes that makes figures of these hidden states at once: where nothing comes behind `lm_head`, and bfloat16 holds them."""
         linear = self._linear
-        if not self._is_plain or linear is None or linear.packed is None or not is_exact_in_bfloat16(hidden):
+        if not self._is_plain or self._prepares or linear is None or linear.packed is None or not is_exact_in_bfloat16(hidden):
             return None
         return PackedHead(linear.packed, linear.bias, linear.vocabulary)
 
@@ -68,33 +77,45 @@ class OutputHead:
         """hidden: [positions, hidden size]; returns [positions, size of the part] float32, for the caller to change."""
         if self._linear is None:
             return self._finished(hidden.float(), None)
+        arriving = self._prepared(hidden)
         if part is None:
-            return self._finished(hidden, torch.cat([self._linear(hidden, piece) for piece in self._linear.parts], dim=-1))
-        raw = self._linear(hidden, part)
+            return self._finished(hidden, torch.cat([self._linear(arriving, piece) for piece in self._linear.parts], dim=-1))
+        raw = self._linear(arriving, part)
         return raw if self._is_plain else self._finished(hidden, raw)
+
+    def _prepared(self, hidden: Tensor) -> Tensor:
+        """What the model makes of hidden states before they arrive at its output head: nothing, or a transform of their own (BERT's), or a scaling."""
+        if not self._prepares:
+            return hidden
+        if getattr(self._part, "prepared_from", None) is not hidden:  # once for all parts of the vocabulary
+            self._finished(hidden, torch.zeros(hidden.shape[0], 1, device=hidden.device))
+            self._part.prepared_from, self._part.prepared = hidden, self._part.arrived.reshape(hidden.shape)
+        return self._part.prepared
 
     def _finished(self, hidden: Tensor, raw: Tensor | None) -> Tensor:
         """What the model makes of logits (or, without them, of hidden states)."""
         self._part.logits = None if raw is None else raw[None]
         self._stand_in.here.hidden = hidden[None]
         tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-        return self._model(input_ids=tokens, use_cache=False).logits[0].float()
+        inputs = {"encoder_outputs": (hidden[None],), "decoder_input_ids": tokens} if self._model.config.is_encoder_decoder else {"input_ids": tokens}
+        return self._model(**inputs, **self._accepted).logits[0].float()
 
 
 class _Given(nn.Module):
-    """In place of `lm_head`: returns the logits that were made already. weight: asked for by models that look at its dtype."""
+    """In place of `lm_head`: keeps what arrives at it and returns the logits that were made already. weight: asked for by models that look at its dtype."""
 
     def __init__(self, here: threading.local) -> None:
         super().__init__()
         self._here = here
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def forward(self, _: Tensor) -> Tensor:
+    def forward(self, arrived: Tensor) -> Tensor:
+        self._here.arrived = arrived
         return self._here.logits
 
 
-def _stand_in() -> Any:
-    """A module that returns the hidden states it was given, in place of the decoder."""
+def _stand_in(body: nn.Module) -> Any:
+    """A module that returns the hidden states it was given, in place of the decoder; models ask it for the decoder's own numbers."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     class Output(BaseModelOutputWithPast):
@@ -106,6 +127,11 @@ def _stand_in() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.here = threading.local()
+            self.__dict__["_numbers"] = {name: value for name, value in vars(body).items() if isinstance(value, (int, float))}
+
+        def __getattr__(self, name: str) -> Any:
+            numbers = self.__dict__["_numbers"]
+            return numbers[name] if name in numbers else super().__getattr__(name)
 
         @property
         def decoder(self) -> Any:
@@ -212,21 +238,6 @@ def score(base_head: OutputHead, base_hidden: Tensor, targets: Tensor, head: Out
 
 
 def score_variants(head: OutputHead, base_hidden: Tensor, targets: Tensor, variants: Sequence[Tensor]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """KL(base‖variant) and nll of each variant's positions; the base's logits are made once for all. All share one head. base_hidden and each variant: [positions, hidden size]."""
-    base, others = _Distribution(targets), [_Distribution(targets) for _ in variants]
-    divergences = [torch.zeros(targets.shape, dtype=torch.float64, device=targets.device) for _ in variants]
-    for part in head.parts:
-        start = 0 if part is None else part.start
-        logits = head.logits(base_hidden, part)
-        factor = base.see(logits, start)
-        exponentials = (logits - base.top[:, None]).exp_()
-        base.add(exponentials, factor)
-        for number, hidden in enumerate(variants):
-            theirs = head.logits(hidden, part)
-            own_factor = others[number].see(theirs, start)
-            divergences[number] = divergences[number] * factor + torch.linalg.vecdot(exponentials, logits - theirs)
-            others[number].add(theirs.sub_(others[number].top[:, None]).exp_(), own_factor)
-    return [
-        ((divergence / base.total - base.log_total + other.log_total).clamp(min=0).cpu().numpy(), other.nll.cpu().numpy())
-        for divergence, other in zip(divergences, others)
-    ]
+    """KL(base‖variant) and nll of each variant's positions. All share one head. base_hidden and each variant: [positions, hidden size]."""
+    found = [score(head, base_hidden, targets, head, hidden) for hidden in variants]
+    return [(figures.kld, figures.quant_nll) for figures in found]

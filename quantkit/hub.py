@@ -17,6 +17,7 @@ from typing import Any
 
 from quantkit.checkpoint import INDEX_FILE, Checkpoint, indexed_shards, is_carried_over, merge_headers, parse_header, read_config, read_json
 from quantkit.errors import CheckpointError, DownloadError, QuantkitError
+from quantkit.gguf_files import checkpoint_of_gguf, is_gguf
 
 # Never fetched: other frameworks' weights, and second copies.
 IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
@@ -29,7 +30,9 @@ def is_hub_id(model: str) -> bool:
 
 
 def resolve_model(model: str) -> Path:
-    """The local directory of MODEL, all of it fetched from the hub when it is a hub id."""
+    """The local directory of MODEL: all of it fetched from the hub when it is a hub id, a checkpoint made from it when it is a GGUF file."""
+    if is_gguf(model):
+        return checkpoint_of_gguf(Path(model).expanduser())
     if not is_hub_id(model):
         return Path(model).expanduser()
     from huggingface_hub import snapshot_download

@@ -10,6 +10,7 @@ from quantkit.calibration import is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.layouts import QuantizationLayout, stored_linears
+from quantkit.matrices import as_matrices
 from quantkit.measurements import Calibration
 from quantkit.model import classify_tensors
 from quantkit.output import CALIBRATION_FILE
@@ -34,8 +35,8 @@ def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     layout = QuantizationLayout.read(checkpoint.config)
-    stored = stored_linears(checkpoint.tensors)
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
+    stored, matrices = stored_linears(checkpoint.tensors), as_matrices(checkpoint)
+    infos = classify_tensors({name: info.shape for name, info in matrices.tensors.items()})
     by_dtype: dict[str, dict[str, int]] = {}
     for info in checkpoint.tensors.values():
         entry = by_dtype.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
@@ -58,7 +59,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "linears_quantized": len(stored),
         "linears_left": left,
         "linears": [
-            {"name": module, "scheme": layout.scheme_of(module).name, "shape": list(_weight_shape(checkpoint, module))}
+            {"name": module, "scheme": layout.scheme_of(module).name, "shape": list(_weight_shape(matrices, module))}
             for module in stored
             if layout and layout.scheme_of(module)
         ],

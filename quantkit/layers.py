@@ -24,8 +24,10 @@ from quantkit.finals import Watch
 from quantkit.formats import FP8_E4M3, INT8, NumberFormat
 from quantkit.layouts import QuantizationLayout, decode_linear, stored_linears
 from quantkit.linear import QuantizedLinear
+from quantkit.matrices import as_matrices
 from quantkit.output import changed_tensors
 from quantkit.quantize import QuantizedTensor, expand_scale, quantize
+from quantkit.recording import names_on_disk
 from quantkit.served import ServedModel
 from quantkit.streaming import WeightStream
 
@@ -59,7 +61,8 @@ class LayerProbe:
     """The figures of a candidate's quantized Linears, made while it runs. numbers: of the windows that this process runs."""
 
     def __init__(self, served: ServedModel, base: Checkpoint, numbers: Sequence[int]) -> None:
-        self._served, self._candidate = served, served.checkpoint
+        base = as_matrices(base)
+        self._served, self._candidate = served, as_matrices(served.checkpoint)
         self._base = WeightStream(base)
         self._is_quantized = {module for module in stored_linears(base.tensors)} - {name.rpartition(".")[0] for name in self._base.block_scales}
         self._layout = QuantizationLayout.read(self._candidate.config)
@@ -85,7 +88,8 @@ class LayerProbe:
 
     def _watch_block(self, number: int, block: nn.Module) -> Callable[[], None]:
         prefix = self._served.blocks.block_name(number)
-        linears = {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, QuantizedLinear)}
+        paths = {f"{prefix}.{path}": module for path, module in block.named_modules() if isinstance(module, QuantizedLinear)}
+        linears = {names_on_disk(self._served.blocks.sources(f"{path}.weight"), path)[0]: module for path, module in paths.items()}
         self._inputs = {name: {} for name in linears}
         hooks = [module.register_forward_pre_hook(self._keeper(name)) for name, module in linears.items()]
 

@@ -160,10 +160,12 @@ def _exponent_bytes(scale: Tensor) -> Tensor:
     return (torch.log2(scale).round() + 127).to(torch.uint8)
 
 
-def quantization_config(layout: str, schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool) -> dict[str, Any]:
+def quantization_config(
+    layout: str, schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool, by_name: bool = False
+) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint in this format; arguments as for `compressed_tensors_config`."""
     if layout == "compressed-tensors":
-        return compressed_tensors_config(schemes, left, default, kv_cache)
+        return compressed_tensors_config(schemes, left, default, kv_cache, by_name)
     if layout == "fp8":
         granularity = _ONLY_SCHEME["fp8"].weight.granularity
         block_size = [granularity.rows, granularity.columns]
@@ -205,12 +207,14 @@ def kv_scale_module(name: str) -> str | None:
     return module.removesuffix(f".{suffix[0]}_proj")
 
 
-def compressed_tensors_config(schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool) -> dict[str, Any]:
+def compressed_tensors_config(
+    schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool, by_name: bool = False
+) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint.
 
     schemes: Linear → scheme, of every quantized one; left: Linears that stay; default: the scheme that most have.
     One group targets the class name, which every runtime takes; several name their modules, because TensorRT-LLM matches
-    names only and no class name.
+    names only and no class name. by_name: name them even so, where a model has Linears that no tensor tells of (a tied output head).
     """
     groups: dict[QuantScheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -218,7 +222,7 @@ def compressed_tensors_config(schemes: Mapping[str, QuantScheme], left: Sequence
     ordered = sorted(groups, key=lambda scheme: (scheme != default, -len(groups[scheme])))
     config_groups = {}
     for number, scheme in enumerate(ordered):
-        entry: dict[str, Any] = {"targets": ["Linear"] if len(groups) == 1 else groups[scheme], "weights": scheme.weight.to_arguments()}
+        entry: dict[str, Any] = {"targets": ["Linear"] if len(groups) == 1 and not by_name else groups[scheme], "weights": scheme.weight.to_arguments()}
         if scheme.input is not None:
             entry["input_activations"] = scheme.input.to_arguments()
         if len(groups) > 1:

@@ -1,19 +1,21 @@
 """Walking a model: from tensor names and shapes alone, and as a module tree.
 
 `export` never builds the model, so it must know a Linear by its name and shape: a two-dimensional `….weight` inside a numbered
-decoder block that is no norm, embedding or router. What can't be told apart that way is refused, never guessed.
+decoder block that is no norm, embedding or router. What can't be told apart that way is refused, never guessed. Tensors are those of `matrices.as_matrices`.
 `calibrate` and `eval` walk the module tree that transformers builds.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.matrices import BIASED, has_biases
 from quantkit.scheme import Pattern
+from quantkit.task import CAUSAL, MASKED, task_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
 # Stacks of experts have larger last dimensions than any convolution's kernel.
 _LEAST_MATRIX = 16
-_CONV1D = "stored as [in_features, out_features] (Conv1D)"
 _NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE)
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
+# The step size of a Mamba mixer, which its kernel reads, and what joins a further token's embedding to the hidden states.
+_USED_DIRECTLY = ("dt_proj", "eh_proj")
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|multi_modal_projector|mm_projector|connector", re.IGNORECASE)
 
 
@@ -32,7 +35,7 @@ _OTHER_TOWER = re.compile(r"vision|visual|image|audio|multi_modal_projector|mm_p
 class ModuleInfo:
     """One weight of the checkpoint and what it is.
 
-    kind: "linear", or why it is left: "lm_head", "embedding", "norm", "router", "other tower", "outside the blocks",
+    kind: "linear", or why it is left: "lm_head", "embedding", "norm", "router", "other tower", "outside the blocks", "used directly",
     "not a matrix"; "unreached" is a weight that should be quantized but that quantkit can't handle.
     """
 
@@ -45,15 +48,7 @@ class ModuleInfo:
 
 def classify_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleInfo]:
     """What each tensor of a checkpoint is, by tensor name. shapes: tensor name → shape."""
-    infos = {}
-    # Among Conv1D weights, stored as [in_features, out_features], a square one with a bias can't be told from a Linear.
-    transposed = any(_is_transposed(tensor, shape, shapes) for tensor, shape in shapes.items())
-    for tensor, shape in shapes.items():
-        kind, reason = _kind(tensor, shape, shapes)
-        if kind == "linear" and transposed and shape[0] == shape[1] and f"{tensor.removesuffix('.weight')}.bias" in shapes:
-            kind, reason = "unreached", _CONV1D
-        infos[tensor] = ModuleInfo(tensor.removesuffix(".weight"), tensor, shape, kind, reason)
-    return infos
+    return {tensor: ModuleInfo(tensor.removesuffix(".weight"), tensor, shape, *_kind(tensor, shape, shapes)) for tensor, shape in shapes.items()}
 
 
 def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
@@ -62,7 +57,9 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
     leaf = parts[-1]
     if leaf == "lm_head":
         return "lm_head", "lm_head is left by rule"
-    if any(_OTHER_TOWER.search(part) for part in parts):
+    if parts[-2:] == ["shared_head", "head"]:
+        return "lm_head", "the head of a layer that predicts further tokens is left like lm_head"
+    if is_of_other_tower(module):
         return "other tower", "not part of the language model"
     block = _BLOCK.match(tensor)
     if block is None or "." not in tensor[block.end() :]:
@@ -75,23 +72,24 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "router", "routers are left by rule"
     if parameter in ("bias", "weight") and len(shape) < 2:
         return "not a matrix", "a vector"
-    if len(shape) >= 3 and ("experts" in (*parts, parameter) or min(shape[-2:]) >= _LEAST_MATRIX):
-        return "unreached", f"a stack of matrices in one tensor of {len(shape)} dimensions, as for experts"
+    if "experts" in parts and has_biases(tensor.removesuffix("_bias"), shapes):
+        return "unreached", BIASED
+    if len(shape) == 3 and ("experts" in (*parts, parameter) or min(shape[-2:]) >= _LEAST_MATRIX):
+        return "unreached", "a stack of matrices in one tensor of 3 dimensions that is no layer's pair of experts' weights"
     if "experts" in parts and parameter not in ("weight", "bias") and len(shape) == 2:
         return "unreached", "experts whose names quantkit doesn't know"
     if parameter != "weight" or len(shape) != 2:
         return "not a matrix", "not a Linear's weight"
-    if _is_transposed(tensor, shape, shapes):
-        return "unreached", _CONV1D
+    if leaf in _USED_DIRECTLY:
+        return "used directly", f"{leaf} is no Linear in runtimes, which use its weight directly or keep it unquantized"
     if 0 in shape:
         return "unreached", f"has the empty shape {list(shape)}"
     return "linear", ""
 
 
-def _is_transposed(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the bias beside a matrix has the length of its columns, not of its rows."""
-    bias = shapes.get(f"{tensor.removesuffix('.weight')}.bias") if tensor.endswith(".weight") and len(shape) == 2 else None
-    return bias is not None and bias != (shape[0],) and bias == (shape[1],)
+def is_of_other_tower(module: str) -> bool:
+    """Whether a module, by its name, sees or hears, and is no part of the language model."""
+    return any(_OTHER_TOWER.search(part) for part in module.split("."))
 
 
 def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -104,7 +102,10 @@ def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]
 
 # Linears that runtimes merge into one. Their members must share one scheme, and one scale where a scale is per tensor.
 # Names of projections, not of architectures: a set exists where all its members stand side by side.
-FUSED_SETS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+FUSED_SETS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
+)  # fmt: skip
 
 
 def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
@@ -121,7 +122,7 @@ def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module where all in it is meant, numbers as `*`."""
+    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module where all in it is meant, numbers as `*`, or a whole block."""
     others = list(others)
     patterns: list[Pattern] = []
     refused: set[str] = set()
@@ -129,7 +130,8 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
         if any(pattern.matches(name) for pattern in patterns):
             continue
         numberless = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        for text in (f"{numberless.rpartition('.')[0]}.*", numberless, name):
+        block = _BLOCK.match(name)
+        for text in (f"{numberless.rpartition('.')[0]}.*", numberless, f"{block[0]}*" if block else name, name):
             pattern = Pattern(text)
             if text == name or (text not in refused and not any(pattern.matches(other) for other in others)):
                 patterns.append(pattern)
@@ -138,29 +140,39 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     return [pattern.text for pattern in patterns]
 
 
-def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The Linears of a module tree, under their names on disk."""
+def linears_for_conv1d(model: nn.Module) -> None:
+    """Put a Linear in place of each Conv1D, which computes the same from the transposed weight (`matrices.with_upright_weights`)."""
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name, module
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            parent, _, leaf = name.rpartition(".")
+            in_features, out_features = module.weight.shape
+            setattr(model.get_submodule(parent), leaf, nn.Linear(in_features, out_features, dtype=module.weight.dtype))
 
 
-def load_model(path: Any, device: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of an unquantized checkpoint, in its stored dtype, ready for inference."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def auto_class(config: Any) -> Any:
+    """transformers' class that builds the model of a configuration with its output head: a text model, or one that sees or hears beside reading text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM
 
-    config = auto_config(path, trust_remote_code)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype="auto", trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers and its backends raise every kind
-        raise CheckpointError(f"transformers can't load {path}: {' '.join(str(error).split())[:300]}") from None
-    require_no_missing(path, report["missing_keys"])
-    return model.to(torch.device(device)).eval().requires_grad_(False)
+    task = task_of(config.to_dict(), config.name_or_path or "the model")
+    if task != CAUSAL:
+        return AutoModelForMaskedLM if task == MASKED else AutoModelForSeq2SeqLM
+    others = () if type(config) in AutoModelForCausalLM._model_mapping else (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    return next((auto for auto in others if type(config) in auto._model_mapping), AutoModelForCausalLM)
+
+
+def body_name(model: nn.Module) -> str | None:
+    """The child of a model that makes hidden states from tokens; None of a model that is its own body, without an output head."""
+    name = model.base_model_prefix
+    if getattr(model, name, None) is not None:
+        return None if getattr(model, name) is model else name
+    head = model.get_output_embeddings()
+    children = {name: child for name, child in model.named_children() if child is not head}
+    if "decoder" in children:
+        return "decoder"
+    return max(children, key=lambda name: sum(parameter.numel() for parameter in children[name].parameters())) if head is not None and children else None
 
 
 def require_no_missing(path: Any, missing: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ It is made from names, shapes and dtypes alone, and against the recipe, the cali
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +19,22 @@ from quantkit import __version__
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError, RuntimeLimitError
 from quantkit.layouts import QuantizationLayout, format_obstacle, kv_scale_name, linear_tensors, shape_obstacle
+from quantkit.matrices import as_matrices, as_stored_where_left, experts_module, find_stacks
 from quantkit.measurements import Calibration
 from quantkit.model import ModuleInfo, classify_tensors, fused_sets
 from quantkit.output import CALIBRATION_FILE, TensorPlan, sha256_file
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
 from quantkit.scheme import TENSOR, Pattern, QuantScheme, Recipe
 from quantkit.streaming import block_scales
+from quantkit.task import task_of
 
 FLOATS = ("BF16", "F16", "F32")
+_IGNORED = "ignored by"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """layout: the format of the files, one of `layouts.FORMATS`."""
+    """layout: the format of the files, one of `layouts.FORMATS`. allow_unreached: leave what should be quantized but can't be, instead of refusing the model."""
 
     model: Path
     output: Path
@@ -41,6 +45,7 @@ class ExportOptions:
     max_shard_bytes: int = 5_000_000_000
     resume: bool = False
     overwrite: bool = False
+    allow_unreached: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class ParameterPlan:
 class ExportPlan:
     """Everything that decides the output, before its first byte.
 
+    checkpoint: with each Linear as one matrix (`matrices.as_matrices`).
     block_scales: weight → the tensor of its block scales, where the input is FP8 block already. dense_dtype: what such weights become if they
     are left.
     """
@@ -118,23 +124,36 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     Raises CheckpointError, RecipeError, CalibrationError or RuntimeLimitError with one sentence.
     """
     recipe, checkpoint = options.recipe, checkpoint or Checkpoint.open(options.model)
+    task_of(checkpoint.config, options.model)
     layout = QuantizationLayout.read(checkpoint.config)
     if layout is not None and layout.method != "fp8":
         raise CheckpointError(f"{options.model} is quantized already ({layout.method}); export from the original model, or from one in FP8 blocks")
     obstacle = format_obstacle(options.layout, recipe.schemes, recipe.kv_cache is not None)
     if obstacle:
         raise RecipeError(obstacle)
+    stored, checkpoint = checkpoint, as_matrices(checkpoint)
     scales = block_scales(checkpoint)
     consumed = set(scales.values())
     infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items() if name not in consumed})
-    _refuse_unreached(recipe, infos)
-    schemes, reasons = _assign(recipe, infos, checkpoint)
-    linears = {module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme) for module, scheme in schemes.items()}
+    _refuse_unreached(options, infos)
+    schemes, reasons = _assign(recipe, infos, checkpoint, _stack_names(stored))
+    checkpoint, whole = as_stored_where_left(stored, checkpoint, {f"{module}.weight" for module in schemes})
+    infos = {
+        name: infos.get(name) or replace(infos[whole[name]], name=name.removesuffix(".weight"), tensor=name, shape=info.shape)
+        for name, info in checkpoint.tensors.items()
+        if name not in consumed
+    }
+    reasons |= {name: reasons[part] for name, part in whole.items() if part in reasons}
+    turned = {name for name, info in checkpoint.tensors.items() if name in stored.tensors and not info.is_dense}
+    linears = {
+        module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme, f"{module}.weight" in turned)
+        for module, scheme in schemes.items()
+    }
     _refuse_dtypes(checkpoint, infos, linears, scales)
     left = _left_linears(infos, linears, checkpoint)
     warnings = _shape_warnings(reasons) + _runtime_warnings(options, linears, left) + _observer_warnings(recipe, linears)
     fingerprint = {
-        "model": checkpoint.fingerprint(),
+        "model": stored.fingerprint(),
         "model files": file_times(checkpoint),
         "recipe": recipe.canonical(),
         "format": options.layout,
@@ -187,13 +206,23 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
     return names.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix("torch."), "BF16")
 
 
-def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpoint) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-    """Module → scheme of what is quantized, and tensor → reason of what would be but isn't."""
+def _stack_names(stored: Checkpoint) -> dict[str, str]:
+    """A part of a stack of experts → the stack, under whose name it can be ignored too."""
+    stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
+    return {
+        stack.linear(expert, leaf): name.removesuffix(".weight") for name, stack in stacks.items() for expert in range(stack.shape[0]) for leaf in stack.leaves
+    }
+
+
+def _assign(
+    recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpoint, stack_of: Mapping[str, str]
+) -> tuple[dict[str, QuantScheme], dict[str, str]]:
+    """Module → scheme of what is quantized, and tensor → reason of what would be but isn't. stack_of: the other name of experts that are stored as one."""
     modules = {info.name: info for info in infos.values() if info.tensor.endswith(".weight")}
     tied = "lm_head" not in modules and checkpoint.config.get("tie_word_embeddings")
     for pattern in recipe.ignore:
         # A tied lm_head has no tensor of its own, but recipes name it to be safe.
-        pattern.require_match([*modules, *infos, *(["lm_head"] if tied else [])], "ignore")
+        pattern.require_match([*modules, *infos, *stack_of.values(), *(["lm_head"] if tied else [])], "ignore")
     for pattern, _ in recipe.layers:
         if tied and pattern.matches("lm_head") and not any(pattern.matches(name) for name in modules):
             raise RecipeError(
@@ -205,9 +234,10 @@ def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpo
     used: set[Pattern] = set()
     for name, info in modules.items():
         entry = next(((pattern, scheme) for pattern, scheme in recipe.layers if pattern.matches(name)), None)
-        ignored = next((pattern for pattern in recipe.ignore if pattern.matches(name) or pattern.matches(info.tensor)), None)
+        names = (name, info.tensor, stack_of.get(name, name))
+        ignored = next((pattern for pattern in recipe.ignore if any(map(pattern.matches, names))), None)
         if ignored is not None:
-            reasons[info.tensor] = f"ignored by '{ignored.text}'"
+            reasons[info.tensor] = f"{_IGNORED} '{ignored.text}'"
             continue
         if info.kind == "linear":
             scheme = entry[1] if entry else recipe.scheme
@@ -228,7 +258,8 @@ def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpo
             schemes[name] = scheme
     for tensor, info in infos.items():
         if info.kind == "unreached":
-            reasons[tensor] = f"ignored, and out of reach: {info.reason}"
+            ignored = next((pattern for pattern in recipe.ignore if pattern.matches(info.name) or pattern.matches(tensor)), None)
+            reasons[tensor] = f"{_IGNORED} '{ignored.text}', and out of reach: {info.reason}" if ignored else f"out of reach: {info.reason}"
     for pattern, _ in recipe.layers:
         if pattern not in used:
             raise RecipeError(
@@ -245,12 +276,14 @@ def _assign(recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpo
     return schemes, reasons
 
 
-def _refuse_unreached(recipe: Recipe, infos: Mapping[str, ModuleInfo]) -> None:
-    """What should be quantized but can't be is an error unless it is ignored by name: a half-quantized model is no result."""
-    unreached = [i for i in infos.values() if i.kind == "unreached" and not any(p.matches(i.tensor) or p.matches(i.name) for p in recipe.ignore)]
-    if unreached:
+def _refuse_unreached(options: ExportOptions, infos: Mapping[str, ModuleInfo]) -> None:
+    """What should be quantized but can't be is an error unless it is ignored by name, or all of it is allowed: a half-quantized model is no result."""
+    ignore = options.recipe.ignore
+    unreached = [i for i in infos.values() if i.kind == "unreached" and not any(p.matches(i.tensor) or p.matches(i.name) for p in ignore)]
+    if unreached and not options.allow_unreached:
         raise CheckpointError(
-            f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; add it to --ignore to leave it as it is"
+            f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; "
+            "add it to --ignore, or pass --allow-unreached to leave all such as they are"
         )
 
 
@@ -262,10 +295,13 @@ def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
 
 def _left_linears(infos: Mapping[str, ModuleInfo], linears: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not quantized."""
-    kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "unreached")
+    kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "used directly", "unreached")
     left = [
         info.name for info in infos.values() if info.kind in kinds and len(info.shape) >= 2 and info.tensor.endswith(".weight") and info.name not in linears
     ]
+    # Runtimes have experts as modules, whatever they are stored in: one pattern for all of a layer's.
+    stacks = dict.fromkeys(experts_module(info.tensor) for info in infos.values() if len(info.shape) == 3 and info.kind in ("linear", "unreached"))
+    left += [rf"re:{re.escape(module)}\..*" for module in stacks if not any(name.startswith(f"{module}.") for name in linears)]
     # A tied lm_head has no tensor, yet runtimes have the module.
     return left if "lm_head" in left or "lm_head" in linears else [*left, "lm_head"]
 
@@ -338,13 +374,18 @@ def _parameter_plans(
             after = sum(plan.nbytes for plan in linear_plans(linear, layout))
             rows.append(ParameterPlan(tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after))
         else:
-            rows.append(ParameterPlan(tensor, "unreached" if info.kind == "unreached" else "left", reason, None, before, after))
+            is_unreached = info.kind == "unreached" and not reason.startswith(_IGNORED)
+            rows.append(ParameterPlan(tensor, "unreached" if is_unreached else "left", reason, None, before, after))
     return rows
 
 
 def linear_plans(linear: QuantizedLinearInfo, layout: str) -> list[TensorPlan]:
     """The tensors that a quantized Linear becomes."""
-    return [TensorPlan(f"{linear.name}.{suffix}", dtype, shape) for suffix, (dtype, shape) in linear_tensors(linear.scheme, linear.shape, layout).items()]
+    tensors = linear_tensors(linear.scheme, linear.shape, layout)
+    if linear.is_transposed and "weight" in tensors:
+        dtype, (rows, columns) = tensors["weight"]
+        tensors["weight"] = (dtype, (columns, rows))
+    return [TensorPlan(f"{linear.name}.{suffix}", dtype, shape) for suffix, (dtype, shape) in tensors.items()]
 
 
 def _more(count: int) -> str:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantkit.blockwise import BlockwiseModel, ParameterSource
+from quantkit.blockwise import BlockwiseModel
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.linear import QuantizedLinear
+from quantkit.matrices import DOWN, GATE_UP, experts_module
 from quantkit.observers import HELD_OUT, GramObserver, HeadObserver, InputObserver
 from quantkit.ranks import Ranks
+from quantkit.weight_map import ParameterSource
 
 # The name under which transformers finds the experts' forward of this file.
 EXPERTS_IMPLEMENTATION = "quantkit_observing"
@@ -199,7 +201,7 @@ class BlockRecorder:
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
                 self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
-            elif is_experts(module):
+            elif is_experts(module) and runs_as_told(module):
                 self.experts[module] = experts = _Experts.of(module, name, model)
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
             else:
@@ -310,6 +312,8 @@ class PassingCache(DynamicCache):
 class ObservingCache(PassingCache):
     """Stands for a KV cache: measures keys and values after rotary embedding and hands them back; keeps nothing."""
 
+    may_be_left_out = True
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         batch = _current()
         module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None
@@ -325,6 +329,11 @@ class ObservingCache(PassingCache):
 
 def is_experts(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in first_and_down(module))
+
+
+def runs_as_told(module: nn.Module) -> bool:
+    """Whether transformers lets the forward of such experts be chosen; a few (Llama 4's) run all experts on all tokens in a way of their own."""
+    return hasattr(module, "is_concatenated")
 
 
 def first_and_down(module: nn.Module) -> tuple[str, str]:
@@ -364,11 +373,12 @@ class _Experts:
 
 
 def _expert_linears(source: ParameterSource | None, name: str, count: int) -> list[list[str]]:
-    """For each expert the Linears on disk that make its part of a stacked parameter; numbered where they are stacked on disk too."""
-    if source is not None and all(len(tensors) == count for tensors in source.lists):
+    """For each expert the Linears on disk that make its part of a stacked parameter; named as `export` names them where they are stacked on disk too."""
+    if source is not None and all(len(tensors) == count for tensors in source.lists) and count * len(source.lists) > 1:
         return [[tensors[expert].removesuffix(".weight") for tensors in source.lists] for expert in range(count)]
-    stored = source.lists[0][0] if source is not None else name
-    return [[f"{stored}.{expert}"] for expert in range(count)]
+    module = experts_module(source.lists[0][0] if source is not None else name)
+    leaves = {"gate_up_proj": GATE_UP, "down_proj": DOWN}.get(name.rpartition(".")[2], (name.rpartition(".")[2],))
+    return [[f"{module}.{expert}.{leaf}" for leaf in leaves] for expert in range(count)]
 
 
 def _expert_gains(module: nn.Module, weight: Tensor) -> Tensor:

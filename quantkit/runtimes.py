@@ -113,13 +113,25 @@ def as_computed(scheme: QuantScheme, hardware: str | None) -> QuantScheme:
     raise RuntimeLimitError(f"{scheme.name} can't be computed as on {hardware}: {mode}; choose another --hardware or leave it out")
 
 
+# vLLM turns every `weight` of such a model as it loads it, codes too: an INT8 GPT-2 gives its CPU build the probabilities that eval computes.
+_CONV1D = {
+    "sglang": "is not known to load quantized weights that are stored as [in_features, out_features]",
+    "tensorrt-llm": "is not known to load quantized weights that are stored as [in_features, out_features]",
+    "transformers": "reads the codes of weights that are stored as [in_features, out_features] as weights, in silence",
+}
+
+
 @dataclass(frozen=True)
 class QuantizedLinearInfo:
-    """A Linear as an export plans it or a checkpoint holds it. shape: [out_features, in_features]."""
+    """A Linear as an export plans it or a checkpoint holds it. shape: [out_features, in_features].
+
+    is_transposed: its `weight` is stored the other way round, as in the checkpoint that it comes from (Conv1D).
+    """
 
     name: str
     shape: tuple[int, int]
     scheme: QuantScheme
+    is_transposed: bool = False
 
 
 def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], left: Iterable[str], layout: str = "compressed-tensors") -> list[str]:
@@ -137,6 +149,12 @@ def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], lef
         if not support.loads:
             form = f" in the format {layout}" if layout in FORMAT_SUPPORT else ""
             problems.append(f"{runtime} can't load {scheme.name}{form}: it {support.note}")
+    transposed = [linear for linear in quantized if linear.is_transposed]
+    if transposed and runtime in _CONV1D:
+        problems.append(f"{runtime} {_CONV1D[runtime]} ({transposed[0].name} and the others, which are Conv1D)")
+    mixers = [name for name in by_name if name.endswith(".x_proj") and f"{name.removesuffix('x_proj')}in_proj" in by_name]
+    if mixers and runtime == "vllm":
+        problems.append(f"vllm keeps Mamba's first kind of mixer unquantized ({mixers[0].rpartition('.')[0]} and its like); leave them with --ignore")
     experts = [linear for linear in quantized if ".experts." in linear.name]
     unloadable = {"transformers": ("fp8-block", "mxfp8", "int8-dynamic", "int8-static", "int8-weight-only"), "sglang": ("int8-dynamic", "int8-static")}
     for linear in [linear for linear in experts if scheme_family(linear.scheme) in unloadable.get(runtime, ())][:1]:

@@ -46,7 +46,7 @@ FLOORS = 8  # blocks in which the floor is measured, evenly spread
 ADDITIVE_WITHIN = 2.0
 # Several windows, so that there are intervals; long enough for attention to have something to look at.
 DEFAULT_LENGTH = 256
-VARIANTS_AT_ONCE = 16  # whose logits are made beside one making of the base's
+VARIANTS_AT_ONCE = 16  # in one piece of scoring
 
 
 @dataclass(frozen=True)

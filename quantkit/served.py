@@ -7,7 +7,7 @@ whoever wrote it. `hardware` computes what that hardware computes (`runtimes.as_
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from transformers import DynamicCache
 
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import Checkpoint, torch_dtype
+from quantkit.encoder_decoder import open_blockwise
 from quantkit.errors import CheckpointError, EvaluationError
-from quantkit.experts import EXPERTS_IMPLEMENTATION, quantize_expert_inputs, register_serving_experts
+from quantkit.experts import EXPERTS_IMPLEMENTATION, Restacked, quantize_expert_inputs, register_serving_experts
 from quantkit.layouts import KV_SPEC, QuantizationLayout, decode_linear, kv_scale_module, stored_linears
 from quantkit.linear import OPS, QuantizedLinear, kernel_for
+from quantkit.matrices import with_upright_weights
 from quantkit.quantize import QuantizedTensor
 from quantkit.recording import PassingCache
 from quantkit.runtimes import as_computed
 from quantkit.scheme import QuantScheme
+from quantkit.weight_map import WeightMap
 
 
 class QuantizedCache(PassingCache):
@@ -56,6 +59,7 @@ class ServedModel:
     activations_quantized: True, False, or "partial".
     weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: stacked experts that don't all quantize alike.
     kernels: how many quantized Linears run through each kernel, and under "reference" those that don't.
+    beyond: quantized Linears that transformers leaves out of the model, so that they aren't judged.
     """
 
     blocks: BlockwiseModel
@@ -66,6 +70,7 @@ class ServedModel:
     weights_only: tuple[str, ...]
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None
     kernels: dict[str, int]
+    beyond: tuple[str, ...] = ()
 
     def new_cache(self) -> DynamicCache | None:
         return QuantizedCache(self.kv_scales) if self.kv_scales else None
@@ -79,37 +84,43 @@ def load_served(path: Path, device: str, hardware: str | None = None, trust_remo
     skeleton = build_skeleton(checkpoint, trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
     if layout is None:
         dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-        return ServedModel(BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None, {})
+        return ServedModel(open_blockwise(skeleton, StoredWeights(checkpoint), str(path), device), checkpoint, dtype, 0, False, (), None, {})
     computed = {scheme: as_computed(scheme, hardware) for scheme in layout.schemes}
     weights = QuantizedWeights(checkpoint, layout, skeleton, computed, device, exec != "reference")
     if exec == "kernel":
         weights.require_kernels()
-    blocks = BlockwiseModel(skeleton, weights, str(path), device)
-    strangers = [name for name in weights.linears if f"{name}.weight" in blocks.unexpected]
+    blocks = open_blockwise(skeleton, weights, str(path), device)
+    unexpected = set(blocks.unexpected)
+    beyond = {name for name in weights.linears if f"{name}.weight" in unexpected and blocks.is_beyond(f"{name}.weight")}
+    strangers = [name for name in weights.linears if f"{name}.weight" in unexpected and name not in beyond]
     if strangers:
         raise CheckpointError(f"{path} quantizes {strangers[0]}, which transformers' {type(skeleton).__name__} doesn't have; it can't be judged")
-    reached = weights.modules | quantize_expert_inputs(blocks, {name: computed[scheme] for name, scheme in weights.linears.items()}, weights.input_scale)
+    schemes = {name: computed[scheme] for name, scheme in weights.linears.items()}
+    reached = set(weights.modules) | quantize_expert_inputs(blocks, schemes, weights.input_scale, weights.restacked.names)
     inputs_quantized = sum(computed[weights.linears[name]].input is not None for name in weights.linears if name in reached)
-    total = len(weights.linears)
+    total = len(weights.linears) - len(beyond)
     activations: bool | str = inputs_quantized == total if inputs_quantized in (0, total) else "partial"
     names = list(dict.fromkeys(scheme.name for scheme in layout.schemes))
-    weights_only = [name for name in weights.linears if name not in reached]
+    weights_only = [name for name in weights.linears if name not in reached | beyond]
     dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
-    kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, device)
-    return ServedModel(blocks, checkpoint, names[0] if len(names) == 1 else "mixed", total, activations, dropped, kv_scales, weights.count_kernels())
+    on_disk = {path.rpartition(".")[0]: name.rpartition(".")[0] for name, path in weights.modules.items()}
+    kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, on_disk, device)
+    scheme = names[0] if len(names) == 1 else "mixed"
+    return ServedModel(blocks, checkpoint, scheme, total, activations, dropped, kv_scales, weights.count_kernels(beyond), tuple(sorted(beyond)))
 
 
 class QuantizedWeights:
     """The tensors of a quantized checkpoint, and the QuantizedLinears that take the place of Linears.
 
-    linears: each quantized module of the checkpoint and its scheme. modules: those of them that are Linears of the module tree under their own
-    name; others are merged by transformers into stacked experts, and go there dequantized.
+    linears: each quantized module of the checkpoint and its scheme. modules: those of them that are Linears of the module tree, and their paths there;
+    others are merged into stacked experts, by transformers or (restacked) here, and go there dequantized.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, layout: QuantizationLayout, skeleton: nn.Module, computed: Mapping[QuantScheme, QuantScheme], device: str,
         use_kernels: bool = True,
     ) -> None:  # fmt: skip
+        checkpoint = with_upright_weights(checkpoint)
         self._checkpoint, self._computed, self._device, self._use_kernels = checkpoint, computed, device, use_kernels
         self._dtype = skeleton.config.dtype
         self._stored = stored_linears(checkpoint.tensors)
@@ -122,7 +133,10 @@ class QuantizedWeights:
                 )
             self.linears[module] = scheme
             self._require_readable(module)
-        self.modules = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)} & set(self.linears)
+        trees = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+        paths = {weight.removesuffix(".weight"): path for weight, path in WeightMap(skeleton, [f"{name}.weight" for name in self.linears]).target_of.items()}
+        self.modules = {name: path.removesuffix(".weight") for name, path in paths.items() if path.removesuffix(".weight") in trees}
+        self.restacked = Restacked.of(skeleton, [name for name in self.linears if name not in self.modules])
         self.kv_tensors: dict[str, Tensor] = {}
         self._others = []
         for name, info in checkpoint.tensors.items():
@@ -153,8 +167,8 @@ class QuantizedWeights:
             if kernel is None:
                 raise EvaluationError(f"--exec kernel: {module} of {self._checkpoint.path} has none: {why_not}; use --exec auto or reference")
 
-    def count_kernels(self) -> dict[str, int]:
-        kernels = [self._kernel_for(module)[0] if self._use_kernels else None for module in self.linears]
+    def count_kernels(self, beyond: Container[str] = ()) -> dict[str, int]:
+        kernels = [self._kernel_for(module)[0] if self._use_kernels else None for module in self.linears if module not in beyond]
         return {name or "reference": kernels.count(name) for name in dict.fromkeys(kernels)}
 
     def _require_readable(self, module: str) -> None:
@@ -167,7 +181,11 @@ class QuantizedWeights:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes = {name: self._checkpoint.tensors[name].shape for name in self._others}
+        merged = self.restacked.parts()
+        shapes |= self.restacked.shapes
         for module, suffixes in self._stored.items():
+            if module in merged:
+                continue
             shapes[f"{module}.weight"] = self._weight_shape(module, suffixes)
             if "bias" in suffixes:
                 shapes[f"{module}.bias"] = self._checkpoint.tensors[f"{module}.bias"].shape
@@ -184,6 +202,8 @@ class QuantizedWeights:
 
     def read(self, name: str) -> Tensor:
         """A tensor as transformers shall have it. A weight whose codes come in its place later is a shape alone."""
+        if name in self.restacked.shapes:
+            return self.restacked.read(name, lambda linear: self._decoded(linear)[0].dequantize().to(self._dtype))
         module, _, suffix = name.rpartition(".")
         if module not in self.linears or suffix != "weight":
             return self._checkpoint.read(name)
@@ -193,28 +213,32 @@ class QuantizedWeights:
 
     def finish(self, model: nn.Module, prefix: str) -> None:
         """Put QuantizedLinears in place of the Linears under `prefix` that have their weights; of all outside of the blocks with ""."""
-        for name in [name for name in self.modules if name.startswith(f"{prefix}.") or not prefix]:
-            linear = model.get_submodule(name)
+        for name, path in [item for item in self.modules.items() if item[1].startswith(f"{prefix}.") or not prefix]:
+            linear = model.get_submodule(path)
             if not isinstance(linear, nn.Linear) or linear.weight.is_meta:
                 continue
             weight, input_scale = self._decoded(name)
             weight = replace(weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device))
             input_scale = None if input_scale is None else input_scale.to(self._device)
-            parent, _, leaf = name.rpartition(".")
+            parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, self._linear(name, weight, input_scale, linear.bias))
 
     def _linear(self, name: str, weight: QuantizedTensor, input_scale: Tensor | None, bias: Tensor | None) -> QuantizedLinear:
         return QuantizedLinear(weight, self._computed[self.linears[name]], input_scale, bias, self._dtype, self._use_kernels)
 
 
-def _kv_scales(layout: QuantizationLayout, model: nn.Module, tensors: Mapping[str, Tensor], device: str) -> dict[int, tuple[Tensor, Tensor]] | None:
+def _kv_scales(
+    layout: QuantizationLayout, model: nn.Module, tensors: Mapping[str, Tensor], on_disk: Mapping[str, str], device: str
+) -> dict[int, tuple[Tensor, Tensor]] | None:
+    """Scale of keys and of values by layer. on_disk: what modules are called in the checkpoint, where that is known."""
     if not layout.kv_cache:
         return None
     scales = {}
     for name, module in model.named_modules():
-        key = tensors.get(f"{name}.k_scale")
+        stored = on_disk.get(name, name)
+        key = tensors.get(f"{stored}.k_scale")
         if key is not None:
-            value = tensors.get(f"{name}.v_scale")
+            value = tensors.get(f"{stored}.v_scale")
             if value is None or key.numel() != 1 or value.numel() != 1:
                 raise CheckpointError(f"{name} has no pair of per-tensor k_scale and v_scale; export it again")
             scales[module.layer_idx] = (key.to(device), value.to(device))

@@ -35,7 +35,7 @@ class WeightStream:
     def __init__(self, checkpoint: Checkpoint, dequantizing: bool = True) -> None:
         self.checkpoint = checkpoint
         self.block_scales = block_scales(checkpoint) if dequantizing else {}
-        self.source_spec = _source_spec(checkpoint) if self.block_scales else None
+        self.source_spec = source_spec(checkpoint) if self.block_scales else None
         self._shards: dict[Path, MappedShard] = {}
         self._uses: Counter[Path] = Counter()
         self._lock = threading.Lock()
@@ -49,7 +49,8 @@ class WeightStream:
         if not info.nbytes:
             return
         rows, row_bytes = row_count(info), max(1, info.nbytes // max(1, row_count(info)))
-        step = max(1, STEP_BYTES // row_bytes // multiple) * multiple
+        # Rows of a transposed matrix lie across all of it, which is looked at once.
+        step = max(1, STEP_BYTES // row_bytes // multiple) * multiple if info.is_dense else rows
         for first in range(0, rows, step):
             yield first, min(first + step, rows)
 
@@ -133,7 +134,7 @@ def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
     layout = QuantizationLayout.read(checkpoint.config)
     if layout is None or layout.method != "fp8":
         return {}
-    spec, scales = _source_spec(checkpoint), {}
+    spec, scales = source_spec(checkpoint), {}
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix == FP8_BLOCK_SUFFIX:
@@ -152,5 +153,6 @@ def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
     return scales
 
 
-def _source_spec(checkpoint: Checkpoint) -> QuantSpec:
+def source_spec(checkpoint: Checkpoint) -> QuantSpec:
+    """How the weights of a checkpoint in FP8 blocks are quantized."""
     return QuantizationLayout.read(checkpoint.config).schemes[0].weight

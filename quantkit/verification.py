@@ -20,6 +20,7 @@ from quantkit import ops
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
+from quantkit.matrices import as_matrices
 from quantkit.model import classify_tensors, fused_sets
 from quantkit.output import MANIFEST_FILE, blake3_file, changed_tensors, cores
 from quantkit.packing import unpack_int8
@@ -93,7 +94,8 @@ def verify(
         if not (path / "config.json").is_file():
             raise  # no checkpoint to find faults in
         return Verification(path, faults=[("", f"can't be opened: {error}")])
-    base_checkpoint = Checkpoint.open(base) if base else None
+    checkpoint = as_matrices(checkpoint)
+    base_checkpoint = as_matrices(Checkpoint.open(base)) if base else None
     base_layout = QuantizationLayout.read(base_checkpoint.config) if base_checkpoint else None
     if base_layout is not None and base_layout.method != "fp8":
         raise CheckpointError(f"the base {base} is quantized itself; give the original model")
@@ -120,7 +122,8 @@ def verify(
     _check_fused_sets(found, checkpoint, linears)
     if not as_stored:
         found.faults += found.unequal
-    infos = [QuantizedLinearInfo(name, shape, scheme) for name, (scheme, shape) in linears.items()]
+    turned = {name for name, info in checkpoint.tensors.items() if not info.is_dense}
+    infos = [QuantizedLinearInfo(name, shape, scheme, f"{name}.weight" in turned) for name, (scheme, shape) in linears.items()]
     for name in [runtime] if runtime else RUNTIMES:
         for problem in runtime_problems(name, infos, found.left, layout.method if layout else "compressed-tensors"):
             if runtime:
@@ -169,7 +172,7 @@ def _check_names(
             linears[module] = (scheme, shape)
     left: dict[str, str] = {}
     for info in classify_tensors({name: i.shape for name, i in checkpoint.tensors.items()}).values():
-        if info.kind not in ("linear", "lm_head", "router") or info.name in stored or not info.tensor.endswith(".weight"):
+        if info.kind not in ("linear", "lm_head", "router", "used directly") or info.name in stored or not info.tensor.endswith(".weight"):
             continue
         if layout.scheme_of(info.name) is None:
             left[info.name] = info.reason or "ignored in quantization_config"

@@ -47,8 +47,8 @@ def make_text(words: int, seed: int = 0) -> str:
     return " ".join(WORDS[pick] + ("." if number % 9 == 8 else "") for number, pick in enumerate(picks))
 
 
-def make_tokenizer(directory: Path) -> int:
-    """A byte-level BPE tokenizer with a BOS and an EOS; returns its vocabulary size."""
+def make_tokenizer(directory: Path, mask: bool = False) -> int:
+    """A byte-level BPE tokenizer with a BOS and an EOS; with `mask` also what a masked language model needs. Returns its vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,6 +58,8 @@ def make_tokenizer(directory: Path) -> int:
     trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator([make_text(2000)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    if mask:
+        fast.add_special_tokens({"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"})
     fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     fast.save_pretrained(directory)
     return len(fast)

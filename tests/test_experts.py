@@ -6,15 +6,19 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from safetensors.torch import load_file
+from tiny_models import make_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from quantkit.blockwise import one_thread
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.data import evaluation_windows, load_tokenizer
 from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.experts import serving_experts
+from quantkit.experts import Restacked, serving_experts
+from quantkit.export import export
+from quantkit.measurements import Calibration
+from quantkit.plan import ExportOptions, plan_export
 from quantkit.quantize import quantize
-from quantkit.scheme import SCHEMES
+from quantkit.scheme import SCHEMES, Recipe
 from quantkit.served import load_served
 
 
@@ -38,6 +42,29 @@ def test_experts_quantize_their_inputs_too(tmp_path, export_to, text):
     assert itself["kld"]["max"] == 0
     (weights_only,) = evaluate(EvaluationOptions(model, (out,), (str(text),), 32, 320, hardware="ampere"))["quants"]
     assert 0 < weights_only["kld"]["mean"] < quant["kld"]["mean"] and weights_only["activations_quantized"] is False
+
+
+def test_an_expert_that_saw_no_token_has_a_finite_scale_and_is_named(tmp_path, text):
+    """Also where experts lie stacked on disk: their scales are estimated, and each is told of."""
+    model = tmp_path / "granitemoe"
+    make_model(model, "granitemoe", vocab_size=make_tokenizer(model), num_local_experts=16)
+    summary = calibrate(CalibrationOptions(model, tmp_path / "calib", (str(text),), num_samples=1, seq_len=3))
+    unseen = [entry for entry in Calibration.open(tmp_path / "calib").inputs.values() if not entry.tokens]
+    assert unseen and all(".block_sparse_moe.experts." in entry.name for entry in unseen)
+    assert {entry.name.rpartition(".")[0] for entry in unseen} <= set(summary.starved)
+    export(plan_export(ExportOptions(model, tmp_path / "out", Recipe(SCHEMES["int8-static"]), tmp_path / "calib")))
+    scales = [tensor for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items() if name.endswith("_scale")]
+    assert all(torch.isfinite(scale).all() and (scale > 0).all() for scale in scales)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_that_were_quantized_apart_are_stacked_as_the_model_has_them(transposed):
+    weights = {f"e.{expert}.{leaf}": torch.randn(6, 4) for expert in range(3) for leaf in ("gate_proj", "up_proj")}
+    linears = [[f"e.{expert}.gate_proj", f"e.{expert}.up_proj"] for expert in range(3)]
+    stack = Restacked({"e.gate_up_proj": linears}, {"e.gate_up_proj": (3, 4, 12) if transposed else (3, 12, 4)}).read("e.gate_up_proj", weights.get)
+    for expert in range(3):
+        upright = stack[expert].T if transposed else stack[expert]
+        assert torch.equal(upright, torch.cat([weights[name] for name in linears[expert]]))
 
 
 def test_base_with_experts_is_the_eager_forward(tmp_path, text):

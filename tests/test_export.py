@@ -143,20 +143,20 @@ def test_nonfinite_weight_stops_the_export_and_is_named(value, llama, copy, expo
     assert not (tmp_path / "out-fp8-dynamic").exists()
 
 
-def test_conv1d_and_three_dimensional_experts_are_refused_by_name(llama, copy):
+def test_what_cannot_be_quantized_is_refused_unless_it_is_ignored_or_allowed(llama, copy, run_json, run, tmp_path):
     model = copy(llama)
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.0.mlp.c_fc.weight"] = torch.zeros(128, 256)
-    tensors["model.layers.0.mlp.c_fc.bias"] = torch.zeros(256)
-    save_file(tensors, model / "model.safetensors")
-    with pytest.raises(CheckpointError, match="c_fc.*Conv1D"):
-        planned(model)
-    del tensors["model.layers.0.mlp.c_fc.weight"]
-    tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 128, 256)
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 128, 250)
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(CheckpointError, match="gate_up_proj.*stack of matrices"):
         planned(model)
-    planned(model, ignore=(Pattern("re:.*experts.*"),))
+    (left,) = [row for row in planned(model, ignore=(Pattern("re:.*experts.*"),)).parameters if "experts" in row.name]
+    assert left.status == "left" and left.reason.startswith("ignored by 're:.*experts.*'")
+    command = ("export", model, "-o", tmp_path / "out", "--scheme", "fp8-dynamic", "--dry-run")
+    assert "--allow-unreached" in run(*command).stderr
+    rows = run_json(*command, "--allow-unreached")["parameters"]
+    (row,) = [row for row in rows if row["status"] == "unreached"]
+    assert row["name"].endswith("gate_up_proj") and row["bytes_before"] == row["bytes_after"] == 4 * 128 * 250 * 4
 
 
 def test_float16_and_float32_models_export(tmp_path, export_to):

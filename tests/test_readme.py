@@ -1,10 +1,11 @@
-"""The README is true: its help texts, its tree, its schemes and its commands. `python tests/test_readme.py` writes the help texts anew."""
+"""The README is true: its help texts, its tree, its schemes and its commands. `python tests/test_readme.py` writes the help texts and the table of architectures anew."""
 
 import re
 import shlex
 from pathlib import Path
 
 import click
+from test_architectures import architecture_table
 
 from quantkit.cli import CONTEXT, main
 from quantkit.scheme import ALIASES, SCHEMES
@@ -12,6 +13,7 @@ from quantkit.scheme import ALIASES, SCHEMES
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- help:begin -->\n", "<!-- help:end -->"
+TABLE_BEGIN, TABLE_END = "<!-- architectures:begin -->\n", "<!-- architectures:end -->"
 
 
 def help_texts() -> str:
@@ -27,6 +29,11 @@ def help_texts() -> str:
 def test_help_texts_are_those_of_the_commands():
     text = README.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == help_texts(), "run: python tests/test_readme.py"
+
+
+def test_table_of_architectures_is_that_of_the_tests():
+    text = README.read_text()
+    assert text[text.index(TABLE_BEGIN) + len(TABLE_BEGIN) : text.index(TABLE_END)] == architecture_table(), "run: python tests/test_readme.py"
 
 
 def test_tree_names_every_file_and_no_other():
@@ -71,4 +78,5 @@ def test_files_that_the_readme_names_exist():
 
 if __name__ == "__main__":
     text = README.read_text()
-    README.write_text(text[: text.index(BEGIN) + len(BEGIN)] + help_texts() + text[text.index(END) :])
+    text = text[: text.index(BEGIN) + len(BEGIN)] + help_texts() + text[text.index(END) :]
+    README.write_text(text[: text.index(TABLE_BEGIN) + len(TABLE_BEGIN)] + architecture_table() + text[text.index(TABLE_END) :])

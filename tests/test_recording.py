@@ -280,7 +280,7 @@ def _second_input(experts: nn.Module, kind: str, expert: int, states: torch.Tens
 NAMES = {
     "mixtral": (["{}.w1", "{}.w3"], ["{}.w2"], "model.layers.{}.block_sparse_moe.experts"),
     "qwen3_moe": (["{}.gate_proj", "{}.up_proj"], ["{}.down_proj"], "model.layers.{}.mlp.experts"),
-    "gpt_oss": (["gate_up_proj.{}"], ["down_proj.{}"], "model.layers.{}.mlp.experts"),
+    "gpt_oss": (["{}.gate_proj", "{}.up_proj"], ["{}.down_proj"], "model.layers.{}.mlp.experts"),
 }
 
 
@@ -322,7 +322,7 @@ def test_tokens_per_expert_are_the_routers_choice(stored, kind, all_experts):
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
 def test_names_are_those_of_the_checkpoint(stored, kind):
-    """Every Linear of the file is somebody's reader, and nobody else is; a stack on disk has numbers for its parts."""
+    """Every Linear of the file is somebody's reader, and nobody else is; a stack on disk has the names that an export gives its parts."""
     directory, _ = stored(kind)
     recorded = Recorded(directory)
     for number, recorder in enumerate(recorded.recorders):
@@ -332,7 +332,9 @@ def test_names_are_those_of_the_checkpoint(stored, kind):
         linears = {name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith("weight") and len(shape) == 2}
         # A router is no Linear of the module tree.
         linears -= {name for name in linears if name.endswith((".gate", ".router"))}
-        linears |= {f"{name}.{expert}" for name, shape in shapes.items() if len(shape) == 3 for expert in range(shape[0])}
+        for name in [name for name, shape in shapes.items() if len(shape) == 3]:
+            module, _, leaf = name.rpartition(".")
+            linears |= {f"{module}.{expert}.{part}" for part in leaf.replace("gate_up_", "gate_proj up_").split() for expert in range(4)}
         assert {linear for readers in statistics.linears.values() for linear in readers} == linears
         assert sum(len(readers) for readers in statistics.linears.values()) == len(linears)
 

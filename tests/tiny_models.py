@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton, one_thread
 from quantkit.checkpoint import Checkpoint
+from quantkit.model import auto_class
 
 SIZES = {
     "vocab_size": 200,
@@ -66,18 +67,62 @@ ARCHITECTURES = {
     "phi3": {},
     "cohere2": SHORT_WINDOW,
     "bamba": {"attn_layer_indices": [1], "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 16},
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "cohere": {},
+    "granite": {},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {},
+    "qwen3_5_moe_text": {},
+    "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+    "mamba": {"state_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
+}
+
+
+ARCHITECTURES["deepseek_v2"] = ARCHITECTURES["deepseek_v3"]
+ARCHITECTURES["qwen3_5_moe_text"] = ARCHITECTURES["qwen3_next"]
+# Encoders, which predict hidden tokens.
+MASKED = {"bert": {}, "roberta": {"pad_token_id": 1}}
+# Models of an encoder and a decoder, which predict a target.
+TARGET = {
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "pad_token_id": 1, "decoder_start_token_id": 1},
+    "bart": {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "pad_token_id": 1,
+        "decoder_start_token_id": 1,
+    },
+}
+# Of models that read images too: their language model is as SIZES says.
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+MULTIMODAL = {
+    "llava": {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model", **VISION}, "image_token_index": 5},
+    "gemma3": {"text_config": SHORT_WINDOW, "vision_config": VISION, "image_token_index": 5},
 }
 
 
 def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **changes) -> nn.Module:
     """A random model of a kind that transformers knows, saved in `directory` and returned."""
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**(SIZES | ARCHITECTURES.get(kind, {}) | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    if kind in MULTIMODAL:
+        settings = MULTIMODAL[kind] | {"text_config": SIZES | changes | MULTIMODAL[kind]["text_config"]}
+    else:
+        settings = SIZES | (ARCHITECTURES | MASKED | TARGET).get(kind, {}) | changes
+    if kind == "falcon":
+        settings.pop("head_dim")
+    if kind in TARGET:
+        settings = {name: value for name, value in settings.items() if name not in ("head_dim", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    config = CONFIG_MAPPING[kind](**settings)
+    if kind in MASKED or kind in TARGET:
+        config.architectures = [f"{kind}ForMaskedLM" if kind in MASKED else f"{kind}ForConditionalGeneration"]
+    model = auto_class(config).from_config(config, dtype=dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         # Norms and biases too: what isn't loaded must show.
         parameter.data.add_(torch.randn(parameter.shape) * 0.05)

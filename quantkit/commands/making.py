@@ -28,11 +28,12 @@ from quantkit.errors import DataError, FaultsFound, OutputError, QuantkitError
 
 
 def _export_options(
-    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: int, resume: bool, overwrite: bool
-) -> Any:
+    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: int, resume: bool, overwrite: bool,
+    allow_unreached: bool,
+) -> Any:  # fmt: skip
     from quantkit.plan import ExportOptions
 
-    return ExportOptions(model, output, recipe, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    return ExportOptions(model, output, recipe, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
 
 
 @command("calibrate")
@@ -111,7 +112,7 @@ def _warn_of_calibration(out: Output, summary: Any) -> None:
 
     if summary.unread:
         out.warn(
-            f"no token reached {_named(summary.unread, 'Linear')}, whose weights the model uses in another way, so they have no static scale: "
+            f"no token reached {_named(summary.unread, 'Linear')}, which transformers runs in another way or not at all, so they have no static scale: "
             f"a static scheme needs {_ignoring(summary, 'unread')}"
         )
     if summary.refused:
@@ -135,7 +136,7 @@ def _ignoring(summary: Any, which: str) -> str:
 @resume_options
 def export_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, allow_unreached: bool, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Write MODEL's quantized checkpoint, a few rows at a time.
 
@@ -145,7 +146,7 @@ def export_command(
 
     chosen = recipe_of_options(scheme, recipe, ignore, kv_cache, observer)
     path, checkpoint = _open_for_export(model, output, calibration, stream_download)
-    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
     plan = plan_export(options, checkpoint=checkpoint)
     if dry_run:
         _print_plan(out, plan)
@@ -220,7 +221,7 @@ def _print_plan(out: Output, plan: Any) -> None:
 @resume_options
 def quantize_command(
     out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, data: tuple[str, ...], calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, dry_run: bool, hardware: str | None,
+    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, allow_unreached: bool, dry_run: bool, hardware: str | None,
     judge_tokens: int, no_judge: bool, resume: bool, overwrite: bool, **calibrating: Any,
 ) -> None:  # fmt: skip
     """Calibrate where the recipe needs it, export, verify, judge: MODEL to a checked checkpoint.
@@ -243,7 +244,7 @@ def quantize_command(
     chosen = recipe_of_options(scheme, recipe, ignore, kv_cache, observer)
     for each in chosen.schemes:
         as_computed(each, hardware)
-    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite)
+    options = _export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
     plan = plan_export(options, calibration_follows=chosen.needs_calibration and calibration is None)
     if dry_run:
         _print_plan(out, plan)
