@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/quantkit demo --overwrite
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 wheel: $(VENV)/installed
 	$(PIP) wheel --no-deps --wheel-dir dist .
