@@ -36,7 +36,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 220, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 4000, highlight=False)
     if title:
         console.print(_escape(title), style="bold", soft_wrap=True)  # a table's own title would be wrapped to its columns
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
