@@ -157,7 +157,7 @@ def main(seq_len: int, windows: tuple[int, ...], repeats: int, layers: tuple[int
         )
         for entry in speeds
     ]  # fmt: skip
-    text = f"# Eval: beside the naive loop over transformers\n\nMachine: {machine()}; medians of {repeats} turns.\n\n"
+    text = f"# Eval: beside the naive loop over transformers\n\nMachine: {machine()}; {f'medians of {repeats} turns' if repeats > 1 else 'one turn'}.\n\n"
     text += f"SmolLM2-135M and its int8-dynamic export, windows of {seq_len} tokens. Per model: the whole of `evaluate`, checks and comparison included, in two.\n\n"
     columns = (
         "tokens", "naive, tokens/s", "eval says: base · quant", "eval per model, tokens/s", "of the naive loop's speed: wall · CPU", "CPU µs per token and model",
