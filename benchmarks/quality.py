@@ -3,9 +3,9 @@
     python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 60] [--samples 64] [-o benchmarks/results]
     python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt --only int8-dynamic-best fp8-dynamic-best --vllm-python /path/to/bin/python
 
-Each recipe is calibrated (where it needs that) and exported by processes of their own, whose time and largest memory stand in the table, and judged by `eval` on
-the same windows of 1024 tokens (protocol gptq), as the schemes say. Its row is written to quality.json and quality.md when it is done: a run that is stopped goes on with
---only and what is missing. The rows "… on outliers" are of the same model after some channels of its norms, values and up projections were made 64 times as
+Each recipe is calibrated (where it needs that) and exported by processes of their own, whose processor time and largest memory stand in the table, and judged by `eval` on
+the same windows of 1024 tokens (protocol gptq), as the schemes say. Rows are written to quality.json and quality.md as they are done, four at a time: a run that is
+stopped goes on with --only and what is missing. The rows "… on outliers" are of the same model after some channels of its norms, values and up projections were made 64 times as
 large, and what reads them as much smaller: it computes the same to the last bit. With --vllm-python a server's own perplexities of the first 10 windows stand beside.
 """
 
@@ -27,7 +27,7 @@ from export import measure
 from quantkit import __version__
 from quantkit.benchmark import processor
 from quantkit.checkpoint import Checkpoint
-from quantkit.data import evaluation_windows, load_tokenizer
+from quantkit.data import evaluation_windows, load_tokenizer, read_source
 from quantkit.demo import smollm2
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.output import format_bytes, write_tensors
@@ -37,6 +37,8 @@ from quantkit.verdict import interval_text
 
 LENGTH = 1024
 SERVED_WINDOWS = 10
+# So many recipes share one run of the unquantized model.
+AT_ONCE = 4
 CONFIGS = Path(__file__).parent.parent / "configs"
 # The recipes that are also tried on the model with outliers, and what their rows are called.
 ON_OUTLIERS = {f"{name} on outliers": name for name in ("int8-dynamic", "int8-dynamic-best")}
@@ -78,7 +80,7 @@ def with_outliers(model: Path, output: Path) -> Path:
 
 
 def make(model: Path, recipe: Path, work: Path, arguments: argparse.Namespace) -> tuple[Path, dict[str, float]]:
-    """The quantized checkpoint, and what making it took: seconds, and the largest memory of the processes."""
+    """The quantized checkpoint, and what making it took: seconds, those of the processor, and the largest memory of the processes."""
     output, calibration = work / "quantized", work / "calibration"
     command, runs = [sys.executable, "-m", "quantkit"], []
     needs = Recipe.load(recipe).needs_calibration
@@ -88,7 +90,7 @@ def make(model: Path, recipe: Path, work: Path, arguments: argparse.Namespace) -
         runs.append(measure([*command, "calibrate", str(model), "-o", str(calibration), "--recipe", str(recipe), *windows, *data, "--overwrite", "-q"]))
     calibrated = ["--calibration", str(calibration)] if needs else []
     runs.append(measure([*command, "export", str(model), "-o", str(output), "--recipe", str(recipe), *calibrated, "--overwrite", "-q"]))
-    return output, {"seconds": sum(run.wall for run in runs), "peak_bytes": max(run.peak for run in runs)}
+    return output, {"seconds": sum(run.wall for run in runs), "cpu_seconds": sum(run.cpu for run in runs), "peak_bytes": max(run.peak for run in runs)}
 
 
 class Server:
@@ -124,6 +126,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = smollm2(print)
+    for source in filter(None, (arguments.data, arguments.calibration_data)):
+        read_source(source, load_tokenizer(model))  # a wrong path is found now, not after the first recipe's calibration
     recipes = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
     recipes |= {row: recipes[name] for row, name in ON_OUTLIERS.items()}
     unknown = set(arguments.only or ()) - set(recipes)
@@ -132,26 +136,41 @@ def main() -> None:
     report: dict[str, Any] = {}
     if arguments.only and (arguments.output / "quality.json").is_file():
         report = json.loads((arguments.output / "quality.json").read_text())
-    for name in arguments.only or recipes:
-        recipe = Recipe.load(recipes[name])
-        if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
-            print(f"{name}: its groups don't divide 576; not measured")
-            continue
-        with tempfile.TemporaryDirectory() as temporary:
-            work = Path(temporary)
-            source = with_outliers(model, work / "outliers") if name in ON_OUTLIERS else model
-            quantized, cost = make(source, recipes[name], work, arguments)
-            result = evaluate(EvaluationOptions(model, (quantized,), (arguments.data,), LENGTH, LENGTH * arguments.windows))
-            row = {"recipe": name, "samples": arguments.samples if recipe.needs_calibration else 0} | cost | result["quants"][0]
-            if arguments.vllm_python:
-                base = next((earlier["served"]["base"] for earlier in report.get("recipes", ()) if "served" in earlier), None)
-                row["served"] = Server(arguments.vllm_python, model, arguments.data, work, base).judge(quantized)
-        report = _with_row(report, row, result, arguments)
+    names = [name for name in arguments.only or recipes if _fits(name, Recipe.load(recipes[name]))]
+    for first in range(0, len(names), AT_ONCE):
+        report = _measured(report, {name: recipes[name] for name in names[first : first + AT_ONCE]}, model, arguments)
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
         (arguments.output / "quality.md").write_text(_markdown(report))
-        print(f"{name}: {interval_text(row['ppl_delta_pct'])}, KL {row['kld']['mean']:.4f}, {row['seconds']:.0f} s", flush=True)
     print(_markdown(report))
+
+
+def _fits(name: str, recipe: Recipe) -> bool:
+    if any(scheme.weight.granularity.name == "group" and 576 % scheme.weight.granularity.columns for scheme in recipe.schemes):
+        print(f"{name}: its groups don't divide 576; not measured")
+        return False
+    return True
+
+
+def _measured(report: dict[str, Any], recipes: dict[str, Path], model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report with the rows of these recipes: made one after the other, and judged beside one run of the unquantized model."""
+    with tempfile.TemporaryDirectory() as temporary:
+        made: dict[str, tuple[Path, dict[str, float]]] = {}
+        for number, (name, recipe) in enumerate(recipes.items()):
+            work = Path(temporary) / str(number)
+            work.mkdir()
+            source = with_outliers(model, work / "outliers") if name in ON_OUTLIERS else model
+            made[name] = make(source, recipe, work, arguments)
+        result = evaluate(EvaluationOptions(model, tuple(output for output, _ in made.values()), (arguments.data,), LENGTH, LENGTH * arguments.windows))
+        for (name, (output, cost)), judged in zip(made.items(), result["quants"], strict=True):
+            row = {"recipe": name, "samples": arguments.samples if Recipe.load(recipes[name]).needs_calibration else 0} | cost | judged
+            if arguments.vllm_python:
+                base = next((earlier["served"]["base"] for earlier in report.get("recipes", ()) if "served" in earlier), None)
+                row["served"] = Server(arguments.vllm_python, model, arguments.data, Path(temporary), base).judge(output)
+            report = _with_row(report, row, result, arguments)
+            costs = f"{row['seconds']:.0f} s ({row['cpu_seconds']:.0f} s of the processor)"
+            print(f"{name}: {interval_text(row['ppl_delta_pct'])}, KL {row['kld']['mean']:.4f}, {costs}", flush=True)
+    return report
 
 
 def _with_row(report: dict[str, Any], row: dict[str, Any], result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -174,8 +193,8 @@ def _markdown(report: dict[str, Any]) -> str:
         served = row.get("served", {})
         shown = f"{served['delta_pct']:+.2f} %{' ¹' if served['answered'] else ''}" if "delta_pct" in served else "refused" if served else ""
         figures = (f"{row['perplexity']:.3f}", interval_text(row["ppl_delta_pct"]), f"{row['kld']['mean']:.4f}", f"{100 * row['top1_agreement']:.1f} %")
-        rows.append((row["recipe"], *figures, shown, format_bytes(row["bytes"]), f"{row['seconds'] / 60:.1f}", format_bytes(row["peak_bytes"])))
-    columns = ("recipe", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "served ΔPPL", "size", "minutes", "peak memory")
+        rows.append((row["recipe"], *figures, shown, format_bytes(row["bytes"]), f"{row['cpu_seconds'] / 60:.1f}", format_bytes(row["peak_bytes"])))
+    columns = ("recipe", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "served ΔPPL", "size", "CPU minutes", "peak memory")
     title = f"SmolLM2-135M-Instruct, {report['data']['sources'][0]}, {report['tokens_scored']} tokens in {report['windows']} windows of {LENGTH}, protocol gptq"
     samples = {row["samples"] for row in report["recipes"] if row["samples"]}
     calibrated = (
@@ -186,7 +205,7 @@ def _markdown(report: dict[str, Any]) -> str:
     notes = (
         "\n\n¹ Asked of vLLM's CPU build with `torch._scaled_mm` answered in float32 (`benchmarks/served.py`)." if any("¹" in row[5] for row in rows) else ""
     )
-    return f"# What each recipe costs\n\n{title}. {calibrated}Minutes and memory are those of calibrate and export.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}{notes}"
+    return f"# What each recipe costs\n\n{title}. {calibrated}CPU minutes and memory are those of calibrate and export.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}{notes}"
 
 
 def _without_windows(report: Any) -> Any:

@@ -32,8 +32,8 @@ from quantkit.rotating import Rotation, require_on_disk, rotate_block
 from quantkit.scheme import TENSOR, TOKEN, QuantScheme, Recipe
 from quantkit.states import HiddenStates
 
-# Rows of each input on which the strength of a smoothing is searched, evenly spread over all batches.
-SEARCH_ROWS = 1024
+# Rows of each input on which a smoothing's scale is searched, evenly spread over all batches, and how many numbers they may be.
+SEARCH_ROWS, SEARCH_NUMBERS = 16384, 1 << 28
 
 
 @dataclass
@@ -265,15 +265,16 @@ class _Block:
                 self.chosen.tensors[self.names.parameters[path]] = stored
 
     def _samples(self, linears: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Some rows of these Linears' inputs, [rows, in_features] float32, and where they aren't all alike how much each counts, [rows, 1]."""
-        each = -(-SEARCH_ROWS // len(self.batches))
+        """Some rows of these Linears' inputs, [rows, in_features], and where they aren't all alike how much each counts, [rows, 1]."""
+        width = max(self.block.get_submodule(path).in_features for path in linears)
+        each = -(-min(SEARCH_ROWS, SEARCH_NUMBERS // width) // len(self.batches))
 
         def work(batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             kept, counts = {}, {}
             for path, inputs in inputs_of(batch).items():
                 # Drawn, not at equal distances: every window's first position among them would count far more than it does in any text.
                 places = torch.randint(inputs.shape[0], (min(each, inputs.shape[0]),), generator=torch.Generator().manual_seed(batch)).to(inputs.device)
-                kept[path] = inputs[places].float()
+                kept[path] = inputs[places]
                 importance = self._importance(path, batch, inputs)
                 if importance is not None:
                     counts[path] = importance[places]

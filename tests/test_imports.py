@@ -17,7 +17,7 @@ ORDER = (
     ("cuda_ops",),
     ("ops", "layouts", "statistics"),
     ("figures", "gates", "mixing"),
-    ("linear", "scores"),
+    ("linear", "scores", "algorithms.smoothing_fit"),
     (
         "observers",
         "ranks",

@@ -5,30 +5,34 @@ value; divided by s it costs less, and the weight's columns, multiplied by s, ha
 
     s_j = max|X_j|^α / max|W_j|^(1-α)
 
-It takes one α for a whole model. Here each set of Linears that read one input gets its own, the one whose quantized output is nearest to the exact
-one, and root mean squares are tried in place of the maxima: a channel whose one outlier was seen once shouldn't be treated like one that is always large.
+It takes one α for a whole model. Here each set of Linears that read one input gets a scale of its own: of several the one whose quantized output is nearest to the exact
+one, on rows that none of them was computed from. Root mean squares are tried in place of the maxima, since a channel whose one outlier was seen once shouldn't be treated
+like one that is always large; for INT8 with α = ½, and from there the scale is fitted (`smoothing_fit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkit import ops
+from quantkit.algorithms.smoothing_fit import fitted_scale, has_such_noise, mean_squares
 from quantkit.quantize import quantize
 from quantkit.scheme import QuantScheme
 
 STRENGTHS = tuple(step / 10 for step in range(3, 11))
 # A channel that was never or hardly used says nothing of its scale: it is taken for one this much smaller than the largest.
 LEAST_SHARE = 1e-5
+# Of so many rows and more a quarter is kept to choose by, and at most HELD_OUT.
+ROWS_TO_DIVIDE, HELD_OUT = 1024, 4096
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """scale: s, [in_features] float32. error, plain_error: squared error of the quantized outputs with it and without, over that of the exact outputs."""
+    """scale: s, [in_features] float32. strength: its α, or the one that it was fitted from. error, plain_error: squared error of the quantized outputs with it and without, over that of the exact outputs."""
 
     scale: Tensor
     strength: float
@@ -71,27 +75,50 @@ def search_smoothing(
 ) -> Smoothing | None:  # fmt: skip
     """The best s for Linears that read one input, or None where leaving them alone is best.
 
-    rows: inputs [n, in_features] float32; weights: [out_features, in_features] float32 each; strength: α, or None to search it. tied_channels: for each
+    rows: inputs [n, in_features]; weights: [out_features, in_features] float32 each; strength: α, or None to search it. tied_channels: for each
     input channel the number of a group that must share a scale (heads of values that several query heads read), [in_features], or None. importance: of each
     row, [n, 1], or None.
     """
-    exact = [rows @ weight.T for weight in weights]
-    plain = output_error(rows, weights, schemes, None, exact, importance)
-    measures = {"amax": (rows.abs().amax(0), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))}
-    if strength is None:
-        squares = sum(weight.square().sum(0) for weight in weights)
-        weighted = rows.square() if importance is None else rows.square() * importance
-        measures["rms"] = (weighted.mean(0).sqrt(), squares.sqrt())
+    held = min(len(rows) // 4, HELD_OUT) if len(rows) >= ROWS_TO_DIVIDE else 0
+    seen, counts = rows[: len(rows) - held], None if importance is None else importance[: len(rows) - held]
+    judged, judged_counts = rows[-held or None :].float(), None if importance is None else importance[-held or None :]
+    exact = [judged @ weight.T for weight in weights]
+
+    def error(scale: Tensor | None) -> float:
+        return output_error(judged, weights, schemes, scale, exact, judged_counts)
+
+    plain = error(None)
     best: Smoothing | None = None
-    for measure, (x, w) in measures.items():
-        if tied_channels is not None:
-            x, w = _largest_of_group(x, tied_channels), _largest_of_group(w, tied_channels)
-        for alpha in STRENGTHS if strength is None else (strength,):
-            scale = smoothing_scale(x, w, alpha)
-            error = output_error(rows, weights, schemes, scale, exact, importance)
-            if best is None or error < best.error:
-                best = Smoothing(scale, alpha, measure, error, plain)
+    for scale, alpha, measure in _candidates(seen, weights, schemes, strength, tied_channels, counts):
+        found = error(scale)
+        if best is None or found < best.error:
+            best = Smoothing(scale, alpha, measure, found, plain)
     return best if strength is not None or best.error < plain else None
+
+
+def _candidates(
+    rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], strength: float | None, groups: Tensor | None, importance: Tensor | None
+) -> Iterator[tuple[Tensor, float, str]]:
+    """Scales to choose from, with their strengths and what measured them."""
+    largest = rows.abs().amax(0).float(), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    if strength is not None:
+        yield _grouped_scale(*largest, strength, groups), strength, "amax"
+        return
+    typical = mean_squares(rows, importance).sqrt(), sum(weight.square().sum(0) for weight in weights).sqrt()
+    if all(has_such_noise(scheme) for scheme in schemes):
+        begin = _grouped_scale(*typical, 0.5, groups)
+        yield begin, 0.5, "rms"
+        yield fitted_scale(rows, weights, begin, any(scheme.input is not None for scheme in schemes), groups, importance), 0.5, "fitted"
+        return
+    for measure, measured in {"amax": largest, "rms": typical}.items():
+        for alpha in STRENGTHS:
+            yield _grouped_scale(*measured, alpha, groups), alpha, measure
+
+
+def _grouped_scale(inputs: Tensor, weight: Tensor, strength: float, groups: Tensor | None) -> Tensor:
+    if groups is not None:
+        inputs, weight = _largest_of_group(inputs, groups), _largest_of_group(weight, groups)
+    return smoothing_scale(inputs, weight, strength)
 
 
 def _largest_of_group(values: Tensor, groups: Tensor) -> Tensor:
