@@ -79,9 +79,8 @@ def search_smoothing(
     input channel the number of a group that must share a scale (heads of values that several query heads read), [in_features], or None. importance: of each
     row, [n, 1], or None.
     """
-    held = min(len(rows) // 4, HELD_OUT) if len(rows) >= ROWS_TO_DIVIDE else 0
-    seen, counts = rows[: len(rows) - held], None if importance is None else importance[: len(rows) - held]
-    judged, judged_counts = rows[-held or None :].float(), None if importance is None else importance[-held or None :]
+    (seen, counts), (judged, judged_counts) = _divided(rows, importance)
+    judged = judged.float()
     exact = [judged @ weight.T for weight in weights]
 
     def error(scale: Tensor | None) -> float:
@@ -94,6 +93,14 @@ def search_smoothing(
         if best is None or found < best.error:
             best = Smoothing(scale, alpha, measure, found, plain)
     return best if strength is not None or best.error < plain else None
+
+
+def _divided(rows: Tensor, importance: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Rows to compute scales from and rows to choose by, each with what they count; all for both where they are few."""
+    if len(rows) < ROWS_TO_DIVIDE:
+        return [(rows, importance)] * 2
+    border = len(rows) - min(len(rows) // 4, HELD_OUT)
+    return [(rows[part], None if importance is None else importance[part]) for part in (slice(border), slice(border, None))]
 
 
 def _candidates(
