@@ -236,6 +236,9 @@ def _check_values(
     # Threads finish in any order; what is reported doesn't depend on it.
     order = {name: number for number, name in enumerate(checkpoint.tensors)}
     found.faults.sort(key=lambda fault: order.get(fault[0], -1))
+    if reader.differing:
+        others = f" (and {len(reader.differing) - 1} more)" if len(reader.differing) > 1 else ""
+        found.warnings.append(f"{min(reader.differing, key=order.get)} differs from the base's, though it isn't quantized{others}")
     found.warnings.sort()
 
 
@@ -248,6 +251,7 @@ class _ValueReader:
     base: WeightStream | None
     stored: Mapping[str, list[str]]
     linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]]
+    differing: list[str] = field(default_factory=list)  # tensors that aren't quantized, and a little other than the base's
 
     def check(self, names: list[str]) -> list[tuple[str, str]]:
         faults = []
@@ -301,7 +305,7 @@ class _ValueReader:
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
             return [(name, f"isn't quantized but is {sqnr:.1f} dB from the base's: it is another tensor")]
         if noise or ours.dtype != theirs.dtype and name not in self.base.block_scales:
-            self.found.warnings.append(f"{name} differs from the base's, though it isn't quantized")
+            self.differing.append(name)
         return []
 
     def _against_base(self, module: str, name: str) -> list[tuple[str, str]]:

@@ -208,6 +208,16 @@ def test_left_tensor_that_is_another_is_a_fault_against_the_base(export_to, chan
     assert faults(nudged, base=llama) == {} and any("model.norm.weight differs" in warning for warning in verify(nudged, llama).warnings)
 
 
+def test_many_left_tensors_that_differ_are_one_warning(export_to, change, llama):
+    def nudge(tensors):
+        for name in [name for name in tensors if name.endswith("layernorm.weight")]:
+            tensors[name].mul_(1.01)
+
+    nudged = change(export_to("fp8-dynamic", name="nudged"), nudge)
+    (warning,) = [warning for warning in verify(nudged, llama).warnings if "differs" in warning]
+    assert warning == "model.layers.0.input_layernorm.weight differs from the base's, though it isn't quantized (and 3 more)"
+
+
 def test_config_of_another_depth_is_a_fault_and_of_another_model_is_refused(export_to, llama, tmp_path):
     from conftest import make_llama
 
