@@ -212,6 +212,10 @@ class BlockwiseModel:
     def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
         """Called when all batches are behind a block: nothing to do, except between an encoder's last and a decoder's first."""
 
+    def reads_encoder(self, number: int) -> bool:
+        """Whether a block is called with what an encoder made of the text."""
+        return False
+
     def block_name(self, number: int) -> str:
         return f"{self.blocks_name}.{number}"
 
