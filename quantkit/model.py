@@ -100,10 +100,13 @@ def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]
     return leaf == "gate" and any(name.startswith((f"{parent}.experts.", f"{parent}.shared_expert")) for name in shapes)
 
 
+# Attention whose queries read other hidden states than its keys and values (BART's, Whisper's, Mllama's), where runtimes merge only the latter two.
+_CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att", re.IGNORECASE)
 # Linears that runtimes merge into one. Their members must share one scheme, and one scale where a scale is per tensor.
 # Names of projections, not of architectures: a set exists where all its members stand side by side.
+_QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 FUSED_SETS: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    *_QUERY_KEY_VALUE, ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
 
@@ -114,7 +117,10 @@ def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
     sets = []
     for name in names:
         parent, _, leaf = name.rpartition(".")
+        crosses = any(_CROSS_ATTENTION.search(part) for part in parent.split(".")[-2:])
         for members in FUSED_SETS:
+            if crosses and members in _QUERY_KEY_VALUE:
+                members = members[1:]
             candidates = tuple(f"{parent}.{member}" if parent else member for member in members)
             if leaf == members[0] and all(candidate in names for candidate in candidates):
                 sets.append(candidates)

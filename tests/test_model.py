@@ -152,6 +152,14 @@ def test_each_expert_is_a_fused_set_of_its_own():
     assert fused_sets(names) == [("mlp.experts.0.w1", "mlp.experts.0.w3"), ("mlp.experts.1.w1", "mlp.experts.1.w3")]
 
 
+def test_queries_that_read_other_hidden_states_are_not_merged():
+    """As vLLM's models have them: of cross-attention one Linear for the queries, one for keys and values."""
+    for attention in ("encoder_attn", "cross_attn", "crossattention.self"):
+        leaves = ("query", "key", "value") if attention.endswith("self") else ("q_proj", "k_proj", "v_proj")
+        names = [f"decoder.layers.0.{attention}.{leaf}" for leaf in leaves]
+        assert fused_sets(names) == [tuple(names[1:])]
+
+
 def test_an_incomplete_set_is_none():
     assert fused_sets(["a.q_proj", "a.k_proj", "b.v_proj", "a.gate_proj"]) == []
 
