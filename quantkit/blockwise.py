@@ -38,7 +38,7 @@ from quantkit.task import CAUSAL, task_of
 from quantkit.weight_map import ParameterSource, WeightMap
 
 # Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of three, for which the first block is run.
-WAYS, RUN_FIRST = (0, 1, 2), -1
+WAYS, RUN_FIRST = (0, 1, 2, 3), -1
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
@@ -91,6 +91,8 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
     config = auto_config(checkpoint.path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV halves hidden states every few blocks, and weights to match, lest float16 overflow: the same result
     dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else _stored_dtype(checkpoint)
     try:
         with torch.device("meta"):

@@ -74,6 +74,8 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "not a matrix", "a vector"
     if "experts" in parts and has_biases(tensor.removesuffix("_bias"), shapes):
         return "unreached", BIASED
+    if _is_block_diagonal(module, shape, shapes):
+        return "used directly", "blocks of a block-diagonal matrix, which is no Linear in runtimes"
     if len(shape) == 3 and ("experts" in (*parts, parameter) or min(shape[-2:]) >= _LEAST_MATRIX):
         return "unreached", "a stack of matrices in one tensor of 3 dimensions that is no layer's pair of experts' weights"
     if "experts" in parts and parameter not in ("weight", "bias") and len(shape) == 2:
@@ -85,6 +87,13 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
     if 0 in shape:
         return "unreached", f"has the empty shape {list(shape)}"
     return "linear", ""
+
+
+def _is_block_diagonal(module: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether square blocks [blocks, size, size] act on as many features as a vector beside them has, each block on its own (RG-LRU's gates)."""
+    if len(shape) != 3 or shape[1] != shape[2] or "experts" in module.split("."):
+        return False
+    return any(len(other) == 1 and other[0] == shape[0] * shape[1] and name.rpartition(".")[0] == module for name, other in shapes.items())
 
 
 def is_of_other_tower(module: str) -> bool:

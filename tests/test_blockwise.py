@@ -90,6 +90,13 @@ def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(stored, kind):
     assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
 
 
+def test_hidden_states_that_rwkv_halves_between_blocks_are_not_halved_here(tmp_path):
+    """Nor are the weights that it halves to match, so that the end is the same but for what norms add to a variance."""
+    model = make_model(tmp_path, "rwkv", torch.float32, num_hidden_layers=3, rescale_every=1)
+    for ours, theirs in zip(run_blockwise(open_blockwise(tmp_path)), ordinary_hidden_states(model, BATCHES)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "gpt2", "bloom", "bamba", "mamba2", "qwen3_next"])
 def test_files_threads_and_prefetch_change_no_bit(stored, kind):
     directory, model = stored(kind)

@@ -137,6 +137,20 @@ def test_all_but_linears_come_with_a_reason():
     assert [info.name for info in infos.values()] == ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.down_proj"]
 
 
+def test_blocks_of_a_block_diagonal_matrix_are_left_and_other_stacks_are_not():
+    shapes = {
+        "model.layers.0.rg_lru.recurrent_param": (128,),
+        "model.layers.0.rg_lru.input_gate_weight": (4, 32, 32),
+        "model.layers.1.mixer.vector": (64,),
+        "model.layers.1.mixer.stack": (4, 32, 32),
+        "model.layers.1.mlp.experts.scale": (128,),
+        "model.layers.1.mlp.experts.square": (4, 32, 32),
+    }
+    kinds = {name: info.kind for name, info in classify_tensors(shapes).items()}
+    assert kinds["model.layers.0.rg_lru.input_gate_weight"] == "used directly"
+    assert kinds["model.layers.1.mixer.stack"] == kinds["model.layers.1.mlp.experts.square"] == "unreached"
+
+
 # Fused sets and block numbers
 
 
