@@ -26,8 +26,9 @@ _BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>
 _LEAST_MATRIX = 16
 _NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE)
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
-# The step size of a Mamba mixer, which its kernel reads, and what joins a further token's embedding to the hidden states.
-_USED_DIRECTLY = ("dt_proj", "eh_proj")
+# The step size of a Mamba mixer, which its kernel reads, what joins a further token's embedding to the hidden states, and the weights of an indexer's heads
+# (DeepSeek V3.2, GLM-5), which stay in full precision in published FP8 checkpoints too.
+_USED_DIRECTLY = ("dt_proj", "eh_proj", "weights_proj")
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|multi_modal_projector|mm_projector|connector", re.IGNORECASE)
 
 
@@ -72,7 +73,7 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "router", "routers are left by rule"
     if parameter in ("bias", "weight") and len(shape) < 2:
         return "not a matrix", "a vector"
-    if "experts" in parts and has_biases(tensor.removesuffix("_bias"), shapes):
+    if "experts" in parts and len(shape) > 1 and has_biases(tensor.removesuffix("_bias"), shapes):
         return "unreached", BIASED
     if _is_block_diagonal(module, shape, shapes):
         return "used directly", "blocks of a block-diagonal matrix, which is no Linear in runtimes"

@@ -151,6 +151,13 @@ def test_blocks_of_a_block_diagonal_matrix_are_left_and_other_stacks_are_not():
     assert kinds["model.layers.1.mixer.stack"] == kinds["model.layers.1.mlp.experts.square"] == "unreached"
 
 
+def test_a_vector_beside_experts_is_no_bias_of_theirs():
+    """What a router adds to its scores may lie among the experts (Laguna's)."""
+    stacks = {"model.layers.1.mlp.experts.gate_up_proj": (4, 64, 32), "model.layers.1.mlp.experts.down_proj": (4, 32, 32)}
+    vector = "model.layers.1.mlp.experts.e_score_correction_bias"
+    assert classify_tensors(stacks | {vector: (4,)})[vector].kind == "not a matrix"
+
+
 # Fused sets and block numbers
 
 
