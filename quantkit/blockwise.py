@@ -38,7 +38,7 @@ from quantkit.task import CAUSAL, task_of
 from quantkit.weight_map import ParameterSource, WeightMap
 
 # Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of three, for which the first block is run.
-WAYS, RUN_FIRST = (0, 1, 2), -1
+WAYS, RUN_FIRST = (0, 1, 2, 3), -1
 # How a block's hidden states are called where they aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
@@ -91,6 +91,8 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
     config = auto_config(checkpoint.path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV halves hidden states every few blocks, and weights to match, lest float16 overflow: the same result
     dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else _stored_dtype(checkpoint)
     try:
         with torch.device("meta"):
@@ -211,6 +213,10 @@ class BlockwiseModel:
 
     def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
         """Called when all batches are behind a block: nothing to do, except between an encoder's last and a decoder's first."""
+
+    def reads_encoder(self, number: int) -> bool:
+        """Whether a block is called with what an encoder made of the text."""
+        return False
 
     def block_name(self, number: int) -> str:
         return f"{self.blocks_name}.{number}"

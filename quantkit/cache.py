@@ -1,4 +1,4 @@
-"""What is kept between runs, in the user's cache directory: the demo's model, and the final hidden states of bases that were judged.
+"""What is kept between runs, in the user's cache directory: the demo's model, checkpoints made of GGUF files, and the final hidden states of bases that were judged.
 
 Hidden states are kept under a hash of everything that decides them. A file counts only with its description beside it, which is written last and holds the file's
 hash: what was cut short or damaged is made again. Together they stay below a limit; those that weren't used for longest go first.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,23 @@ def cache_directory() -> Path:
     """$QUANTKIT_CACHE, else quantkit in the user's cache directory."""
     named = os.environ.get("QUANTKIT_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+
+
+def make_room(directory: Path, needed: int, most_bytes: int) -> None:
+    """Remove what was used longest ago of the directories in `directory` until so many bytes more stay below the limit; nothing that was used within a day.
+
+    A directory's time says when it was used last.
+    """
+    try:
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in directory.iterdir() if path.is_dir()}
+        used = sorted((path.stat().st_mtime, path) for path in sizes)
+    except OSError:
+        return  # another process is writing there, and will make room
+    held = sum(sizes.values())
+    for used_last, path in used:
+        if held + needed > most_bytes and time.time() - used_last > SECONDS_UNTIL_ABANDONED:
+            shutil.rmtree(path, ignore_errors=True)
+            held -= sizes[path]
 
 
 def directory_state(path: Path) -> list[tuple[str, int, int]]:
@@ -107,9 +125,9 @@ class StateCache:
         """Remove what was used longest ago until so much fits, and what a killed process left unfinished a day ago."""
         files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in self.directory.iterdir() if file.is_file())
         held = sum(size for _, size, file in files if file.suffix == ".safetensors")
-        newest = max((time for time, _, _ in files), default=0.0)
-        for time, size, file in files:
-            if file.suffix == ".tmp" and newest - time > SECONDS_UNTIL_ABANDONED:
+        newest = max((used for used, _, _ in files), default=0.0)
+        for used, size, file in files:
+            if file.suffix == ".tmp" and newest - used > SECONDS_UNTIL_ABANDONED:
                 file.unlink(missing_ok=True)
             if file.suffix == ".safetensors" and held + needed > self._most_bytes:
                 for path in (file.with_suffix(".json"), file):

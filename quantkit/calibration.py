@@ -30,7 +30,6 @@ from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks, joined_ranks
 from quantkit.scheme import Pattern, Recipe
 from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
-from quantkit.task import TARGET
 
 if TYPE_CHECKING:
     from quantkit.blockwise import BlockwiseModel
@@ -308,7 +307,7 @@ class _Run:
             self.chosen.load_outer(self.batches[0])
         calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
         self.model.free_outer()
-        first = self._restore(states)
+        first = self._restore(states, calls)
         self._saved = time.monotonic()
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
@@ -391,21 +390,24 @@ class _Run:
 
     # -- Stopping and going on.
 
-    def _restore(self, states: HiddenStates) -> int:
+    def _restore(self, states: HiddenStates, calls: Mapping[int, Any]) -> int:
         """The block to begin with: the one behind the hidden states that an earlier run saved, if it did."""
-        if self.model.task == TARGET:
-            return 0  # what the encoder made, which the decoder's blocks are called with, was not saved
         saved = self.ranks.first_decides(self._saved_states)
         if saved is None:
             return 0
+        first = saved["block"] + 1
         paths = [self.partial / name for name in saved["files"]]
-        found = {int(name): info for path in paths if path.is_file() for name, info in read_header(path).items()}
-        if not all(self.ranks.all_gather(all(batch in found for batch in self.mine))):
+        found = {name: info for path in paths if path.is_file() for name, info in read_header(path).items()}
+        encoded = {batch: _encoded_name(batch) for batch in self.mine} if self.model.reads_encoder(first) else {}
+        if not all(self.ranks.all_gather(found.keys() >= {*map(str, self.mine), *encoded.values()})):
             return 0
+        if encoded:
+            texts = {batch: self.batches[batch] for batch in self.mine}
+            self.model.begin_decoder({batch: read_tensor(found[name]) for batch, name in encoded.items()}, texts, states, calls)
         for batch in self.mine:
-            states.put(batch, read_tensor(found[batch]))
+            states.put(batch, read_tensor(found[str(batch)]))
         states.turn()
-        return saved["block"] + 1
+        return first
 
     def _saved_states(self) -> dict[str, Any] | None:
         saved = self.output.done.get(HIDDEN_STATES)
@@ -425,7 +427,7 @@ class _Run:
         saved = None
         if self.partial.is_dir():
             path = self.partial / f"hidden-states-{number:05d}-{self.ranks.rank}.safetensors"
-            states.save(path)
+            states.save(path, {_encoded_name(batch): self.model.encoded[batch] for batch in self.mine if self.model.reads_encoder(number + 1)})
             saved = path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
         gathered = self.ranks.all_gather(saved)
         if not self.ranks.is_first or None in gathered:
@@ -482,6 +484,11 @@ class _Run:
                 path.unlink()
         self.output.commit()
         return description
+
+
+def _encoded_name(batch: int) -> str:
+    """Of what an encoder made of a batch, among saved hidden states."""
+    return f"{batch}.encoded"
 
 
 # ---- What CALIB says of a block.

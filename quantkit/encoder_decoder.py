@@ -62,10 +62,14 @@ class EncoderDecoderModel(BlockwiseModel):
         self._names = [names[id(stack)] for stack in stacks]
         self._blocks = Chain(*stacks)
         self._outer_names = [name for name, target in self._map.target_of.items() if not target.startswith(tuple(f"{name}." for name in self._names))]
+        self.encoded: dict[int, Tensor] = {}  # by batch, as long as decoder blocks are to come
 
     def block_name(self, number: int) -> str:
         first = len(self._blocks.encoder)
         return f"{self._names[0]}.{number}" if number < first else f"{self._names[1]}.{number - first}"
+
+    def reads_encoder(self, number: int) -> bool:
+        return number >= len(self._blocks.encoder)
 
     def states_shape(self, tokens: Tensor) -> tuple[int, ...]:
         return (*halves(tokens)[0].shape, self.model.config.hidden_size)
@@ -94,23 +98,38 @@ class EncoderDecoderModel(BlockwiseModel):
         return self._record_through(blocks, tokens.shape, lambda: self._call(side, **keywords), (0, 1, 2, RUN_FIRST))
 
     def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
-        """Behind the encoder's last block: the decoder begins, and each of its blocks is called with what the encoder made."""
-        first = len(self._blocks.encoder)
-        if number + 1 != first:
+        """Behind the encoder's last block the decoder begins: each of its blocks is called with what the encoder made."""
+        if number + 1 == len(self._blocks):
+            self.encoded.clear()
+        if number + 1 != len(self._blocks.encoder):
             return
         self.load_outer(with_head=False)
-        known = Interned()
+        encoded = {}
+        for batch, tokens in batches.items():
+            source = halves(tokens.to(self.device))[0]
+            encoded[batch] = self._behind(self._blocks.encoder, source, states.get(batch), input_ids=source)
+        self._begin_decoder(encoded, batches, states, calls)
+        self.free_outer()
+
+    def begin_decoder(self, encoded: Mapping[int, Tensor], batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
+        """As `pass_on` behind the encoder's last block, with what an earlier run's encoder made of each batch."""
+        self.load_outer(with_head=False)
+        self._begin_decoder(encoded, batches, states, calls)
+        self.free_outer()
+
+    def _begin_decoder(
+        self, encoded: Mapping[int, Tensor], batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]
+    ) -> None:
+        first, known = len(self._blocks.encoder), Interned()
         with _FirstBlock(self, first):
             for batch, tokens in batches.items():
-                source, target = halves(tokens.to(self.device))
-                encoded = self._behind(self._blocks.encoder, source, states.get(batch), input_ids=source)
-                read = self._read_by_decoder(target)
-                hidden, batch_calls = self._record_stack(self._blocks.decoder, read, input_ids=read, encoder_hidden_states=encoded, use_cache=False)
+                read, self.encoded[batch] = self._read_by_decoder(halves(tokens.to(self.device))[1]), encoded[batch].to(self.device)
+                keywords = {"input_ids": read, "encoder_hidden_states": self.encoded[batch], "use_cache": False}
+                hidden, batch_calls = self._record_stack(self._blocks.decoder, read, **keywords)
                 calls[batch][first:] = [known.call(call) for call in batch_calls]
                 known.forget_identities()
                 states.put(batch, hidden)
         states.turn()
-        self.free_outer()
 
     def _behind(self, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor, **keywords: Any) -> Tensor:
         """What a stack makes of its last block's output."""

@@ -1,6 +1,7 @@
 """A GGUF file as MODEL: transformers reads it, its weights are dequantized to bfloat16, and what comes of it is an ordinary checkpoint in the cache.
 
 Made once for a file (its name, size and time); the whole model is in memory meanwhile. A checkpoint made from 4-bit weights can be no better than these.
+When another is made, those that weren't used for longest make room for it.
 """
 
 from __future__ import annotations
@@ -8,15 +9,25 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-from quantkit.cache import cache_directory
+from quantkit.cache import cache_directory, make_room
 from quantkit.errors import CheckpointError
+
+# Of all checkpoints made from GGUF files together: two of 8 billion parameters.
+MOST_BYTES = 40_000_000_000
 
 
 def is_gguf(model: str | Path) -> bool:
+    """Whether MODEL is meant as a GGUF file, by its name; it may not be there."""
     path = Path(model).expanduser()
-    return path.suffix.lower() == ".gguf" and path.is_file()
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def require_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; check the name, or give a model directory or a hub id such as org/name")
 
 
 def checkpoint_of_gguf(path: Path) -> Path:
@@ -25,7 +36,12 @@ def checkpoint_of_gguf(path: Path) -> Path:
     named = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
     target = cache_directory() / "gguf" / f"{path.stem}-{named}"
     if (target / "config.json").is_file():
+        with suppress(OSError):  # a cache of another user's is read all the same
+            os.utime(target)
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The file is no smaller than a quarter of what it becomes: 4 bits or more a weight.
+    make_room(target.parent, 4 * state.st_size, MOST_BYTES)
     keep_converted(path, target)
     return target
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from quantkit.checkpoint import INDEX_FILE, Checkpoint, indexed_shards, is_carried_over, merge_headers, parse_header, read_config, read_json
 from quantkit.errors import CheckpointError, DownloadError, QuantkitError
-from quantkit.gguf_files import checkpoint_of_gguf, is_gguf
+from quantkit.gguf_files import checkpoint_of_gguf, is_gguf, require_file
 
 # Never fetched: other frameworks' weights, and second copies.
 IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
@@ -26,12 +26,13 @@ IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.ms
 def is_hub_id(model: str) -> bool:
     """Whether MODEL names no path but looks like a hub id."""
     path = Path(model).expanduser()
-    return not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) is not None and not path.parent.is_dir()
+    return not path.exists() and not is_gguf(model) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) is not None and not path.parent.is_dir()
 
 
 def resolve_model(model: str) -> Path:
     """The local directory of MODEL: all of it fetched from the hub when it is a hub id, a checkpoint made from it when it is a GGUF file."""
     if is_gguf(model):
+        require_file(Path(model).expanduser())
         return checkpoint_of_gguf(Path(model).expanduser())
     if not is_hub_id(model):
         return Path(model).expanduser()

@@ -26,8 +26,9 @@ _BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>
 _LEAST_MATRIX = 16
 _NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE)
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
-# The step size of a Mamba mixer, which its kernel reads, and what joins a further token's embedding to the hidden states.
-_USED_DIRECTLY = ("dt_proj", "eh_proj")
+# The step size of a Mamba mixer, which its kernel reads, what joins a further token's embedding to the hidden states, and the weights of an indexer's heads
+# (DeepSeek V3.2, GLM-5), which stay in full precision in published FP8 checkpoints too.
+_USED_DIRECTLY = ("dt_proj", "eh_proj", "weights_proj")
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|multi_modal_projector|mm_projector|connector", re.IGNORECASE)
 
 
@@ -72,8 +73,10 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "router", "routers are left by rule"
     if parameter in ("bias", "weight") and len(shape) < 2:
         return "not a matrix", "a vector"
-    if "experts" in parts and has_biases(tensor.removesuffix("_bias"), shapes):
+    if "experts" in parts and len(shape) > 1 and has_biases(tensor.removesuffix("_bias"), shapes):
         return "unreached", BIASED
+    if _is_block_diagonal(module, shape, shapes):
+        return "used directly", "blocks of a block-diagonal matrix, which is no Linear in runtimes"
     if len(shape) == 3 and ("experts" in (*parts, parameter) or min(shape[-2:]) >= _LEAST_MATRIX):
         return "unreached", "a stack of matrices in one tensor of 3 dimensions that is no layer's pair of experts' weights"
     if "experts" in parts and parameter not in ("weight", "bias") and len(shape) == 2:
@@ -85,6 +88,13 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
     if 0 in shape:
         return "unreached", f"has the empty shape {list(shape)}"
     return "linear", ""
+
+
+def _is_block_diagonal(module: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether square blocks [blocks, size, size] act on as many features as a vector beside them has, each block on its own (RG-LRU's gates)."""
+    if len(shape) != 3 or shape[1] != shape[2] or "experts" in module.split("."):
+        return False
+    return any(len(other) == 1 and other[0] == shape[0] * shape[1] and name.rpartition(".")[0] == module for name, other in shapes.items())
 
 
 def is_of_other_tower(module: str) -> bool:
@@ -100,10 +110,13 @@ def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]
     return leaf == "gate" and any(name.startswith((f"{parent}.experts.", f"{parent}.shared_expert")) for name in shapes)
 
 
+# Attention whose queries read other hidden states than its keys and values (BART's, Whisper's, Mllama's), where runtimes merge only the latter two.
+_CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att", re.IGNORECASE)
 # Linears that runtimes merge into one. Their members must share one scheme, and one scale where a scale is per tensor.
 # Names of projections, not of architectures: a set exists where all its members stand side by side.
+_QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 FUSED_SETS: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    *_QUERY_KEY_VALUE, ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
 
@@ -114,7 +127,10 @@ def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
     sets = []
     for name in names:
         parent, _, leaf = name.rpartition(".")
+        crosses = any(_CROSS_ATTENTION.search(part) for part in parent.split(".")[-2:])
         for members in FUSED_SETS:
+            if crosses and members in _QUERY_KEY_VALUE:
+                members = members[1:]
             candidates = tuple(f"{parent}.{member}" if parent else member for member in members)
             if leaf == members[0] and all(candidate in names for candidate in candidates):
                 sets.append(candidates)

@@ -287,8 +287,22 @@ def _linear_hook(names: Sequence[str]) -> Callable[..., None]:
     return hook
 
 
+class _NoLayers(list):
+    """The layers of a cache that has none: whoever looks for one of his own (DeepSeek V4's compressors) finds None, and works as without a cache."""
+
+    def __getitem__(self, _: Any) -> None:
+        return None
+
+
 class PassingCache(DynamicCache):
     """A cache without a past that keeps nothing: layers with a recurrent state begin afresh in each window, and threads can share it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _NoLayers()
+
+    def update_indexer(self, indexer_key_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return indexer_key_states
 
     def get_conv_state(self, *_: Any, **__: Any) -> None:
         return None

@@ -57,7 +57,8 @@ class ServedModel:
 
     scheme: the scheme of most Linears, "mixed" with several, or the stored dtype of an unquantized model.
     activations_quantized: True, False, or "partial".
-    weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: stacked experts that don't all quantize alike.
+    weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme says so: stacked experts that don't all quantize alike, and
+    Linears that transformers computes in a way of its own.
     kernels: how many quantized Linears run through each kernel, and under "reference" those that don't.
     beyond: quantized Linears that transformers leaves out of the model, so that they aren't judged.
     """
@@ -113,7 +114,7 @@ class QuantizedWeights:
     """The tensors of a quantized checkpoint, and the QuantizedLinears that take the place of Linears.
 
     linears: each quantized module of the checkpoint and its scheme. modules: those of them that are Linears of the module tree, and their paths there;
-    others are merged into stacked experts, by transformers or (restacked) here, and go there dequantized.
+    others go into the model dequantized: those that are merged into stacked experts, by transformers or (restacked) here, or that compute in a way of their own.
     """
 
     def __init__(
@@ -133,7 +134,8 @@ class QuantizedWeights:
                 )
             self.linears[module] = scheme
             self._require_readable(module)
-        trees = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+        # One with a forward of its own (DeepSeek V4's grouped projection) keeps it, and gets its weight dequantized.
+        trees = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward}
         paths = {weight.removesuffix(".weight"): path for weight, path in WeightMap(skeleton, [f"{name}.weight" for name in self.linears]).target_of.items()}
         self.modules = {name: path.removesuffix(".weight") for name, path in paths.items() if path.removesuffix(".weight") in trees}
         self.restacked = Restacked.of(skeleton, [name for name in self.linears if name not in self.modules])
@@ -157,7 +159,7 @@ class QuantizedWeights:
 
     def _kernel_for(self, module: str) -> tuple[str | None, str]:
         if module not in self.modules:
-            return None, "transformers stacks it with other experts, which run with dequantized weights"
+            return None, "transformers stacks it with other experts, or computes it in a way of its own; such run with dequantized weights"
         scheme = self._computed[self.linears[module]]
         return kernel_for(scheme.weight, scheme.input, self._weight_shape(module, self._stored[module])[1], self._dtype, self._device)
 

@@ -106,9 +106,9 @@ class HiddenStates:
         if self._files is not None:
             self._files.reverse()
 
-    def save(self, path: Path) -> None:
-        """A durable copy of what `get` gives."""
-        write_tensors(path, {str(number): self.get(number).cpu() for number in self.numbers})
+    def save(self, path: Path, beside: Mapping[str, Tensor]) -> None:
+        """A durable copy of what `get` gives, by number, and of other tensors beside it."""
+        write_tensors(path, {str(number): self.get(number).cpu() for number in self.numbers} | {name: tensor.cpu() for name, tensor in beside.items()})
 
     def close(self) -> None:
         self._tensors.clear()

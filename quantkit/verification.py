@@ -32,6 +32,8 @@ from quantkit.streaming import WeightStream
 # Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
 LEAST_PLAUSIBLE_SQNR_DB = 15.0
 CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
+# What formats call the scales of weights, inputs, keys and values, queries and probabilities.
+_SCALES = ("weight_scale", "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale", "prob_scale", FP8_BLOCK_SUFFIX)
 
 
 @dataclass
@@ -269,7 +271,7 @@ class _ValueReader:
     def _values_fault(self, name: str) -> str | None:
         """What is wrong with the values of one tensor, if anything."""
         suffix = name.rpartition(".")[2]
-        is_scale = suffix.endswith("_scale") or suffix == FP8_BLOCK_SUFFIX
+        is_scale = suffix in _SCALES  # a model may have others of its own, negative ones too
         for first, last in self.stream.steps(name):
             with self.stream.stored_rows(name, first, last) as rows:
                 if is_scale and rows.dtype == torch.uint8:

@@ -45,7 +45,10 @@ _EXPERTS = "keeps experts in the model's dtype"
 TRANSFORMERS = {
     "gpt2": "refused: it reads the codes of Conv1D as weights",
     "opt": "doesn't quantize inputs of two dimensions",
-    **dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text", "granitemoe", "minimax"), _EXPERTS),
+    **dict.fromkeys(
+        ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text", "granitemoe", "minimax", "olmoe", "deepseek_v32"),
+        _EXPERTS,
+    ),
 }
 
 
@@ -150,7 +153,8 @@ def dense_checkpoint(out: Path, model: Path, target: Path) -> Path:
         elif name.removesuffix(".weight") + ".weight_scale" in found:
             scale, codes = found[name.removesuffix(".weight") + ".weight_scale"], found[name].float()
             # GPT-2's codes lie as its weights do, their scales are those of output channels.
-            tensors[name] = codes * scale if codes.shape[0] == scale.shape[0] and "c_" not in name else codes * scale.T
+            upright = codes.shape[0] == scale.shape[0] and (codes.shape[0] != codes.shape[1] or "c_" not in name)
+            tensors[name] = codes * scale if upright else codes * scale.T
         else:
             tensors[name] = stacked(name, original, found)
     target.mkdir()

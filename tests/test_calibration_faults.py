@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 
-from conftest import make_llama, make_text
+import pytest
+from conftest import make_llama, make_text, make_tokenizer
 from killing import KILLING
+from tiny_models import TARGET, make_model
 
 LAYERS = 4
 
@@ -20,8 +22,8 @@ DRIVER = (
     + """
 import transformers
 transformers.utils.logging.disable_progress_bar()
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-import quantkit.recording
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+import quantkit.encoder_decoder, quantkit.recording
 from quantkit import calibration
 from quantkit.calibration import CalibrationOptions, calibrate
 
@@ -96,9 +98,13 @@ print(json.dumps(report))
 """
 
 
-def drive(tmp_path, program: str, recipe: str = "") -> dict:
+def drive(tmp_path, program: str, recipe: str = "", kind: str = "llama") -> dict:
     """Run a program that ends by printing a JSON object. recipe: as JSON."""
-    model, text = make_llama(tmp_path / "model", num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96), tmp_path / "text.txt"
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    if kind == "llama":
+        make_llama(model, num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96)
+    else:
+        make_model(model, kind, vocab_size=make_tokenizer(model))
     text.write_text(make_text(1500))
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
         done = subprocess.run([sys.executable, "-c", DRIVER + program, str(model), str(text), place, recipe], capture_output=True, text=True, timeout=400)
@@ -116,6 +122,13 @@ def test_so_do_kills_of_a_run_that_chooses_weights(tmp_path):
     recipe = json.dumps({"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]})
     report = drive(tmp_path, RANDOM_KILLS.replace("KILLS", "6"), recipe)
     assert report["wrong"] == [] and report["files"] == 2 * LAYERS + 1
+    assert report["killed"] >= 6, report
+
+
+@pytest.mark.parametrize("kind", TARGET)
+def test_so_do_kills_of_an_encoder_with_a_decoder(kind, tmp_path):
+    report = drive(tmp_path, RANDOM_KILLS.replace("KILLS", "6"), kind=kind)
+    assert report["wrong"] == [] and report["files"] == LAYERS + 1  # two blocks each
     assert report["killed"] >= 6, report
 
 

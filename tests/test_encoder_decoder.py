@@ -1,13 +1,16 @@
 """An encoder and a decoder run block by block are the ordinary model, to the last bit, and are judged by the loss of a target."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_tokenizer
+from safetensors.torch import load_file
 from tiny_models import TARGET, make_batches, make_model
 from transformers import AutoModelForSeq2SeqLM
 
+from quantkit import calibration
 from quantkit.blockwise import StoredWeights, build_skeleton, one_thread
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.checkpoint import Checkpoint
@@ -67,3 +70,43 @@ def test_both_stacks_are_measured(tmp_path, text):
     # The decoder's keys and values of the text come from the encoder, its queries don't.
     assert inputs["decoder.block.0.layer.1.EncDecAttention.k"].name == inputs["decoder.block.0.layer.1.EncDecAttention.v"].name
     assert inputs["decoder.block.0.layer.1.EncDecAttention.k"].name != inputs["decoder.block.0.layer.1.EncDecAttention.q"].name
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", TARGET)
+@pytest.mark.parametrize("memory", [None, 0])
+def test_a_killed_calibration_goes_on_behind_its_last_block(kind, memory, tmp_path, text, monkeypatch):
+    """In the encoder, between the two and in the decoder: without running a block again, and to the same bytes."""
+    monkeypatch.setattr(calibration, "SECONDS_BETWEEN_SAVES", 0.0)
+    model = tmp_path / "model"
+    make_model(model, kind, vocab_size=make_tokenizer(model))
+    options = CalibrationOptions(model, tmp_path / "whole", (str(text),), num_samples=3, seq_len=32, batch_size=1, memory=memory)
+    calibrate(options)
+    expected = {file.name: file.read_bytes() for file in options.output.iterdir()}
+    for number in (1, 2, 3):
+        killed, told = replace(options, output=tmp_path / f"killed-{number}"), []
+
+        def die(done: float, total: float, text: str, number: int = number) -> None:
+            if done > number:
+                raise Killed
+
+        with pytest.raises(Killed):
+            calibrate(killed, die)
+        calibrate(replace(killed, resume=True), lambda done, total, text, told=told: told.append((done, text)))
+        assert {file.name: file.read_bytes() for file in killed.output.iterdir()} == expected
+        assert min(done for done, _ in told if done) > number and not any("again" in text for _, text in told)
+
+
+def test_queries_on_the_target_have_a_scale_of_their_own(tmp_path, text, export_to):
+    """In cross-attention keys and values read what the encoder made, and share its scale, as runtimes merge them."""
+    model = tmp_path / "model"
+    make_model(model, "bart", vocab_size=make_tokenizer(model))
+    calibrate(CalibrationOptions(model, tmp_path / "calib", (str(text),), num_samples=3, seq_len=32))
+    tensors = load_file(export_to("fp8-tensor", model, tmp_path / "calib") / "model.safetensors")
+    for module, shared in (("encoder_attn", ("k", "v")), ("self_attn", ("q", "k", "v"))):
+        for suffix in ("input_scale", "weight_scale"):
+            scales = {which: tensors[f"model.decoder.layers.0.{module}.{which}_proj.{suffix}"].item() for which in "qkv"}
+            assert len({scales[which] for which in shared}) == 1 and len(set(scales.values())) == 4 - len(shared)

@@ -469,3 +469,26 @@ def test_codes_without_a_config_are_not_judged_as_weights(export_to, judge):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="holds codes"):
         judge(out)
+
+
+def test_a_linear_that_computes_in_a_way_of_its_own_keeps_it(llama, text, export_to, monkeypatch):
+    """DeepSeek V4's grouped projection: its weight is that of the codes, its input as it comes, and the result says so."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Negated(torch.nn.Linear):
+        def forward(self, inputs):
+            return -super().forward(inputs)
+
+    build = LlamaMLP.__init__
+
+    def init(self, config):
+        build(self, config)
+        self.down_proj.__class__ = Negated
+
+    out = export_to("int8-dynamic")
+    plain = evaluate(EvaluationOptions(llama, (out,), (str(text),), 32, 96, cache=False))
+    monkeypatch.setattr(LlamaMLP, "__init__", init)
+    result = evaluate(EvaluationOptions(llama, (out,), (str(text),), 32, 96, cache=False))
+    (quant,) = result["quants"]
+    assert quant["weights_only_linears"] == [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)] and quant["activations_quantized"] == "partial"
+    assert result["base"]["perplexity"] != plain["base"]["perplexity"] and 0 < quant["kld"]["mean"] < 0.01

@@ -1,7 +1,9 @@
 """A GGUF file as MODEL, through the commands."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from conftest import make_llama
 from safetensors.torch import load_file
 
+from quantkit import gguf_files
 from quantkit.errors import CheckpointError
 from quantkit.gguf_files import checkpoint_of_gguf, is_gguf
 
@@ -78,9 +81,33 @@ def test_a_file_is_read_once(tmp_path):
 
 def test_what_is_no_gguf_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF, they say")
-    assert is_gguf(tmp_path / "broken.gguf") and not is_gguf(tmp_path / "absent.gguf")
+    (tmp_path / "directory.gguf").mkdir()
+    assert is_gguf(tmp_path / "broken.gguf") and not is_gguf(tmp_path / "directory.gguf")
     with pytest.raises(CheckpointError, match=r"transformers can't read .*broken\.gguf"):
         checkpoint_of_gguf(tmp_path / "broken.gguf")
+
+
+@pytest.mark.parametrize("name", ["absent.gguf", "gone/absent.gguf", "~/nowhere/absent.gguf"])
+def test_a_file_that_is_not_there_is_called_a_file(name, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("eval", name, "--data", "text.txt"), ("export", name, "-o", "out", "--scheme", "fp8-dynamic"), ("calibrate", name, "-o", "calib")):
+        (tmp_path / "text.txt").write_text("words")
+        refused = run(*arguments)
+        assert refused.exit_code == 1 and refused.stderr.count("\n") == 1
+        assert f"there is no file {Path(name).expanduser()}" in refused.stderr
+
+
+def test_copies_that_were_not_used_for_longest_make_room(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    files = [write_gguf(make_llama(tmp_path / f"model-{seed}", seed=seed), tmp_path / f"{seed}.gguf") for seed in range(4)]
+    monkeypatch.setattr(gguf_files, "MOST_BYTES", 5 * files[0].stat().st_size)
+    first, second, third = (checkpoint_of_gguf(file) for file in files[:3])
+    assert first.is_dir()  # used today
+    for path, days in ((first, 3), (second, 2), (third, 0)):
+        os.utime(path, (time.time() - 86400 * days,) * 2)
+    assert checkpoint_of_gguf(files[0]) == first  # used again
+    fourth = checkpoint_of_gguf(files[3])
+    assert first.is_dir() and not second.exists() and third.is_dir() and fourth.is_dir()
 
 
 def test_without_the_reader_the_way_to_install_it_is_told(tmp_path, monkeypatch):

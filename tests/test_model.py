@@ -137,6 +137,27 @@ def test_all_but_linears_come_with_a_reason():
     assert [info.name for info in infos.values()] == ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.down_proj"]
 
 
+def test_blocks_of_a_block_diagonal_matrix_are_left_and_other_stacks_are_not():
+    shapes = {
+        "model.layers.0.rg_lru.recurrent_param": (128,),
+        "model.layers.0.rg_lru.input_gate_weight": (4, 32, 32),
+        "model.layers.1.mixer.vector": (64,),
+        "model.layers.1.mixer.stack": (4, 32, 32),
+        "model.layers.1.mlp.experts.scale": (128,),
+        "model.layers.1.mlp.experts.square": (4, 32, 32),
+    }
+    kinds = {name: info.kind for name, info in classify_tensors(shapes).items()}
+    assert kinds["model.layers.0.rg_lru.input_gate_weight"] == "used directly"
+    assert kinds["model.layers.1.mixer.stack"] == kinds["model.layers.1.mlp.experts.square"] == "unreached"
+
+
+def test_a_vector_beside_experts_is_no_bias_of_theirs():
+    """What a router adds to its scores may lie among the experts (Laguna's)."""
+    stacks = {"model.layers.1.mlp.experts.gate_up_proj": (4, 64, 32), "model.layers.1.mlp.experts.down_proj": (4, 32, 32)}
+    vector = "model.layers.1.mlp.experts.e_score_correction_bias"
+    assert classify_tensors(stacks | {vector: (4,)})[vector].kind == "not a matrix"
+
+
 # Fused sets and block numbers
 
 
@@ -150,6 +171,14 @@ def test_fused_sets_are_projections_side_by_side():
 def test_each_expert_is_a_fused_set_of_its_own():
     names = [f"mlp.experts.{expert}.{leaf}" for expert in (0, 1) for leaf in ("w1", "w2", "w3")]
     assert fused_sets(names) == [("mlp.experts.0.w1", "mlp.experts.0.w3"), ("mlp.experts.1.w1", "mlp.experts.1.w3")]
+
+
+def test_queries_that_read_other_hidden_states_are_not_merged():
+    """As vLLM's models have them: of cross-attention one Linear for the queries, one for keys and values."""
+    for attention in ("encoder_attn", "cross_attn", "crossattention.self"):
+        leaves = ("query", "key", "value") if attention.endswith("self") else ("q_proj", "k_proj", "v_proj")
+        names = [f"decoder.layers.0.{attention}.{leaf}" for leaf in leaves]
+        assert fused_sets(names) == [tuple(names[1:])]
 
 
 def test_an_incomplete_set_is_none():

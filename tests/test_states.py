@@ -125,10 +125,10 @@ def test_save_writes_what_get_gives(tmp_path, memory):
     states.turn()
     if memory == 0:
         states.put(0, torch.zeros(SHAPES[0]).bfloat16())  # of the next block, which is not finished
-    states.save(tmp_path / "saved.safetensors")
+    states.save(tmp_path / "saved.safetensors", {"0.encoded": torch.ones(2)})
     states.close()
     saved = load_file(tmp_path / "saved.safetensors")
-    assert saved.keys() == {str(number) for number in SHAPES}
+    assert saved.keys() == {*map(str, SHAPES), "0.encoded"}
     assert all(torch.equal(saved[str(number)], tensor) for number, tensor in random_states(torch.bfloat16, 0).items())
 
 

@@ -86,6 +86,13 @@ def test_scale_that_ruins_the_layer_is_found(value, word, export_to, change):
     assert word in faults(change(export_to("int8-dynamic"), ruin))[f"{UP}.weight_scale"]
 
 
+def test_a_scale_of_the_models_own_may_be_negative(export_to, change):
+    def add(tensors):
+        tensors["model.layers.0.mixer.hc_scale"] = torch.tensor([-1.0, 0.0])
+
+    assert "model.layers.0.mixer.hc_scale" not in faults(change(export_to("int8-dynamic"), add))
+
+
 def test_nan_code_is_found(export_to, change):
     def ruin(tensors):
         tensors[f"{UP}.weight"].view(torch.uint8)[0, 0] = 0xFF

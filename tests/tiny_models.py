@@ -76,10 +76,17 @@ ARCHITECTURES = {
     "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
     "mamba": {"state_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 8},
+    "rwkv": {"attention_hidden_size": 64},
+    "glm4": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "starcoder2": {},
+    "deepseek_v32": {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8},
 }
 
 
 ARCHITECTURES["deepseek_v2"] = ARCHITECTURES["deepseek_v3"]
+ARCHITECTURES["deepseek_v32"] |= ARCHITECTURES["deepseek_v3"]
 ARCHITECTURES["qwen3_5_moe_text"] = ARCHITECTURES["qwen3_next"]
 # Encoders, which predict hidden tokens.
 MASKED = {"bert": {}, "roberta": {"pad_token_id": 1}}

@@ -95,7 +95,7 @@ def raise_faults(found: Any) -> None:
 @click.option(
     "--data", multiple=True, required=True, callback=different_sources, metavar="FILE", help=".txt, .jsonl, .parquet, or dataset:NAME[:CONFIG[:SPLIT]]."
 )
-@click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions]")
+@click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions; 64 of a masked model]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many.")
 @click.option("--protocol", type=click.Choice(PROTOCOL_NAMES), default="gptq", show_default=True, help="How windows are cut and scored.")
 @click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
