@@ -1,7 +1,7 @@
 """Is what `export` writes served right? vLLM's probabilities of tiny models of many architectures beside quantkit's own of the same files.
 
     python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python            # about an hour
-    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python --only llama mixtral
+    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python --only llama --only mixtral
 
 The models are those of tests/test_architectures.py, four times as wide. vLLM's CPU build gives the log probabilities of the whole vocabulary at each position of a
 few prompts; all distances are mean KL divergences from them. "agreement" is that of quantkit's served model of the same file. It means something beside three others:
@@ -69,7 +69,8 @@ SETTINGS = {
 }
 SECONDS = 300  # for one checkpoint
 # Each checkpoint in a process that is forked off behind the imports: an engine that dies, or doesn't answer, takes no other with it.
-# argv: a JSON list of {"checkpoint", "dtype"}, prompts, seconds. The first is the unquantized model: where that isn't served, nothing else is tried. Prints a line for each: {"checkpoint", "answered", "version"} or {"checkpoint", "reason"}.
+# argv: a JSON list of {"checkpoint", "dtype"}, prompts, seconds. The first is the unquantized model: where that isn't served, nothing else is tried.
+# Prints a line for each: {"checkpoint", "answered", "version"} or {"checkpoint", "reason"}.
 SERVER = (
     VLLM_START
     + """
@@ -282,7 +283,6 @@ REASONS = {
     "WNA16": "no kernel for packed 8-bit weights",
     "MXFP8": "no kernel for MXFP8",
     "static_scaled_fp8_quant": "no static FP8 inputs",
-    "is not supported by MLA": "its latent attention takes the sizes of real models only",
     "expected scalar type Float but found BFloat16": "its kernel for FP8 blocks takes no bfloat16 bias",
 }
 
