@@ -34,8 +34,8 @@ from quantkit.plan import ExportOptions, plan_export
 from quantkit.report import markdown_table
 from quantkit.scheme import QuantScheme, Recipe
 
-# Prints {"nll": sum, "tokens": count, "answered": calls of torch._scaled_mm, "version"}; runs with vLLM's Python.
-VLLM = """
+# How a script begins that asks vLLM's CPU build; it runs with vLLM's Python. answered: calls of torch._scaled_mm.
+VLLM_START = """
 import json, os, sys
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
@@ -51,6 +51,11 @@ def scaled_mm(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=No
 
 torch._scaled_mm = scaled_mm
 import vllm
+"""
+# Prints {"nll": sum, "tokens": count, "answered", "version"}.
+VLLM = (
+    VLLM_START
+    + """
 windows = json.load(open(sys.argv[2]))
 model = vllm.LLM(sys.argv[1], enforce_eager=True, max_model_len=len(windows[0]) + 8, max_num_seqs=1, dtype="bfloat16")
 params = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
@@ -63,6 +68,7 @@ for window in windows:
 print(json.dumps({"nll": nll, "tokens": count, "answered": answered, "version": vllm.__version__}), flush=True)
 os._exit(0)
 """
+)
 
 
 def vllm_perplexity(python: str, checkpoint: Path, windows: Path) -> dict[str, Any]:

@@ -134,6 +134,14 @@ class QuantizedLinearInfo:
     is_transposed: bool = False
 
 
+# Schemes that a runtime takes of Linears, but not of experts.
+_NOT_OF_EXPERTS = {
+    "vllm": ("fp8-static", "fp8-weight-only", "int8-static"),
+    "sglang": ("int8-dynamic", "int8-static"),
+    "transformers": ("fp8-block", "mxfp8", "int8-dynamic", "int8-static", "int8-weight-only"),
+}
+
+
 def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], left: Iterable[str], layout: str = "compressed-tensors") -> list[str]:
     """Why this runtime would refuse or misread such a checkpoint; empty when it loads. left: Linears that stay unquantized."""
     quantized = list(quantized)
@@ -156,8 +164,7 @@ def runtime_problems(runtime: str, quantized: Iterable[QuantizedLinearInfo], lef
     if mixers and runtime == "vllm":
         problems.append(f"vllm keeps Mamba's first kind of mixer unquantized ({mixers[0].rpartition('.')[0]} and its like); leave them with --ignore")
     experts = [linear for linear in quantized if ".experts." in linear.name]
-    unloadable = {"transformers": ("fp8-block", "mxfp8", "int8-dynamic", "int8-static", "int8-weight-only"), "sglang": ("int8-dynamic", "int8-static")}
-    for linear in [linear for linear in experts if scheme_family(linear.scheme) in unloadable.get(runtime, ())][:1]:
+    for linear in [linear for linear in experts if scheme_family(linear.scheme) in _NOT_OF_EXPERTS.get(runtime, ())][:1]:
         problems.append(f"{runtime} can't load experts in {linear.scheme.name} ({linear.name} and the others); use fp8-dynamic")
     if runtime in ("vllm", "sglang"):
         left = set(left)

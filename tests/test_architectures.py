@@ -25,6 +25,7 @@ from quantkit.scheme import QuantScheme, Recipe
 from quantkit.served import load_served
 from quantkit.verification import verify
 
+SERVED = Path(__file__).parent.parent / "benchmarks" / "results" / "architectures.json"
 PACKED_MODULES = json.loads((Path(__file__).parent / "packed_modules.json").read_text())["architectures"]
 TOKENS = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(2))
 # What all are exported in, and what a few are beside it: where a scheme's shape or its scales could go wrong in another way.
@@ -60,15 +61,36 @@ def of_kinds(*kinds: str):
 KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
 
 
+def served_by_vllm(kind: str) -> str:
+    """What benchmarks/architectures.py found: the schemes in which vLLM's probabilities are those of the file, and why others aren't among them."""
+    found = [row for row in json.loads(SERVED.read_text())["rows"] if row["architecture"] == kind]
+    by_verdict: dict[str, list[str]] = {}
+    for row in found:
+        said = f"{row['verdict']}: {row['why']}" if "why" in row else row["verdict"]
+        by_verdict.setdefault(said, []).append(row["scheme"])
+    parts = [", ".join(by_verdict.pop("agrees", []))]
+    parts += [said if len(schemes) == len(found) else f"{', '.join(schemes)} {said}" for said, schemes in by_verdict.items()]
+    return "; ".join(part for part in parts if part)
+
+
 def architecture_table() -> str:
     """What is tested here, as a table for the README: architecture × command."""
-    lines = ["| architecture | calibrate, verify | export | eval: the loss of | transformers' loader |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| architecture | calibrate, verify | export | eval: the loss of | transformers' loader | vLLM |", "| --- | --- | --- | --- | --- | --- |"]
     for kind in sorted(KINDS):
         schemes = ", ".join((*SCHEMES, *MORE_SCHEMES.get(kind, ()))) + (", experts left" if kind in OPTIONS else "")
         scored = "hidden tokens" if kind in MASKED else "a target" if kind in TARGET else "the next token"
         name = f"`{kind}`" + (" (its vision tower is left)" if kind in MULTIMODAL else "")
-        lines.append(f"| {name} | yes | {schemes} | {scored} | {TRANSFORMERS.get(kind, 'the same logits')} |")
+        lines.append(f"| {name} | yes | {schemes} | {scored} | {TRANSFORMERS.get(kind, 'the same logits')} | {served_by_vllm(kind)} |")
     return "\n".join(lines) + "\n"
+
+
+def test_what_vllm_serves_it_serves_as_the_file_says():
+    """Its probabilities are nearer to quantkit's of the file than to the unquantized model's, and than a fourth of what wrong scales of one Linear would change."""
+    rows = json.loads(SERVED.read_text())["rows"]
+    assert {row["architecture"] for row in rows} == set(KINDS) - set(MASKED) - set(TARGET)
+    for row in [row for row in rows if row["served"]]:
+        is_near = row["agreement"] < min(row["quantization"], row["least_spoilt"] / 4)
+        assert is_near == (row["verdict"] == "agrees") and row["verdict"] != "differs", (row["architecture"], row["scheme"])
 
 
 @dataclass(frozen=True)

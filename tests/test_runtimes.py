@@ -121,6 +121,22 @@ def test_transformers_and_tensorrt_llm_merge_nothing():
         assert runtime_problems(runtime, [linear("mlp.gate_proj", "fp8-dynamic")], ["model.layers.0.mlp.up_proj"]) == []
 
 
+# Experts
+
+
+@pytest.mark.parametrize(
+    "runtime, refused",
+    [
+        ("vllm", {"fp8-static", "fp8-weight-only", "int8-static"}),
+        ("sglang", {"mxfp8", "int8-dynamic", "int8-static"}),
+        ("transformers", set(SCHEMES) - {"fp8-dynamic", "fp8-static", "fp8-tensor", "fp8-weight-only"}),
+    ],
+)
+def test_experts_take_fewer_schemes(runtime, refused):
+    experts = {name: [linear(f"mlp.experts.0.{leaf}", name) for leaf in ("gate_proj", "up_proj", "down_proj")] for name in SCHEMES}
+    assert {name for name in SCHEMES if runtime_problems(runtime, experts[name], [])} == refused
+
+
 # Hardware
 
 

@@ -107,21 +107,32 @@ TARGET = {
 }
 # Of models that read images too: their language model is as SIZES says.
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+# Settings that a wider model has more of; the others count layers, heads and experts.
+WIDTHS = {
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "d_model", "d_ff", "d_kv", "word_embed_proj_dim",
+    "n_embd", "head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_d_state",
+    "state_size", "kv_lora_rank", "q_lora_rank", "max_position_embeddings", "n_positions",
+}  # fmt: skip
 MULTIMODAL = {
     "llava": {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model", **VISION}, "image_token_index": 5},
     "gemma3": {"text_config": SHORT_WINDOW, "vision_config": VISION, "image_token_index": 5},
 }
 
 
-def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **changes) -> nn.Module:
-    """A random model of a kind that transformers knows, saved in `directory` and returned."""
+def widened(settings: dict, times: int) -> dict:
+    """The settings of a model that is `times` as wide."""
+    return {name: value * times if name in WIDTHS else value for name, value in settings.items()}
+
+
+def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, times: int = 1, **changes) -> nn.Module:
+    """A random model of a kind that transformers knows, `times` as wide as SIZES says, saved in `directory` and returned."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(0)
     if kind in MULTIMODAL:
-        settings = MULTIMODAL[kind] | {"text_config": SIZES | changes | MULTIMODAL[kind]["text_config"]}
+        settings = MULTIMODAL[kind] | {"text_config": widened(SIZES | MULTIMODAL[kind]["text_config"], times) | changes}
     else:
-        settings = SIZES | (ARCHITECTURES | MASKED | TARGET).get(kind, {}) | changes
+        settings = widened(SIZES | (ARCHITECTURES | MASKED | TARGET).get(kind, {}), times) | changes
     if kind == "falcon":
         settings.pop("head_dim")
     if kind in TARGET:
