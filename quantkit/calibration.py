@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint, read_header, read_tensor
+from quantkit.checkpoint import Checkpoint
 from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, token_pieces, window_length
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
@@ -25,9 +25,10 @@ from quantkit.layouts import QuantizationLayout
 from quantkit.matrices import as_matrices
 from quantkit.measurements import SCHEMA_VERSION, Calibration, chosen_remarks
 from quantkit.model import classify_tensors, covering_patterns
-from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
+from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, write_json, write_tensors
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks, joined_ranks
+from quantkit.resuming import SavedStates
 from quantkit.scheme import Pattern, Recipe
 from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
 from quantkit.task import TARGET
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
     from quantkit.observers import InputObserver
     from quantkit.recording import BlockStatistics
 
-# The entry of progress.json for the hidden states that a run goes on from.
-HIDDEN_STATES = "hidden states"
-# Hidden states that are in memory are saved when this much work would have to be done again. Finished blocks are always kept.
-SECONDS_BETWEEN_SAVES = 120.0
 # A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 # An expert that saw fewer tokens gets a scale from its weights and the layer's other experts.
@@ -308,8 +305,8 @@ class _Run:
             self.chosen.load_outer(self.batches[0])
         calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
         self.model.free_outer()
+        self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
         first = self._restore(states)
-        self._saved = time.monotonic()
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
                 if self.chosen is not None and number in done:
@@ -325,7 +322,7 @@ class _Run:
                 calls[batch][number] = None
             states.turn()
             self.model.pass_on(number, {batch: self.batches[batch] for batch in self.mine}, states, calls)
-            self._stop_or_save(number, states)
+            self.saved.stop_or_save(number, self.model.block_count, states)
 
     def _measure(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
         from quantkit.recording import BlockRecorder, BlockStatistics
@@ -389,52 +386,11 @@ class _Run:
         described = describe_block(statistics, recorder, name)
         self.output.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described})
 
-    # -- Stopping and going on.
-
     def _restore(self, states: HiddenStates) -> int:
         """The block to begin with: the one behind the hidden states that an earlier run saved, if it did."""
         if self.model.task == TARGET:
             return 0  # what the encoder made, which the decoder's blocks are called with, was not saved
-        saved = self.ranks.first_decides(self._saved_states)
-        if saved is None:
-            return 0
-        paths = [self.partial / name for name in saved["files"]]
-        found = {int(name): info for path in paths if path.is_file() for name, info in read_header(path).items()}
-        if not all(self.ranks.all_gather(all(batch in found for batch in self.mine))):
-            return 0
-        for batch in self.mine:
-            states.put(batch, read_tensor(found[batch]))
-        states.turn()
-        return saved["block"] + 1
-
-    def _saved_states(self) -> dict[str, Any] | None:
-        saved = self.output.done.get(HIDDEN_STATES)
-        return saved if saved is not None and all(is_as_recorded(self.partial, *item) for item in saved["files"].items()) else None
-
-    def _stop_or_save(self, number: int, states: HiddenStates) -> None:
-        stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
-        late = self.ranks.first_decides(lambda: time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES)
-        if (stopped or late) and number + 1 < self.model.block_count:
-            self._save(number, states)
-            self._saved = time.monotonic()
-        if stopped:
-            StopRequest(stopped[0]).check(f"after block {number + 1} of {self.model.block_count}; what is done is kept")
-
-    def _save(self, number: int, states: HiddenStates) -> None:
-        """Each rank writes those of its batches, where all see the same directory; any number of ranks can read them."""
-        saved = None
-        if self.partial.is_dir():
-            path = self.partial / f"hidden-states-{number:05d}-{self.ranks.rank}.safetensors"
-            states.save(path)
-            saved = path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
-        gathered = self.ranks.all_gather(saved)
-        if not self.ranks.is_first or None in gathered:
-            return
-        former = self.output.done.get(HIDDEN_STATES, {"files": {}})
-        files = dict(gathered)
-        self.output.record(HIDDEN_STATES, {"block": number, "files": files})
-        for name in former["files"].keys() - files.keys():
-            (self.partial / name).unlink(missing_ok=True)
+        return self.saved.restore(states, lambda block: self.mine)
 
     # -- The end.
 

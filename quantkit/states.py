@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ class HiddenStates:
         if self._files is not None:
             self._files.reverse()
 
-    def save(self, path: Path) -> None:
-        """A durable copy of what `get` gives."""
-        write_tensors(path, {str(number): self.get(number).cpu() for number in self.numbers})
+    def save(self, path: Path, numbers: Sequence[int] | None = None) -> None:
+        """A durable copy of what `get` gives, of all batches or of these; one at a time comes into memory."""
+        write_tensors(path, _Named(self, self.numbers if numbers is None else numbers))
 
     def close(self) -> None:
         self._tensors.clear()
@@ -118,6 +118,22 @@ class HiddenStates:
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
+
+
+class _Named(Mapping[str, Tensor]):
+    """Hidden states by the number of their batch, each read when it is asked for."""
+
+    def __init__(self, states: HiddenStates, numbers: Sequence[int]) -> None:
+        self._states, self._numbers = states, numbers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._states.get(int(name)).cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 class _StateFile:
