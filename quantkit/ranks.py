@@ -65,6 +65,16 @@ class Ranks:
             raise FollowerStopped(exit_code)
         return content
 
+    def after_first(self, work: Callable[[], Any]) -> Any:
+        """What each rank makes of `work`, which isn't sent; rank 0's error ends them all, and only rank 0 says it."""
+        made: list[Any] = []
+        self.first_decides(lambda: made.append(work()))
+        return made[0] if made else work()
+
+    def told_once(self, error: QuantkitError) -> QuantkitError:
+        """What to raise for an error that every rank finds: only rank 0 says it."""
+        return error if self.is_first else FollowerStopped(error.exit_code)
+
     def reduce(self, tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
         """Each tensor's sum or maximum over the ranks. Tensors of one dtype, in the same order and shapes on every rank. operation: "sum" or "max"."""
         import torch

@@ -10,6 +10,7 @@ from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
+from quantkit.advice import KEEP, RECIPE, opened_result, predicted_kld, set_name, size_of, solution_recipe, solved_anew
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import Window
 from quantkit.errors import EvaluationError
@@ -19,19 +20,7 @@ from quantkit.model import fused_sets
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.quantize import quantize, sqnr_db
 from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
-from quantkit.sensitivity import (
-    KEEP,
-    RECIPE,
-    SensitivityOptions,
-    linear_sets,
-    opened_result,
-    predicted_kld,
-    score_sensitivity,
-    set_name,
-    size_of,
-    solution_recipe,
-    solved_anew,
-)
+from quantkit.sensitivity import SensitivityOptions, linear_sets, score_sensitivity
 from quantkit.variants import count_block_runs, run_variants
 
 INT8 = Recipe(QuantScheme.parse("int8-dynamic"))
@@ -131,7 +120,7 @@ def test_the_same_run_gives_the_same_figures(options, result):
 
 
 def run_alone(batches, installer, variant, block_of):
-    states = run_variants(installer.reopened("cpu"), batches, [variant], block_of, installer.install)
+    states = run_variants(installer.reopened("cpu"), dict(enumerate(batches)), [variant], block_of, installer.install)
     try:
         return [states.get(0, window).clone() for window in range(len(batches))], states.block_runs
     finally:
@@ -152,7 +141,7 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
     variants = [tuple([0] * SETS), *(tuple(int(bit) for bit in generator.integers(0, 2, SETS) * (generator.random(SETS) < 0.4)) for _ in range(6))]
     batches = [torch.randint(0, 300, (1, 24)), torch.randint(0, 300, (1, 17))]
     with torch.inference_mode():
-        states = run_variants(installer.reopened("cpu"), batches, variants, block_of, installer.install)
+        states = run_variants(installer.reopened("cpu"), dict(enumerate(batches)), variants, block_of, installer.install)
         shared = [[states.get(number, window).clone() for window in range(2)] for number in range(len(variants))]
         assert states.block_runs == count_block_runs(variants, block_of, BLOCKS) < BLOCKS * len(variants)
         states.close()
@@ -184,7 +173,7 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
         states = run_variants(
-            installer.reopened("cpu"), [torch.tensor([window.tokens])], [tuple([1] * len(sets))], [each.block for each in sets], installer.install
+            installer.reopened("cpu"), {0: torch.tensor([window.tokens])}, [tuple([1] * len(sets))], [each.block for each in sets], installer.install
         )
         served = make_final_states(load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens))
         assert torch.equal(states.get(0, 0), served.states.get(0)[0])
