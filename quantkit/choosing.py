@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -193,6 +193,7 @@ class _Block:
             require_on_disk(self.model, self.prefix, list(found.parameters))
             self._put(found.parameters)
         entry = {"block": self.prefix, "norms": list(found.norms), "writers": list(found.writers), "heads": list(found.heads), "change": found.change}
+        entry["linears"] = {path: asdict(linear) for path, linear in found.linears.items()}
         self.chosen.described["rotations"].append(entry)
 
     # -- SmoothQuant.

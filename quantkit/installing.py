@@ -1,7 +1,8 @@
 """A set of Linears as it is served, put in the place of the original one while a variant runs; and what quantizing did to each Linear by itself.
 
 Codes are made as `export` makes them. Where a calibration holds weights that algorithms chose, its codes are taken, and the unquantized model is the one they
-were made from: algorithms fold scales per channel into weights before they choose codes, and those scales are found again from the codes.
+were made from: algorithms fold scales per channel into weights before they choose codes, and those scales are found again from the codes. Where the calibration rotated
+the model, its weights are rotated again first: by the same matrices, which follow from the seed, and as the calibration says of each Linear.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from quantkit.plan import ExportPlan
 from quantkit.quantize import QuantizedTensor, sqnr_db
 from quantkit.ranks import Ranks
 from quantkit.recording import first_and_down, is_experts, names_on_disk
+from quantkit.rotating import RotatedLinear, Rotation, make_rotation
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
 from quantkit.variants import Swap
@@ -59,9 +61,10 @@ class SetInstaller:
         """The unquantized model, its blocks on disk: each of them runs once."""
         register_serving_experts()
         checkpoint = self._plans[1].checkpoint
-        skeleton = build_skeleton(checkpoint, self._trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
+        skeleton = build_skeleton(checkpoint, self._trust_remote_code, bool(self._plans[1].added), experts_implementation=EXPERTS_IMPLEMENTATION)
         self._weights = _Weights(self._plans[1])
         self._model = BlockwiseModel(skeleton, self._weights, str(self._path), device)
+        self._weights.rotate(self._model)
         self._inputs = None
         return self._model
 
@@ -221,8 +224,33 @@ class _Weights(StoredWeights):
         super().__init__(plan.checkpoint, require_finite=True)
         self._plan, self._chosen = plan, plan.calibration.weights if plan.calibration else {}
         self.rounded: dict[str, QuantizedTensor] = {}
+        self._rotation = Rotation(None, None)
+        self._rotated: dict[str, tuple[RotatedLinear, str]] = {}  # by the weight's name on disk: how, and its norm's weight
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = super().shapes()
+        return {**shapes, **{name: shapes[source] for name, source in self._plan.added.items()}}
+
+    def rotate(self, model: BlockwiseModel) -> None:
+        """Read weights as the calibration's rotation makes them, if it has one. Raises EvaluationError where it doesn't say how."""
+        recipe, calibration = self._plan.options.recipe, self._plan.calibration
+        if calibration is None or not recipe.algorithm("rotation"):
+            return
+        self._rotation = make_rotation(recipe.algorithm("rotation"), model, calibration.description["seed"])
+        for entry in calibration.description["chosen"]["rotations"]:
+            if "linears" not in entry:
+                raise EvaluationError(f"{calibration.path} doesn't say how its Linears were rotated, as an earlier quantkit wrote it; calibrate again")
+            for path, fields in entry["linears"].items():
+                how = RotatedLinear(**fields)
+                weights = [model.sources(f"{entry['block']}.{place}.weight") for place in (path, how.norm or path)]
+                if None in weights:
+                    raise EvaluationError(f"{calibration.path} rotates {entry['block']}.{path}, which the model doesn't have; calibrate again")
+                name, norm = (source.lists[0][0] for source in weights)
+                self._rotated[name] = how, norm
 
     def read(self, name: str) -> Tensor:
+        if name in self._plan.added:
+            return read_tensor(self._chosen[name])
         stored = super().read(name)
         if name in self.rounded:
             return self.rounded[name].dequantize().to(stored.dtype)
@@ -232,7 +260,14 @@ class _Weights(StoredWeights):
         if f"{linear}.weight_scale" not in self._chosen:
             return read_tensor(self._chosen[name])
         values = self._plan.calibration.quantized_weight(linear, self._plan.linears[linear].scheme.weight).dequantize()
-        return recovered_weight(stored.float(), values, name).to(stored.dtype)
+        return recovered_weight(self._as_rotated(name, stored), values, name).to(stored.dtype)
+
+    def _as_rotated(self, name: str, stored: Tensor) -> Tensor:
+        if name not in self._rotated:
+            return stored.float()
+        how, norm = self._rotated[name]
+        rotation = Rotation(*(None if matrix is None else matrix.cpu() for matrix in (self._rotation.stream, self._rotation.head)))
+        return how.apply(stored, rotation, super().read(norm) if how.norm else None)
 
 
 def recovered_weight(original: Tensor, values: Tensor, name: str = "the weight") -> Tensor:
@@ -251,7 +286,7 @@ def recovered_weight(original: Tensor, values: Tensor, name: str = "the weight")
     found = original * rows * columns
     if float(sqnr_db(found, values)) < LEAST_RECOVERED_DB:
         raise EvaluationError(
-            f"the calibration's codes of {name} are not those of the model's weight with scaled rows and columns (a rotation, perhaps), so sets can't be scored one by one; "
+            f"the calibration's codes of {name} are not those of the model's weight with scaled rows and columns, so sets can't be scored one by one; calibrate again, or "
             "leave out --calibration to score rounding to nearest"
         )
     return found

@@ -305,12 +305,17 @@ class _Scoring:
         for (place, choice), figure in zip(singles, figures[1:]):
             rows[place]["choices"][self.choices.names[choice]] |= figure | {"own_kld": self.floor.beyond(figure["kld"], depths[place])}
         wholes = {self.choices.names[variant[0]]: figure for variant, figure in zip(whole, figures[1 + len(singles) : len(variants)])}
+        plan = self.choices.plans[1]
         result: dict[str, Any] = {
             "sets": rows,
             "whole": wholes,
             "floor": self.floor.to_json(),
             "additivity": {name: additivity(rows, name, figure["kld"], self.floor.deepest) for name, figure in wholes.items()},
-            "bytes": {"all_kept": self.choices.plans[1].bytes_before, "all_quantized": self.choices.plans[1].bytes_after},
+            "bytes": {
+                "all_kept": plan.bytes_before,
+                "all_quantized": plan.bytes_after,
+                "untied": sum(row.bytes_after for row in plan.parameters if row.name in plan.added),
+            },
         }
         return result | self._second_pass(sets, rows, result) | {"block_runs": self.block_runs, "block_runs_without_sharing": self.without_sharing}
 

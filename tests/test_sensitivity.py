@@ -190,7 +190,7 @@ def test_scales_that_were_folded_before_rounding_are_found_again():
     values = quantize(folded, SCHEMES["int8-dynamic"].weight).dequantize()
     assert float(sqnr_db(folded, recovered_weight(original, values))) > 50
     rotation = torch.linalg.qr(torch.randn(160, 160, generator=generator))[0]
-    with pytest.raises(EvaluationError, match="rotation"):
+    with pytest.raises(EvaluationError, match="with scaled rows and columns"):
         recovered_weight(original, quantize(original @ rotation, SCHEMES["int8-dynamic"].weight).dequantize())
 
 
@@ -204,6 +204,64 @@ def test_a_calibration_with_chosen_weights_is_scored_as_chosen(planted, text, tm
     rounded = score_sensitivity(SensitivityOptions(planted, recipe, **arguments))
     assert "rounded to nearest" in rounded["remarks"][0] and not any("rounded to nearest" in remark for remark in chosen["remarks"])
     assert chosen["whole"][RECIPE]["kld"] < rounded["whole"][RECIPE]["kld"] / 4
+
+
+def rotated_recipe(rotation, *others) -> Recipe:
+    return Recipe.from_mapping({"scheme": "int8-dynamic", "algorithms": [{"rotation": rotation}, *others]}, "test")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        (rotated_recipe({"untie": True}), {"tie": True, "attention_bias": True}),
+        (rotated_recipe({"untie": True}, "smoothquant", "gptq"), {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        (rotated_recipe({"residual": False}, "gptq"), {"tie": True, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    ],
+    ids=["untied", "with others", "heads alone"],
+)
+def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes, tmp_path, text):
+    """All sets quantized are the exported checkpoint, to the last bit; none quantized is the original model, up to what rotated weights lose in bfloat16."""
+    from quantkit.calibration import CalibrationOptions, calibrate
+    from quantkit.finals import make_final_states
+    from quantkit.served import load_served
+
+    model, calib = make_llama(tmp_path / "model", **changes), tmp_path / "calib"
+    calibrate(CalibrationOptions(model, calib, (str(text),), recipe, num_samples=4, seq_len=32, seed=3))
+    plan = plan_export(ExportOptions(model, tmp_path / "out", recipe, calib))
+    export(plan)
+    installer = SetInstaller(model, [None, plan], False)
+    blocks = installer.open("cpu")
+    sets = linear_sets([installer.linears_of(number) for number in range(blocks)])
+    installer.sets = [each.linears for each in sets]
+    window = Window(tuple(range(2, 40)))
+    tokens = torch.tensor([window.tokens])
+    variants = [tuple([0] * len(sets)), tuple([1] * len(sets))]
+    with torch.inference_mode():
+        opened = installer.reopened("cpu")
+        states = run_variants(opened, {0: tokens}, variants, [each.block for each in sets], installer.install)
+        served = make_final_states(load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens))
+        assert torch.equal(states.get(1, 0), served.states.get(0)[0])
+        original = make_final_states(load_served(model, "cpu"), {0: window}, len(window.tokens))
+        original_head = load_served(model, "cpu").blocks
+        original_head.load_outer(with_head=True)
+        before, after = (head.lm_head.weight.float() @ hidden.float().T for head, hidden in ((original_head.model, original.states.get(0)[0]), (opened.model, states.get(0, 0))))  # fmt: skip
+        quantized = opened.model.lm_head.weight.float() @ states.get(1, 0).float().T
+        assert float((after - before).norm()) < min(0.02 * float(before.norm()), 0.8 * float((quantized - before).norm()))
+    states.close(), served.close(), original.close()
+
+
+def test_a_budget_of_a_rotated_model_counts_what_was_untied(tmp_path, text, run, run_json):
+    from quantkit.calibration import CalibrationOptions, calibrate
+
+    model, recipe, mixed = make_llama(tmp_path / "model", tie=True), tmp_path / "r.yaml", tmp_path / "mixed.yaml"
+    recipe.write_text(json.dumps(rotated_recipe({"untie": True}).to_mapping()))
+    calibrate(CalibrationOptions(model, tmp_path / "calib", (str(text),), Recipe.load(recipe), num_samples=4, seq_len=32))
+    scoring = ("--data", text, "--max-tokens", 128, "--seq-len", 64, "--max-size", "+10%", "--recipe-out", mixed)
+    result = run_json("sensitivity", model, "--recipe", recipe, "--calibration", tmp_path / "calib", *scoring)
+    assert result["solution"]["moved"] > 0 and result["bytes"]["untied"] == Checkpoint.open(model).tensors["model.embed_tokens.weight"].nbytes
+    calibrate(CalibrationOptions(model, tmp_path / "again", (str(text),), Recipe.load(mixed), num_samples=4, seq_len=32))
+    planned = run_json("export", model, "-o", tmp_path / "out", "--recipe", mixed, "--calibration", tmp_path / "again", "--dry-run")
+    assert planned["bytes_after"] == result["solution"]["bytes"]
 
 
 # ---- Budgets and recipes.
