@@ -119,8 +119,6 @@ def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, 
 
     device = pick_device(options.device)
     with joined_ranks(device) as ranks:
-        if options.recipe and options.recipe.chooses_weights and ranks.count > 1:
-            raise CalibrationError("algorithms that choose weights run in one process; start calibrate without torchrun, or leave the recipe's algorithms out")
         plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
         finished = ranks.first_decides(lambda: options.resume and finished_already(options.output, plan.fingerprint, options.overwrite))
         if finished:
@@ -212,7 +210,7 @@ class _Run:
         self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
         self.threads = max(1, torch.get_num_threads())
         self.model = self._build()
-        self.chooser = self._chooser()
+        self.chooser = self.ranks.after_first(self._chooser)
         self.ranks.first_decides(lambda: require_linears(self.model))
         done = self.ranks.first_decides(self._open_output)
         self.partial = self.ranks.first_decides(lambda: self.output.partial)
@@ -252,7 +250,7 @@ class _Run:
 
         plan = plan_export(ExportOptions(self.options.model, self.options.output, recipe), calibration_follows=True, checkpoint=self.checkpoint)
         rotation = recipe.algorithm("rotation") and make_rotation(recipe.algorithm("rotation"), self.model, self.options.seed)
-        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads, rotation)
+        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads, rotation, self.ranks)
 
     def _chosen_files(self) -> ChosenFiles | None:
         if self.chooser is None:
