@@ -462,7 +462,17 @@ class _Block:
             path = linears[index]
             return gptq(self.weights[path], self.schemes[path].weight, inputs[path].hessian, targets[path], damping, settings["act_order"], scales[path])
 
-        return dict(zip(linears, self._shared(solve, range(len(linears)))))
+        def sent(index: int) -> Solution:
+            """Codes as bytes and without their spec: neither E4M3 tensors nor formats, which are compared by identity, survive being sent."""
+            solution = solve(index)
+            return replace(solution, weight=replace(solution.weight, qdata=solution.weight.qdata.view(torch.uint8), spec=None))
+
+        found = {}
+        for path, solution in zip(linears, self._shared(sent, range(len(linears)))):
+            spec, device = self.schemes[path].weight, self.model.device
+            codes, scale = solution.weight.qdata.to(device).view(getattr(torch, spec.format.torch_name)), solution.weight.scale.to(device)
+            found[path] = replace(solution, weight=QuantizedTensor(codes, scale, spec))
+        return found
 
     def _inputs(self, linears: Sequence[str], with_gram: bool) -> dict[str, _Inputs | None]:
         """What the Linears of a set are given, by each; None where no token reached them."""

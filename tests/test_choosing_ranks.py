@@ -75,3 +75,16 @@ def test_a_rotation_that_cannot_be_done_is_refused_once(text, recipe, tmp_path):
     refused = torchrun(*command(tmp_path / "opt", text, tmp_path / "c", "--recipe", recipe))
     assert refused.returncode != 0 and refused.stderr.count("Error: rotation can't be done") == 1, refused.stderr
     assert not (tmp_path / "c.partial").exists()
+
+
+def test_a_process_without_windows_holds_the_same_weights(model, text, tmp_path):
+    """With one window all sums are one process's, so that codes and statistics are too, whoever made and sent them."""
+    recipe = tmp_path / "fp8.yaml"
+    recipe.write_text(json.dumps({"scheme": "fp8-dynamic", "algorithms": ["smoothquant", "gptq"]}))
+    arguments = ("--recipe", recipe, "--num-samples", 1)
+    for name, launch in (("one", lambda *words: subprocess.run([sys.executable, *words], capture_output=True, text=True)), ("two", torchrun)):
+        done = launch(*command(model, text, tmp_path / name, *arguments))
+        assert done.returncode == 0, done.stderr
+    for number in range(2):
+        ours, theirs = ((tmp_path / name / f"weights-{number:05d}.safetensors").read_bytes() for name in ("one", "two"))
+        assert ours == theirs
