@@ -30,8 +30,8 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.data import evaluation_windows, load_tokenizer, read_source
 from quantkit.demo import smollm2
 from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.output import format_bytes, write_tensors
-from quantkit.report import finite, markdown_table
+from quantkit.output import finite, format_bytes, write_tensors
+from quantkit.report import markdown_table
 from quantkit.scheme import Recipe
 from quantkit.verdict import interval_text
 

@@ -82,10 +82,10 @@ class StoredWeights:
         pass
 
 
-def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **settings: Any) -> nn.Module:
+def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, untied: bool = False, **settings: Any) -> nn.Module:
     """The model in its stored dtype with parameters that have shapes but no memory; buffers that no checkpoint holds are filled.
 
-    settings: of transformers' configuration, such as `experts_implementation`.
+    untied: its output head is a tensor of its own, whatever the configuration says. settings: of transformers' configuration, such as `experts_implementation`.
     """
     task_of(checkpoint.config, checkpoint.path)
     config = auto_config(checkpoint.path, trust_remote_code)
@@ -93,6 +93,8 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, **se
         del config.quantization_config
     if getattr(config, "rescale_every", 0):
         config.rescale_every = 0  # RWKV halves hidden states every few blocks, and weights to match, lest float16 overflow: the same result
+    if untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else _stored_dtype(checkpoint)
     try:
         with torch.device("meta"):

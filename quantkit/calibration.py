@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint, read_header, read_tensor
+from quantkit.checkpoint import Checkpoint
 from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, token_pieces, window_length
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
@@ -25,23 +25,22 @@ from quantkit.layouts import QuantizationLayout
 from quantkit.matrices import as_matrices
 from quantkit.measurements import SCHEMA_VERSION, Calibration, chosen_remarks
 from quantkit.model import classify_tensors, covering_patterns
-from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, is_as_recorded, write_json, write_tensors
+from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, write_json, write_tensors
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks, joined_ranks
+from quantkit.resuming import SavedStates
 from quantkit.scheme import Pattern, Recipe
 from quantkit.states import HiddenStates, available_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantkit.blockwise import BlockwiseModel
     from quantkit.choosing import BlockChooser
     from quantkit.chosen import ChosenFiles
     from quantkit.observers import InputObserver
     from quantkit.recording import BlockStatistics
 
-# The entry of progress.json for the hidden states that a run goes on from.
-HIDDEN_STATES = "hidden states"
-# Hidden states that are in memory are saved when this much work would have to be done again. Finished blocks are always kept.
-SECONDS_BETWEEN_SAVES = 120.0
 # A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 # An expert that saw fewer tokens gets a scale from its weights and the layer's other experts.
@@ -121,8 +120,6 @@ def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, 
 
     device = pick_device(options.device)
     with joined_ranks(device) as ranks:
-        if options.recipe and options.recipe.chooses_weights and ranks.count > 1:
-            raise CalibrationError("algorithms that choose weights run in one process; start calibrate without torchrun, or leave the recipe's algorithms out")
         plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
         finished = ranks.first_decides(lambda: options.resume and finished_already(options.output, plan.fingerprint, options.overwrite))
         if finished:
@@ -214,7 +211,7 @@ class _Run:
         self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
         self.threads = max(1, torch.get_num_threads())
         self.model = self._build()
-        self.chooser = self._chooser()
+        self.chooser = self.ranks.after_first(self._chooser)
         self.ranks.first_decides(lambda: require_linears(self.model))
         done = self.ranks.first_decides(self._open_output)
         self.partial = self.ranks.first_decides(lambda: self.output.partial)
@@ -254,7 +251,7 @@ class _Run:
 
         plan = plan_export(ExportOptions(self.options.model, self.options.output, recipe), calibration_follows=True, checkpoint=self.checkpoint)
         rotation = recipe.algorithm("rotation") and make_rotation(recipe.algorithm("rotation"), self.model, self.options.seed)
-        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads, rotation)
+        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads, rotation, self.ranks)
 
     def _chosen_files(self) -> ChosenFiles | None:
         if self.chooser is None:
@@ -307,8 +304,8 @@ class _Run:
             self.chosen.load_outer(self.batches[0])
         calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
         self.model.free_outer()
+        self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
         first = self._restore(states, calls)
-        self._saved = time.monotonic()
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
                 if self.chosen is not None and number in done:
@@ -324,7 +321,7 @@ class _Run:
                 calls[batch][number] = None
             states.turn()
             self.model.pass_on(number, {batch: self.batches[batch] for batch in self.mine}, states, calls)
-            self._stop_or_save(number, states)
+            self.saved.stop_or_save(number, self.model.block_count, states, beside=lambda number=number: self._encoded(number))
 
     def _measure(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
         from quantkit.recording import BlockRecorder, BlockStatistics
@@ -388,55 +385,19 @@ class _Run:
         described = describe_block(statistics, recorder, name)
         self.output.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described})
 
-    # -- Stopping and going on.
-
     def _restore(self, states: HiddenStates, calls: Mapping[int, Any]) -> int:
         """The block to begin with: the one behind the hidden states that an earlier run saved, if it did."""
-        saved = self.ranks.first_decides(self._saved_states)
-        if saved is None:
-            return 0
-        first = saved["block"] + 1
-        paths = [self.partial / name for name in saved["files"]]
-        found = {name: info for path in paths if path.is_file() for name, info in read_header(path).items()}
-        encoded = {batch: _encoded_name(batch) for batch in self.mine} if self.model.reads_encoder(first) else {}
-        if not all(self.ranks.all_gather(found.keys() >= {*map(str, self.mine), *encoded.values()})):
-            return 0
-        if encoded:
-            texts = {batch: self.batches[batch] for batch in self.mine}
-            self.model.begin_decoder({batch: read_tensor(found[name]) for batch, name in encoded.items()}, texts, states, calls)
-        for batch in self.mine:
-            states.put(batch, read_tensor(found[str(batch)]))
-        states.turn()
-        return first
+        texts = {batch: self.batches[batch] for batch in self.mine}
 
-    def _saved_states(self) -> dict[str, Any] | None:
-        saved = self.output.done.get(HIDDEN_STATES)
-        return saved if saved is not None and all(is_as_recorded(self.partial, *item) for item in saved["files"].items()) else None
+        def put_encoded(found: Mapping[str, Tensor]) -> None:
+            self.model.begin_decoder({batch: found[_encoded_name(batch)] for batch in self.mine}, texts, states, calls)
 
-    def _stop_or_save(self, number: int, states: HiddenStates) -> None:
-        stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
-        late = self.ranks.first_decides(lambda: time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES)
-        if (stopped or late) and number + 1 < self.model.block_count:
-            self._save(number, states)
-            self._saved = time.monotonic()
-        if stopped:
-            StopRequest(stopped[0]).check(f"after block {number + 1} of {self.model.block_count}; what is done is kept")
+        names = [_encoded_name(batch) for batch in self.mine]
+        return self.saved.restore(states, lambda block: self.mine, lambda block: names if self.model.reads_encoder(block + 1) else (), put_encoded)
 
-    def _save(self, number: int, states: HiddenStates) -> None:
-        """Each rank writes those of its batches, where all see the same directory; any number of ranks can read them."""
-        saved = None
-        if self.partial.is_dir():
-            path = self.partial / f"hidden-states-{number:05d}-{self.ranks.rank}.safetensors"
-            states.save(path, {_encoded_name(batch): self.model.encoded[batch] for batch in self.mine if self.model.reads_encoder(number + 1)})
-            saved = path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
-        gathered = self.ranks.all_gather(saved)
-        if not self.ranks.is_first or None in gathered:
-            return
-        former = self.output.done.get(HIDDEN_STATES, {"files": {}})
-        files = dict(gathered)
-        self.output.record(HIDDEN_STATES, {"block": number, "files": files})
-        for name in former["files"].keys() - files.keys():
-            (self.partial / name).unlink(missing_ok=True)
+    def _encoded(self, number: int) -> dict[str, Tensor]:
+        """What the encoder made of each batch, by its name among saved hidden states, where it is needed behind a block."""
+        return {_encoded_name(batch): self.model.encoded[batch] for batch in self.mine} if self.model.reads_encoder(number + 1) else {}
 
     # -- The end.
 

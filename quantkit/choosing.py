@@ -3,6 +3,9 @@
 A block is worked through in the order in which it computes. What it reads comes from earlier blocks as they are quantized, and each of its Linears
 is quantized before the inputs of the next are looked at: errors are seen by all that can still make up for them. What is chosen is final: codes and
 scales go to CALIB, and `export` copies them.
+
+Where several processes share the batches, what is found by running the block on one batch is found by the first of them, sums over tokens are added up over all, and each
+search and each Linear's codes are made by one and sent to the others: so all hold the same weights.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from quantkit.linear import QuantizedLinear
 from quantkit.model import fused_sets
 from quantkit.ops import quantize as quantize_weight
 from quantkit.quantize import QuantizedTensor, block_amax, choose_scale, quantize
+from quantkit.ranks import Ranks
 from quantkit.recording import names_on_disk
 from quantkit.rotating import Rotation, require_on_disk, rotate_block
 from quantkit.scheme import TENSOR, TOKEN, QuantScheme, Recipe
@@ -61,13 +65,14 @@ class _EnoughSeen(Exception):
 
 @dataclass
 class BlockChooser:
-    """Chooses for block after block. schemes: Linear on disk → scheme. threads: at work at once on a CPU. rotation: of the whole model, if any."""
+    """Chooses for block after block. schemes: Linear on disk → scheme. threads: at work at once on a CPU. rotation: of the whole model, if any. ranks: share the batches."""
 
     model: BlockwiseModel
     recipe: Recipe
     schemes: Mapping[str, QuantScheme]
     threads: int
     rotation: Rotation | None = None
+    ranks: Ranks = Ranks()
 
     def choose(self, number: int, block: nn.Module, batches: Sequence[int], calls: Mapping[int, Any], states: HiddenStates) -> ChosenWeights:
         """Choose and put in place: afterwards the block is the quantized one."""
@@ -159,14 +164,14 @@ class _Block:
     def __init__(
         self, chooser: BlockChooser, number: int, block: nn.Module, batches: Sequence[int], call_of: Callable[[int], Call], states: HiddenStates
     ) -> None:
-        self.chooser, self.model, self.recipe = chooser, chooser.model, chooser.recipe
+        self.chooser, self.model, self.recipe, self.ranks = chooser, chooser.model, chooser.recipe, chooser.ranks
         self.block, self.batches, self.call_of, self.states = block, batches, call_of, states
         self.names, self.prefix = _Names(self.model, number, block), self.model.block_name(number)
         self.schemes = {path: chooser.schemes[name] for path, name in self.names.linears.items() if name in chooser.schemes}
         # In float32 as they will be quantized; the block itself holds them rounded to its dtype.
         self.weights = {path: block.get_submodule(path).weight.data.float() for path in self.schemes}
         self.chosen = ChosenWeights()
-        self.order = self._find_order()
+        self.order: _Order = self.ranks.first_decides(self._find_order)
         self.importance: dict[int, Tensor] = {}  # of each batch's tokens, [tokens, 1]
 
     def _run(self, batch: int) -> Tensor:
@@ -174,6 +179,13 @@ class _Block:
 
     def _each(self, work: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
         return each_batch(work, list(numbers), self.model.device, self.chooser.threads)
+
+    def _shared(self, work: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+        """work(number) for each, done by one of the ranks; every rank has all results."""
+        numbers = list(numbers)
+        mine = numbers[self.ranks.rank :: self.ranks.count]
+        shares = self.ranks.all_gather(dict(zip(mine, self._each(work, mine))))
+        return [shares[place % self.ranks.count][number] for place, number in enumerate(numbers)]
 
     def _probe(self, rotation: Tensor | None = None) -> BlockProbe:
         """On the first batch. rotation: that the hidden states have and this block doesn't expect."""
@@ -187,32 +199,38 @@ class _Block:
     # -- Rotation.
 
     def rotate(self, rotation: Rotation) -> None:
-        # On one thread the result doesn't depend on how many there are.
-        with torch.inference_mode(), one_thread():
+        made: list[Mapping[str, Tensor]] = []
+
+        def find() -> dict[str, Any]:
             found = rotate_block(self._probe(rotation.stream), rotation, self._stored_dtypes(), self.prefix)
             require_on_disk(self.model, self.prefix, list(found.parameters))
-            self._put(found.parameters)
-        entry = {"block": self.prefix, "norms": list(found.norms), "writers": list(found.writers), "heads": list(found.heads), "change": found.change}
-        self.chosen.described["rotations"].append(entry)
+            made.append(found.parameters)
+            entry = {"block": self.prefix, "norms": list(found.norms), "writers": list(found.writers), "heads": list(found.heads), "change": found.change}
+            return entry | {"linears": {path: asdict(linear) for path, linear in found.linears.items()}}
+
+        # On one thread the result doesn't depend on how many there are.
+        with torch.inference_mode(), one_thread():
+            self.chosen.described["rotations"].append(self.ranks.first_decides(find))
+            self._put(self.ranks.from_first(made[0] if made else None))
 
     # -- SmoothQuant.
 
     def smooth(self) -> None:
         # On one thread the result doesn't depend on how many there are; each search is small.
         with torch.inference_mode(), one_thread():
-            probe = self._probe()
-            folds, reasons = find_folds(probe)
+            probe = self._probe() if self.ranks.is_first else None
+            folds, reasons = self.ranks.first_decides(lambda: find_folds(probe))
             name = self.names.linears
             self.chosen.described["refused"] += [{"linear": name.get(path, path), "reason": reason} for path, reason in reasons.items() if path in self.schemes]
             if not folds:
                 return
             samples, importance = self._samples([fold.consumers[0] for fold in folds])
             dtypes = self._stored_dtypes()
-            before = dict(probe.block.named_parameters())
+            before = dict(probe.block.named_parameters()) if probe else {path: parameter.data.float() for path, parameter in self.block.named_parameters()}
             after = dict(before)
             described = []
             # Each scales other columns, so that none changes what another is chosen by.
-            searches = self._each(lambda index: self._search(folds[index], samples, importance, before), range(len(folds)))
+            searches = self._shared(lambda index: self._search(folds[index], samples, importance, before), range(len(folds)))
             for fold, found in zip(folds, searches):
                 if found is None:
                     continue
@@ -224,8 +242,7 @@ class _Block:
                 after |= changed
                 described.append(self._described_fold(fold, found))
             changed = {path: tensor for path, tensor in after.items() if tensor is not before[path]}
-            with probe.changed(changed):
-                change = probe.change()
+            change = self.ranks.first_decides(lambda: _change(probe, changed))
             if not change < STORED_TOLERANCE:
                 for fold in folds:
                     self._refuse(fold, f"with the scales as they are stored the block's output changes by {change:.1%}")
@@ -267,7 +284,7 @@ class _Block:
     def _samples(self, linears: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Some rows of these Linears' inputs, [rows, in_features], and where they aren't all alike how much each counts, [rows, 1]."""
         width = max(self.block.get_submodule(path).in_features for path in linears)
-        each = -(-min(SEARCH_ROWS, SEARCH_NUMBERS // width) // len(self.batches))
+        each = -(-min(SEARCH_ROWS, SEARCH_NUMBERS // width) // sum(self.ranks.all_gather(len(self.batches))))
 
         def work(batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             kept, counts = {}, {}
@@ -281,7 +298,8 @@ class _Block:
             return kept, counts
 
         with self._keeping_inputs(linears) as inputs_of:
-            found = list(self._each(work, self.batches))
+            shares = self.ranks.all_gather(dict(zip(self.batches, self._each(work, self.batches))))
+        found = [kept for _, kept in sorted((item for share in shares for item in share.items()), key=lambda item: item[0])]
         rows, importance = ({path: [entry[side][path] for entry in found if path in entry[side]] for path in linears} for side in (0, 1))
         return {path: torch.cat(rows[path] or [torch.empty(0)]) for path in linears}, {
             path: torch.cat(importance[path]) for path in linears if importance[path]
@@ -404,7 +422,9 @@ class _Block:
         bias = self.block.get_submodule(path).bias
         if bias is None or inputs is None or f"{path}.bias" not in self.names.parameters:
             return False
-        bias.data = corrected_bias(bias.data, self.weights[path], weight.dequantize(), inputs.exact_mean, inputs.seen_mean).to(bias.dtype)
+        bias.data = self.ranks.first_decides(
+            lambda: corrected_bias(bias.data, self.weights[path], weight.dequantize(), inputs.exact_mean, inputs.seen_mean).to(bias.dtype)
+        )
         self.chosen.tensors[self.names.parameters[f"{path}.bias"]] = bias.data
         return True
 
@@ -423,7 +443,7 @@ class _Block:
             # Those that share one scale follow the largest weight of all.
             return choose_scale(torch.stack([block_amax(weight, TENSOR) for weight in weights]).amax(0), spec) if len(members) > 1 else None
 
-        for members, scale in zip(together, self._each(work, range(len(together)))):
+        for members, scale in zip(together, self._shared(work, range(len(together)))):
             scales |= dict.fromkeys(members, scale)
         return scales
 
@@ -443,7 +463,17 @@ class _Block:
             path = linears[index]
             return gptq(self.weights[path], self.schemes[path].weight, inputs[path].hessian, targets[path], damping, settings["act_order"], scales[path])
 
-        return dict(zip(linears, self._each(solve, range(len(linears)))))
+        def sent(index: int) -> Solution:
+            """Codes as bytes and without their spec: neither E4M3 tensors nor formats, which are compared by identity, survive being sent."""
+            solution = solve(index)
+            return replace(solution, weight=replace(solution.weight, qdata=solution.weight.qdata.view(torch.uint8), spec=None))
+
+        found = {}
+        for path, solution in zip(linears, self._shared(sent, range(len(linears)))):
+            spec, device = self.schemes[path].weight, self.model.device
+            codes, scale = solution.weight.qdata.to(device).view(getattr(torch, spec.format.torch_name)), solution.weight.scale.to(device)
+            found[path] = replace(solution, weight=QuantizedTensor(codes, scale, spec))
+        return found
 
     def _inputs(self, linears: Sequence[str], with_gram: bool) -> dict[str, _Inputs | None]:
         """What the Linears of a set are given, by each; None where no token reached them."""
@@ -475,14 +505,32 @@ class _Block:
             for sums in self._each(work, self.batches):
                 if sums is not None:
                     total = sums if total is None else [mine.add_(other) for mine, other in zip(total, sums)]
+        total = self._added_up(total)
         if total is None:
             return None
         if not torch.isfinite(total[3]).all():
-            raise CalibrationError(
-                f"the input of {self.names.linears[linear]} holds NaN or infinity; the model overflows on this text or its weights are damaged"
+            raise self.ranks.told_once(
+                CalibrationError(
+                    f"the input of {self.names.linears[linear]} holds NaN or infinity; the model overflows on this text or its weights are damaged"
+                )
             )
         count, exact, seen, squares, *grams = total
         return _Inputs(exact / count, seen / count, squares / count, *grams)
+
+    def _added_up(self, sums: list[Tensor] | None) -> list[Tensor] | None:
+        """Over the ranks, of which some may have seen no token (None)."""
+        if self.ranks.count == 1:
+            return sums
+        shapes = next((shapes for shapes in self.ranks.all_gather(sums and [tuple(each.shape) for each in sums]) if shapes), None)
+        if shapes is None:
+            return None
+        sums = sums or [torch.zeros(shape, device=self.model.device) for shape in shapes]
+        return [self.ranks.reduce([each], "sum")[0] for each in sums]
+
+
+def _change(probe: BlockProbe, changed: Mapping[str, Tensor]) -> float:
+    with probe.changed(changed):
+        return probe.change()
 
 
 def _of_producer(fold: Fold, scale: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from quantkit.checkpoint import read_header, read_tensor
 from quantkit.choosing import BlockChooser
 from quantkit.errors import QuantkitError
 from quantkit.output import OutputDirectory, blake3_file, write_tensors
+from quantkit.ranks import Ranks
 from quantkit.rotating import put_outer, rotated_outer, try_rotation
 from quantkit.states import HiddenStates
 
@@ -28,10 +29,14 @@ def weights_file(number: int) -> str:
 
 @dataclass(frozen=True)
 class ChosenFiles:
-    """The files of one run, and the chooser whose work they hold."""
+    """The files of one run, and the chooser whose work they hold. output: on the first rank, which reads and writes them for all."""
 
     chooser: BlockChooser
-    output: OutputDirectory
+    output: OutputDirectory | None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.chooser.ranks
 
     @property
     def rotates_outer(self) -> bool:
@@ -41,32 +46,44 @@ class ChosenFiles:
         """Refuse now a rotation that couldn't be finished. build: makes a model of its own for that. tokens: [windows, positions]."""
         if self.chooser.rotation is None:
             return
-        try:
-            try_rotation(build(), tokens, self.chooser.rotation, shapes, on_block)
-        except QuantkitError:
-            self.output.discard()
-            raise
+
+        def attempt() -> None:
+            try:
+                try_rotation(build(), tokens, self.chooser.rotation, shapes, on_block)
+            except QuantkitError:
+                self.output.discard()
+                raise
+
+        self.ranks.first_decides(attempt)
 
     def load_outer(self, tokens: Tensor) -> None:
         """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on which a rotation is checked."""
         model = self.chooser.model
         if not self.rotates_outer:
             model.load_outer(with_head=False)
-        elif OUTER_FILE in self.output.finished([OUTER_FILE]):
-            model.load_outer(with_head=False)
-            put_outer(model, self._read(OUTER_FILE))
-        else:
-            model.load_outer(with_head=True)
-            self._write(OUTER_FILE, rotated_outer(model, tokens, self.chooser.rotation), {})
+            return
+        made: list[Mapping[str, Tensor]] = []
+
+        def find() -> None:
+            if OUTER_FILE not in self.output.finished([OUTER_FILE]):
+                model.load_outer(with_head=True)
+                self._write(OUTER_FILE, rotated_outer(model, tokens, self.chooser.rotation), {})
+                model.free_outer()
+            made.append(self._read(OUTER_FILE))
+
+        self.ranks.first_decides(find)
+        model.load_outer(with_head=False)
+        put_outer(model, self.ranks.from_first(made[0] if made else None))
 
     def install(self, number: int, block: nn.Module) -> None:
         """Make a block what an earlier run chose."""
-        self.chooser.install(number, block, self._read(weights_file(number)))
+        self.chooser.install(number, block, self.ranks.from_first(self._read(weights_file(number)) if self.ranks.is_first else None))
 
     def choose(self, number: int, block: nn.Module, batches: Sequence[int], calls: Mapping[int, Any], states: HiddenStates) -> None:
         """Choose a block's weights, put them in place and write them."""
         chosen = self.chooser.choose(number, block, batches, calls, states)
-        self._write(weights_file(number), chosen.to_tensors(), chosen.described)
+        if self.ranks.is_first:
+            self._write(weights_file(number), chosen.to_tensors(), chosen.described)
 
     def _read(self, name: str) -> dict[str, Tensor]:
         return {tensor: read_tensor(info) for tensor, info in read_header(self.output.partial / name).items()}

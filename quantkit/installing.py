@@ -1,12 +1,13 @@
 """A set of Linears as it is served, put in the place of the original one while a variant runs; and what quantizing did to each Linear by itself.
 
 Codes are made as `export` makes them. Where a calibration holds weights that algorithms chose, its codes are taken, and the unquantized model is the one they
-were made from: algorithms fold scales per channel into weights before they choose codes, and those scales are found again from the codes.
+were made from: algorithms fold scales per channel into weights before they choose codes, and those scales are found again from the codes. Where the calibration rotated
+the model, its weights are rotated again first: by the same matrices, which follow from the seed, and as the calibration says of each Linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
-from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton, one_thread
 from quantkit.checkpoint import read_tensor
 from quantkit.errors import EvaluationError
 from quantkit.experts import EXPERTS_IMPLEMENTATION, ExpertInput, register_serving_experts
@@ -23,7 +24,9 @@ from quantkit.export import input_scale_of
 from quantkit.linear import QuantizedLinear
 from quantkit.plan import ExportPlan
 from quantkit.quantize import QuantizedTensor, sqnr_db
+from quantkit.ranks import Ranks
 from quantkit.recording import first_and_down, is_experts, names_on_disk
+from quantkit.rotating import RotatedLinear, Rotation, make_rotation
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
 from quantkit.variants import Swap
@@ -37,15 +40,16 @@ NUDGED = 1 / 12  # share of roundings that a nudge moves by one step
 
 class SetInstaller:
     """plans: for each choice of a set the plan of a model whose sets all take it, None for the first, which leaves them. sets: the Linears of each, once they are
-    known. sampled: how many windows may be looked at.
+    known. looked_at: the windows that run here.
     """
 
-    def __init__(self, model: Path, plans: Sequence[ExportPlan | None], trust_remote_code: bool) -> None:
-        self._path, self._plans, self._trust_remote_code = model, plans, trust_remote_code
+    def __init__(self, model: Path, plans: Sequence[ExportPlan | None], trust_remote_code: bool, ranks: Ranks | None = None) -> None:
+        self._path, self._plans, self._trust_remote_code, self._ranks = model, plans, trust_remote_code, ranks or Ranks()
         self.sets: Sequence[Sequence[str]] = ()
-        self.sampled = 1
+        self.looked_at: Sequence[int] = (0,)
         self._figures: dict[int, dict[str, dict[str, Any]]] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self._known_blocks = 0
+        self._inputs: dict[str, Tensor] | None = None  # of the block that was looked at last
 
     # -- The model.
 
@@ -57,9 +61,11 @@ class SetInstaller:
         """The unquantized model, its blocks on disk: each of them runs once."""
         register_serving_experts()
         checkpoint = self._plans[1].checkpoint
-        skeleton = build_skeleton(checkpoint, self._trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION)
+        skeleton = build_skeleton(checkpoint, self._trust_remote_code, bool(self._plans[1].added), experts_implementation=EXPERTS_IMPLEMENTATION)
         self._weights = _Weights(self._plans[1])
         self._model = BlockwiseModel(skeleton, self._weights, str(self._path), device)
+        self._weights.rotate(self._model)
+        self._inputs = None
         return self._model
 
     def linears_of(self, number: int) -> list[str]:
@@ -102,7 +108,7 @@ class SetInstaller:
         weight = replace(weight, qdata=weight.qdata.to(self._model.device), scale=weight.scale.to(self._model.device))
         input_scale = input_scale_of(info, plan).reshape(1).to(self._model.device) if info.scheme.needs_calibration else None
         made = QuantizedLinear(weight, info.scheme, input_scale, linear.bias, self._model.model.config.dtype)
-        if choice == 1:
+        if choice == 1 and self._inputs is not None:
             self._compare(place, name, linear, weight, made)
         return made
 
@@ -138,15 +144,24 @@ class SetInstaller:
 
     # -- Figures of each Linear.
 
+    def know(self, blocks: int, figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """What an earlier run found in so many blocks: `layer_figures`, as JSON keeps it."""
+        self._known_blocks = blocks
+        self._figures = {int(place): {entry["name"]: dict(entry) for entry in entries} for place, entries in figures.items()}
+
     def look(self, number: int, block: nn.Module, run: Callable[[int], Tensor]) -> None:
-        """Keep some rows of the inputs of a block's Linears, as the unquantized model has them."""
+        """Keep some rows of the inputs of a block's Linears, as the unquantized model has them: of the first windows, wherever they run."""
+        self._inputs = None
+        if number < self._known_blocks:
+            return
         prefix, kept = self._model.block_name(number), {}
+        seen: dict[int, dict[str, Tensor]] = {}
 
         def keeper(name: str) -> Callable[..., None]:
             def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
                 rows = arguments[0].reshape(-1, arguments[0].shape[-1])
                 places = torch.linspace(0, rows.shape[0] - 1, min(SAMPLED_POSITIONS, rows.shape[0])).long().to(rows.device)
-                kept.setdefault(name, []).append(rows[places])
+                kept[name] = torch.cat([kept[name], rows[places]]) if name in kept else rows[places]
 
             return keep
 
@@ -156,18 +171,26 @@ class SetInstaller:
                 names = names_on_disk(self._model.sources(f"{prefix}.{path}.weight"), f"{prefix}.{path}")
                 hooks += [module.register_forward_pre_hook(keeper(names[0]))] if len(names) == 1 else []
         try:
-            for window in range(min(SAMPLED_WINDOWS, self.sampled)):
-                run(window)
+            with one_thread():
+                for window in [window for window in self.looked_at if window < SAMPLED_WINDOWS]:
+                    run(window)
+                    seen[window] = {name: rows.cpu() for name, rows in kept.items()}
+                    kept.clear()
         finally:
             for hook in hooks:
                 hook.remove()
-        self._inputs = {name: torch.cat(rows) for name, rows in kept.items()}
+        shares = self._ranks.all_gather(seen)
+        of_windows = [rows for _, rows in sorted((item for share in shares for item in share.items()), key=lambda item: item[0])]
+        names = dict.fromkeys(name for rows in of_windows for name in rows)
+        self._inputs = {name: torch.cat([rows[name] for rows in of_windows if name in rows]) for name in names}
 
     def _compare(self, place: int, name: str, linear: nn.Linear, weight: QuantizedTensor, made: QuantizedLinear) -> None:
         figures = {"name": name, "weight_sqnr_db": float(sqnr_db(linear.weight, weight.dequantize()))}
         rows = self._inputs.get(name)
         if rows is not None and rows.shape[0]:
-            figures["output_sqnr_db"] = float(sqnr_db(linear(rows), made(rows)))
+            rows = rows.to(self._model.device)
+            with one_thread():  # on one thread the result doesn't depend on how many there are
+                figures["output_sqnr_db"] = float(sqnr_db(linear(rows), made(rows)))
         self._figures.setdefault(place, {})[name] = figures
 
     def layer_figures(self) -> dict[int, list[dict[str, Any]]]:
@@ -201,8 +224,33 @@ class _Weights(StoredWeights):
         super().__init__(plan.checkpoint, require_finite=True)
         self._plan, self._chosen = plan, plan.calibration.weights if plan.calibration else {}
         self.rounded: dict[str, QuantizedTensor] = {}
+        self._rotation = Rotation(None, None)
+        self._rotated: dict[str, tuple[RotatedLinear, str]] = {}  # by the weight's name on disk: how, and its norm's weight
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = super().shapes()
+        return {**shapes, **{name: shapes[source] for name, source in self._plan.added.items()}}
+
+    def rotate(self, model: BlockwiseModel) -> None:
+        """Read weights as the calibration's rotation makes them, if it has one. Raises EvaluationError where it doesn't say how."""
+        recipe, calibration = self._plan.options.recipe, self._plan.calibration
+        if calibration is None or not recipe.algorithm("rotation"):
+            return
+        self._rotation = make_rotation(recipe.algorithm("rotation"), model, calibration.description["seed"])
+        for entry in calibration.description["chosen"]["rotations"]:
+            if "linears" not in entry:
+                raise EvaluationError(f"{calibration.path} doesn't say how its Linears were rotated, as an earlier quantkit wrote it; calibrate again")
+            for path, fields in entry["linears"].items():
+                how = RotatedLinear(**fields)
+                weights = [model.sources(f"{entry['block']}.{place}.weight") for place in (path, how.norm or path)]
+                if None in weights:
+                    raise EvaluationError(f"{calibration.path} rotates {entry['block']}.{path}, which the model doesn't have; calibrate again")
+                name, norm = (source.lists[0][0] for source in weights)
+                self._rotated[name] = how, norm
 
     def read(self, name: str) -> Tensor:
+        if name in self._plan.added:
+            return read_tensor(self._chosen[name])
         stored = super().read(name)
         if name in self.rounded:
             return self.rounded[name].dequantize().to(stored.dtype)
@@ -212,7 +260,14 @@ class _Weights(StoredWeights):
         if f"{linear}.weight_scale" not in self._chosen:
             return read_tensor(self._chosen[name])
         values = self._plan.calibration.quantized_weight(linear, self._plan.linears[linear].scheme.weight).dequantize()
-        return recovered_weight(stored.float(), values, name).to(stored.dtype)
+        return recovered_weight(self._as_rotated(name, stored), values, name).to(stored.dtype)
+
+    def _as_rotated(self, name: str, stored: Tensor) -> Tensor:
+        if name not in self._rotated:
+            return stored.float()
+        how, norm = self._rotated[name]
+        rotation = Rotation(*(None if matrix is None else matrix.cpu() for matrix in (self._rotation.stream, self._rotation.head)))
+        return how.apply(stored, rotation, super().read(norm) if how.norm else None)
 
 
 def recovered_weight(original: Tensor, values: Tensor, name: str = "the weight") -> Tensor:
@@ -231,7 +286,7 @@ def recovered_weight(original: Tensor, values: Tensor, name: str = "the weight")
     found = original * rows * columns
     if float(sqnr_db(found, values)) < LEAST_RECOVERED_DB:
         raise EvaluationError(
-            f"the calibration's codes of {name} are not those of the model's weight with scaled rows and columns (a rotation, perhaps), so sets can't be scored one by one; "
+            f"the calibration's codes of {name} are not those of the model's weight with scaled rows and columns, so sets can't be scored one by one; calibrate again, or "
             "leave out --calibration to score rounding to nearest"
         )
     return found

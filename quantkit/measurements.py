@@ -263,6 +263,8 @@ def _require_rest(description: Mapping[str, Any]) -> None:
             _text(entry, "block"), _magnitude(entry, "change")
             for key in ("norms", "writers", "heads"):
                 _value(entry, key, "a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
+            if "linears" in entry:  # earlier versions didn't say
+                _value(entry, "linears", "how Linears are rotated", lambda value: isinstance(value, dict) and all(map(_is_rotated_linear, value.values())))
         for name, source in _object(chosen, "untied").items():
             _text({name: source}, name)
         for entry in _entries(chosen, "refused"):
@@ -303,6 +305,11 @@ def _is_magnitude(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_rotated_linear(value: Any) -> bool:
+    kinds = {"norm": str, "adds_one": bool, "writes": bool, "reads_heads": bool, "writes_heads": bool}
+    return isinstance(value, dict) and value.keys() == kinds.keys() and all(isinstance(value[key], kind) for key, kind in kinds.items())
 
 
 def _count(entry: Mapping[str, Any], key: str) -> int:

@@ -222,7 +222,7 @@ def start_flush(descriptor: int, start: int, nbytes: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A whole safetensors file at once, durable and atomic."""
+    """A whole safetensors file at once, durable and atomic. What the mapping makes of a name is asked for twice: for its shape, and when its turn comes to be written."""
     names = {f"torch.{torch_name}": name for name, (_, torch_name) in DTYPES.items()}
     writer = ShardWriter(path, [TensorPlan(name, names[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in tensors.items()])
     try:
@@ -237,6 +237,15 @@ def new_file(path: Path) -> Any:
     """A file made anew for reading and writing, unbuffered: what lies there under its name, a link above all, is removed and not written to."""
     path.unlink(missing_ok=True)
     return open(path, "x+b", buffering=0)
+
+
+def finite(content: Any) -> Any:
+    """The same as JSON can hold it: null for what is not finite."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    return [finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -308,22 +317,19 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-class OutputDirectory:
-    """A directory that appears under its name only when it is whole.
-
-    Files are made in `OUT.partial`, which `commit` renames to `OUT`. `progress.json` in it keeps the fingerprint of everything that
-    decides the bytes, so that `resume` continues only the same work.
+class WorkDirectory:
+    """A directory in which something is made. `progress.json` in it keeps the fingerprint of everything that decides the bytes, so that `resume` continues only the
+    same work.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
-        # Resolved, so that a link to a directory is filled, not replaced.
-        self.path = resolved_output(Path(path).expanduser())
-        self.partial = self.path.with_name(self.path.name + ".partial")
+    def __init__(self, partial: Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False) -> None:
+        self.partial = partial
         self._progress_file = self.partial / PROGRESS_FILE
-        check_output(self.path, overwrite=overwrite, reads=reads)
         self.progress: dict[str, Any] = {"fingerprint": dict(fingerprint), "done": {}}
         if self.partial.is_symlink():
             raise OutputError(f"{self.partial} is a link; nothing is written through it, so remove it or choose another -o")
+        if self.partial.exists() and not self.partial.is_dir():
+            raise OutputError(f"{self.partial} is a file where a directory has to be made; move it, or choose another -o")
         if self.partial.exists():
             if resume and self._can_continue(dict(fingerprint), overwrite):
                 self._continue()
@@ -385,8 +391,22 @@ class OutputDirectory:
         return {name: entry for (name, entry), is_same in zip(recorded.items(), same) if is_same}
 
     def discard(self) -> None:
-        """Remove what was begun, when it can't be finished."""
-        shutil.rmtree(self.partial)
+        """Remove the directory; `progress.json` last, so that what is left by a kill can be continued or is nothing."""
+        for path in self.partial.iterdir():
+            if path != self._progress_file:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._progress_file.unlink(missing_ok=True)
+        self.partial.rmdir()
+
+
+class OutputDirectory(WorkDirectory):
+    """A directory that appears under its name only when it is whole: files are made in `OUT.partial`, which `commit` renames to `OUT`."""
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
+        # Resolved, so that a link to a directory is filled, not replaced.
+        self.path = resolved_output(Path(path).expanduser())
+        check_output(self.path, overwrite=overwrite, reads=reads)
+        super().__init__(self.path.with_name(self.path.name + ".partial"), fingerprint, resume=resume, overwrite=overwrite)
 
     def commit(self) -> None:
         """Put the finished directory in place of `OUT`, which is the old or the new one at every moment where the system can exchange names."""
@@ -528,7 +548,7 @@ def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> 
         raise OutputError(f"{parent} is on a read-only file system; choose another -o")
 
 
-def check_disk_space(path: Path, needed: int) -> None:
+def check_disk_space(path: Path, needed: int, what: str = "the output") -> None:
     """Refuse before the start what won't fit. What an interrupted run left beside `path` counts as room: it is continued or replaced."""
     path = resolved_output(path)
     partial = path.with_name(path.name + ".partial")
@@ -537,7 +557,7 @@ def check_disk_space(path: Path, needed: int) -> None:
     parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise OutputError(f"the output needs {format_bytes(needed)} but {parent} has {format_bytes(free)} free; choose another -o or make room")
+        raise OutputError(f"{what} needs {format_bytes(needed)} but {parent} has {format_bytes(free)} free; choose another -o or make room")
 
 
 def format_bytes(count: float) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantkit.advice import KEEP, RECIPE
 from quantkit.output import counted, format_bytes
-from quantkit.sensitivity import KEEP, RECIPE
 from quantkit.verdict import interval_text
 
 SHOWN = 15  # sets; all of them with -v
@@ -50,7 +51,7 @@ def _kld(figure: Mapping[str, Any], digits: int = 6) -> str:
 
 
 def _least(layers: Sequence[Mapping[str, Any]], key: str) -> str:
-    values = [layer[key] for layer in layers if layer.get(key) is not None]
+    values = [math.inf if layer[key] is None else layer[key] for layer in layers if key in layer]  # JSON has no infinity
     return "" if not values else f"{min(values):.1f}" if min(values) < 200 else "exact"
 
 
@@ -101,8 +102,9 @@ def sensitivity_remarks(result: Mapping[str, Any]) -> list[str]:
     off = [abs(point["kld_predicted"] / point["measured"]["kld"] - 1) for line in result["pareto"] for point in line["points"] if _is_measured(point)]
     if off:
         remarks.append(f"at the measured points predictions are off by at most {100 * max(off):.0f} %")
+    took = f"; {result['seconds']:.0f} s, peak memory {format_bytes(result['peak_memory_bytes'])}" if "seconds" in result else ""
     remarks.append(
-        f"{result['block_runs']} runs of a block over {result['tokens_scored'] + result['windows']} tokens, where separate runs of all variants would take {result['block_runs_without_sharing']}; {result['seconds']:.0f} s, peak memory {format_bytes(result['peak_memory_bytes'])}"
+        f"{result['block_runs']} runs of a block over {result['tokens_scored'] + result['windows']} tokens, where separate runs of all variants would take {result['block_runs_without_sharing']}{took}"
     )
     solution = result.get("solution")
     if solution is not None:

@@ -6,7 +6,7 @@ Launching, rendezvous and the end of a job whose process died are torchrun's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,6 +64,33 @@ class Ranks:
         if exit_code is not None:
             raise FollowerStopped(exit_code)
         return content
+
+    def after_first(self, work: Callable[[], Any]) -> Any:
+        """What each rank makes of `work`, which isn't sent; rank 0's error ends them all, and only rank 0 says it."""
+        made: list[Any] = []
+        self.first_decides(lambda: made.append(work()))
+        return made[0] if made else work()
+
+    def told_once(self, error: QuantkitError) -> QuantkitError:
+        """What to raise for an error that every rank finds: only rank 0 says it."""
+        return error if self.is_first else FollowerStopped(error.exit_code)
+
+    def from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Rank 0's tensors, on every rank; what others give is not looked at."""
+        if self.count == 1:
+            return dict(tensors)
+        import torch
+        import torch.distributed as dist
+
+        described = self.first_decides(lambda: {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+        found: dict[str, Tensor] = {}
+        for name, (shape, dtype) in described.items():
+            empty = None if self.is_first else torch.empty(shape, dtype=dtype, device=self.device)
+            found[name] = tensors[name].to(self.device).contiguous() if self.is_first else empty
+            if found[name].numel():
+                with _peers_alive(), torch.inference_mode():
+                    dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0)  # as bytes: gloo doesn't know every dtype
+        return found
 
     def reduce(self, tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
         """Each tensor's sum or maximum over the ranks. Tensors of one dtype, in the same order and shapes on every rank. operation: "sum" or "max"."""

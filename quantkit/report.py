@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantkit.output import counted, format_bytes
+from quantkit.output import counted, finite, format_bytes
 from quantkit.runtimes import FORMAT_SCHEMES, FORMAT_SUPPORT, HARDWARE, RUNTIMES, SUPPORT, Support, hardware_mode
 from quantkit.scheme import ALIASES, SCHEMES
 
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
 def print_json(content: Any) -> None:
     """JSON on stdout. NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
-
-
-def finite(content: Any) -> Any:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    return [finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: Sequence[int] = ()) -> None:

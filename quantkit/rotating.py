@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantkit.algorithms.rotation import rotated_reader, rotated_writer, rotation_matrix
 from quantkit.blockwise import BlockwiseModel
 from quantkit.errors import CalibrationError, RecipeError
-from quantkit.folding import STORED_TOLERANCE, TOLERANCE, BlockProbe, find_linear_folds, find_norm_folds, is_scaled_by_vector
+from quantkit.folding import STORED_TOLERANCE, TOLERANCE, BlockProbe, Fold, find_linear_folds, find_norm_folds, is_scaled_by_vector
 from quantkit.output import format_bytes
 from quantkit.scheme import Algorithm
 from quantkit.states import HiddenStates
@@ -213,10 +213,40 @@ def _differs(found: Tensor, expected: Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class RotatedLinear:
+    """What is done to a Linear's weight. norm: whose weight goes into it, with its inputs rotated as the stream is; adds_one: that norm multiplies by 1 + weight.
+
+    writes: whether its outputs are rotated as the stream is. reads_heads, writes_heads: whether its inputs, or outputs, are rotated head by head.
+    """
+
+    norm: str = ""
+    adds_one: bool = False
+    writes: bool = False
+    reads_heads: bool = False
+    writes_heads: bool = False
+
+    def apply(self, weight: Tensor, rotation: Rotation, norm_weight: Tensor | None) -> Tensor:
+        """weight: [out_features, in_features]; norm_weight: the norm's, as the unrotated model has it. Returns float32."""
+        weight = weight.float()
+        if self.norm:
+            multiplies_by = norm_weight.float() + 1 if self.adds_one else norm_weight.float()
+            weight = rotated_reader(weight, rotation.stream, multiplies_by)
+        if self.reads_heads:
+            weight = rotated_reader(weight, rotation.head)
+        if self.writes:
+            weight = rotated_writer(weight, rotation.stream)
+        return rotated_writer(weight, rotation.head) if self.writes_heads else weight
+
+
+@dataclass(frozen=True)
 class RotatedBlock:
-    """parameters: those that change, float32, by their paths in the block. norms, writers, heads: paths of modules, for CALIB. change: of the block's output, as stored."""
+    """parameters: those that change, float32, by their paths in the block. norms, writers, heads: paths of modules, for CALIB. change: of the block's output, as stored.
+
+    linears: how each Linear that changes is rotated.
+    """
 
     parameters: dict[str, Tensor]
+    linears: dict[str, RotatedLinear]
     norms: tuple[str, ...]
     writers: tuple[str, ...]
     heads: tuple[str, ...]
@@ -236,9 +266,10 @@ def rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, tor
 
 def _rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype]) -> RotatedBlock:
     parameters = dict(probe.block.named_parameters())
-    norms: dict[str, tuple[str, ...]] = {}
+    norms: dict[str, Fold] = {}
     writers: tuple[str, ...] = ()
     changed: dict[str, Tensor] = {}
+    readers_of_heads = []
     if rotation.stream is not None:
         norms, writers, changed = _rotated_stream(probe, parameters, rotation.stream)
         with probe.changed(changed):
@@ -255,18 +286,28 @@ def _rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, to
             if probe.change(rotation.stream) < TOLERANCE:
                 changed |= rotated
                 heads.append(fold.producer)
+                readers_of_heads.append(fold.consumers[0])
     changed = {path: tensor.to(dtypes.get(path, torch.float32)).float() for path, tensor in changed.items()}
     with probe.changed(changed):
         change = probe.change(rotation.stream)
     if not change < STORED_TOLERANCE:
         raise _Refusal(f"with the weights as they are stored, what it adds to its input changes by {change:.1%}")
-    return RotatedBlock(changed, tuple(norms), writers, tuple(heads), change)
+    fold_of = {linear: fold for fold in norms.values() for linear in fold.consumers}
+    linears = {
+        path: RotatedLinear(
+            fold_of[path].producer if path in fold_of else "",
+            path in fold_of and fold_of[path].adds_one,
+            path in writers,
+            path in readers_of_heads,
+            path in heads,
+        )
+        for path in dict.fromkeys([*fold_of, *writers, *heads, *readers_of_heads])
+    }
+    return RotatedBlock(changed, linears, tuple(norms), writers, tuple(heads), change)
 
 
-def _rotated_stream(
-    probe: BlockProbe, parameters: Mapping[str, Tensor], rotation: Tensor
-) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...], dict[str, Tensor]]:
-    """The norms that read the stream with the Linears behind them, the Linears that write to it, and all their parameters, rotated."""
+def _rotated_stream(probe: BlockProbe, parameters: Mapping[str, Tensor], rotation: Tensor) -> tuple[dict[str, Fold], tuple[str, ...], dict[str, Tensor]]:
+    """The norms that read the stream, each with the fold into the Linears behind it, the Linears that write to it, and all their parameters, rotated."""
     reading, writers = _readers_and_writers(probe)
     folds, reasons = find_norm_folds(probe)
     by_norm = {fold.producer: fold for fold in folds}
@@ -294,7 +335,7 @@ def _rotated_stream(
         for path in (f"{linear}.weight", f"{linear}.bias"):
             if path in parameters:
                 changed[path] = rotated_writer(changed.get(path, parameters[path]), rotation)
-    return {norm: by_norm[norm].consumers for norm in reading}, writers, changed
+    return {norm: by_norm[norm] for norm in reading}, writers, changed
 
 
 def _readers_and_writers(probe: BlockProbe) -> tuple[dict[str, Tensor], tuple[str, ...]]:

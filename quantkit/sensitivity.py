@@ -10,9 +10,11 @@ nudging single roundings, which is subtracted. The sums of what is left are comp
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,33 +22,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantkit import __version__, budget
-from quantkit.checkpoint import Checkpoint, read_json
+from quantkit import __version__
+from quantkit.advice import KEEP, RECIPE, SCHEMA_VERSION, additivity, pareto_lines, ranking, set_name, solve
+from quantkit.checkpoint import Checkpoint
 from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, window_length
-from quantkit.errors import CheckpointError, EvaluationError, NotComparableError
-from quantkit.figures import per_window
+from quantkit.errors import CheckpointError, EvaluationError
+from quantkit.interrupts import StopRequest, stop_between_steps
+from quantkit.kept import KeptScores, Scores, finished_result
 from quantkit.layouts import QuantizationLayout
-from quantkit.mixing import mixed_recipe
-from quantkit.model import auto_config, classify_tensors, fused_sets, pick_device
+from quantkit.model import auto_config, fused_sets, pick_device
+from quantkit.native import cpu_level
+from quantkit.output import finite, write_json
 from quantkit.plan import ExportOptions, ExportPlan, ParameterPlan, plan_export
+from quantkit.ranks import Ranks, joined_ranks
 from quantkit.scheme import QuantScheme, Recipe
 from quantkit.states import peak_memory_bytes
 from quantkit.statistics import paired_interval, perplexity_change_pct
 
 if TYPE_CHECKING:
     from quantkit.heads import OutputHead
+    from quantkit.installing import SetInstaller
     from quantkit.variants import Variant, VariantStates
 
-SCHEMA_VERSION = 1
-KEEP = "keep"  # the choice of leaving a set in the dtype it is stored in
-RECIPE = "recipe"
 RESTORED = 10  # sets that are restored, each alone, in an otherwise quantized model
 FLOORS = 8  # blocks in which the floor is measured, evenly spread
-# Sums are good enough to choose by while they are off by less than this factor: predictions are scaled by it, and budgets depend on ratios alone.
-ADDITIVE_WITHIN = 2.0
 # Several windows, so that there are intervals; long enough for attention to have something to look at.
 DEFAULT_LENGTH = 256
 VARIANTS_AT_ONCE = 16  # in one piece of scoring
+# What is said of a run, and isn't written: it differs from one run to the next.
+OF_THE_RUN = ("seconds", "peak_memory_bytes", "was_finished")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class SensitivityOptions:
     """recipe: what all sets are quantized with; alternatives: what single sets may be given instead, names of schemes or "keep".
 
     max_size: bytes, or None; max_kld: nats, or None. A calibration that holds weights chosen by algorithms has them scored as they were chosen.
+    output: the JSON file to write, beside which finished scores are kept for `resume` while the run lasts. overwrite: start again where an interrupted run was left.
     """
 
     model: Path
@@ -68,6 +73,14 @@ class SensitivityOptions:
     seed: int = 0
     device: str = "auto"
     trust_remote_code: bool = False
+    output: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether an interrupted run can be continued: not where the result goes to a device or a pipe."""
+        return self.output is not None and (self.output.is_file() or not self.output.exists())
 
 
 @dataclass(frozen=True)
@@ -167,21 +180,63 @@ def _plan_options(options: SensitivityOptions, recipe: Recipe, calibration: Path
 
 
 def score_sensitivity(options: SensitivityOptions, on_progress: Progress = lambda name, done, total: None) -> dict[str, Any]:
-    """The result as JSON: sets with their KLs, the whole, and a budget's solution where one is asked for."""
+    """The result as JSON: sets with their KLs, the whole, and a budget's solution where one is asked for. With torchrun the ranks share the windows, and each returns it."""
     started = time.monotonic()
     if options.max_kld is not None and not options.max_kld > 0:
         raise EvaluationError("--max-kld must be more than 0")
-    choices, remarks = open_choices(options)
-    windows, seq_len = _windows(options)
+    if options.resume and not options.keeps:
+        raise EvaluationError("--resume continues what lies beside the result; give the same -o FILE as before")
+    with joined_ranks(pick_device(options.device)) as ranks:
+        choices, remarks = ranks.after_first(lambda: open_choices(options))
+        windows, seq_len = ranks.first_decides(lambda: _windows(options, ranks.count))
+        fingerprint = ranks.first_decides(lambda: _fingerprint(options, choices, windows, seq_len, ranks.device))
+        budget = {"--max-size": str(options.max_size or ""), "--max-kld": str(options.max_kld or "")}
+        finished = ranks.first_decides(lambda: finished_result(options.output, fingerprint | budget, options.overwrite) if options.resume else None)
+        if finished is not None:
+            return finished | {"was_finished": True}
+        with stop_between_steps() if options.keeps else nullcontext(StopRequest()) as stop:
+            kept = _opened_scores(options, ranks, stop, fingerprint)
+            described = _described(options, choices, windows, seq_len) | {"fingerprint": fingerprint | budget}
+            result = finite(described | _scored(options, choices, windows, ranks, kept, on_progress))
+            result["remarks"] = remarks + result["remarks"]
+            if options.output is not None and ranks.is_first:
+                write_json(options.output, result)
+            kept.clear()
+    return result | {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
 
+
+def _opened_scores(options: SensitivityOptions, ranks: Ranks, stop: StopRequest, fingerprint: Mapping[str, str]) -> KeptScores:
+    output = options.output if options.keeps else None
+    return ranks.after_first(lambda: KeptScores.open(ranks, stop, output, fingerprint, options.resume, options.overwrite))
+
+
+def _fingerprint(options: SensitivityOptions, choices: Choices, windows: Windows, seq_len: int, device: str) -> dict[str, str]:
+    """All that decides the scores; a budget doesn't."""
     import torch
+    import transformers
 
-    from quantkit.installing import SetInstaller
+    kind = device.split(":")[0]
+    plan = choices.plans[1].fingerprint
+    return {
+        "model files": plan["model"],
+        "recipe": options.recipe.canonical(),
+        "calibration": plan["calibration"],
+        "alternatives": " ".join(sorted(choices.allowed)),
+        "data": windows.data_sha256,
+        "--max-tokens": str(options.max_tokens),
+        "--seq-len": str(seq_len),
+        "windows": windows.tokens_sha256,
+        "seed": str(options.seed),
+        "device": f"{kind} {torch.backends.cpu.get_cpu_capability()}" if kind == "cpu" else f"{kind} {torch.cuda.get_device_name(device)}",
+        "kernels": cpu_level() if kind == "cpu" else kind,
+        "quantkit version": __version__,
+        "torch version": torch.__version__,
+        "transformers version": transformers.__version__,
+    }
 
-    with torch.inference_mode():
-        run = _Scoring(options, choices, windows, SetInstaller(options.model, choices.plans, options.trust_remote_code), on_progress)
-        result = run.result()
-    described = {
+
+def _described(options: SensitivityOptions, choices: Choices, windows: Windows, seq_len: int) -> dict[str, Any]:
+    return {
         "schema_version": SCHEMA_VERSION,
         "quantkit_version": __version__,
         "model": {"path": str(options.model), "fingerprint": choices.plans[1].fingerprint["model"], "bytes": choices.plans[1].bytes_before},
@@ -193,35 +248,51 @@ def score_sensitivity(options: SensitivityOptions, on_progress: Progress = lambd
         "windows": len(windows.windows),
         "tokens_scored": windows.tokens_scored,
     }
-    return described | result | {"remarks": remarks + result["remarks"], "seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
 
 
-def _windows(options: SensitivityOptions) -> tuple[Windows, int]:
+def _scored(options: SensitivityOptions, choices: Choices, windows: Windows, ranks: Ranks, kept: KeptScores, on_progress: Progress) -> dict[str, Any]:
+    import torch
+
+    from quantkit.installing import SetInstaller
+
+    with torch.inference_mode():
+        installer = SetInstaller(options.model, choices.plans, options.trust_remote_code, ranks)
+        return _Scoring(options, choices, windows, installer, ranks, kept, on_progress).result()
+
+
+def _windows(options: SensitivityOptions, processes: int) -> tuple[Windows, int]:
     config = auto_config(options.model, options.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     seq_len = window_length(options.seq_len, positions, default=DEFAULT_LENGTH)
     names = options.data or (str(BUNDLED_CALIBRATION),)
-    return calibration_windows(names, tokenizer, max(len(names), options.max_tokens // seq_len), seq_len, options.seed), seq_len
+    windows = calibration_windows(names, tokenizer, max(len(names), options.max_tokens // seq_len), seq_len, options.seed)
+    if len(windows.windows) < processes:
+        raise EvaluationError(f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer, or raise --max-tokens")
+    return windows, seq_len
 
 
 class _Scoring:
-    """One run: the first pass scores each set alone, the second what depends on that."""
+    """One run: the first walk scores each set alone, the second what depends on that."""
 
-    def __init__(self, options: SensitivityOptions, choices: Choices, windows: Windows, installer: Any, on_progress: Progress) -> None:
+    def __init__(
+        self, options: SensitivityOptions, choices: Choices, windows: Windows, installer: SetInstaller, ranks: Ranks, kept: KeptScores, on_progress: Progress
+    ) -> None:
         import torch
 
         self.options, self.choices, self.windows, self.installer, self.on_progress = options, choices, windows, installer, on_progress
-        self.device = pick_device(options.device)
+        self.ranks, self.kept = ranks, kept
         self.batches = [torch.tensor([window.tokens]) for window in windows.windows]
         self.counts = np.array([window.scored for window in windows.windows])
         self.sets: Sequence[LinearSet] = ()
         self.outside: Sequence[str] = ()  # quantized Linears that are in no block
         self.blocks = self.block_runs = self.without_sharing = 0
-        installer.sampled = len(self.batches)
 
     def result(self) -> dict[str, Any]:
-        sets, floors = self._open()
+        sets, floors = self.ranks.after_first(self._open)
+        known = self.kept.layers()
+        if known is not None:
+            self.installer.know(known["blocks"], known["figures"])
         numbers = range(len(sets))
         singles = [(place, choice) for place in numbers for choice in range(1, len(self.choices.names)) if self._size(sets[place], choice) is not None]
         able = set(singles)
@@ -234,18 +305,23 @@ class _Scoring:
         for (place, choice), figure in zip(singles, figures[1:]):
             rows[place]["choices"][self.choices.names[choice]] |= figure | {"own_kld": self.floor.beyond(figure["kld"], depths[place])}
         wholes = {self.choices.names[variant[0]]: figure for variant, figure in zip(whole, figures[1 + len(singles) : len(variants)])}
+        plan = self.choices.plans[1]
         result: dict[str, Any] = {
             "sets": rows,
             "whole": wholes,
             "floor": self.floor.to_json(),
             "additivity": {name: additivity(rows, name, figure["kld"], self.floor.deepest) for name, figure in wholes.items()},
-            "bytes": {"all_kept": self.choices.plans[1].bytes_before, "all_quantized": self.choices.plans[1].bytes_after},
+            "bytes": {
+                "all_kept": plan.bytes_before,
+                "all_quantized": plan.bytes_after,
+                "untied": sum(row.bytes_after for row in plan.parameters if row.name in plan.added),
+            },
         }
         return result | self._second_pass(sets, rows, result) | {"block_runs": self.block_runs, "block_runs_without_sharing": self.without_sharing}
 
     def _open(self) -> tuple[list[LinearSet], list[int]]:
         """The sets, and the blocks in which the floor is measured."""
-        blocks = self.installer.open(self.device)
+        blocks = self.installer.open(self.ranks.device)
         quantized = self.choices.plans[1].linears
         linears = [[name for name in self.installer.linears_of(number) if name in quantized] for number in range(blocks)]
         sets = linear_sets(linears)
@@ -271,43 +347,74 @@ class _Scoring:
 
     def _measure(self, name: str, variants: Sequence[Variant], floors: Sequence[int] = ()) -> list[dict[str, Any]]:
         """KL and ΔPPL of each variant against the first, and of the nudges in the blocks `floors`."""
-        from quantkit.heads import OutputHead
-        from quantkit.variants import run_variants
+        from quantkit.variants import count_block_runs
 
-        model = self.installer.reopened(self.device)
         # A nudge is one more choice of a set that no budget knows.
         extended = [(*variant, *[0] * len(floors)) for variant in variants]
         extended += [(*variants[0], *[int(number == place) for number in range(len(floors))]) for place in range(len(floors))]
         block_of = [each.block for each in self.sets] + list(floors)
+        self.block_runs += count_block_runs(extended, block_of, self.blocks)
+        self.without_sharing += len(extended) * self.blocks
+        walk = f"{name}-{hashlib.sha256(repr(extended).encode()).hexdigest()[:12]}"
+        scores = self.kept.scores(walk)
+        left = [window for window in range(len(self.batches)) if window not in scores]
+        if left:
+            scores |= self._walk(name, walk, extended, block_of, left, bool(floors))
+        return self.ranks.first_decides(lambda: self._figures([scores[window] for window in range(len(self.batches))], len(extended)))
+
+    def _walk(self, name: str, walk: str, variants: Sequence[Variant], block_of: Sequence[int], windows: Sequence[int], looks: bool) -> dict[int, Scores]:
+        """Run the variants over these windows, shared by the ranks, and score them."""
+        from quantkit.heads import OutputHead
+        from quantkit.variants import run_variants
+
+        model = self.installer.reopened(self.ranks.device)
+        mine = windows[self.ranks.rank :: self.ranks.count]
+        tokens = sum(self.batches[window].numel() for window in windows)
+        self.kept.require_room(len(variants) * tokens * model.states_shape(self.batches[0])[-1] * model.states_dtype.itemsize)
+        self.installer.looked_at = mine
         states = run_variants(
             model,
-            self.batches,
-            extended,
+            {window: self.batches[window] for window in mine},
+            variants,
             block_of,
             self.installer.install,
-            self.installer.look if floors else lambda number, block, run: None,
+            self.installer.look if looks else lambda number, block, run: None,
             lambda done, total: self.on_progress(name, done, total),
+            self.kept.keeper(walk, self.installer.layer_figures if looks else None),
+            len(self.batches),
         )
         try:
-            self.block_runs += states.block_runs
-            self.without_sharing += len(extended) * model.block_count
-            return self._figures(OutputHead(model.model, True), states, len(extended))
+            return self._score(walk, OutputHead(model.model, True), states, windows, len(variants))
         finally:
             states.close()
 
-    def _figures(self, head: OutputHead, states: VariantStates, variants: int) -> list[dict[str, Any]]:
+    def _score(self, walk: str, head: OutputHead, states: VariantStates, windows: Sequence[int], variants: int) -> dict[int, Scores]:
+        """Each round a few windows on each rank, so that all threads have work; what a round finds is kept."""
+        import torch
+
+        from quantkit.heads import POSITIONS_PER_CHUNK
+
+        longest = max(self.windows.windows[window].scored for window in windows)
+        pieces = -(-longest // POSITIONS_PER_CHUNK) * -(-variants // VARIANTS_AT_ONCE)
+        each = self.ranks.first_decides(lambda: -(-torch.get_num_threads() // pieces)) * self.ranks.count
+        scores: dict[int, Scores] = {}
+        for start in range(0, len(windows), each):
+            mine = windows[start + self.ranks.rank : start + each : self.ranks.count]
+            done = min(start + each, len(windows))
+            scores |= self.kept.add(walk, self._scores_of(head, states, mine, variants), len(self.batches) - len(windows) + done, len(self.batches))
+            self.on_progress("logits", done, len(windows))
+        return scores
+
+    def _scores_of(self, head: OutputHead, states: VariantStates, windows: Iterable[int], variants: int) -> dict[int, Scores]:
         import torch
 
         from quantkit.blockwise import each_batch
         from quantkit.heads import POSITIONS_PER_CHUNK, score_variants
 
-        device = torch.device(self.device)
+        device = torch.device(self.ranks.device)
         groups = [range(first, min(first + VARIANTS_AT_ONCE, variants)) for first in range(0, variants, VARIANTS_AT_ONCE)]
         pieces = [
-            (number, start, group)
-            for number, window in enumerate(self.windows.windows)
-            for start in range(0, window.scored, POSITIONS_PER_CHUNK)
-            for group in groups
+            (number, start, group) for number in windows for start in range(0, self.windows.windows[number].scored, POSITIONS_PER_CHUNK) for group in groups
         ]
 
         def work(index: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -322,33 +429,37 @@ class _Scoring:
             finally:
                 torch.set_flush_denormal(False)
 
-        kld, nll = defaultdict(list), defaultdict(list)
+        scores: dict[int, Scores] = {number: ([0.0] * variants, [0.0] * variants) for number in windows}
         for done, found in enumerate(each_batch(work, range(len(pieces)), device, torch.get_num_threads())):
-            for variant, (divergences, losses) in zip(pieces[done][2], found):
-                kld[variant].append(divergences)
-                nll[variant].append(losses)
-            self.on_progress("logits", done + 1, len(pieces))
-        base = per_window(np.concatenate(nll[0]), self.counts)
-        return [self._figure(np.concatenate(kld[variant]), per_window(np.concatenate(nll[variant]), self.counts) - base) for variant in range(variants)]
+            number, _, group = pieces[done]
+            for variant, figures in zip(group, found):
+                for sums, values in zip(scores[number], figures):
+                    sums[variant] += float(values.sum(dtype=np.float64))
+        if not np.isfinite([*scores.values()]).all():
+            raise EvaluationError(f"{self.options.model} gives logits that are not finite on this text; `quantkit verify` tells whether its files are sound")
+        return scores
+
+    def _figures(self, scores: Sequence[Scores], variants: int) -> list[dict[str, Any]]:
+        """scores: of all windows."""
+        kld, losses = (np.array([each[side] for each in scores]).T for side in (0, 1))  # [variants, windows]
+        return [self._figure(kld[variant], losses[variant] - losses[0]) for variant in range(variants)]
 
     def _figure(self, kld: np.ndarray, differences: np.ndarray) -> dict[str, Any]:
-        if not np.isfinite(kld).all() or not np.isfinite(differences).all():
-            raise EvaluationError(f"{self.options.model} gives logits that are not finite on this text; `quantkit verify` tells whether its files are sound")
-        interval = paired_interval(per_window(kld, self.counts), self.counts)
+        interval = paired_interval(kld, self.counts)
         delta = perplexity_change_pct(differences, self.counts)
         return {"kld": interval.value, "kld_low": interval.low, "kld_high": interval.high, "ppl_delta_pct": delta.to_json()}
 
     def _second_pass(self, sets: Sequence[LinearSet], rows: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
         """Each of the worst sets restored in the quantized model, the points of the Pareto lines, and the budget's solution."""
         if RECIPE not in result["whole"]:
-            raise EvaluationError("no set of this model can be quantized with the whole recipe")
+            raise self.ranks.told_once(EvaluationError("no set of this model can be quantized with the whole recipe"))
         for place, layers in self.installer.layer_figures().items():
             rows[place]["layers"] = layers
         quantized = tuple([1] * len(sets))
         ranked = ranking(rows)
         restored = [self._only(quantized, place, 0) for place in ranked[:RESTORED]]
         lines = pareto_lines(rows, result, self.choices.names)
-        solution = solve(result | {"pareto": lines}, self.options.max_size, self.options.max_kld, self.choices.allowed)
+        solution = self.ranks.first_decides(lambda: solve(result | {"pareto": lines}, self.options.max_size, self.options.max_kld, self.choices.allowed))
         wanted = [tuple([0] * len(sets)), quantized, *restored]
         points = [(line, point) for line in lines for point in line["points"] if point["k"] in line["measured"]]
         wanted += [self._line_variant(sets, ranked, line, point["k"]) for line, point in points]
@@ -407,136 +518,3 @@ class _Floor:
 
     def to_json(self) -> list[float]:
         return self._values.tolist()
-
-
-# ---- From figures to advice; nothing below runs the model.
-
-
-def set_name(linears: Sequence[str]) -> str:
-    """As a shell would expand it: model.layers.3.self_attn.{q,k,v}_proj."""
-    if len(linears) == 1:
-        return linears[0]
-    if all(".experts." in name for name in linears):
-        return linears[0][: linears[0].index(".experts.") + len(".experts")]
-    parent, leaves = linears[0].rpartition(".")[0], [name.rpartition(".")[2] for name in linears]
-    suffix = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""
-    return f"{parent}.{{{','.join(leaf.removesuffix(suffix) for leaf in leaves)}}}{suffix}"
-
-
-def ranking(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Places of the sets, the one that costs most first."""
-    return sorted(range(len(rows)), key=lambda place: (-rows[place]["choices"][RECIPE]["own_kld"], place))
-
-
-def additivity(rows: Sequence[Mapping[str, Any]], name: str, whole: float, floor: float) -> dict[str, Any]:
-    """The sum of single KLs against the KL of all sets together, both beyond the floor. factor: what sums are multiplied by to predict."""
-    total = sum(row["choices"][name]["own_kld"] for row in rows)
-    own = max(0.0, whole - floor)
-    factor = own / total if total > 0 and own > 0 else 1.0
-    return {"sum": total, "whole": own, "factor": factor, "additive": 1 / ADDITIVE_WITHIN <= factor <= ADDITIVE_WITHIN}
-
-
-def predicted_kld(result: Mapping[str, Any], choices: Sequence[str]) -> float:
-    """What sums say of a choice for each set, scaled so that the whole recipe's KL comes out, floor included where anything changes."""
-    factors = {name: entry["factor"] for name, entry in result["additivity"].items()}
-    factor = factors.get(RECIPE, 1.0)
-    total = sum(factors.get(name, factor) * row["choices"][name]["own_kld"] for row, name in zip(result["sets"], choices) if name != KEEP)
-    changed = [row["block"] for row, name in zip(result["sets"], choices) if name != KEEP]
-    return total + (result["floor"][min(changed)] if changed and total > 0 else 0.0)
-
-
-def size_of(result: Mapping[str, Any], choices: Sequence[str]) -> int:
-    """Bytes of the checkpoint's tensors with a choice for each set."""
-    moved = sum(row["choices"][name]["bytes"] - row["choices"][RECIPE]["bytes"] for row, name in zip(result["sets"], choices))
-    return result["bytes"]["all_quantized"] + moved
-
-
-def pareto_lines(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each other choice: what the worst k sets cost that take it. measured: the k whose variants are run."""
-    lines = []
-    for to in [name for name in names if name != RECIPE]:
-        able = [place for place in range(len(rows)) if to in rows[place]["choices"]]
-        order = sorted(able, key=lambda place: (-(rows[place]["choices"][RECIPE]["own_kld"] - rows[place]["choices"][to].get("own_kld", 0.0)), place))
-        points = []
-        for k in range(len(order) + 1):
-            moved = set(order[:k])
-            choices = [to if place in moved else RECIPE for place in range(len(rows))]
-            points.append({"k": k, "bytes": size_of(result | {"sets": rows}, choices), "kld_predicted": predicted_kld(result | {"sets": rows}, choices)})
-        measured, k = [0], 1
-        while k <= len(order):
-            measured.append(k)
-            k *= 2
-        lines.append({"to": to, "order": order, "measured": measured, "points": points})
-    return lines
-
-
-def opened_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What an earlier run wrote with -o, about the same model."""
-    try:
-        result = read_json(path, "")
-        known = result.get("schema_version"), isinstance(result["sets"], list) and result["model"]["fingerprint"]
-    except (CheckpointError, KeyError, TypeError, AttributeError):
-        raise EvaluationError(f"{path} is no result of `quantkit sensitivity -o`; give one, or leave out --from") from None
-    if known[0] != SCHEMA_VERSION:
-        raise EvaluationError(f"{path} has format {known[0]}, this quantkit reads {SCHEMA_VERSION}; score again")
-    if known[1] != checkpoint.fingerprint():
-        raise NotComparableError(
-            f"{path} was made from another model ({result['model']['path']}) than {checkpoint.path}, or its files have changed since; score this one"
-        )
-    return result
-
-
-def solved_anew(result: Mapping[str, Any], max_size: str | None, max_kld: float | None, alternatives: Sequence[str]) -> dict[str, Any]:
-    """The result with another budget's solution; nothing is run. alternatives: of those that were scored, all where none is named."""
-    named = [name if name == KEEP else QuantScheme.parse(name).name for name in alternatives]
-    unknown = next((name for name in named if name != KEEP and name not in result["alternatives"]), None)
-    if unknown is not None:
-        raise EvaluationError(f"{unknown} was not scored as an alternative; score again with --alternative {unknown}")
-    return dict(result) | {"solution": solve(result, max_size, max_kld, named or result["alternatives"])}
-
-
-def solution_recipe(result: Mapping[str, Any], checkpoint: Checkpoint) -> Recipe:
-    """The recipe of a budget's solution, whose export has the size that was promised."""
-    recipe, solution = Recipe.from_mapping(result["recipe"], "the result's recipe"), result["solution"]
-    taken = [(name, choice) for row, choice in zip(result["sets"], solution["choices"]) for name in row["linears"]]
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
-    modules = [info.name for info in infos.values() if info.tensor.endswith(".weight")]
-    moved = {name: QuantScheme.parse(choice) for name, choice in taken if choice not in (KEEP, RECIPE)}
-    made = mixed_recipe(recipe, [name for name, choice in taken if choice == KEEP], moved, modules)
-    if set(solution["choices"]) != {KEEP}:
-        where = ExportOptions(checkpoint.path, checkpoint.path.with_name(checkpoint.path.name + "-sensitivity"), made)
-        promised, found = solution["bytes"], plan_export(where, calibration_follows=True, checkpoint=checkpoint).bytes_after
-        assert found == promised, f"the recipe gives {found} bytes, not {promised}"
-    return made
-
-
-def solve(result: Mapping[str, Any], max_size: str | None, max_kld: float | None, allowed: Sequence[str]) -> dict[str, Any] | None:
-    """The best choice for each set within the budget, exactly on sums; None without a budget. Raises EvaluationError where nothing fits."""
-    if max_size is None and max_kld is None:
-        return None
-    limit = None if max_size is None else budget.parse_size(max_size, result["bytes"]["all_kept"], result["bytes"]["all_quantized"])
-    factors = {name: entry["factor"] for name, entry in result["additivity"].items()}
-    items = []
-    for row in result["sets"]:
-        names = [name for name in (RECIPE, *allowed) if name in row["choices"]]
-        cost = [0.0 if name == KEEP else factors.get(name, factors[RECIPE]) * row["choices"][name]["own_kld"] for name in names]
-        items.append(budget.Item(tuple(names), tuple(row["choices"][name]["bytes"] for name in names), tuple(cost)))
-    fixed = result["bytes"]["all_quantized"] - sum(row["choices"][RECIPE]["bytes"] for row in result["sets"])
-    floor = result["floor"][0]
-    chosen = budget.solve(items, None if limit is None else limit - fixed, None if max_kld is None else max_kld - floor)
-    if chosen is None:
-        least, best = (
-            size_of(result, [min(item.names, key=lambda name: row["choices"][name]["bytes"]) for item, row in zip(items, result["sets"])]),
-            min(sum(min(item.costs) for item in items) + floor, predicted_kld(result, [RECIPE] * len(items))),
-        )
-        asked = " and ".join(
-            [*([f"--max-size {max_size} ({limit} bytes)"] if limit is not None else []), *([f"--max-kld {max_kld:g}"] if max_kld is not None else [])]
-        )
-        raise EvaluationError(
-            f"no choice meets {asked}: the smallest is {least} bytes, and the least KL that sums predict is {best:.2g}; allow more, or another --alternative"
-        )
-    choices = [item.names[number] for item, number in zip(items, chosen)]
-    return {
-        "max_size": max_size, "max_size_bytes": limit, "max_kld": max_kld, "choices": choices, "bytes": size_of(result, choices),
-        "kld_predicted": predicted_kld(result, choices), "moved": sum(name != RECIPE for name in choices),
-    }  # fmt: skip

@@ -7,12 +7,13 @@ what a process leaves when it is killed can be continued from.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import resource
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,9 @@ class HiddenStates:
         if self._files is not None:
             self._files.reverse()
 
-    def save(self, path: Path, beside: Mapping[str, Tensor]) -> None:
-        """A durable copy of what `get` gives, by number, and of other tensors beside it."""
-        write_tensors(path, {str(number): self.get(number).cpu() for number in self.numbers} | {name: tensor.cpu() for name, tensor in beside.items()})
+    def save(self, path: Path, numbers: Sequence[int] | None = None, beside: Mapping[str, Tensor] | None = None) -> None:
+        """A durable copy of what `get` gives, of all batches or of these, and of other tensors beside it; one at a time comes into memory."""
+        write_tensors(path, _Named(self, self.numbers if numbers is None else numbers, beside or {}))
 
     def close(self) -> None:
         self._tensors.clear()
@@ -118,6 +119,22 @@ class HiddenStates:
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
+
+
+class _Named(Mapping[str, Tensor]):
+    """Hidden states by the number of their batch, and other tensors by their names, each read when it is asked for."""
+
+    def __init__(self, states: HiddenStates, numbers: Sequence[int], beside: Mapping[str, Tensor]) -> None:
+        self._states, self._numbers, self._beside = states, numbers, beside
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (self._beside[name] if name in self._beside else self._states.get(int(name))).cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(map(str, self._numbers), self._beside)
+
+    def __len__(self) -> int:
+        return len(self._numbers) + len(self._beside)
 
 
 class _StateFile:

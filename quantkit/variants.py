@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,69 +63,126 @@ def count_block_runs(variants: Sequence[Variant], block_of: Sequence[int], block
     return total
 
 
+class Keeper(Protocol):
+    """What an interrupted run goes on from."""
+
+    def restore(self, states: HiddenStates, numbers_behind: Callable[[int], Sequence[int]]) -> int:
+        """Put in place the states that were saved, of these numbers behind each block; returns the block to begin with."""
+
+    def block_done(self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int]) -> None:
+        """Behind each block; numbers: of the states that lie there."""
+
+
 def run_variants(
-    blocks: BlockwiseModel, batches: Sequence[Tensor], variants: Sequence[Variant], block_of: Sequence[int], install: Installer,
+    blocks: BlockwiseModel, batches: Mapping[int, Tensor], variants: Sequence[Variant], block_of: Sequence[int], install: Installer,
     look: Callable[[int, nn.Module, Callable[[int], Tensor]], None] = lambda number, block, run: None,
-    on_progress: Callable[[float, float], None] = lambda done, total: None,
+    on_progress: Callable[[float, float], None] = lambda done, total: None, keeper: Keeper | None = None, count: int | None = None,
 ) -> VariantStates:  # fmt: skip
-    """batches: the windows' token ids, [1, positions] each. variants: the first is the one that all others branch off from.
+    """batches: the windows' token ids, [1, positions] each, by number. variants: the first is the one that all others branch off from.
 
-    look: called with each block's number, the block, and a function that runs a window through it as the first variant does. Leaves the model with its output
-    head in memory and without its blocks.
+    look: called with each block's number, the block, and a function that runs a window through it as the first variant does. count: how many windows there are, where
+    some are run elsewhere. Leaves the model with its output head in memory and without its blocks.
     """
-    count, model = len(batches), blocks.model
-    total, done = count_block_runs(variants, block_of, blocks.block_count), 0
-    # It lies on the CPU: a GPU's memory wouldn't hold so many.
-    states = HiddenStates()
-    streams = {0: list(range(len(variants)))}  # a stream is called after the first of its variants
+    run = _Run(blocks, batches, variants, block_of, install, count or len(batches), on_progress)
     try:
-        hidden_size = model.config.get_text_config().hidden_size
-        shapes = {stream * count + window: (*tokens.shape, hidden_size) for stream in range(len(variants)) for window, tokens in enumerate(batches)}
-        states.expect(shapes, blocks.states_dtype)
-        blocks.load_outer(with_head=False)
-        calls = blocks.record(list(batches), states)
-        blocks.free_outer()
-        for number in range(blocks.block_count):
-            here = [place for place, of in enumerate(block_of) if of == number]
-            jobs, streams = _branched(streams, variants, here)
-            with blocks.block(number) as block:
-
-                def run(parent: int, window: int, block: nn.Module = block, number: int = number) -> Tensor:
-                    return blocks.run_block(block, calls[window][number], states.get(parent * count + window).to(blocks.device))
-
-                look(number, block, lambda window, run=run: run(0, window))
-                swaps = _Swaps(number, block, here, install)
-                for choices, pairs in jobs:
-                    with swaps.in_place(choices):
-                        work = [(parent, stream, window) for parent, stream in pairs for window in range(count)]
-
-                        def step(index: int, work: list[tuple[int, int, int]] = work, run: Any = run, number: int = number) -> None:
-                            parent, stream, window = work[index]
-                            output = run(parent, window)
-                            if not torch.isfinite(output).all():
-                                raise NonFiniteError(
-                                    f"{blocks.where} gives NaN or infinity in window {window + 1}, first behind {blocks.block_name(number)}", blocks.where
-                                )
-                            states.put(stream * count + window, output)
-
-                        for index, _ in enumerate(each_batch(step, range(len(work)), blocks.device, torch.get_num_threads()), 1):
-                            on_progress(done + index / count, total)
-                        done += len(pairs)
-            for window_calls in calls:
-                window_calls[number] = None
-            states.turn()
-        blocks.load_outer(with_head=True)
-        for stream in streams:
-            for window, tokens in enumerate(batches):
-                states.put(stream * count + window, blocks.finish(tokens, states.get(stream * count + window)))
-        states.turn()
+        run.begin(keeper)
+        for number in range(run.first, blocks.block_count):
+            run.block(number, look)
+            if keeper is not None:
+                keeper.block_done(number, blocks.block_count, run.states, run.numbers)
+        run.finish()
     except BaseException:
-        states.close()
+        run.states.close()
         raise
     finally:
         blocks.close()
-    stream_of = {variant: stream for stream, members in streams.items() for variant in members}
-    return VariantStates(states, count, tuple(stream_of[number] for number in range(len(variants))), total)
+    stream_of = {variant: stream for stream, members in run.streams.items() for variant in members}
+    return VariantStates(run.states, run.count, tuple(stream_of[number] for number in range(len(variants))), run.total)
+
+
+class _Run:
+    """One walk through the blocks. count: of the windows; a stream's states of a window are number stream · count + window."""
+
+    def __init__(
+        self, blocks: BlockwiseModel, batches: Mapping[int, Tensor], variants: Sequence[Variant], block_of: Sequence[int], install: Installer, count: int,
+        on_progress: Callable[[float, float], None],
+    ) -> None:  # fmt: skip
+        self._blocks, self._batches, self._variants, self._install, self._on_progress = blocks, batches, variants, install, on_progress
+        self.count, self.first, self._done = count, 0, 0
+        self.total = count_block_runs(variants, block_of, blocks.block_count)
+        self._here = [[place for place, of in enumerate(block_of) if of == number] for number in range(blocks.block_count)]
+        self.streams = {0: list(range(len(variants)))}  # a stream is called after the first of its variants
+        # It lies on the CPU: a GPU's memory wouldn't hold so many.
+        self.states = HiddenStates()
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the states that there are."""
+        return [stream * self.count + window for stream in self.streams for window in self._batches]
+
+    def _numbers_behind(self, number: int) -> list[int]:
+        streams = self.streams
+        for here in self._here[: number + 1]:
+            streams = _branched(streams, self._variants, here)[1]
+        return [stream * self.count + window for stream in streams for window in self._batches]
+
+    def begin(self, keeper: Keeper | None) -> None:
+        """What comes before the blocks; and those that an earlier run went through."""
+        blocks, windows = self._blocks, list(self._batches)
+        shapes = {window: blocks.states_shape(tokens) for window, tokens in self._batches.items()}
+        places = range(len(self._variants))
+        self.states.expect({stream * self.count + window: shape for stream in places for window, shape in shapes.items()}, blocks.states_dtype)
+        blocks.load_outer(with_head=False)
+        self._calls = dict(zip(windows, blocks.record(list(self._batches.values()), self.states, numbers=windows)))
+        blocks.free_outer()
+        self.first = keeper.restore(self.states, self._numbers_behind) if keeper is not None else 0
+        for number in range(self.first):
+            jobs, self.streams = _branched(self.streams, self._variants, self._here[number])
+            self._done += sum(len(pairs) for _, pairs in jobs)
+            self._forget_calls(number)
+
+    def _forget_calls(self, number: int) -> None:
+        for calls in self._calls.values():
+            calls[number] = None
+
+    def block(self, number: int, look: Callable[[int, nn.Module, Callable[[int], Tensor]], None]) -> None:
+        jobs, self.streams = _branched(self.streams, self._variants, self._here[number])
+        with self._blocks.block(number) as block:
+            look(number, block, lambda window: self._output(number, block, 0, window))
+            swaps = _Swaps(number, block, self._here[number], self._install)
+            for choices, pairs in jobs:
+                with swaps.in_place(choices):
+                    self._run_pairs(number, block, pairs)
+        self._forget_calls(number)
+        self.states.turn()
+
+    def _output(self, number: int, block: nn.Module, parent: int, window: int) -> Tensor:
+        hidden = self.states.get(parent * self.count + window).to(self._blocks.device)
+        return self._blocks.run_block(block, self._calls[window][number], hidden)
+
+    def _run_pairs(self, number: int, block: nn.Module, pairs: Sequence[tuple[int, int]]) -> None:
+        """Each of the windows through the block, from one stream (parent) into another (child)."""
+        blocks = self._blocks
+        work = [(parent, stream, window) for parent, stream in pairs for window in self._batches]
+
+        def step(index: int) -> None:
+            parent, stream, window = work[index]
+            output = self._output(number, block, parent, window)
+            if not torch.isfinite(output).all():
+                raise NonFiniteError(f"{blocks.where} gives NaN or infinity in window {window + 1}, first behind {blocks.block_name(number)}", blocks.where)
+            self.states.put(stream * self.count + window, output)
+
+        for index, _ in enumerate(each_batch(step, range(len(work)), blocks.device, torch.get_num_threads()), 1):
+            self._on_progress(self._done + index / len(self._batches), self.total)
+        self._done += len(pairs)
+
+    def finish(self) -> None:
+        self._blocks.load_outer(with_head=True)
+        for stream in self.streams:
+            for window, tokens in self._batches.items():
+                number = stream * self.count + window
+                self.states.put(number, self._blocks.finish(tokens, self.states.get(number)))
+        self.states.turn()
 
 
 def _branched(

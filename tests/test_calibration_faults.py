@@ -24,7 +24,7 @@ import transformers
 transformers.utils.logging.disable_progress_bar()
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 import quantkit.encoder_decoder, quantkit.recording
-from quantkit import calibration
+from quantkit import resuming
 from quantkit.calibration import CalibrationOptions, calibrate
 
 from quantkit.scheme import Recipe
@@ -35,7 +35,7 @@ chosen = {"recipe": Recipe.from_mapping(json.loads(sys.argv[4]), "recipe")} if s
 
 def attempt(out, number=0, seconds_between_saves=0.0, **changes):
     def work():
-        calibration.SECONDS_BETWEEN_SAVES = seconds_between_saves
+        resuming.SECONDS_BETWEEN_SAVES = seconds_between_saves
         torch.set_num_threads(2)
         calibrate(CalibrationOptions(model, out, (text,), **({"num_samples": 6, "seq_len": 32, "batch_size": 1, "device": "cpu"} | chosen | changes)))
 

@@ -1,7 +1,6 @@
 """Weights chosen with data: recipe, calibration, export, judged; and a model with outliers that plain rounding ruins."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from quantkit.errors import CalibrationError
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.export import export
 from quantkit.plan import ExportOptions, plan_export
-from quantkit.ranks import Ranks
 from quantkit.scheme import Recipe
 from quantkit.verification import verify
 
@@ -170,12 +168,6 @@ def test_weights_that_are_not_what_was_written_are_refused(options):
     path.write_bytes(content)
     with pytest.raises(CalibrationError, match="it has changed since it was written"):
         Calibration.open(options.output)
-
-
-def test_several_processes_are_refused(options, monkeypatch):
-    monkeypatch.setattr("quantkit.calibration.joined_ranks", lambda device: nullcontext(Ranks(0, 2, device)))
-    with pytest.raises(CalibrationError, match="run in one process"):
-        calibrate(options)
 
 
 def test_threads_change_no_byte(options, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_models import TARGET, make_batches, make_model
 from transformers import AutoModelForSeq2SeqLM
 
-from quantkit import calibration
+from quantkit import resuming
 from quantkit.blockwise import StoredWeights, build_skeleton, one_thread
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.checkpoint import Checkpoint
@@ -80,7 +80,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("memory", [None, 0])
 def test_a_killed_calibration_goes_on_behind_its_last_block(kind, memory, tmp_path, text, monkeypatch):
     """In the encoder, between the two and in the decoder: without running a block again, and to the same bytes."""
-    monkeypatch.setattr(calibration, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(resuming, "SECONDS_BETWEEN_SAVES", 0.0)
     model = tmp_path / "model"
     make_model(model, kind, vocab_size=make_tokenizer(model))
     options = CalibrationOptions(model, tmp_path / "whole", (str(text),), num_samples=3, seq_len=32, batch_size=1, memory=memory)

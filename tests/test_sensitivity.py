@@ -10,6 +10,7 @@ from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
+from quantkit.advice import KEEP, RECIPE, opened_result, predicted_kld, set_name, size_of, solution_recipe, solved_anew
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import Window
 from quantkit.errors import EvaluationError
@@ -19,19 +20,7 @@ from quantkit.model import fused_sets
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.quantize import quantize, sqnr_db
 from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
-from quantkit.sensitivity import (
-    KEEP,
-    RECIPE,
-    SensitivityOptions,
-    linear_sets,
-    opened_result,
-    predicted_kld,
-    score_sensitivity,
-    set_name,
-    size_of,
-    solution_recipe,
-    solved_anew,
-)
+from quantkit.sensitivity import SensitivityOptions, linear_sets, score_sensitivity
 from quantkit.variants import count_block_runs, run_variants
 
 INT8 = Recipe(QuantScheme.parse("int8-dynamic"))
@@ -131,7 +120,7 @@ def test_the_same_run_gives_the_same_figures(options, result):
 
 
 def run_alone(batches, installer, variant, block_of):
-    states = run_variants(installer.reopened("cpu"), batches, [variant], block_of, installer.install)
+    states = run_variants(installer.reopened("cpu"), dict(enumerate(batches)), [variant], block_of, installer.install)
     try:
         return [states.get(0, window).clone() for window in range(len(batches))], states.block_runs
     finally:
@@ -152,7 +141,7 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
     variants = [tuple([0] * SETS), *(tuple(int(bit) for bit in generator.integers(0, 2, SETS) * (generator.random(SETS) < 0.4)) for _ in range(6))]
     batches = [torch.randint(0, 300, (1, 24)), torch.randint(0, 300, (1, 17))]
     with torch.inference_mode():
-        states = run_variants(installer.reopened("cpu"), batches, variants, block_of, installer.install)
+        states = run_variants(installer.reopened("cpu"), dict(enumerate(batches)), variants, block_of, installer.install)
         shared = [[states.get(number, window).clone() for window in range(2)] for number in range(len(variants))]
         assert states.block_runs == count_block_runs(variants, block_of, BLOCKS) < BLOCKS * len(variants)
         states.close()
@@ -184,7 +173,7 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
         states = run_variants(
-            installer.reopened("cpu"), [torch.tensor([window.tokens])], [tuple([1] * len(sets))], [each.block for each in sets], installer.install
+            installer.reopened("cpu"), {0: torch.tensor([window.tokens])}, [tuple([1] * len(sets))], [each.block for each in sets], installer.install
         )
         served = make_final_states(load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens))
         assert torch.equal(states.get(0, 0), served.states.get(0)[0])
@@ -201,7 +190,7 @@ def test_scales_that_were_folded_before_rounding_are_found_again():
     values = quantize(folded, SCHEMES["int8-dynamic"].weight).dequantize()
     assert float(sqnr_db(folded, recovered_weight(original, values))) > 50
     rotation = torch.linalg.qr(torch.randn(160, 160, generator=generator))[0]
-    with pytest.raises(EvaluationError, match="rotation"):
+    with pytest.raises(EvaluationError, match="with scaled rows and columns"):
         recovered_weight(original, quantize(original @ rotation, SCHEMES["int8-dynamic"].weight).dequantize())
 
 
@@ -215,6 +204,64 @@ def test_a_calibration_with_chosen_weights_is_scored_as_chosen(planted, text, tm
     rounded = score_sensitivity(SensitivityOptions(planted, recipe, **arguments))
     assert "rounded to nearest" in rounded["remarks"][0] and not any("rounded to nearest" in remark for remark in chosen["remarks"])
     assert chosen["whole"][RECIPE]["kld"] < rounded["whole"][RECIPE]["kld"] / 4
+
+
+def rotated_recipe(rotation, *others) -> Recipe:
+    return Recipe.from_mapping({"scheme": "int8-dynamic", "algorithms": [{"rotation": rotation}, *others]}, "test")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        (rotated_recipe({"untie": True}), {"tie": True, "attention_bias": True}),
+        (rotated_recipe({"untie": True}, "smoothquant", "gptq"), {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        (rotated_recipe({"residual": False}, "gptq"), {"tie": True, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    ],
+    ids=["untied", "with others", "heads alone"],
+)
+def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes, tmp_path, text):
+    """All sets quantized are the exported checkpoint, to the last bit; none quantized is the original model, up to what rotated weights lose in bfloat16."""
+    from quantkit.calibration import CalibrationOptions, calibrate
+    from quantkit.finals import make_final_states
+    from quantkit.served import load_served
+
+    model, calib = make_llama(tmp_path / "model", **changes), tmp_path / "calib"
+    calibrate(CalibrationOptions(model, calib, (str(text),), recipe, num_samples=4, seq_len=32, seed=3))
+    plan = plan_export(ExportOptions(model, tmp_path / "out", recipe, calib))
+    export(plan)
+    installer = SetInstaller(model, [None, plan], False)
+    blocks = installer.open("cpu")
+    sets = linear_sets([installer.linears_of(number) for number in range(blocks)])
+    installer.sets = [each.linears for each in sets]
+    window = Window(tuple(range(2, 40)))
+    tokens = torch.tensor([window.tokens])
+    variants = [tuple([0] * len(sets)), tuple([1] * len(sets))]
+    with torch.inference_mode():
+        opened = installer.reopened("cpu")
+        states = run_variants(opened, {0: tokens}, variants, [each.block for each in sets], installer.install)
+        served = make_final_states(load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens))
+        assert torch.equal(states.get(1, 0), served.states.get(0)[0])
+        original = make_final_states(load_served(model, "cpu"), {0: window}, len(window.tokens))
+        original_head = load_served(model, "cpu").blocks
+        original_head.load_outer(with_head=True)
+        before, after = (head.lm_head.weight.float() @ hidden.float().T for head, hidden in ((original_head.model, original.states.get(0)[0]), (opened.model, states.get(0, 0))))  # fmt: skip
+        quantized = opened.model.lm_head.weight.float() @ states.get(1, 0).float().T
+        assert float((after - before).norm()) < min(0.02 * float(before.norm()), 0.8 * float((quantized - before).norm()))
+    states.close(), served.close(), original.close()
+
+
+def test_a_budget_of_a_rotated_model_counts_what_was_untied(tmp_path, text, run, run_json):
+    from quantkit.calibration import CalibrationOptions, calibrate
+
+    model, recipe, mixed = make_llama(tmp_path / "model", tie=True), tmp_path / "r.yaml", tmp_path / "mixed.yaml"
+    recipe.write_text(json.dumps(rotated_recipe({"untie": True}).to_mapping()))
+    calibrate(CalibrationOptions(model, tmp_path / "calib", (str(text),), Recipe.load(recipe), num_samples=4, seq_len=32))
+    scoring = ("--data", text, "--max-tokens", 128, "--seq-len", 64, "--max-size", "+10%", "--recipe-out", mixed)
+    result = run_json("sensitivity", model, "--recipe", recipe, "--calibration", tmp_path / "calib", *scoring)
+    assert result["solution"]["moved"] > 0 and result["bytes"]["untied"] == Checkpoint.open(model).tensors["model.embed_tokens.weight"].nbytes
+    calibrate(CalibrationOptions(model, tmp_path / "again", (str(text),), Recipe.load(mixed), num_samples=4, seq_len=32))
+    planned = run_json("export", model, "-o", tmp_path / "out", "--recipe", mixed, "--calibration", tmp_path / "again", "--dry-run")
+    assert planned["bytes_after"] == result["solution"]["bytes"]
 
 
 # ---- Budgets and recipes.

@@ -125,7 +125,7 @@ def test_save_writes_what_get_gives(tmp_path, memory):
     states.turn()
     if memory == 0:
         states.put(0, torch.zeros(SHAPES[0]).bfloat16())  # of the next block, which is not finished
-    states.save(tmp_path / "saved.safetensors", {"0.encoded": torch.ones(2)})
+    states.save(tmp_path / "saved.safetensors", beside={"0.encoded": torch.ones(2)})
     states.close()
     saved = load_file(tmp_path / "saved.safetensors")
     assert saved.keys() == {*map(str, SHAPES), "0.encoded"}

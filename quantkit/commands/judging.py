@@ -127,10 +127,10 @@ def eval_command(
     """
     from quantkit.evaluation import EvaluationOptions, evaluate
     from quantkit.hub import resolve_model
-    from quantkit.output import write_json, write_text
+    from quantkit.output import finite, write_json, write_text
     from quantkit.page import evaluation_html, require_matplotlib
     from quantkit.ranks import rank_of_environment
-    from quantkit.report import Progress, finite, print_json
+    from quantkit.report import Progress, print_json
     from quantkit.verdict import evaluation_markdown, evaluation_remarks
 
     require_places(output=output, html=html, markdown=markdown)
@@ -245,6 +245,8 @@ def compare_command(out: Output, first: Path, second: Path) -> None:
 )
 @device_option
 @remote_code_option
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; needs its -o.")
+@click.option("--overwrite", is_flag=True, help="Start again where an interrupted run was left.")
 def sensitivity_command(
     out: Output, model: str, scheme: str | None, recipe: Path | None, output: Path | None, html: Path | None, recipe_out: Path | None, earlier: Path | None,
     alternatives: tuple[str, ...], max_size: str | None, max_kld: float | None, **scoring: Any,
@@ -254,37 +256,47 @@ def sensitivity_command(
     Each set that runtimes compute as one (q/k/v, gate/up, all experts of a layer) is quantized alone
     and compared with MODEL on a little text (calibration text that comes with quantkit, without
     --data). Sums of what sets cost predict what several cost together; how well is measured. With a
-    budget the best choice for each set follows, exactly on these sums.
+    budget the best choice for each set follows, exactly on these sums. Several processes share the
+    windows: torchrun --nproc-per-node N -m quantkit sensitivity ...
     """
+    from quantkit.advice import solution_recipe
     from quantkit.checkpoint import Checkpoint
     from quantkit.hub import resolve_model
-    from quantkit.output import write_json, write_text
+    from quantkit.output import finite, write_json, write_text
     from quantkit.page import require_matplotlib, sensitivity_html
     from quantkit.ranking import LINE_COLUMNS, SET_COLUMNS, SHOWN, line_rows, sensitivity_remarks, sensitivity_title, set_rows
-    from quantkit.report import finite, print_json, print_table
+    from quantkit.ranks import rank_of_environment
+    from quantkit.report import print_json, print_table
     from quantkit.scheme import Recipe
+    from quantkit.sensitivity import OF_THE_RUN
 
     has_budget = max_size is not None or max_kld is not None
     if recipe_out is not None and not has_budget:
         raise click.UsageError("--recipe-out writes what a budget chooses; give --max-size or --max-kld")
+    if scoring["resume"] and (output is None or earlier is not None):
+        raise click.UsageError("--resume continues what lies beside the result: give the same -o FILE as before, and no --from, which runs nothing")
     require_places(output=output, html=html, recipe_out=recipe_out)
     if html is not None:
         require_matplotlib()
     path = resolve_model(model)
+    out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
     if earlier is None:
-        result = _sensitivity(out, path, scheme, recipe, alternatives or ("keep",), max_size, max_kld, scoring)
+        result = _sensitivity(out, path, scheme, recipe, alternatives or ("keep",), max_size, max_kld, scoring | {"output": output})
     else:
         result = _sensitivity_anew(earlier, path, scheme, recipe, max_size, max_kld, alternatives)
-    if output is not None:
-        write_json(output, finite(result))
+        if output is not None:
+            write_json(output, finite(result))
+    if rank_of_environment() > 0:
+        return
     if html is not None:
-        write_text(html, sensitivity_html(result))
+        write_text(html, sensitivity_html({key: value for key, value in result.items() if key not in OF_THE_RUN}))
     if recipe_out is not None:
         from quantkit.mixing import recipe_text
-        from quantkit.sensitivity import solution_recipe
 
         write_text(recipe_out, recipe_text(solution_recipe(result, Checkpoint.open(path)), _recipe_comments(result)))
+    if result.get("was_finished"):
+        out.note(f"{output} was finished already, by the same work; nothing was run")
     if out.as_json:
         print_json(result)
     else:
@@ -319,8 +331,8 @@ def _sensitivity(
 def _sensitivity_anew(
     earlier: Path, model: Path, scheme: str | None, recipe: Path | None, max_size: str | None, max_kld: float | None, alternatives: tuple[str, ...]
 ) -> dict[str, Any]:
+    from quantkit.advice import opened_result, solved_anew
     from quantkit.checkpoint import Checkpoint
-    from quantkit.sensitivity import opened_result, solved_anew
 
     if scheme is not None or recipe is not None:
         raise click.UsageError("--from has its recipe from the earlier run; leave out --scheme and --recipe")
