@@ -193,7 +193,7 @@ def _markdown(report: dict[str, Any]) -> str:
         served = row.get("served", {})
         shown = f"{served['delta_pct']:+.2f} %{' ¹' if served['answered'] else ''}" if "delta_pct" in served else "refused" if served else ""
         figures = (f"{row['perplexity']:.3f}", interval_text(row["ppl_delta_pct"]), f"{row['kld']['mean']:.4f}", f"{100 * row['top1_agreement']:.1f} %")
-        rows.append((row["recipe"], *figures, shown, format_bytes(row["bytes"]), f"{row['cpu_seconds'] / 60:.1f}", format_bytes(row["peak_bytes"])))
+        rows.append((row["recipe"], *figures, shown, format_bytes(row["bytes"]), f"{row['cpu_seconds'] / 60:.2f}", format_bytes(row["peak_bytes"])))
     columns = ("recipe", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "served ΔPPL", "size", "CPU minutes", "peak memory")
     title = f"SmolLM2-135M-Instruct, {report['data']['sources'][0]}, {report['tokens_scored']} tokens in {report['windows']} windows of {LENGTH}, protocol gptq"
     samples = {row["samples"] for row in report["recipes"] if row["samples"]}
@@ -202,9 +202,7 @@ def _markdown(report: dict[str, Any]) -> str:
         if samples
         else ""
     )
-    notes = (
-        "\n\n¹ Asked of vLLM's CPU build with `torch._scaled_mm` answered in float32 (`benchmarks/served.py`)." if any("¹" in row[5] for row in rows) else ""
-    )
+    notes = "\n¹ Asked of vLLM's CPU build with `torch._scaled_mm` answered in float32 (`benchmarks/served.py`)." if any("¹" in row[5] for row in rows) else ""
     return f"# What each recipe costs\n\n{title}. {calibrated}CPU minutes and memory are those of calibrate and export.\nMachine: {report['machine']}.\n\n{markdown_table(columns, rows)}{notes}"
 
 

@@ -1,4 +1,4 @@
-"""The README is true: its help texts, its tree, its schemes and its commands. `python tests/test_readme.py` writes the help texts and the table of architectures anew."""
+"""The README is true: its help texts, its tree, its schemes and its commands. `python tests/test_readme.py` writes the help texts and the tables of architectures and recipes anew."""
 
 import re
 import shlex
@@ -13,6 +13,7 @@ from quantkit.scheme import ALIASES, SCHEMES
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- help:begin -->\n", "<!-- help:end -->"
+QUALITY_BEGIN, QUALITY_END = "<!-- quality:begin -->\n", "<!-- quality:end -->"
 TABLE_BEGIN, TABLE_END = "<!-- architectures:begin -->\n", "<!-- architectures:end -->"
 
 
@@ -26,14 +27,29 @@ def help_texts() -> str:
     return "\n".join(blocks)
 
 
+def quality_table() -> str:
+    """What `benchmarks/quality.py` wrote, without its title."""
+    return (ROOT / "benchmarks" / "results" / "quality.md").read_text().partition("\n\n")[2].rstrip() + "\n"
+
+
+def between(text: str, begin: str, end: str) -> str:
+    return text[text.index(begin) + len(begin) : text.index(end)]
+
+
+def with_between(text: str, begin: str, end: str, new: str) -> str:
+    return text[: text.index(begin) + len(begin)] + new + text[text.index(end) :]
+
+
 def test_help_texts_are_those_of_the_commands():
-    text = README.read_text()
-    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == help_texts(), "run: python tests/test_readme.py"
+    assert between(README.read_text(), BEGIN, END) == help_texts(), "run: python tests/test_readme.py"
 
 
 def test_table_of_architectures_is_that_of_the_tests():
-    text = README.read_text()
-    assert text[text.index(TABLE_BEGIN) + len(TABLE_BEGIN) : text.index(TABLE_END)] == architecture_table(), "run: python tests/test_readme.py"
+    assert between(README.read_text(), TABLE_BEGIN, TABLE_END) == architecture_table(), "run: python tests/test_readme.py"
+
+
+def test_table_of_recipes_is_the_measured_one():
+    assert between(README.read_text(), QUALITY_BEGIN, QUALITY_END) == quality_table(), "run: python tests/test_readme.py"
 
 
 def test_tree_names_every_file_and_no_other():
@@ -77,6 +93,6 @@ def test_files_that_the_readme_names_exist():
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    text = text[: text.index(BEGIN) + len(BEGIN)] + help_texts() + text[text.index(END) :]
-    README.write_text(text[: text.index(TABLE_BEGIN) + len(TABLE_BEGIN)] + architecture_table() + text[text.index(TABLE_END) :])
+    made = with_between(README.read_text(), BEGIN, END, help_texts())
+    made = with_between(made, TABLE_BEGIN, TABLE_END, architecture_table())
+    README.write_text(with_between(made, QUALITY_BEGIN, QUALITY_END, quality_table()))
