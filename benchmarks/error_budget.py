@@ -18,12 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
-from quality import CONFIGS, LENGTH, machine, make
+from quality import CONFIGS, LENGTH, machine, make, opened_model
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.data import load_tokenizer, read_source
-from quantkit.demo import smollm2
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.layouts import QuantizationLayout, compressed_tensors_config, decode_linear, encode_constants, encode_rows, stored_linears
 from quantkit.output import write_json, write_tensors
@@ -87,11 +84,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens to calibrate on")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = smollm2(print)
-    for source in filter(None, (arguments.data, arguments.calibration_data)):
-        read_source(source, load_tokenizer(model))
+    model = opened_model(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, _ = make(model, arguments.recipe, Path(temporary), arguments)
         kinds = judged(model, checkpoint, {**KINDS, "all": "_proj"}, arguments.data, arguments.windows)

@@ -79,6 +79,16 @@ def with_outliers(model: Path, output: Path) -> Path:
     return output
 
 
+def opened_model(arguments: argparse.Namespace) -> Path:
+    """SmolLM2-135M's directory. A wrong path of data is found now, not after a calibration."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = smollm2(print)
+    for source in filter(None, (arguments.data, arguments.calibration_data)):
+        read_source(source, load_tokenizer(model))
+    return model
+
+
 def make(model: Path, recipe: Path, work: Path, arguments: argparse.Namespace) -> tuple[Path, dict[str, float]]:
     """The quantized checkpoint, and what making it took: seconds, those of the processor, and the largest memory of the processes."""
     output, calibration = work / "quantized", work / "calibration"
@@ -123,11 +133,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="a Python that has vLLM, to ask for served perplexities")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = smollm2(print)
-    for source in filter(None, (arguments.data, arguments.calibration_data)):
-        read_source(source, load_tokenizer(model))  # a wrong path is found now, not after the first recipe's calibration
+    model = opened_model(arguments)
     recipes = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
     recipes |= {row: recipes[name] for row, name in ON_OUTLIERS.items()}
     unknown = set(arguments.only or ()) - set(recipes)

@@ -6,6 +6,7 @@ whoever wrote it. `hardware` computes what that hardware computes (`runtimes.as_
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,7 +136,7 @@ class QuantizedWeights:
             self.linears[module] = scheme
             self._require_readable(module)
         # One with a forward of its own (DeepSeek V4's grouped projection) keeps it, and gets its weight dequantized.
-        trees = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and _computes_as_linear(module)}
+        trees = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and _computes_as_linear(type(module))}
         paths = {weight.removesuffix(".weight"): path for weight, path in WeightMap(skeleton, [f"{name}.weight" for name in self.linears]).target_of.items()}
         self.modules = {name: path.removesuffix(".weight") for name, path in paths.items() if path.removesuffix(".weight") in trees}
         self.restacked = Restacked.of(skeleton, [name for name in self.linears if name not in self.modules])
@@ -229,15 +230,18 @@ class QuantizedWeights:
         return QuantizedLinear(weight, self._computed[self.linears[name]], input_scale, bias, self._dtype, self._use_kernels)
 
 
-def _computes_as_linear(module: nn.Linear) -> bool:
-    """Whether the class's forward is Linear's, or gives the same on a small one (Falcon's writes it out)."""
-    forward = type(module).forward
-    if forward is nn.Linear.forward:
+@functools.cache
+def _computes_as_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a class's forward is Linear's, or gives the same on a small one (Falcon's writes it out)."""
+    if kind.forward is nn.Linear.forward:
         return True
-    small, inputs = nn.Linear(3, 2), torch.tensor([[[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]]])
+    small = nn.utils.skip_init(nn.Linear, 3, 2).requires_grad_(False)
+    for place, parameter in enumerate(small.parameters()):
+        parameter.copy_(torch.arange(float(parameter.numel())).reshape(parameter.shape) - place - 1)
+    inputs = torch.tensor([[[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]]])
     try:
-        return torch.allclose(forward(small, inputs), small(inputs), rtol=1e-5)
-    except Exception:  # whatever it asks a Linear for that one doesn't have
+        return torch.allclose(kind.forward(small, inputs), small(inputs))
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it asks for what a Linear doesn't have
         return False
 
 
