@@ -20,7 +20,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from quantkit.model import auto_class, auto_config, is_of_other_tower, linears_f
 from quantkit.states import HiddenStates, release_freed_memory
 from quantkit.streaming import block_scales, source_spec
 from quantkit.task import CAUSAL, task_of
+from quantkit.threads import Turns, one_thread
 from quantkit.weight_map import ParameterSource, WeightMap
 
 # Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of three, for which the first block is run.
@@ -194,6 +195,7 @@ class BlockwiseModel:
         self._require_whole(shapes)
         self._outer_names = [name for name, target in self._map.target_of.items() if not target.startswith(f"{self.blocks_name}.")]
         self._loader: ThreadPoolExecutor | None = None
+        self._turns = Turns()
         self._outputs = 0  # of a recorder: a tensor, or a tuple of this length
         for name, buffer in list(skeleton.named_buffers()):
             if not buffer.is_meta and self.device.type != "cpu":
@@ -459,7 +461,8 @@ class BlockwiseModel:
             keywords = keywords | {call.hidden_name: hidden}
         else:
             arguments = (hidden, *arguments)
-        output = block(*arguments, **keywords)
+        with self._turns.of(block):
+            output = block(*arguments, **keywords)
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:
@@ -555,46 +558,3 @@ class Interned:
             same = tensor
         self._seen[id(tensor)] = (tensor, same)  # the first keeps the identity from being used again
         return same
-
-
-# ---- Threads.
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch's operations on one thread, also those that new threads call."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def each_batch(work: Callable[[int], Any], numbers: Sequence[int], device: torch.device, threads: int) -> Iterator[Any]:
-    """work(number) for each, its results in this order. On a CPU `threads` of them run at once, each on one thread of its own."""
-    if device.type != "cpu" or threads < 2 or len(numbers) < 2:
-        with one_thread() if device.type == "cpu" else nullcontext():
-            for number in numbers:
-                with torch.inference_mode():
-                    result = work(number)
-                yield result
-        return
-
-    def run(number: int) -> Any:
-        torch.set_num_threads(1)
-        with torch.inference_mode():
-            return work(number)
-
-    with one_thread(), ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Any] = deque()
-        try:
-            for number in numbers:
-                waiting.append(pool.submit(run, number))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

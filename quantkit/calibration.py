@@ -365,7 +365,7 @@ class _Run:
             self._tell(number, batch, "again, ")
 
     def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Any:
-        from quantkit.blockwise import each_batch
+        from quantkit.threads import each_batch
 
         return each_batch(work, batches, self.model.device, self.threads)
 

@@ -23,7 +23,7 @@ from quantkit.algorithms.bias_correction import corrected_bias
 from quantkit.algorithms.gptq import Solution, corrected_weight, gptq
 from quantkit.algorithms.scale_search import search_scale
 from quantkit.algorithms.smoothquant import Smoothing, search_smoothing
-from quantkit.blockwise import BlockwiseModel, Call, each_batch, one_thread
+from quantkit.blockwise import BlockwiseModel, Call
 from quantkit.errors import CalibrationError
 from quantkit.folding import STORED_TOLERANCE, BlockProbe, Fold, find_folds, folded, is_scaled_by_vector
 from quantkit.linear import QuantizedLinear
@@ -35,6 +35,7 @@ from quantkit.recording import names_on_disk
 from quantkit.rotating import Rotation, require_on_disk, rotate_block
 from quantkit.scheme import TENSOR, TOKEN, QuantScheme, Recipe
 from quantkit.states import HiddenStates
+from quantkit.threads import each_batch, one_thread
 
 # Rows of each input on which a smoothing's scale is searched, evenly spread over all batches, and how many numbers they may be.
 SEARCH_ROWS, SEARCH_NUMBERS = 16384, 1 << 28

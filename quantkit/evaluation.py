@@ -299,8 +299,8 @@ class _Judgement:
         """Figures of all tokens, from all ranks."""
         import torch
 
-        from quantkit.blockwise import each_batch
         from quantkit.heads import POSITIONS_PER_CHUNK, TokenFigures, score
+        from quantkit.threads import each_batch
 
         started = time.perf_counter()
         device = torch.device(self.ranks.device)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import each_batch
 from quantkit.cache import KeptStates, StateCache
 from quantkit.data import Window
 from quantkit.errors import EvaluationError, NonFiniteError
@@ -22,6 +21,7 @@ from quantkit.model import body_name
 from quantkit.served import ServedModel
 from quantkit.states import HiddenStates
 from quantkit.task import CAUSAL, TARGET
+from quantkit.threads import each_batch
 
 
 @dataclass(frozen=True)

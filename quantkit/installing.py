@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
-from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton, one_thread
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import read_tensor
 from quantkit.errors import EvaluationError
 from quantkit.experts import EXPERTS_IMPLEMENTATION, ExpertInput, register_serving_experts
@@ -29,6 +29,7 @@ from quantkit.recording import first_and_down, is_experts, names_on_disk
 from quantkit.rotating import RotatedLinear, Rotation, make_rotation
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
+from quantkit.threads import one_thread
 from quantkit.variants import Swap
 
 # Rows of each Linear's input on which its output is compared: of so many windows, so many positions each.

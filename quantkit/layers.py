@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
-from quantkit.blockwise import each_batch
 from quantkit.checkpoint import Checkpoint
 from quantkit.finals import Watch
 from quantkit.formats import FP8_E4M3, INT8, NumberFormat
@@ -30,6 +29,7 @@ from quantkit.quantize import QuantizedTensor, expand_scale, quantize
 from quantkit.recording import names_on_disk
 from quantkit.served import ServedModel
 from quantkit.streaming import WeightStream
+from quantkit.threads import each_batch
 
 # Rows of each input that are kept: of so many windows, evenly spread, so many positions each.
 SAMPLED_WINDOWS, SAMPLED_POSITIONS = 8, 32

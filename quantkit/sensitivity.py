@@ -408,8 +408,8 @@ class _Scoring:
     def _scores_of(self, head: OutputHead, states: VariantStates, windows: Iterable[int], variants: int) -> dict[int, Scores]:
         import torch
 
-        from quantkit.blockwise import each_batch
         from quantkit.heads import POSITIONS_PER_CHUNK, score_variants
+        from quantkit.threads import each_batch
 
         device = torch.device(self.ranks.device)
         groups = [range(first, min(first + VARIANTS_AT_ONCE, variants)) for first in range(0, variants, VARIANTS_AT_ONCE)]

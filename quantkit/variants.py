@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import BlockwiseModel, each_batch
+from quantkit.blockwise import BlockwiseModel
 from quantkit.errors import NonFiniteError
 from quantkit.states import HiddenStates
+from quantkit.threads import each_batch
 
 # For each set the number of its choice.
 Variant = tuple[int, ...]

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 import weakref
 from types import SimpleNamespace
 
@@ -13,10 +12,11 @@ from tiny_models import ARCHITECTURES, make_batches, make_model, open_blockwise,
 from torch import nn
 
 import quantkit.blockwise
-from quantkit.blockwise import BlockwiseModel, Call, Interned, StoredWeights, Tape, build_skeleton, decoder_blocks, each_batch, one_thread
+from quantkit.blockwise import BlockwiseModel, Call, Interned, StoredWeights, Tape, build_skeleton, decoder_blocks
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.states import HiddenStates
+from quantkit.threads import each_batch, one_thread
 
 # Two alike, one of another length between them, one of a single token.
 BATCHES = make_batches((2, 24), (1, 17), (2, 24), (3, 1))
@@ -346,46 +346,3 @@ def test_a_renamed_and_a_plain_parameter_tell_their_one_tensor(stored):
     assert blockwise.sources("model.layers.0.mlp.gate.weight").lists == (("model.layers.0.block_sparse_moe.gate.weight",),)
     assert blockwise.sources("model.norm.weight").lists == (("model.norm.weight",),)
     assert blockwise.sources("model.nothing.weight") is None
-
-
-# ---- Batches and threads.
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("count", [0, 1, 2, 17])
-def test_each_batch_gives_the_results_in_order(threads, count):
-    numbers = [number * 7 % 19 for number in range(count)]
-    assert list(each_batch(lambda number: number**2, numbers, CPU, threads)) == [number**2 for number in numbers]
-
-
-def test_each_batch_runs_as_many_at_once_as_there_are_threads():
-    barrier = threading.Barrier(3)
-    assert len(set(each_batch(lambda number: (barrier.wait(10), threading.get_ident())[1], range(3), CPU, 3))) == 3
-
-
-def test_each_batch_works_no_further_ahead_than_its_threads():
-    started = []
-    results = each_batch(started.append, range(50), CPU, 2)
-    next(results)
-    time.sleep(0.1)
-    assert len(started) <= 4
-    results.close()
-    assert len(started) <= 4
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_each_batch_is_one_thread_and_inference_and_ends_as_it_began(threads):
-    before = torch.get_num_threads()
-    seen = list(each_batch(lambda _: (torch.get_num_threads(), torch.is_inference_mode_enabled()), range(8), CPU, threads))
-    assert seen == [(1, True)] * 8
-    assert (torch.get_num_threads(), torch.is_inference_mode_enabled()) == (before, False)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_each_batch_passes_an_exception_on_behind_the_results_before_it(threads):
-    before, results = torch.get_num_threads(), []
-    with pytest.raises(ZeroDivisionError):
-        for result in each_batch(lambda number: 6 // (number - 4), range(9), CPU, threads):
-            results.append(result)
-    assert results == [6 // (number - 4) for number in range(4)]
-    assert torch.get_num_threads() == before

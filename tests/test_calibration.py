@@ -9,7 +9,6 @@ import torch
 from conftest import make_llama, make_text, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from quantkit.blockwise import one_thread
 from quantkit.calibration import MIN_EXPERT_TOKENS, Calibration, CalibrationOptions, calibrate, is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import calibration_windows, load_tokenizer
@@ -19,6 +18,7 @@ from quantkit.ops import histogram_edges
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.recording import require_linears
 from quantkit.scheme import QuantScheme, Recipe
+from quantkit.threads import one_thread
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tiny_models import TARGET, make_batches, make_model
 from transformers import AutoModelForSeq2SeqLM
 
 from quantkit import resuming
-from quantkit.blockwise import StoredWeights, build_skeleton, one_thread
+from quantkit.blockwise import StoredWeights, build_skeleton
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import evaluation_windows, load_tokenizer, targets_of
@@ -19,6 +19,7 @@ from quantkit.encoder_decoder import halves, open_blockwise
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.measurements import Calibration
 from quantkit.states import HiddenStates
+from quantkit.threads import one_thread
 
 
 @pytest.mark.parametrize("kind", TARGET)

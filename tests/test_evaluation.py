@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit import native
-from quantkit.blockwise import one_thread
 from quantkit.data import evaluation_windows, load_tokenizer
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
 from quantkit.evaluation import EvaluationOptions, evaluate
@@ -28,6 +27,7 @@ from quantkit.scheme import SCHEMES, Pattern, QuantScheme, Recipe
 from quantkit.served import ServedModel, load_served
 from quantkit.states import HiddenStates
 from quantkit.statistics import Interval
+from quantkit.threads import one_thread
 
 
 @pytest.fixture

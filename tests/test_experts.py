@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from quantkit.blockwise import one_thread
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.data import evaluation_windows, load_tokenizer
 from quantkit.evaluation import EvaluationOptions, evaluate
@@ -20,6 +19,7 @@ from quantkit.plan import ExportOptions, plan_export
 from quantkit.quantize import quantize
 from quantkit.scheme import SCHEMES, Recipe
 from quantkit.served import load_served
+from quantkit.threads import one_thread
 
 
 def make_mixtral(directory):

@@ -8,8 +8,8 @@ import torch
 from conftest import make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit.blockwise import one_thread
 from quantkit.evaluation import EvaluationOptions, evaluate
+from quantkit.threads import one_thread
 
 LENGTH = 32
 

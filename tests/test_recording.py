@@ -10,12 +10,12 @@ from safetensors import safe_open
 from tiny_models import ARCHITECTURES, make_batches, make_model, open_blockwise, ordinary_hidden_states
 from torch import nn
 
-from quantkit.blockwise import each_batch, one_thread
 from quantkit.errors import CalibrationError
 from quantkit.observers import HELD_OUT, InputObserver
 from quantkit.ranks import Ranks
 from quantkit.recording import EXPERTS_IMPLEMENTATION, BlockRecorder, BlockStatistics, ObservingCache, register_observing_experts
 from quantkit.states import HiddenStates
+from quantkit.threads import each_batch, one_thread
 
 BATCHES = make_batches((2, 24), (1, 17), (2, 24))
 # The dtype of what adds up or is a maximum to the last bit, whatever the order.

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton, one_thread
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import Checkpoint
 from quantkit.model import auto_class
+from quantkit.threads import one_thread
 
 SIZES = {
     "vocab_size": 200,
