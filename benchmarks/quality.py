@@ -6,7 +6,7 @@
 Each recipe is calibrated (where it needs that) and exported by processes of their own, whose processor time and largest memory stand in the table, and judged by `eval` on
 the same windows of 1024 tokens (protocol gptq), as the schemes say. Rows are written to quality.json and quality.md as they are done, four at a time: a run that is
 stopped goes on with --only and what is missing. The rows "… on outliers" are of the same model after some channels of its norms, values and up projections were made 64 times as
-large, and what reads them as much smaller: it computes the same to the last bit. With --vllm-python a server's own perplexities of the first 10 windows stand beside.
+large, and what reads them as much smaller: it computes the same to the last bit. Rows "…, served by ampere or a CPU" are of the same files with their inputs left as they are. With --vllm-python a server's own perplexities of the first 10 windows stand beside.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # The recipes that are also tried on the model with outliers, and what their rows are called.
 ON_OUTLIERS = {f"{name} on outliers": name for name in ("int8-dynamic", "int8-dynamic-best")}
 OUTLIER = 64.0
+# The recipes that are also judged as hardware without FP8 serves them, and what those rows' names end in.
+ALSO_WITHOUT_FP8 = ("fp8-dynamic", "fp8-dynamic-best")
+WITHOUT_FP8 = ", served by ampere or a CPU"
 
 
 def machine() -> str:
@@ -169,13 +172,17 @@ def _measured(report: dict[str, Any], recipes: dict[str, Path], model: Path, arg
             made[name] = make(source, recipe, work, arguments)
         result = evaluate(EvaluationOptions(model, tuple(output for output, _ in made.values()), (arguments.data,), LENGTH, LENGTH * arguments.windows))
         for (name, (output, cost)), judged in zip(made.items(), result["quants"], strict=True):
-            row = {"recipe": name, "samples": arguments.samples if Recipe.load(recipes[name]).needs_calibration else 0} | cost | judged
+            cost = {"samples": arguments.samples if Recipe.load(recipes[name]).needs_calibration else 0} | cost
+            row = {"recipe": name} | cost | judged
             if arguments.vllm_python:
                 base = next((earlier["served"]["base"] for earlier in report.get("recipes", ()) if "served" in earlier), None)
                 row["served"] = Server(arguments.vllm_python, model, arguments.data, Path(temporary), base).judge(output)
             report = _with_row(report, row, result, arguments)
             costs = f"{row['seconds']:.0f} s ({row['cpu_seconds']:.0f} s of the processor)"
             print(f"{name}: {interval_text(row['ppl_delta_pct'])}, KL {row['kld']['mean']:.4f}, {costs}", flush=True)
+            if name in ALSO_WITHOUT_FP8:
+                options = EvaluationOptions(model, (output,), (arguments.data,), LENGTH, LENGTH * arguments.windows, hardware="cpu")
+                report = _with_row(report, {"recipe": name + WITHOUT_FP8} | cost | evaluate(options)["quants"][0], result, arguments)
     return report
 
 

@@ -462,7 +462,8 @@ class _Block:
 
         def solve(index: int) -> Solution:
             path = linears[index]
-            return gptq(self.weights[path], self.schemes[path].weight, inputs[path].hessian, targets[path], damping, settings["act_order"], scales[path])
+            weight, seen = self.weights[path], inputs[path]
+            return gptq(weight, self.schemes[path].weight, seen.hessian, targets[path], damping, settings["act_order"], scales[path], settings["passes"])
 
         def sent(index: int) -> Solution:
             """Codes as bytes and without their spec: neither E4M3 tensors nor formats, which are compared by identity, survive being sent."""

@@ -294,9 +294,9 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Setting:
-    """A number, or true and false, that a recipe may give an algorithm; None where the algorithm finds it out."""
+    """A number, a whole one where the default is one, or true and false, that a recipe may give an algorithm; None where the algorithm finds it out."""
 
-    default: float | bool | None
+    default: float | int | bool | None
     low: float = 0.0
     high: float = 1.0
 
@@ -306,6 +306,8 @@ class Setting:
                 raise RecipeError(f"{where} is {value!r}; allowed are true and false")
         elif not isinstance(value, (int, float)) or isinstance(value, bool) or not self.low <= value <= self.high:
             raise RecipeError(f"{where} is {value!r}, not a number from {self.low:g} to {self.high:g}")
+        elif isinstance(self.default, int) and not isinstance(value, int):
+            raise RecipeError(f"{where} is {value!r}, not a whole number")
 
 
 # In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is what `export` does without any.
@@ -313,7 +315,7 @@ ALGORITHMS: dict[str, dict[str, Setting]] = {
     "rotation": {"residual": Setting(True), "heads": Setting(True), "untie": Setting(False)},
     "smoothquant": {"strength": Setting(None)},
     "scale_search": {},
-    "gptq": {"damping": Setting(0.01, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False)},
+    "gptq": {"damping": Setting(0.01, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False), "passes": Setting(3, 0, 100)},
     "bias_correction": {},
     "rtn": {},
 }

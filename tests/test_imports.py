@@ -17,7 +17,7 @@ ORDER = (
     ("cuda_ops",),
     ("ops", "layouts", "statistics"),
     ("figures", "gates", "mixing"),
-    ("linear", "scores", "algorithms.smoothing_fit"),
+    ("linear", "scores", "algorithms.smoothing_fit", "algorithms.coordinate_descent"),
     (
         "observers",
         "ranks",

@@ -324,7 +324,9 @@ def test_settings_of_an_algorithm_are_not_dropped_in_silence():
     [
         ({"smoothquant": {"strength": 1.5}}, "'strength' of the algorithm 'smoothquant' is 1.5, not a number from 0 to 1"),
         ({"gptq": {"act_order": 1}}, "allowed are true and false"),
-        ({"gptq": {"dampening": 0.1}}, "no setting 'dampening'; allowed are 'act_order', 'correct_inputs', 'damping'"),
+        ({"gptq": {"dampening": 0.1}}, "no setting 'dampening'; allowed are 'act_order', 'correct_inputs', 'damping', 'passes'"),
+        ({"gptq": {"passes": 1.5}}, "is 1.5, not a whole number"),
+        ({"gptq": {"passes": -1}}, "is -1, not a number from 0 to 100"),
         ({"gptq": [0.1]}, "must be a mapping"),
         ({"gptq": {}, "rtn": {}}, "write each as a name"),
     ],

@@ -12,6 +12,8 @@ On request it works on a weight that was fitted first, by least squares, to give
 ‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² and a constant. An input that is mostly rounding noise is trusted less then. The fit has in_features² numbers to learn from text: where noise is small, it
 learns that text instead.
 
+Codes that were chosen early are chosen anew at the end, when all others are known (coordinate_descent.py).
+
 Scales are given, or those of rounding to nearest: what is stored is codes and scales, and both are final here.
 """
 
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.algorithms.coordinate_descent import descend
 from quantkit.quantize import QuantizedTensor, block_amax, choose_scale, encode_codes, expand_scale, quantize
 from quantkit.scheme import QuantSpec
 
@@ -53,11 +56,11 @@ def corrected_weight(weight: Tensor, hessian: Tensor, deviation: Tensor, damping
 
 
 def gptq(weight: Tensor, spec: QuantSpec, hessian: Tensor, target: Tensor | None = None, damping: float = 0.01, act_order: bool = True,
-         scale: Tensor | None = None) -> Solution:  # fmt: skip
+         scale: Tensor | None = None, passes: int = 3) -> Solution:  # fmt: skip
     """Codes for a weight [out_features, in_features].
 
     target: W*, where it isn't the weight itself. damping: raise it when codes overfit a small calibration. act_order: the columns with the largest
-    inputs first, while all others can still make up for their errors; no order is stored. scale: [block rows, block columns], where it isn't the usual one.
+    inputs first, while all others can still make up for their errors; no order is stored. scale: [block rows, block columns], where it isn't the usual one. passes: of coordinate descent behind it.
     """
     target = weight if target is None else target
     plain = quantize(weight, spec, scale)
@@ -68,7 +71,7 @@ def gptq(weight: Tensor, spec: QuantSpec, hessian: Tensor, target: Tensor | None
     scale = choose_scale(block_amax(target, spec.granularity), spec) if scale is None else scale
     order, upper = factor
     codes = _round_in_order(target, spec, scale, order, upper)
-    solved = QuantizedTensor(codes, scale, spec)
+    solved = descend(target, QuantizedTensor(codes, scale, spec), hessian, passes, damping)
     error = _error(solved.dequantize(), target, hessian)
     if not error < plain_error:
         return Solution(plain, plain_error, plain_error, "rounding to nearest has the smaller error here")
