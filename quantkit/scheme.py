@@ -315,7 +315,7 @@ ALGORITHMS: dict[str, dict[str, Setting]] = {
     "rotation": {"residual": Setting(True), "heads": Setting(True), "untie": Setting(False)},
     "smoothquant": {"strength": Setting(None)},
     "scale_search": {},
-    "gptq": {"damping": Setting(0.01, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False), "passes": Setting(3, 0, 100)},
+    "gptq": {"damping": Setting(0.03, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False), "passes": Setting(3, 0, 100)},
     "bias_correction": {},
     "rtn": {},
 }

@@ -55,7 +55,7 @@ def corrected_weight(weight: Tensor, hessian: Tensor, deviation: Tensor, damping
     return weight + torch.cholesky_solve((weight.double() @ deviation.double()).T, factor).T.float()
 
 
-def gptq(weight: Tensor, spec: QuantSpec, hessian: Tensor, target: Tensor | None = None, damping: float = 0.01, act_order: bool = True,
+def gptq(weight: Tensor, spec: QuantSpec, hessian: Tensor, target: Tensor | None = None, damping: float = 0.03, act_order: bool = True,
          scale: Tensor | None = None, passes: int = 3) -> Solution:  # fmt: skip
     """Codes for a weight [out_features, in_features].
 
