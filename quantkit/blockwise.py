@@ -17,17 +17,18 @@ import inspect
 import itertools
 import math
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 import quantkit.ops  # noqa: F401 (declares the op)
+from quantkit.calls import RUN_FIRST, WAYS, Beside, Call, Interned, Recorder, RunningRecorder, Tape, WrongReturn
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import with_upright_weights
@@ -37,11 +38,6 @@ from quantkit.streaming import block_scales, source_spec
 from quantkit.task import CAUSAL, task_of
 from quantkit.threads import Turns, one_thread
 from quantkit.weight_map import ParameterSource, WeightMap
-
-# Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of three, for which the first block is run.
-WAYS, RUN_FIRST = (0, 1, 2, 3), -1
-# How a block's hidden states are called where they aren't the first positional argument.
-_HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
 
 class Weights(Protocol):
@@ -120,11 +116,14 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and list of a model's decoder blocks: as many as its configuration says layers, and the largest such list."""
-    layers = model.config.get_text_config().num_hidden_layers
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers and layers]
-    if not lists:
-        raise CheckpointError(f"{type(model).__name__} has no list of {layers} decoder blocks; quantkit runs decoder-only language models")
-    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    config = model.config.get_text_config()
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    # LongCat counts attentions as hidden layers, two in each block.
+    for layers in (config.num_hidden_layers, getattr(config, "num_layers", None)):
+        found = [item for item in lists if len(item[1]) == layers]
+        if found:
+            return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    raise CheckpointError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder blocks; quantkit runs decoder-only language models")
 
 
 # ---- The model.
@@ -140,47 +139,6 @@ class _Unread:
         return self._weights.read(self._name)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one block was called with beside its hidden states, for one batch. hidden_name: their keyword, or "" for the first argument."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    hidden_name: str
-
-
-class _WrongReturn(Exception):
-    """The model's loop takes the blocks' outputs apart in another way than the recorders return them."""
-
-
-class _Recorder(nn.Module):
-    """Stands in place of a block: keeps what it is called with, returns its hidden states (or, from the last one, those that were given)."""
-
-    def __init__(self, block: nn.Module, arrive: Callable[[tuple[Any, ...], dict[str, Any]], Tensor], outputs: int) -> None:
-        super().__init__()
-        self.__dict__["_block"] = block  # no child: its parameters are not this module's
-        self._arrive, self._outputs = arrive, outputs
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        hidden = self._arrive(arguments, keywords)
-        return (hidden, None, None)[: 3 if self._outputs == RUN_FIRST else self._outputs] if self._outputs else hidden
-
-    def __getattr__(self, name: str) -> Any:
-        """Models ask their blocks for what kind they are (`attention_type`)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"], name)
-
-
-class _RunningRecorder(_Recorder):
-    """The same for a block that is run all the same, hidden states apart: what else it returns, all blocks share (T5's position bias)."""
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        hidden = self._arrive(arguments, keywords)
-        return (hidden, *self.__dict__["_block"](*arguments, **keywords)[1:])
-
-
 class BlockwiseModel:
     """A model whose decoder blocks come into memory one at a time. Each block can be run once."""
 
@@ -192,15 +150,34 @@ class BlockwiseModel:
         self.blocks_name, self._blocks = decoder_blocks(skeleton)
         shapes = weights.shapes()
         self._map = WeightMap(skeleton, list(shapes))
+        self.shared = self._shared_between_blocks()
         self._require_whole(shapes)
         self._outer_names = [name for name, target in self._map.target_of.items() if not target.startswith(f"{self.blocks_name}.")]
         self._loader: ThreadPoolExecutor | None = None
         self._turns = Turns()
         self._outputs = 0  # of a recorder: a tensor, or a tuple of this length
+        self._handed_on: set[int] = set()  # places of what a block returns that the next is called with
+        self._looked_at: nn.ModuleList | None = None
         for name, buffer in list(skeleton.named_buffers()):
             if not buffer.is_meta and self.device.type != "cpu":
                 module, _, leaf = name.rpartition(".")
                 setattr(skeleton.get_submodule(module), leaf, buffer.to(self.device))
+
+    def _shared_between_blocks(self) -> dict[str, str]:
+        """Parameters of blocks that are stored as another block's; each block gets its own while it is in memory, so transformers mustn't tie them."""
+        prefix = f"{self.blocks_name}."
+        shared = {target: source for target, source in self._map.shared.items() if target.startswith(prefix) and source.startswith(prefix)}
+        if shared:
+            self.model.all_tied_weights_keys = {target: source for target, source in self.model.all_tied_weights_keys.items() if target not in shared}
+        return shared
+
+    def require_unshared(self) -> None:
+        """Refuse to measure a Linear that several blocks run: what it reads is learnt one block at a time."""
+        for target, source in self.shared.items():
+            raise CheckpointError(
+                f"{self.where} runs the weights of {source.removesuffix('.weight')} again in {target.removesuffix('.weight')}, and quantkit measures Linears that "
+                "one block runs; export it in a scheme that needs no calibration (fp8-dynamic, int8-dynamic), which eval judges"
+            )
 
     @property
     def states_dtype(self) -> torch.dtype:
@@ -238,12 +215,12 @@ class BlockwiseModel:
 
     def sources(self, parameter: str) -> ParameterSource | None:
         """The tensors on disk that make a parameter of the module tree."""
-        return self._map.sources.get(parameter)
+        return self._map.sources.get(self.shared.get(parameter, parameter))
 
     def _require_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse now what would otherwise be found when its block's turn comes, hours from here."""
         expected = self.model.state_dict()
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = {*(getattr(self.model, "all_tied_weights_keys", None) or {}), *self.shared}
         ignored = self.model._keys_to_ignore_on_load_missing or ()
         missing = [name for name in expected if not self._map.is_made(name) and name not in tied and not any(re.search(pattern, name) for pattern in ignored)]
         require_no_missing(self.where, missing)
@@ -299,7 +276,8 @@ class BlockwiseModel:
         prefix = f"{self.block_name(number)}."
         return [name for name, target in self._map.target_of.items() if target.startswith(prefix)]
 
-    def _load(self, names: Sequence[str]) -> None:
+    def _load(self, names: Sequence[str], shared: Mapping[str, str] = MappingProxyType({})) -> None:
+        """names: tensors of the checkpoint; shared: parameter → the tensor that makes it as well as its own."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -314,7 +292,8 @@ class BlockwiseModel:
         )
         try:
             with _no_progress_bar():
-                found, _ = convert_and_load_state_dict_in_model(self.model, {name: _Unread(self._weights, name) for name in names}, settings)
+                unread = {name: _Unread(self._weights, stored) for name, stored in [*zip(names, names), *shared.items()]}
+                found, _ = convert_and_load_state_dict_in_model(self.model, unread, settings)
         except QuantkitError:
             raise
         except Exception as error:  # transformers raises every kind
@@ -324,7 +303,8 @@ class BlockwiseModel:
             raise CheckpointError(f"{self.where} doesn't fit the model that its configuration describes: {' '.join(str(problems[0]).split())[:200]}")
 
     def _load_block(self, number: int) -> nn.Module:
-        self._load(self._block_names(number))
+        prefix = f"{self.block_name(number)}."
+        self._load(self._block_names(number), {name: self.sources(name).lists[0][0] for name in self.shared if name.startswith(prefix)})
         block = self._blocks[number]
         self._weights.finish(self.model, self.block_name(number))
         empty = [name for name, tensor in itertools.chain(block.named_parameters(), block.named_buffers()) if tensor.is_meta]
@@ -376,14 +356,25 @@ class BlockwiseModel:
             try:
                 with self._recorders(blocks, tape, outputs):
                     tape.require_end(forward())
-            except _WrongReturn as wrong:
+            except WrongReturn as wrong:
                 reason = str(wrong) or reason
                 continue
             if len(tape.calls) != len(blocks):
                 raise self._unusual(f"its forward calls {len(tape.calls)} of {len(blocks)} blocks")
             self._outputs = outputs
+            if blocks is not self._looked_at:
+                self._looked_at, self._handed_on = blocks, self._find_handed_on(blocks, shape, forward) if outputs in (2, 3) else set()
             return tape.first, tape.calls
         raise self._unusual(reason)
+
+    def _find_handed_on(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor]) -> set[int]:
+        tape = Tape(shape)
+        try:
+            with self._recorders(blocks, tape, self._outputs, beside=(Beside(1), Beside(2))):
+                forward()
+        except (WrongReturn, QuantkitError, RuntimeError):
+            pass  # a model that computes with them
+        return {value.place for call in tape.calls for value in (*call.arguments, *call.keywords.values()) if isinstance(value, Beside)}
 
     def _unusual(self, why: str) -> CheckpointError:
         return CheckpointError(f"{type(self.model).__name__} can't be run block by block: {why}")
@@ -406,15 +397,17 @@ class BlockwiseModel:
                 return body(**keywords)[0]
             except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
                 # A loop that takes its blocks' outputs apart otherwise than a recorder returns them.
-                raise _WrongReturn(f"{type(error).__name__}: {error}") from error
+                raise WrongReturn(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
-    def _recorders(self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
+    def _recorders(
+        self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None, beside: tuple[Any, Any] = (None, None)
+    ) -> Iterator[None]:
         blocks, last = list(places), len(places) - 1
         for number, block in enumerate(blocks):
             arrive = (lambda *_: final) if final is not None and number == last else tape.arrive
             runs = outputs == RUN_FIRST and not number and final is None
-            places[number] = _RunningRecorder(block, arrive, outputs) if runs else _Recorder(block, arrive, outputs)
+            places[number] = RunningRecorder(block, arrive, outputs) if runs else Recorder(block, arrive, outputs, beside)
         try:
             yield
         finally:
@@ -463,7 +456,13 @@ class BlockwiseModel:
             arguments = (hidden, *arguments)
         with self._turns.of(block):
             output = block(*arguments, **keywords)
-        return output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(output, (tuple, list)):
+            return output
+        given = {id(value) for value in (*arguments, *keywords.values())}
+        # None, or a state that is changed in place, is what the next block was recorded with.
+        if any(output[place] is not None and id(output[place]) not in given for place in self._handed_on if place < len(output)):
+            raise self._unusual("each hands on more than hidden states to the next")
+        return output[0]
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:
         """What the model makes of the last block's output (its last norm). hidden: [windows, positions, hidden size]."""
@@ -497,64 +496,3 @@ def _empty(block: nn.Module) -> nn.Module:
             if isinstance(value, Tensor):
                 setattr(module, name, None)
     return block.to("meta")
-
-
-class Tape:
-    """The calls of one forward, in the order of the blocks. shape: of the batch's tokens."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        self.calls: list[Call] = []
-        self.first: Tensor | None = None
-        self._shape = tuple(shape)
-
-    def arrive(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-        name = "" if arguments else next((name for name in _HIDDEN_NAMES if name in keywords), None)
-        if name is None:
-            raise CheckpointError(f"a decoder block is called without hidden states, only with {', '.join(keywords)}; it can't be run block by block")
-        hidden = arguments[0] if arguments else keywords[name]
-        if self.first is None:
-            self.first = hidden
-        elif not isinstance(hidden, Tensor) or hidden.shape != self.first.shape:
-            raise _WrongReturn
-        elif hidden is not self.first and not torch.equal(hidden, self.first):
-            raise CheckpointError("the model changes hidden states between its decoder blocks; it can't be run block by block")
-        self.calls.append(Call(arguments[1:], {key: value for key, value in keywords.items() if key != name}, name))
-        return hidden
-
-    def require_end(self, output: Any) -> None:
-        if not isinstance(output, Tensor) or tuple(output.shape[:2]) != self._shape:
-            raise _WrongReturn
-
-
-class Interned:
-    """Tensors that hold the same are kept once: masks and position embeddings of batch after batch."""
-
-    COMPARED = 8  # the last few of a shape; values that depend on the tokens never come again
-
-    def __init__(self) -> None:
-        self._by_shape: dict[tuple[Any, ...], deque[Tensor]] = {}
-        self._seen: dict[int, tuple[Any, Tensor]] = {}
-
-    def call(self, call: Call) -> Call:
-        return Call(self._value(call.arguments), self._value(call.keywords), call.hidden_name)
-
-    def forget_identities(self) -> None:
-        self._seen.clear()
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if type(value) in (tuple, list):
-            return type(value)(self._value(item) for item in value)
-        return {key: self._value(item) for key, item in value.items()} if type(value) is dict else value
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._seen:
-            return self._seen[id(tensor)][1]
-        alike = self._by_shape.setdefault((tuple(tensor.shape), tensor.stride(), tensor.dtype), deque(maxlen=self.COMPARED))
-        same = next((known for known in alike if torch.equal(known, tensor)), None)
-        if same is None:
-            alike.append(tensor)
-            same = tensor
-        self._seen[id(tensor)] = (tensor, same)  # the first keeps the identity from being used again
-        return same

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import BlockwiseModel, Call
+from quantkit.blockwise import BlockwiseModel
+from quantkit.calls import Call
 
 # How much of what a block adds to its input may change when only float32's rounding differs: algebra that doesn't hold changes a tenth and more.
 TOLERANCE = 1e-3

@@ -65,6 +65,7 @@ class SetInstaller:
         skeleton = build_skeleton(checkpoint, self._trust_remote_code, bool(self._plans[1].added), experts_implementation=EXPERTS_IMPLEMENTATION)
         self._weights = _Weights(self._plans[1])
         self._model = BlockwiseModel(skeleton, self._weights, str(self._path), device)
+        self._model.require_unshared()
         self._weights.rotate(self._model)
         self._inputs = None
         return self._model

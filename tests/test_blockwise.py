@@ -12,9 +12,11 @@ from tiny_models import ARCHITECTURES, make_batches, make_model, open_blockwise,
 from torch import nn
 
 import quantkit.blockwise
-from quantkit.blockwise import BlockwiseModel, Call, Interned, StoredWeights, Tape, build_skeleton, decoder_blocks
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton, decoder_blocks
+from quantkit.calls import Call, Interned, Tape
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
+from quantkit.recording import require_linears
 from quantkit.states import HiddenStates
 from quantkit.threads import each_batch, one_thread
 
@@ -89,6 +91,63 @@ def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(stored, kind):
     blockwise = open_blockwise(directory)
     assert not blockwise.unexpected
     assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
+
+
+SHARED = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid"],
+    "num_mem_blocks": 2,
+    "num_key_value_heads": 4,
+    "mamba_d_state": 16,
+    "n_mamba_heads": 4,
+    "chunk_size": 16,
+    "use_shared_attention_adapter": True,
+    "adapter_rank": 16,
+}
+
+
+def test_blocks_that_run_each_others_weights_run_them(tmp_path):
+    """Zamba 2's: three attentions of which two are stored."""
+    settings = SHARED | {"head_dim": 32}
+    model = make_model(tmp_path, "zamba2", **settings)
+    blockwise = open_blockwise(tmp_path)
+    assert blockwise.shared and all(".4.shared_transformer." in target and ".1.shared_transformer." in source for target, source in blockwise.shared.items())
+    assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
+    with pytest.raises(CheckpointError, match="runs the weights of .* again in .*; export it in a scheme that needs no calibration"):
+        require_linears(blockwise)
+
+
+LONGCAT = {
+    "num_layers": 2,
+    "ffn_hidden_size": 96,
+    "expert_ffn_hidden_size": 32,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "moe_topk": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "qk_head_dim": 32,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+
+
+def test_blocks_of_several_attentions_are_counted_as_blocks(tmp_path):
+    """LongCat's hidden layers are twice its blocks."""
+    directory, changes = tmp_path, {name: value for name, value in LONGCAT.items()}
+    model = make_model(directory, "longcat_flash", **changes, num_hidden_layers=4)
+    assert open_blockwise(directory).block_count == 2
+    assert_equal(run_blockwise(open_blockwise(directory)), ordinary_hidden_states(model, BATCHES))
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path):
+    """ZAYA's routers read what the router of the block before found; run without it, they would choose other experts, and nothing would say so."""
+    settings = {"num_experts": 4, "num_experts_per_tok": 1, "router_hidden_size": 32, "pad_token_id": 0, "layer_types": ["hybrid", "hybrid"]}
+    make_model(tmp_path, "zaya", **settings)
+    with pytest.raises(CheckpointError, match="can't be run block by block: each hands on more than hidden states"):
+        run_blockwise(open_blockwise(tmp_path))
 
 
 def test_hidden_states_that_rwkv_halves_between_blocks_are_not_halved_here(tmp_path):
