@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import quantkit.ops  # noqa: F401 (declares the op)
-from quantkit.calls import RUN_FIRST, WAYS, Beside, Call, Interned, Recorder, RunningRecorder, Tape, WrongReturn
+from quantkit.calls import RUN_FIRST, WAYS, Call, Interned, Recorder, RunningRecorder, Tape, WrongReturn
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import with_upright_weights
@@ -38,6 +38,8 @@ from quantkit.streaming import block_scales, source_spec
 from quantkit.task import CAUSAL, task_of
 from quantkit.threads import Turns, one_thread
 from quantkit.weight_map import ParameterSource, WeightMap
+
+PROBED = (2, 3)  # windows and positions whose hidden states show their shape
 
 
 class Weights(Protocol):
@@ -156,7 +158,8 @@ class BlockwiseModel:
         self._loader: ThreadPoolExecutor | None = None
         self._turns = Turns()
         self._outputs = 0  # of a recorder: a tensor, or a tuple of this length
-        self._handed_on: set[int] = set()  # places of what a block returns that the next is called with
+        self._probed_shape: tuple[int, ...] | None = None
+        self.hands_on = False  # whether blocks are called with what the one before returns beside hidden states; known once calls are recorded
         self._looked_at: nn.ModuleList | None = None
         for name, buffer in list(skeleton.named_buffers()):
             if not buffer.is_meta and self.device.type != "cpu":
@@ -189,8 +192,14 @@ class BlockwiseModel:
         return len(self._blocks)
 
     def states_shape(self, tokens: Tensor) -> tuple[int, ...]:
-        """Of the hidden states of a batch of tokens, [windows, positions]."""
-        return (*tokens.shape, self.model.config.get_text_config().hidden_size)
+        """Of the hidden states of a batch of tokens, [windows, positions]: as blocks are given them, so what is outside of the blocks has to be loaded.
+
+        Some models have several streams of them: [streams, windows, positions, hidden size] (Gemma 3n), or behind the positions (DeepSeek V4).
+        """
+        if self._probed_shape is None:
+            self._probed_shape = tuple(self._record(torch.zeros(PROBED, dtype=torch.long, device=self.device), None)[0].shape)
+        place = next(place for place in range(len(self._probed_shape)) if self._probed_shape[place : place + 2] == PROBED)
+        return (*self._probed_shape[:place], *tokens.shape, *self._probed_shape[place + 2 :])
 
     def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
         """Called when all batches are behind a block: nothing to do, except between an encoder's last and a decoder's first."""
@@ -352,9 +361,10 @@ class BlockwiseModel:
         """ways: which to try, in this order; RUN_FIRST needs the first block's weights."""
         reason = "its blocks pass on more than hidden states"
         for outputs in dict.fromkeys((self._outputs, *ways)):
+            hands_on = self.hands_on and blocks is self._looked_at
             tape = Tape(shape)
             try:
-                with self._recorders(blocks, tape, outputs):
+                with self._recorders(blocks, tape, outputs, hands_on=hands_on):
                     tape.require_end(forward())
             except WrongReturn as wrong:
                 reason = str(wrong) or reason
@@ -363,18 +373,23 @@ class BlockwiseModel:
                 raise self._unusual(f"its forward calls {len(tape.calls)} of {len(blocks)} blocks")
             self._outputs = outputs
             if blocks is not self._looked_at:
-                self._looked_at, self._handed_on = blocks, self._find_handed_on(blocks, shape, forward) if outputs in (2, 3) else set()
+                tape = self._handing_on(blocks, shape, forward) or tape
+                self._looked_at, self.hands_on = blocks, tape.is_handed_on
             return tape.first, tape.calls
         raise self._unusual(reason)
 
-    def _find_handed_on(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor]) -> set[int]:
+    def _handing_on(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor]) -> Tape | None:
+        """The same calls, with places for what blocks hand on, if they do."""
         tape = Tape(shape)
+        if self._outputs not in (2, 3):
+            return None
         try:
-            with self._recorders(blocks, tape, self._outputs, beside=(Beside(1), Beside(2))):
-                forward()
-        except (WrongReturn, QuantkitError, RuntimeError):
-            pass  # a model that computes with them
-        return {value.place for call in tape.calls for value in (*call.arguments, *call.keywords.values()) if isinstance(value, Beside)}
+            with self._recorders(blocks, tape, self._outputs, hands_on=True):
+                tape.require_end(forward())
+        except (WrongReturn, QuantkitError, RuntimeError):  # a model that computes with them
+            if tape.is_handed_on:
+                raise self._unusual("each hands on more than hidden states to the next, in a way of its own") from None
+        return tape if tape.is_handed_on else None
 
     def _unusual(self, why: str) -> CheckpointError:
         return CheckpointError(f"{type(self.model).__name__} can't be run block by block: {why}")
@@ -400,14 +415,12 @@ class BlockwiseModel:
                 raise WrongReturn(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
-    def _recorders(
-        self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None, beside: tuple[Any, Any] = (None, None)
-    ) -> Iterator[None]:
+    def _recorders(self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None, hands_on: bool = False) -> Iterator[None]:
         blocks, last = list(places), len(places) - 1
         for number, block in enumerate(blocks):
             arrive = (lambda *_: final) if final is not None and number == last else tape.arrive
             runs = outputs == RUN_FIRST and not number and final is None
-            places[number] = RunningRecorder(block, arrive, outputs) if runs else Recorder(block, arrive, outputs, beside)
+            places[number] = RunningRecorder(block, arrive, outputs) if runs else Recorder(block, arrive, outputs, hands_on)
         try:
             yield
         finally:
@@ -449,7 +462,8 @@ class BlockwiseModel:
 
     def run_block(self, block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
         """One batch through one block. hidden: [windows, positions, hidden size]."""
-        arguments, keywords = call.arguments, call.keywords
+        given = call.given()
+        arguments, keywords = given.arguments, given.keywords
         if call.hidden_name:
             keywords = keywords | {call.hidden_name: hidden}
         else:
@@ -458,10 +472,7 @@ class BlockwiseModel:
             output = block(*arguments, **keywords)
         if not isinstance(output, (tuple, list)):
             return output
-        given = {id(value) for value in (*arguments, *keywords.values())}
-        # None, or a state that is changed in place, is what the next block was recorded with.
-        if any(output[place] is not None and id(output[place]) not in given for place in self._handed_on if place < len(output)):
-            raise self._unusual("each hands on more than hidden states to the next")
+        call.hand_on(output[1:])
         return output[0]
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:

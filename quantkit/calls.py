@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,39 +18,66 @@ WAYS, RUN_FIRST = (0, 1, 2, 3), -1
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
 
+class Handed:
+    """What a block returns beside hidden states, put here when it has run, for the next block that is called with it (GLM-5's choice of tokens, ZAYA's routers)."""
+
+    def __init__(self) -> None:
+        self.is_wanted = False
+        self._values: list[Any] = []
+
+    def put(self, value: Any) -> None:
+        self._values = [value]
+
+    def get(self) -> Any:
+        if not self._values:
+            raise CheckpointError("a decoder block is called with what the one before it returns, and that one hasn't run; it can't be run by itself")
+        return self._values[0]
+
+
 @dataclass(frozen=True)
 class Call:
-    """What one block was called with beside its hidden states, for one batch. hidden_name: their keyword, or "" for the first argument."""
+    """What one block was called with beside its hidden states, for one batch. hidden_name: their keyword, or "" for the first argument.
+
+    hands_on: where what the block returns beside hidden states goes, in the order of its tuple.
+    """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     hidden_name: str
+    hands_on: tuple[Handed, ...] = ()
+
+    def given(self) -> Call:
+        """The call with what the block before has handed on."""
+        if not any(isinstance(value, Handed) for value in (*self.arguments, *self.keywords.values())):
+            return self
+        arguments = tuple(value.get() if isinstance(value, Handed) else value for value in self.arguments)
+        return replace(self, arguments=arguments, keywords={key: value.get() if isinstance(value, Handed) else value for key, value in self.keywords.items()})
+
+    def hand_on(self, beside: Sequence[Any]) -> None:
+        for place, value in zip(self.hands_on, beside):
+            if place.is_wanted:
+                place.put(value)
 
 
 class WrongReturn(Exception):
     """The model's loop takes the blocks' outputs apart in another way than the recorders return them."""
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Stands for what a block returns beside hidden states, at a place of its tuple, to be seen again where a model calls the next block with it."""
-
-    place: int
-
-
 class Recorder(nn.Module):
-    """Stands in place of a block: keeps what it is called with, returns its hidden states (or, from the last one, those that were given)."""
+    """Stands in place of a block: keeps what it is called with, returns its hidden states (or, from the last one, those that were given).
 
-    def __init__(
-        self, block: nn.Module, arrive: Callable[[tuple[Any, ...], dict[str, Any]], Tensor], outputs: int, beside: tuple[Any, Any] = (None, None)
-    ) -> None:
+    hands_on: what it returns beside them shows where the model's loop takes it.
+    """
+
+    def __init__(self, block: nn.Module, arrive: Callable[..., Tensor], outputs: int, hands_on: bool = False) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # no child: its parameters are not this module's
-        self._arrive, self._outputs, self._beside = arrive, outputs, beside
+        self._arrive, self._outputs, self._hands_on = arrive, outputs, hands_on
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        hidden = self._arrive(arguments, keywords)
-        return (hidden, *self._beside)[: 3 if self._outputs == RUN_FIRST else self._outputs] if self._outputs else hidden
+        places = (Handed(), Handed()) if self._hands_on else ()
+        hidden = self._arrive(arguments, keywords, places)
+        return (hidden, *(places or (None, None)))[: 3 if self._outputs == RUN_FIRST else self._outputs] if self._outputs else hidden
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their blocks for what kind they are (`attention_type`)."""
@@ -76,7 +103,12 @@ class Tape:
         self.first: Tensor | None = None
         self._shape = tuple(shape)
 
-    def arrive(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    @property
+    def is_handed_on(self) -> bool:
+        """Whether a block was called with what the one before it returned beside hidden states."""
+        return any(place.is_wanted for call in self.calls for place in call.hands_on)
+
+    def arrive(self, arguments: tuple[Any, ...], keywords: dict[str, Any], hands_on: tuple[Handed, ...] = ()) -> Tensor:
         name = "" if arguments else next((name for name in _HIDDEN_NAMES if name in keywords), None)
         if name is None:
             raise CheckpointError(f"a decoder block is called without hidden states, only with {', '.join(keywords)}; it can't be run block by block")
@@ -87,7 +119,10 @@ class Tape:
             raise WrongReturn
         elif hidden is not self.first and not torch.equal(hidden, self.first):
             raise CheckpointError("the model changes hidden states between its decoder blocks; it can't be run block by block")
-        self.calls.append(Call(arguments[1:], {key: value for key, value in keywords.items() if key != name}, name))
+        for value in (*arguments, *keywords.values()):
+            if isinstance(value, Handed):
+                value.is_wanted = True
+        self.calls.append(Call(arguments[1:], {key: value for key, value in keywords.items() if key != name}, name, hands_on))
         return hidden
 
     def require_end(self, output: Any) -> None:
@@ -105,7 +140,7 @@ class Interned:
         self._seen: dict[int, tuple[Any, Tensor]] = {}
 
     def call(self, call: Call) -> Call:
-        return Call(self._value(call.arguments), self._value(call.keywords), call.hidden_name)
+        return replace(call, arguments=self._value(call.arguments), keywords=self._value(call.keywords))
 
     def forget_identities(self) -> None:
         self._seen.clear()

@@ -46,7 +46,8 @@ class BlockProbe:
     def __init__(self, model: BlockwiseModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
         self._model = model
         self.block = copy.deepcopy(block).float()
-        self._call = replace(call, arguments=_in_float32(call.arguments), keywords=_in_float32(call.keywords))
+        call = call.given()
+        self._call = replace(call, arguments=_in_float32(call.arguments), keywords=_in_float32(call.keywords), hands_on=())
         self.hidden = hidden.float()
         self.output = self.run()
 
