@@ -117,15 +117,17 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of a model's decoder blocks: as many as its configuration says layers, and the largest such list."""
+    """The name and list of a model's decoder blocks: as many as its configuration says layers, and the largest such list that neither sees nor hears."""
     config = model.config.get_text_config()
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     # LongCat counts attentions as hidden layers, two in each block.
-    for layers in (config.num_hidden_layers, getattr(config, "num_layers", None)):
+    counts = [getattr(config, name) for name in ("num_hidden_layers", "num_layers") if isinstance(getattr(config, name, None), int)]
+    for layers in counts:
         found = [item for item in lists if len(item[1]) == layers]
         if found:
-            return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
-    raise CheckpointError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder blocks; quantkit runs decoder-only language models")
+            return max(found, key=lambda item: (not is_of_other_tower(item[0]), sum(parameter.numel() for parameter in item[1].parameters())))
+    blocks = f"{counts[0]} decoder blocks" if counts else "decoder blocks"
+    raise CheckpointError(f"{type(model).__name__} has no list of {blocks}; quantkit runs decoder-only language models")
 
 
 # ---- The model.
@@ -194,12 +196,14 @@ class BlockwiseModel:
     def states_shape(self, tokens: Tensor) -> tuple[int, ...]:
         """Of the hidden states of a batch of tokens, [windows, positions]: as blocks are given them, so what is outside of the blocks has to be loaded.
 
-        Some models have several streams of them: [streams, windows, positions, hidden size] (Gemma 3n), or behind the positions (DeepSeek V4).
+        Some models have several streams of them: [streams, windows, positions, hidden size] (Gemma 3n), or behind the positions (DeepSeek V4). CPM-Ant has more
+        positions than tokens; what is returned for it is too small.
         """
         if self._probed_shape is None:
             self._probed_shape = tuple(self._record(torch.zeros(PROBED, dtype=torch.long, device=self.device), None)[0].shape)
-        place = next(place for place in range(len(self._probed_shape)) if self._probed_shape[place : place + 2] == PROBED)
-        return (*self._probed_shape[:place], *tokens.shape, *self._probed_shape[place + 2 :])
+        found = self._probed_shape
+        place = next((place for place in range(len(found)) if found[place : place + 2] == PROBED), None)
+        return (*tokens.shape, found[-1]) if place is None else (*found[:place], *tokens.shape, *found[place + 2 :])
 
     def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
         """Called when all batches are behind a block: nothing to do, except between an encoder's last and a decoder's first."""
@@ -290,7 +294,7 @@ class BlockwiseModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        if not names:
+        if not names and not shared:
             return
         dtype = self.model.config.dtype
         settings = LoadStateDictConfig(

@@ -14,7 +14,6 @@ from quantkit.checkpoint import Checkpoint, TensorInfo
 
 GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 BIASED = "experts stacked with biases, as in GPT-OSS, whose FP8 and INT8 forms no runtime reads; it is served in bfloat16 or MXFP4"
-
 ALTERNATING = "experts in whose matrices rows of gate and up alternate, as in Inkling, whose FP8 and INT8 forms quantkit doesn't write"
 FLAT = "all experts of a layer in one flat matrix, as in DBRX, which runtimes read in bfloat16 alone, or with one scale for each expert"
 

@@ -346,6 +346,8 @@ def test_decoder_blocks_are_the_list_with_the_most_parameters():
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
     name, blocks = decoder_blocks(model)
     assert name == "blocks" and blocks is model["blocks"]
+    model["vision_tower"] = nn.ModuleList([nn.Linear(99, 99)] * 2)
+    assert decoder_blocks(model)[0] == "blocks"
 
 
 def test_blocks_that_hand_on_more_than_is_known_are_refused(tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ ARCHITECTURES = {
     "glm4": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "starcoder2": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
