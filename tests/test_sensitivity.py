@@ -151,7 +151,10 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
             assert runs == BLOCKS and all(torch.equal(ours, theirs) for ours, theirs in zip(found, alone))
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("llama", "int8-dynamic"), ("qwen3_moe", "fp8-dynamic"), ("llama", "fp8-tensor")])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("llama", "int8-dynamic"), ("qwen3_moe", "fp8-dynamic"), ("llama", "fp8-tensor"), ("granitemoe", "int8-dynamic"), ("qwen3_5_moe_text", "fp8-dynamic")],
+)
 def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tmp_path, text):
     from quantkit.calibration import CalibrationOptions, calibrate
     from quantkit.finals import make_final_states
@@ -170,7 +173,7 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     blocks = installer.open("cpu")
     sets = linear_sets([[name for name in installer.linears_of(number) if name in plan.linears] for number in range(blocks)])
     installer.sets = [each.linears for each in sets]
-    assert ("experts" in {each.kind for each in sets}) == (kind == "qwen3_moe")
+    assert ("experts" in {each.kind for each in sets}) == (kind != "llama")
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
         states = run_variants(
