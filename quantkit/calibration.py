@@ -307,7 +307,7 @@ class _Run:
         self.model.free_outer()
         self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
         # What blocks hand on beside hidden states isn't saved: those that are done run again.
-        first = 0 if self.model.hands_on else self._restore(states, calls)
+        first = 0 if any(self.ranks.all_gather(self.model.hands_on)) else self._restore(states, calls)
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
                 if self.chosen is not None and number in done:
