@@ -17,17 +17,18 @@ import inspect
 import itertools
 import math
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 import quantkit.ops  # noqa: F401 (declares the op)
+from quantkit.calls import RUN_FIRST, WAYS, Call, Interned, Recorder, RunningRecorder, Tape, WrongReturn
 from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import with_upright_weights
@@ -38,10 +39,7 @@ from quantkit.task import CAUSAL, task_of
 from quantkit.threads import Turns, one_thread
 from quantkit.weight_map import ParameterSource, WeightMap
 
-# Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of three, for which the first block is run.
-WAYS, RUN_FIRST = (0, 1, 2, 3), -1
-# How a block's hidden states are called where they aren't the first positional argument.
-_HIDDEN_NAMES = ("hidden_states", "x", "inputs")
+PROBED = (2, 3)  # windows and positions whose hidden states show their shape
 
 
 class Weights(Protocol):
@@ -119,12 +117,17 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of a model's decoder blocks: as many as its configuration says layers, and the largest such list."""
-    layers = model.config.get_text_config().num_hidden_layers
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers and layers]
-    if not lists:
-        raise CheckpointError(f"{type(model).__name__} has no list of {layers} decoder blocks; quantkit runs decoder-only language models")
-    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    """The name and list of a model's decoder blocks: as many as its configuration says layers, and the largest such list that neither sees nor hears."""
+    config = model.config.get_text_config()
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    # LongCat counts attentions as hidden layers, two in each block.
+    counts = [getattr(config, name) for name in ("num_hidden_layers", "num_layers") if isinstance(getattr(config, name, None), int)]
+    for layers in counts:
+        found = [item for item in lists if len(item[1]) == layers]
+        if found:
+            return max(found, key=lambda item: (not is_of_other_tower(item[0]), sum(parameter.numel() for parameter in item[1].parameters())))
+    blocks = f"{counts[0]} decoder blocks" if counts else "decoder blocks"
+    raise CheckpointError(f"{type(model).__name__} has no list of {blocks}; quantkit runs decoder-only language models")
 
 
 # ---- The model.
@@ -140,47 +143,6 @@ class _Unread:
         return self._weights.read(self._name)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one block was called with beside its hidden states, for one batch. hidden_name: their keyword, or "" for the first argument."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    hidden_name: str
-
-
-class _WrongReturn(Exception):
-    """The model's loop takes the blocks' outputs apart in another way than the recorders return them."""
-
-
-class _Recorder(nn.Module):
-    """Stands in place of a block: keeps what it is called with, returns its hidden states (or, from the last one, those that were given)."""
-
-    def __init__(self, block: nn.Module, arrive: Callable[[tuple[Any, ...], dict[str, Any]], Tensor], outputs: int) -> None:
-        super().__init__()
-        self.__dict__["_block"] = block  # no child: its parameters are not this module's
-        self._arrive, self._outputs = arrive, outputs
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        hidden = self._arrive(arguments, keywords)
-        return (hidden, None, None)[: 3 if self._outputs == RUN_FIRST else self._outputs] if self._outputs else hidden
-
-    def __getattr__(self, name: str) -> Any:
-        """Models ask their blocks for what kind they are (`attention_type`)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"], name)
-
-
-class _RunningRecorder(_Recorder):
-    """The same for a block that is run all the same, hidden states apart: what else it returns, all blocks share (T5's position bias)."""
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        hidden = self._arrive(arguments, keywords)
-        return (hidden, *self.__dict__["_block"](*arguments, **keywords)[1:])
-
-
 class BlockwiseModel:
     """A model whose decoder blocks come into memory one at a time. Each block can be run once."""
 
@@ -192,15 +154,35 @@ class BlockwiseModel:
         self.blocks_name, self._blocks = decoder_blocks(skeleton)
         shapes = weights.shapes()
         self._map = WeightMap(skeleton, list(shapes))
+        self.shared = self._shared_between_blocks()
         self._require_whole(shapes)
         self._outer_names = [name for name, target in self._map.target_of.items() if not target.startswith(f"{self.blocks_name}.")]
         self._loader: ThreadPoolExecutor | None = None
         self._turns = Turns()
         self._outputs = 0  # of a recorder: a tensor, or a tuple of this length
+        self._probed_shape: tuple[int, ...] | None = None
+        self.hands_on = False  # whether blocks are called with what the one before returns beside hidden states; known once calls are recorded
+        self._looked_at: nn.ModuleList | None = None
         for name, buffer in list(skeleton.named_buffers()):
             if not buffer.is_meta and self.device.type != "cpu":
                 module, _, leaf = name.rpartition(".")
                 setattr(skeleton.get_submodule(module), leaf, buffer.to(self.device))
+
+    def _shared_between_blocks(self) -> dict[str, str]:
+        """Parameters of blocks that are stored as another block's; each block gets its own while it is in memory, so transformers mustn't tie them."""
+        prefix = f"{self.blocks_name}."
+        shared = {target: source for target, source in self._map.shared.items() if target.startswith(prefix) and source.startswith(prefix)}
+        if shared:
+            self.model.all_tied_weights_keys = {target: source for target, source in self.model.all_tied_weights_keys.items() if target not in shared}
+        return shared
+
+    def require_unshared(self) -> None:
+        """Refuse to measure a Linear that several blocks run: what it reads is learnt one block at a time."""
+        for target, source in self.shared.items():
+            raise CheckpointError(
+                f"{self.where} runs the weights of {source.removesuffix('.weight')} again in {target.removesuffix('.weight')}, and quantkit measures Linears that "
+                "one block runs; export it in a scheme that needs no calibration (fp8-dynamic, int8-dynamic), which eval judges"
+            )
 
     @property
     def states_dtype(self) -> torch.dtype:
@@ -212,8 +194,16 @@ class BlockwiseModel:
         return len(self._blocks)
 
     def states_shape(self, tokens: Tensor) -> tuple[int, ...]:
-        """Of the hidden states of a batch of tokens, [windows, positions]."""
-        return (*tokens.shape, self.model.config.get_text_config().hidden_size)
+        """Of the hidden states of a batch of tokens, [windows, positions]: as blocks are given them, so what is outside of the blocks has to be loaded.
+
+        Some models have several streams of them: [streams, windows, positions, hidden size] (Gemma 3n), or behind the positions (DeepSeek V4). CPM-Ant has more
+        positions than tokens; what is returned for it is too small.
+        """
+        if self._probed_shape is None:
+            self._probed_shape = tuple(self._record(torch.zeros(PROBED, dtype=torch.long, device=self.device), None)[0].shape)
+        found = self._probed_shape
+        place = next((place for place in range(len(found)) if found[place : place + 2] == PROBED), None)
+        return (*tokens.shape, found[-1]) if place is None else (*found[:place], *tokens.shape, *found[place + 2 :])
 
     def pass_on(self, number: int, batches: Mapping[int, Tensor], states: HiddenStates, calls: Mapping[int, list[Call | None]]) -> None:
         """Called when all batches are behind a block: nothing to do, except between an encoder's last and a decoder's first."""
@@ -238,12 +228,12 @@ class BlockwiseModel:
 
     def sources(self, parameter: str) -> ParameterSource | None:
         """The tensors on disk that make a parameter of the module tree."""
-        return self._map.sources.get(parameter)
+        return self._map.sources.get(self.shared.get(parameter, parameter))
 
     def _require_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse now what would otherwise be found when its block's turn comes, hours from here."""
         expected = self.model.state_dict()
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = {*(getattr(self.model, "all_tied_weights_keys", None) or {}), *self.shared}
         ignored = self.model._keys_to_ignore_on_load_missing or ()
         missing = [name for name in expected if not self._map.is_made(name) and name not in tied and not any(re.search(pattern, name) for pattern in ignored)]
         require_no_missing(self.where, missing)
@@ -299,11 +289,12 @@ class BlockwiseModel:
         prefix = f"{self.block_name(number)}."
         return [name for name, target in self._map.target_of.items() if target.startswith(prefix)]
 
-    def _load(self, names: Sequence[str]) -> None:
+    def _load(self, names: Sequence[str], shared: Mapping[str, str] = MappingProxyType({})) -> None:
+        """names: tensors of the checkpoint; shared: parameter → the tensor that makes it as well as its own."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        if not names:
+        if not names and not shared:
             return
         dtype = self.model.config.dtype
         settings = LoadStateDictConfig(
@@ -314,7 +305,8 @@ class BlockwiseModel:
         )
         try:
             with _no_progress_bar():
-                found, _ = convert_and_load_state_dict_in_model(self.model, {name: _Unread(self._weights, name) for name in names}, settings)
+                unread = {name: _Unread(self._weights, stored) for name, stored in [*zip(names, names), *shared.items()]}
+                found, _ = convert_and_load_state_dict_in_model(self.model, unread, settings)
         except QuantkitError:
             raise
         except Exception as error:  # transformers raises every kind
@@ -324,7 +316,8 @@ class BlockwiseModel:
             raise CheckpointError(f"{self.where} doesn't fit the model that its configuration describes: {' '.join(str(problems[0]).split())[:200]}")
 
     def _load_block(self, number: int) -> nn.Module:
-        self._load(self._block_names(number))
+        prefix = f"{self.block_name(number)}."
+        self._load(self._block_names(number), {name: self.sources(name).lists[0][0] for name in self.shared if name.startswith(prefix)})
         block = self._blocks[number]
         self._weights.finish(self.model, self.block_name(number))
         empty = [name for name, tensor in itertools.chain(block.named_parameters(), block.named_buffers()) if tensor.is_meta]
@@ -372,18 +365,35 @@ class BlockwiseModel:
         """ways: which to try, in this order; RUN_FIRST needs the first block's weights."""
         reason = "its blocks pass on more than hidden states"
         for outputs in dict.fromkeys((self._outputs, *ways)):
+            hands_on = self.hands_on and blocks is self._looked_at
             tape = Tape(shape)
             try:
-                with self._recorders(blocks, tape, outputs):
+                with self._recorders(blocks, tape, outputs, hands_on=hands_on):
                     tape.require_end(forward())
-            except _WrongReturn as wrong:
+            except WrongReturn as wrong:
                 reason = str(wrong) or reason
                 continue
             if len(tape.calls) != len(blocks):
                 raise self._unusual(f"its forward calls {len(tape.calls)} of {len(blocks)} blocks")
             self._outputs = outputs
+            if blocks is not self._looked_at:
+                tape = self._handing_on(blocks, shape, forward) or tape
+                self._looked_at, self.hands_on = blocks, tape.is_handed_on
             return tape.first, tape.calls
         raise self._unusual(reason)
+
+    def _handing_on(self, blocks: nn.ModuleList, shape: torch.Size, forward: Callable[[], Tensor]) -> Tape | None:
+        """The same calls, with places for what blocks hand on, if they do."""
+        tape = Tape(shape)
+        if self._outputs not in (2, 3):
+            return None
+        try:
+            with self._recorders(blocks, tape, self._outputs, hands_on=True):
+                tape.require_end(forward())
+        except (WrongReturn, QuantkitError, RuntimeError):  # a model that computes with them
+            if tape.is_handed_on:
+                raise self._unusual("each hands on more than hidden states to the next, in a way of its own") from None
+        return tape if tape.is_handed_on else None
 
     def _unusual(self, why: str) -> CheckpointError:
         return CheckpointError(f"{type(self.model).__name__} can't be run block by block: {why}")
@@ -406,15 +416,15 @@ class BlockwiseModel:
                 return body(**keywords)[0]
             except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
                 # A loop that takes its blocks' outputs apart otherwise than a recorder returns them.
-                raise _WrongReturn(f"{type(error).__name__}: {error}") from error
+                raise WrongReturn(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
-    def _recorders(self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None) -> Iterator[None]:
+    def _recorders(self, places: nn.ModuleList, tape: Tape, outputs: int, final: Tensor | None = None, hands_on: bool = False) -> Iterator[None]:
         blocks, last = list(places), len(places) - 1
         for number, block in enumerate(blocks):
             arrive = (lambda *_: final) if final is not None and number == last else tape.arrive
             runs = outputs == RUN_FIRST and not number and final is None
-            places[number] = _RunningRecorder(block, arrive, outputs) if runs else _Recorder(block, arrive, outputs)
+            places[number] = RunningRecorder(block, arrive, outputs) if runs else Recorder(block, arrive, outputs, hands_on)
         try:
             yield
         finally:
@@ -456,14 +466,18 @@ class BlockwiseModel:
 
     def run_block(self, block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
         """One batch through one block. hidden: [windows, positions, hidden size]."""
-        arguments, keywords = call.arguments, call.keywords
+        given = call.given()
+        arguments, keywords = given.arguments, given.keywords
         if call.hidden_name:
             keywords = keywords | {call.hidden_name: hidden}
         else:
             arguments = (hidden, *arguments)
         with self._turns.of(block):
             output = block(*arguments, **keywords)
-        return output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(output, (tuple, list)):
+            return output
+        call.hand_on(output[1:])
+        return output[0]
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None) -> Tensor:
         """What the model makes of the last block's output (its last norm). hidden: [windows, positions, hidden size]."""
@@ -497,64 +511,3 @@ def _empty(block: nn.Module) -> nn.Module:
             if isinstance(value, Tensor):
                 setattr(module, name, None)
     return block.to("meta")
-
-
-class Tape:
-    """The calls of one forward, in the order of the blocks. shape: of the batch's tokens."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        self.calls: list[Call] = []
-        self.first: Tensor | None = None
-        self._shape = tuple(shape)
-
-    def arrive(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-        name = "" if arguments else next((name for name in _HIDDEN_NAMES if name in keywords), None)
-        if name is None:
-            raise CheckpointError(f"a decoder block is called without hidden states, only with {', '.join(keywords)}; it can't be run block by block")
-        hidden = arguments[0] if arguments else keywords[name]
-        if self.first is None:
-            self.first = hidden
-        elif not isinstance(hidden, Tensor) or hidden.shape != self.first.shape:
-            raise _WrongReturn
-        elif hidden is not self.first and not torch.equal(hidden, self.first):
-            raise CheckpointError("the model changes hidden states between its decoder blocks; it can't be run block by block")
-        self.calls.append(Call(arguments[1:], {key: value for key, value in keywords.items() if key != name}, name))
-        return hidden
-
-    def require_end(self, output: Any) -> None:
-        if not isinstance(output, Tensor) or tuple(output.shape[:2]) != self._shape:
-            raise _WrongReturn
-
-
-class Interned:
-    """Tensors that hold the same are kept once: masks and position embeddings of batch after batch."""
-
-    COMPARED = 8  # the last few of a shape; values that depend on the tokens never come again
-
-    def __init__(self) -> None:
-        self._by_shape: dict[tuple[Any, ...], deque[Tensor]] = {}
-        self._seen: dict[int, tuple[Any, Tensor]] = {}
-
-    def call(self, call: Call) -> Call:
-        return Call(self._value(call.arguments), self._value(call.keywords), call.hidden_name)
-
-    def forget_identities(self) -> None:
-        self._seen.clear()
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if type(value) in (tuple, list):
-            return type(value)(self._value(item) for item in value)
-        return {key: self._value(item) for key, item in value.items()} if type(value) is dict else value
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._seen:
-            return self._seen[id(tensor)][1]
-        alike = self._by_shape.setdefault((tuple(tensor.shape), tensor.stride(), tensor.dtype), deque(maxlen=self.COMPARED))
-        same = next((known for known in alike if torch.equal(known, tensor)), None)
-        if same is None:
-            alike.append(tensor)
-            same = tensor
-        self._seen[id(tensor)] = (tensor, same)  # the first keeps the identity from being used again
-        return same

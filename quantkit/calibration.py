@@ -213,6 +213,7 @@ class _Run:
         self.model = self._build()
         self.chooser = self.ranks.after_first(self._chooser)
         self.ranks.first_decides(lambda: require_linears(self.model))
+        self.ranks.first_decides(self.model.require_unshared)
         done = self.ranks.first_decides(self._open_output)
         self.partial = self.ranks.first_decides(lambda: self.output.partial)
         self.chosen = self._chosen_files()
@@ -297,15 +298,16 @@ class _Run:
         from quantkit.recording import ObservingCache
 
         self.on_progress(0, self.model.block_count, "calibrate: embeddings")
-        states.expect({number: self.model.states_shape(self.batches[number]) for number in self.mine}, self.model.states_dtype)
         if self.chosen is None:
             self.model.load_outer(with_head=False)
         else:
             self.chosen.load_outer(self.batches[0])
+        states.expect({number: self.model.states_shape(self.batches[number]) for number in self.mine}, self.model.states_dtype)
         calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
         self.model.free_outer()
         self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
-        first = self._restore(states, calls)
+        # What blocks hand on beside hidden states isn't saved: those that are done run again.
+        first = 0 if any(self.ranks.all_gather(self.model.hands_on)) else self._restore(states, calls)
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
                 if self.chosen is not None and number in done:

@@ -23,7 +23,8 @@ from quantkit.algorithms.bias_correction import corrected_bias
 from quantkit.algorithms.gptq import Solution, corrected_weight, gptq
 from quantkit.algorithms.scale_search import search_scale
 from quantkit.algorithms.smoothquant import Smoothing, search_smoothing
-from quantkit.blockwise import BlockwiseModel, Call
+from quantkit.blockwise import BlockwiseModel
+from quantkit.calls import Call
 from quantkit.errors import CalibrationError
 from quantkit.folding import STORED_TOLERANCE, BlockProbe, Fold, find_folds, folded, is_scaled_by_vector
 from quantkit.linear import QuantizedLinear

@@ -347,6 +347,8 @@ def _piece_hashes(tokens: Any, length: int) -> Any:
 
 def window_length(requested: int | None, model_limit: int | None, default: int = 2048) -> int:
     """The window length: what was asked for, else the default, within the positions the model has."""
+    if model_limit is not None and model_limit < 1:
+        model_limit = None  # XLNet's -1
     if requested is None:
         return min(default, model_limit or default)
     if model_limit is not None and requested > model_limit:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import RUN_FIRST, BlockwiseModel, Call, Interned, Tape, Weights
+from quantkit.blockwise import BlockwiseModel, Weights
+from quantkit.calls import RUN_FIRST, Call, Interned, Tape
 from quantkit.errors import CheckpointError
 from quantkit.states import HiddenStates
 from quantkit.task import TARGET, task_of

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 # What changes the hidden states that a version of this file makes of the same model and tokens.
-STATES_VERSION = 1
+STATES_VERSION = 2
 SAMPLE_WINDOWS = 4  # that tokenizers are compared on
 
 

@@ -76,8 +76,8 @@ def make_final_states(
     _require_head(blocks.model)
     states = HiddenStates(device=blocks.device)
     try:
-        states.expect({number: blocks.states_shape(tokens) for number, tokens in batches.items()}, blocks.states_dtype)
         blocks.load_outer(with_head=False)
+        states.expect({number: blocks.states_shape(tokens) for number, tokens in batches.items()}, blocks.states_dtype)
         calls = dict(zip(numbers, blocks.record(list(batches.values()), states, served.new_cache(), numbers)))
         blocks.free_outer()
         for block_number in range(blocks.block_count):

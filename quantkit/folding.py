@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import BlockwiseModel, Call
+from quantkit.blockwise import BlockwiseModel
+from quantkit.calls import Call
 
 # How much of what a block adds to its input may change when only float32's rounding differs: algebra that doesn't hold changes a tenth and more.
 TOLERANCE = 1e-3
@@ -45,7 +46,8 @@ class BlockProbe:
     def __init__(self, model: BlockwiseModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
         self._model = model
         self.block = copy.deepcopy(block).float()
-        self._call = replace(call, arguments=_in_float32(call.arguments), keywords=_in_float32(call.keywords))
+        call = call.given()
+        self._call = replace(call, arguments=_in_float32(call.arguments), keywords=_in_float32(call.keywords), hands_on=())
         self.hidden = hidden.float()
         self.output = self.run()
 

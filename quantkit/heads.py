@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
+from quantkit.errors import EvaluationError
 from quantkit.model import body_name
 from quantkit.native import cpu_kernels
 from quantkit.scores import VOCABULARY_PER_CHUNK, score_parts
@@ -54,17 +55,29 @@ class OutputHead:
     def _probe(self, head: nn.Linear) -> None:
         """Does the model change logits behind `lm_head`, and if so, each by itself?"""
         parts = self._linear.parts
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(2, head.weight.shape[1], generator=generator).to(head.weight.device).to(head.weight.dtype)
-        self._part.arrived = None
-        self._finished(hidden, torch.zeros(2, head.weight.shape[0], device=hidden.device))
-        self._prepares = self._part.arrived is not None and not torch.equal(self._part.arrived.reshape(hidden.shape).to(hidden.dtype), hidden)
+        hidden = self._probing_states(head)
+        arrived = None if self._part.arrived is None else self._part.arrived.reshape(2, -1).to(hidden.dtype)
+        self._prepares = arrived is not None and not torch.equal(arrived, hidden)
         raw = torch.cat([self._linear(self._prepared(hidden), part) for part in parts], dim=-1)
         whole = self._finished(hidden, raw)
         self._is_plain = whole.shape == raw.shape and torch.equal(whole, raw)
         by_parts = torch.cat([self._finished(hidden, raw[:, part]) for part in parts], dim=-1) if not self._is_plain else whole
         if by_parts.shape == whole.shape and torch.allclose(by_parts, whole, rtol=1e-5, atol=1e-6):
             self.parts = parts
+
+    def _probing_states(self, head: nn.Linear) -> Tensor:
+        """Two random hidden states that the model has taken: as wide as `lm_head`'s input, or (RemBERT) as what a transform before it reads."""
+        config, weight = self._model.config.get_text_config(), head.weight
+        generator = torch.Generator().manual_seed(0)
+        for width in dict.fromkeys((weight.shape[1], config.hidden_size)):
+            hidden = torch.randn(2, width, generator=generator).to(weight.device).to(weight.dtype)
+            self._part.arrived = None
+            try:
+                self._finished(hidden, torch.zeros(2, weight.shape[0], device=hidden.device))
+                return hidden
+            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
+                reason = f"{type(error).__name__}: {error}"
+        raise EvaluationError(f"{type(self._model).__name__} can't be judged: its logits come from more than the last hidden states of its body ({reason})")
 
     def packed(self, hidden: Tensor) -> PackedHead | None:
         """What a kernel takes that makes figures of these hidden states at once: where nothing comes behind `lm_head`, and bfloat16 holds them."""
@@ -89,7 +102,7 @@ class OutputHead:
             return hidden
         if getattr(self._part, "prepared_from", None) is not hidden:  # once for all parts of the vocabulary
             self._finished(hidden, torch.zeros(hidden.shape[0], 1, device=hidden.device))
-            self._part.prepared_from, self._part.prepared = hidden, self._part.arrived.reshape(hidden.shape)
+            self._part.prepared_from, self._part.prepared = hidden, self._part.arrived.reshape(hidden.shape[0], -1)
         return self._part.prepared
 
     def _finished(self, hidden: Tensor, raw: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ from quantkit.checkpoint import Checkpoint, TensorInfo
 
 GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 BIASED = "experts stacked with biases, as in GPT-OSS, whose FP8 and INT8 forms no runtime reads; it is served in bfloat16 or MXFP4"
+ALTERNATING = "experts in whose matrices rows of gate and up alternate, as in Inkling, whose FP8 and INT8 forms quantkit doesn't write"
+FLAT = "all experts of a layer in one flat matrix, as in DBRX, which runtimes read in bfloat16 alone, or with one scale for each expert"
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
     """Stacks of experts by tensor name. shapes: tensor name → shape.
 
     Two tensors of three dimensions side by side are a layer's experts where one takes what the other gives: [experts, 2·I, H] and [experts, H, I], or both
-    transposed. No name is asked, but those of stacks with biases are left alone (`has_biases`): there gate and up alternate.
+    transposed. No name is asked, but stacks in which gate and up alternate are left alone: those with biases (`has_biases`), and `alternates`.
     """
     pairs: dict[str, list[str]] = {}
     for name, shape in shapes.items():
-        if len(shape) == 3 and not has_biases(name, shapes):
+        if len(shape) == 3 and not has_biases(name, shapes) and not alternates(name, shapes):
             pairs.setdefault(experts_module(name), []).append(name)
     stacks = {}
     for module, names in pairs.items():
@@ -80,6 +82,12 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
 
 def has_biases(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return f"{name}_bias" in shapes or name.endswith(".weight") and len(shapes.get(f"{name.removesuffix('.weight')}.bias", ())) == 2
+
+
+def alternates(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether rows of gate and up alternate in a matrix or stack, or in the one beside it: Inkling's, which alone are called w13 on disk."""
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    return leaf in ("w13_dn", "w13_weight", "shared_w13_weight") or leaf.endswith("w2_weight") and f"{parent}.{leaf.replace('w2', 'w13')}" in shapes
 
 
 def experts_module(name: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.matrices import BIASED, has_biases
+from quantkit.matrices import ALTERNATING, BIASED, FLAT, alternates, has_biases
 from quantkit.scheme import Pattern
 from quantkit.task import CAUSAL, MASKED, task_of
 
@@ -25,7 +25,9 @@ _BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>
 # Stacks of experts have larger last dimensions than any convolution's kernel.
 _LEAST_MATRIX = 16
 _NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE)
-_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
+_SHARD = re.compile(r"shard_\d+")
+# Not what projects embeddings (Electra's, RemBERT's, Gemma 3n's altup_unembed_projections), which is a Linear.
+_EMBEDDING = re.compile(r"embed(?!.*(proj|mapping))|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
 # The step size of a Mamba mixer, which its kernel reads, what joins a further token's embedding to the hidden states, and the weights of an indexer's heads
 # (DeepSeek V3.2, GLM-5), which stay in full precision in published FP8 checkpoints too.
 _USED_DIRECTLY = ("dt_proj", "eh_proj", "weights_proj")
@@ -63,11 +65,12 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
     if is_of_other_tower(module):
         return "other tower", "not part of the language model"
     block = _BLOCK.match(tensor)
+    is_embedding = _EMBEDDING.search(parts[-2] if _SHARD.fullmatch(leaf) and len(parts) > 1 else leaf)
     if block is None or "." not in tensor[block.end() :]:
-        return ("embedding", "embeddings are left by rule") if _EMBEDDING.search(leaf) else ("outside the blocks", "outside the decoder blocks")
+        return ("embedding", "embeddings are left by rule") if is_embedding else ("outside the blocks", "outside the decoder blocks")
     if _NORM.search(leaf):
         return "norm", "norms are left by rule"
-    if _EMBEDDING.search(leaf):
+    if is_embedding:
         return "embedding", "embeddings are left by rule"
     if _is_router(leaf, parts, shapes):
         return "router", "routers are left by rule"
@@ -75,12 +78,16 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "not a matrix", "a vector"
     if "experts" in parts and len(shape) > 1 and has_biases(tensor.removesuffix("_bias"), shapes):
         return "unreached", BIASED
+    if alternates(tensor, shapes):
+        return "unreached", ALTERNATING
     if _is_block_diagonal(module, shape, shapes):
         return "used directly", "blocks of a block-diagonal matrix, which is no Linear in runtimes"
+    if len(shape) == 3 and f"{module}.A_log" in shapes:
+        return "used directly", "a matrix for each head of a state space, which is no Linear in runtimes"
     if len(shape) == 3 and ("experts" in (*parts, parameter) or min(shape[-2:]) >= _LEAST_MATRIX):
         return "unreached", "a stack of matrices in one tensor of 3 dimensions that is no layer's pair of experts' weights"
     if "experts" in parts and parameter not in ("weight", "bias") and len(shape) == 2:
-        return "unreached", "experts whose names quantkit doesn't know"
+        return "unreached", FLAT if parameter in ("w1", "v1", "w2") else "experts whose names quantkit doesn't know"
     if parameter != "weight" or len(shape) != 2:
         return "not a matrix", "not a Linear's weight"
     if leaf in _USED_DIRECTLY:
@@ -103,11 +110,13 @@ def is_of_other_tower(module: str) -> bool:
 
 
 def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    if leaf in ("router", "shared_expert_gate") or "router" in parts:
+    if leaf == "shared_expert_gate" or any("router" in part for part in parts):
         return True
-    # `gate` beside `experts` routes; `gate` elsewhere may be an ordinary Linear.
-    parent = ".".join(parts[:-1])
-    return leaf == "gate" and any(name.startswith((f"{parent}.experts.", f"{parent}.shared_expert")) for name in shapes)
+    if "gate" not in parts:
+        return False
+    # `gate` beside `experts` routes, and so does what is in it (HunYuan's `gate.wg`); `gate` elsewhere may be an ordinary Linear.
+    parent = ".".join(parts[: parts.index("gate")])
+    return any(name.startswith((f"{parent}.experts.", f"{parent}.shared_expert")) for name in shapes)
 
 
 # Attention whose queries read other hidden states than its keys and values (BART's, Whisper's, Mllama's), where runtimes merge only the latter two.

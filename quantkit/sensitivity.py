@@ -370,7 +370,7 @@ class _Scoring:
         model = self.installer.reopened(self.ranks.device)
         mine = windows[self.ranks.rank :: self.ranks.count]
         tokens = sum(self.batches[window].numel() for window in windows)
-        self.kept.require_room(len(variants) * tokens * model.states_shape(self.batches[0])[-1] * model.states_dtype.itemsize)
+        self.kept.require_room(len(variants) * tokens * model.model.config.get_text_config().hidden_size * model.states_dtype.itemsize)
         self.installer.looked_at = mine
         states = run_variants(
             model,

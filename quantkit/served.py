@@ -137,8 +137,12 @@ class QuantizedWeights:
             self._require_readable(module)
         # One with a forward of its own (DeepSeek V4's grouped projection) keeps it, and gets its weight dequantized.
         trees = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and _computes_as_linear(type(module))}
-        paths = {weight.removesuffix(".weight"): path for weight, path in WeightMap(skeleton, [f"{name}.weight" for name in self.linears]).target_of.items()}
-        self.modules = {name: path.removesuffix(".weight") for name, path in paths.items() if path.removesuffix(".weight") in trees}
+        found = WeightMap(skeleton, [f"{name}.weight" for name in self.linears])
+        paths = {weight.removesuffix(".weight"): path.removesuffix(".weight") for weight, path in found.target_of.items()}
+        self.modules = {name: path for name, path in paths.items() if path in trees}
+        name_of = {path: name for name, path in self.modules.items()}
+        shared = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in found.shared.items()}
+        self._places = {path: name_of[shared.get(path, path)] for path in (*name_of, *shared) if shared.get(path, path) in name_of}
         self.restacked = Restacked.of(skeleton, [name for name in self.linears if name not in self.modules])
         self.kv_tensors: dict[str, Tensor] = {}
         self._others = []
@@ -216,7 +220,7 @@ class QuantizedWeights:
 
     def finish(self, model: nn.Module, prefix: str) -> None:
         """Put QuantizedLinears in place of the Linears under `prefix` that have their weights; of all outside of the blocks with ""."""
-        for name, path in [item for item in self.modules.items() if item[1].startswith(f"{prefix}.") or not prefix]:
+        for path, name in [item for item in self._places.items() if item[0].startswith(f"{prefix}.") or not prefix]:
             linear = model.get_submodule(path)
             if not isinstance(linear, nn.Linear) or linear.weight.is_meta:
                 continue

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.blockwise import BlockwiseModel
-from quantkit.errors import NonFiniteError
+from quantkit.errors import CheckpointError, NonFiniteError
 from quantkit.states import HiddenStates
 from quantkit.threads import each_batch
 
@@ -130,12 +130,14 @@ class _Run:
     def begin(self, keeper: Keeper | None) -> None:
         """What comes before the blocks; and those that an earlier run went through."""
         blocks, windows = self._blocks, list(self._batches)
+        blocks.load_outer(with_head=False)
         shapes = {window: blocks.states_shape(tokens) for window, tokens in self._batches.items()}
         places = range(len(self._variants))
         self.states.expect({stream * self.count + window: shape for stream in places for window, shape in shapes.items()}, blocks.states_dtype)
-        blocks.load_outer(with_head=False)
         self._calls = dict(zip(windows, blocks.record(list(self._batches.values()), self.states, numbers=windows)))
         blocks.free_outer()
+        for place in [place for calls in self._calls.values() for call in calls for place in call.hands_on]:
+            place.put(None)  # `_output` requires that it stays so
         self.first = keeper.restore(self.states, self._numbers_behind) if keeper is not None else 0
         for number in range(self.first):
             jobs, self.streams = _branched(self.streams, self._variants, self._here[number])
@@ -158,8 +160,14 @@ class _Run:
         self.states.turn()
 
     def _output(self, number: int, block: nn.Module, parent: int, window: int) -> Tensor:
-        hidden = self.states.get(parent * self.count + window).to(self._blocks.device)
-        return self._blocks.run_block(block, self._calls[window][number], hidden)
+        hidden, call = self.states.get(parent * self.count + window).to(self._blocks.device), self._calls[window][number]
+        output = self._blocks.run_block(block, call, hidden)
+        if any(place.get() is not None for place in call.hands_on):
+            raise CheckpointError(
+                f"the decoder blocks of {self._blocks.where} hand on more than hidden states, which sensitivity doesn't keep for each variant; "
+                "export the model in several recipes and let eval compare them"
+            )
+        return output
 
     def _run_pairs(self, number: int, block: nn.Module, pairs: Sequence[tuple[int, int]]) -> None:
         """Each of the windows through the block, from one stream (parent) into another (child)."""

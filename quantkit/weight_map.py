@@ -50,6 +50,9 @@ class WeightMap:
                 self._plain.add(target)
             elif len(by_pattern[pattern].target_patterns) > 1:
                 self._split_under.add(".".join(target.split(".")[:-2]))
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        # Parameters that are stored once under another's name, which is at most renamed: heads, and blocks that are run several times (Zamba's).
+        self.shared = {target: source for target, source in tied.items() if target not in self.mapped and source in self._plain}
         self.sources = {target: ParameterSource(tuple(tuple(_in_order(tensors)) for tensors in by.values())) for target, by in patterns.items()}
 
     def is_split(self, parameter: str) -> bool:

@@ -47,7 +47,20 @@ TRANSFORMERS = {
     "gpt2": "refused: it reads the codes of Conv1D as weights",
     "opt": "doesn't quantize inputs of two dimensions",
     **dict.fromkeys(
-        ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text", "granitemoe", "minimax", "olmoe", "deepseek_v32"),
+        (
+            "qwen3_moe",
+            "mixtral",
+            "gpt_oss",
+            "deepseek_v2",
+            "deepseek_v3",
+            "qwen3_next",
+            "qwen3_5_moe_text",
+            "granitemoe",
+            "minimax",
+            "olmoe",
+            "deepseek_v32",
+            "hunyuan_v1_moe",
+        ),
         _EXPERTS,
     ),
 }
@@ -62,7 +75,7 @@ KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
 
 
 # Those that benchmarks/architectures.py was not run for: encoders, and what came to the matrix since.
-NOT_ASKED = (*MASKED, *TARGET, "deepseek_v32", "glm4", "olmoe", "recurrent_gemma", "rwkv", "starcoder2")
+NOT_ASKED = (*MASKED, *TARGET, "deepseek_v32", "gemma3n_text", "glm4", "hunyuan_v1_moe", "olmoe", "recurrent_gemma", "rwkv", "starcoder2")
 
 
 def served_by_vllm(kind: str) -> str:

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, make_batches, make_model, open_blockwise, ordinary_hidden_states
+from tiny_models import ARCHITECTURES, HANDING_ON, SHARING_BLOCKS, make_batches, make_model, open_blockwise, ordinary_hidden_states
 from torch import nn
 
 import quantkit.blockwise
-from quantkit.blockwise import BlockwiseModel, Call, Interned, StoredWeights, Tape, build_skeleton, decoder_blocks
+from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton, decoder_blocks
+from quantkit.calls import Call, Interned, Tape
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.states import HiddenStates
@@ -43,9 +44,9 @@ def run_blockwise(blockwise: BlockwiseModel, batches=BATCHES, memory=None, prefe
     states = HiddenStates(memory)
     try:
         dtype = torch.float32 if getattr(config, "residual_in_fp32", False) else config.dtype
-        states.expect({number: (*tokens.shape, config.hidden_size) for number, tokens in enumerate(batches)}, dtype)
-        assert states.is_in_files == (memory == 0)
         blockwise.load_outer(with_head=False)
+        states.expect({number: blockwise.states_shape(tokens) for number, tokens in enumerate(batches)}, dtype)
+        assert states.is_in_files == (memory == 0)
         calls = blockwise.record(batches, states, cache)
         blockwise.free_outer()
         for number in range(blockwise.block_count):
@@ -91,6 +92,58 @@ def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(stored, kind):
     assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
 
 
+def test_blocks_that_run_each_others_weights_run_them(tmp_path):
+    """Zamba 2's: three attentions of which two are stored."""
+    model = make_model(tmp_path, "zamba2", **SHARING_BLOCKS)
+    blockwise = open_blockwise(tmp_path)
+    assert blockwise.shared and all(".4.shared_transformer." in target and ".1.shared_transformer." in source for target, source in blockwise.shared.items())
+    assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
+    with pytest.raises(CheckpointError, match="runs the weights of .* again in .*; export it in a scheme that needs no calibration"):
+        blockwise.require_unshared()
+
+
+LONGCAT = {
+    "num_layers": 2,
+    "num_hidden_layers": 4,
+    "ffn_hidden_size": 96,
+    "expert_ffn_hidden_size": 32,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "moe_topk": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "qk_head_dim": 32,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+
+
+def test_blocks_of_several_attentions_are_counted_as_blocks(tmp_path):
+    """LongCat's hidden layers are twice its blocks."""
+    model = make_model(tmp_path, "longcat_flash", **LONGCAT)
+    assert open_blockwise(tmp_path).block_count == 2
+    assert_equal(run_blockwise(open_blockwise(tmp_path)), ordinary_hidden_states(model, BATCHES))
+
+
+@pytest.mark.parametrize("kind", HANDING_ON)
+def test_what_a_block_hands_on_beside_hidden_states_reaches_the_next(kind, tmp_path):
+    model = make_model(tmp_path, kind, **HANDING_ON[kind])
+    blockwise = open_blockwise(tmp_path)
+    assert_equal(run_blockwise(blockwise, threads=2), ordinary_hidden_states(model, BATCHES))
+    assert blockwise.hands_on
+
+
+def test_a_block_does_not_run_before_the_one_that_hands_on_to_it(tmp_path):
+    make_model(tmp_path, "zaya", **HANDING_ON["zaya"])
+    blockwise, states = open_blockwise(tmp_path), HiddenStates()
+    blockwise.load_outer(with_head=False)
+    calls = blockwise.record(BATCHES[:1], states)
+    with blockwise.block(1) as block, pytest.raises(CheckpointError, match="that one hasn't run"):
+        blockwise.run_block(block, calls[0][1], states.get(0))
+
+
 def test_hidden_states_that_rwkv_halves_between_blocks_are_not_halved_here(tmp_path):
     """Nor are the weights that it halves to match, so that the end is the same but for what norms add to a variance."""
     model = make_model(tmp_path, "rwkv", torch.float32, num_hidden_layers=3, rescale_every=1)
@@ -98,7 +151,7 @@ def test_hidden_states_that_rwkv_halves_between_blocks_are_not_halved_here(tmp_p
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "gpt2", "bloom", "bamba", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "gpt2", "bloom", "bamba", "mamba2", "qwen3_next", "gemma3n_text"])
 def test_files_threads_and_prefetch_change_no_bit(stored, kind):
     directory, model = stored(kind)
     assert_equal(run_blockwise(open_blockwise(directory), memory=0, prefetch=True, threads=3), ordinary_hidden_states(model, BATCHES))
@@ -293,6 +346,8 @@ def test_decoder_blocks_are_the_list_with_the_most_parameters():
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
     name, blocks = decoder_blocks(model)
     assert name == "blocks" and blocks is model["blocks"]
+    model["vision_tower"] = nn.ModuleList([nn.Linear(99, 99)] * 2)
+    assert decoder_blocks(model)[0] == "blocks"
 
 
 def test_blocks_that_hand_on_more_than_is_known_are_refused(tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_llama, make_text, make_tokenizer
+from tiny_models import HANDING_ON, make_model
 from transformers import AutoModelForCausalLM
 
+import quantkit.resuming
 from quantkit.calibration import MIN_EXPERT_TOKENS, Calibration, CalibrationOptions, calibrate, is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import calibration_windows, load_tokenizer
@@ -122,6 +124,20 @@ def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
     assert any("again, block 1 of 2" in text for text in told)  # run for its hidden states, not measured
     calibrate(options)
     assert contents(killed.output) == contents(options.output)
+
+
+def test_a_calibration_whose_blocks_hand_on_more_than_hidden_states_resumes_to_the_same_bytes(options, tmp_path, monkeypatch):
+    """What they hand on isn't saved, so blocks that are done run again, though hidden states behind them are there."""
+    vocabulary = make_tokenizer(tmp_path / "zaya")
+    make_model(tmp_path / "zaya", "zaya", vocab_size=vocabulary, **HANDING_ON["zaya"])
+    options = replace(options, model=tmp_path / "zaya", output=tmp_path / "killed")
+    monkeypatch.setattr(quantkit.resuming, "SECONDS_BETWEEN_SAVES", 0.0)
+    with pytest.raises(Killed):
+        calibrate(options, die_in_block(2))
+    assert list((tmp_path / "killed.partial").glob("hidden-states-*"))
+    calibrate(replace(options, resume=True))
+    calibrate(replace(options, output=tmp_path / "undisturbed"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(

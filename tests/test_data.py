@@ -511,7 +511,7 @@ def test_pieces_are_64_bits_for_each_piece_of_text():
 def test_the_window_is_as_long_as_asked_for_within_the_models_positions():
     assert window_length(512, 4096) == 512
     assert window_length(4096, 4096) == 4096
-    assert window_length(8192, None) == 8192
+    assert window_length(8192, None) == window_length(8192, -1) == 8192  # as XLNet says that it has no limit
     assert window_length(None, 1024) == 1024
     assert window_length(None, 8192) == window_length(None, None) == 2048
     with pytest.raises(DataError, match="--seq-len 4097 is more than the 4096 positions"):

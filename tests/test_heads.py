@@ -6,6 +6,7 @@ import torch
 from tiny_models import SIZES, make_model
 
 from quantkit import heads
+from quantkit.errors import EvaluationError
 from quantkit.heads import OutputHead, TokenFigures, score
 
 
@@ -113,6 +114,25 @@ def test_parts_are_those_of_the_models_own_logits(kind, changes, use_kernel, tmp
     assert len(head.parts) == 4 and head.parts[-1].start == 192
     torch.testing.assert_close(torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(head.logits(hidden, None), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transform_before_the_head_may_change_the_width(tmp_path, monkeypatch):
+    """RemBERT's."""
+    model = make_model(tmp_path, "rembert", torch.float32, output_embedding_size=48, input_embedding_size=32, is_decoder=True)
+    hidden = torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+    expected = model.cls(hidden)
+    monkeypatch.setattr(heads, "VOCABULARY_PER_CHUNK", 64)
+    head = OutputHead(model, False)
+    assert len(head.parts) == 4
+    torch.testing.assert_close(torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_more_than_hidden_states_are_refused(tmp_path, monkeypatch):
+    """ProphetNet's come from a second output of its body."""
+    model = make_model(tmp_path, "llama", torch.float32)
+    monkeypatch.setattr(type(model), "forward", lambda self, *arguments, **keywords: self.model(*arguments, **keywords)[1])
+    with pytest.raises(EvaluationError, match="LlamaForCausalLM can't be judged: its logits come from more than the last hidden states"):
+        OutputHead(model, False)
 
 
 @pytest.mark.parametrize("use_kernel", [True, False])

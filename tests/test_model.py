@@ -2,6 +2,7 @@
 
 import pytest
 
+from quantkit.matrices import find_stacks
 from quantkit.model import classify_tensors, covering_patterns, fused_sets
 
 
@@ -59,6 +60,47 @@ def test_qwen_moe():
 
 def test_a_router_by_name_is_a_router():
     assert_kinds({"model.layers.0.mlp.router.weight": ((4, 8), "router"), "model.layers.0.mlp.router.layer.weight": ((4, 8), "router")})
+
+
+def test_what_lies_in_a_router_is_one():
+    """HunYuan's gate, ZAYA's, and what mixes Gemma 3n's streams."""
+    mlp = "model.layers.0.mlp."
+    assert_kinds(
+        {f"{mlp}gate.wg.weight": ((4, 8), "router"), f"{mlp}gate.router_mlp.fc1.weight": ((8, 8), "router"), f"{mlp}gate.down_proj.weight": ((8, 8), "router")}
+        | {f"{mlp}experts.0.down_proj.weight": ((8, 8), "linear"), f"{mlp}experts.0.gate.weight": ((8, 8), "linear")}
+        | {"model.layers.0.altup.modality_router.weight": ((4, 8), "router"), "model.layers.0.attn.gate.out_proj.weight": ((8, 8), "linear")}
+    )
+
+
+def test_an_embedding_in_parts_is_an_embedding():
+    """Qwen 4's n-grams lie inside of a block."""
+    ple = "model.layers.0.ple."
+    assert_kinds({f"{ple}ple_embedding.ngram_embedding.shard_0.weight": ((64, 8), "embedding"), f"{ple}key_proj.weight": ((8, 8), "linear")})
+
+
+def test_what_projects_embeddings_is_none():
+    """A runtime makes Linears of them, so they must be among those that the configuration ignores."""
+    names = ("model.altup_unembed_projections.0", "electra.embeddings_project", "rembert.encoder.embedding_hidden_mapping_in")
+    assert_kinds({f"{name}.weight": ((8, 8), "outside the blocks") for name in names})
+
+
+def test_matrices_of_a_state_space_are_left():
+    mamba = "model.layers.0.mamba."
+    assert_kinds(
+        {f"{mamba}{leaf}": ((2, 64, 16), "used directly") for leaf in ("A_log", "dt_proj_weight", "x_proj_weight")}
+        | {f"{mamba}in_proj.weight": ((64, 64), "linear"), "model.layers.1.mamba.x_proj_weight": ((2, 64, 16), "unreached")}
+    )
+
+
+def test_experts_whose_rows_mean_something_else_are_unreached_by_name():
+    dbrx, inkling = "transformer.blocks.0.ffn.experts.mlp.", "model.llm.layers.0.mlp."
+    shapes = {f"{dbrx}w1": (384, 64), f"{dbrx}w2": (384, 64)}
+    shapes |= {f"{inkling}experts.w13_weight": (4, 64, 32), f"{inkling}experts.w2_weight": (4, 32, 32), f"{inkling}w13_dn.weight": (64, 32)}
+    infos = classify_tensors(shapes)
+    assert {info.kind for info in infos.values()} == {"unreached"}
+    assert [("DBRX" in info.reason, "Inkling" in info.reason) for info in infos.values()] == [(True, False)] * 2 + [(False, True)] * 3
+    # The same pair under another name is gate above up, as everywhere else.
+    assert not find_stacks(shapes) and len(find_stacks({"m.experts.gate_up_proj": (4, 64, 32), "m.experts.down_proj": (4, 32, 32)})) == 2
 
 
 def test_a_gate_beside_shared_experts_is_a_router():

@@ -2,18 +2,19 @@
 
 import json
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
+from tiny_models import HANDING_ON, SHARING_BLOCKS, make_model
 
 from quantkit.advice import KEEP, RECIPE, opened_result, predicted_kld, set_name, size_of, solution_recipe, solved_anew
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import Window
-from quantkit.errors import EvaluationError
+from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.export import export
 from quantkit.installing import SetInstaller, recovered_weight
 from quantkit.model import fused_sets
@@ -150,7 +151,10 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
             assert runs == BLOCKS and all(torch.equal(ours, theirs) for ours, theirs in zip(found, alone))
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("llama", "int8-dynamic"), ("qwen3_moe", "fp8-dynamic"), ("llama", "fp8-tensor")])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("llama", "int8-dynamic"), ("qwen3_moe", "fp8-dynamic"), ("llama", "fp8-tensor"), ("granitemoe", "int8-dynamic"), ("qwen3_5_moe_text", "fp8-dynamic")],
+)
 def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tmp_path, text):
     from quantkit.calibration import CalibrationOptions, calibrate
     from quantkit.finals import make_final_states
@@ -169,7 +173,7 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     blocks = installer.open("cpu")
     sets = linear_sets([[name for name in installer.linears_of(number) if name in plan.linears] for number in range(blocks)])
     installer.sets = [each.linears for each in sets]
-    assert ("experts" in {each.kind for each in sets}) == (kind == "qwen3_moe")
+    assert ("experts" in {each.kind for each in sets}) == (kind != "llama")
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
         states = run_variants(
@@ -178,6 +182,22 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
         served = make_final_states(load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens))
         assert torch.equal(states.get(0, 0), served.states.get(0)[0])
     states.close(), served.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("glm_moe_dsa", HANDING_ON["glm_moe_dsa"], "hand on more than hidden states"),
+        ("zamba2", SHARING_BLOCKS, "runs the weights of .* again in"),
+        ("rwkv", {}, None),
+    ],
+)
+def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, tmp_path, text):
+    """Not RWKV's, which hand on the state that they were given: none."""
+    make_model(tmp_path / "model", kind, vocab_size=make_tokenizer(tmp_path / "model"), **settings)
+    options = SensitivityOptions(tmp_path / "model", INT8, ("keep",), data=(str(text),), max_tokens=64, seq_len=32)
+    with pytest.raises(CheckpointError, match=message) if message else nullcontext():
+        assert score_sensitivity(options)["sets"]
 
 
 # ---- Weights that algorithms chose.

@@ -82,6 +82,19 @@ ARCHITECTURES = {
     "glm4": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "starcoder2": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 200,
+        "laurel_rank": 16,
+        "pad_token_id": 0,
+    },
     "deepseek_v32": {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8},
 }
 
@@ -89,6 +102,26 @@ ARCHITECTURES = {
 ARCHITECTURES["deepseek_v2"] = ARCHITECTURES["deepseek_v3"]
 ARCHITECTURES["deepseek_v32"] |= ARCHITECTURES["deepseek_v3"]
 ARCHITECTURES["qwen3_5_moe_text"] = ARCHITECTURES["qwen3_next"]
+# ZAYA's routers read what the router of the block before found; of GLM-5's blocks some attend to the tokens that the block before chose.
+HANDING_ON = {
+    "zaya": {
+        "num_hidden_layers": 3, "num_experts": 4, "num_experts_per_tok": 1, "router_hidden_size": 32, "pad_token_id": 0, "layer_types": ["hybrid"] * 3,
+    },
+    "glm_moe_dsa": ARCHITECTURES["deepseek_v32"] | {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "shared"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
+}  # fmt: skip
+# Zamba 2's: of three attentions two are stored.
+SHARING_BLOCKS = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid"],
+    "num_mem_blocks": 2,
+    "num_key_value_heads": 4,
+    "mamba_d_state": 16,
+    "n_mamba_heads": 4,
+    "chunk_size": 16,
+    "use_shared_attention_adapter": True,
+    "adapter_rank": 16,
+    "head_dim": 32,
+}
 # Encoders, which predict hidden tokens.
 MASKED = {"bert": {}, "roberta": {"pad_token_id": 1}}
 # Models of an encoder and a decoder, which predict a target.
