@@ -25,10 +25,11 @@ from quantkit.linear import QuantizedLinear
 from quantkit.plan import ExportPlan
 from quantkit.quantize import QuantizedTensor, sqnr_db
 from quantkit.ranks import Ranks
-from quantkit.recording import first_and_down, is_experts, names_on_disk
+from quantkit.recording import names_on_disk
 from quantkit.rotating import RotatedLinear, Rotation, make_rotation
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
+from quantkit.stacked import first_and_down, is_experts
 from quantkit.threads import one_thread
 from quantkit.variants import Swap
 
