@@ -124,7 +124,7 @@ def serving_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
 
 def _product(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
-    quantizes = getattr(module, "quantkit_inputs", {}).get(leaf)
+    quantizes = (getattr(module, "quantkit_inputs", None) or {}).get(leaf)
     if quantizes is None:
         return expert_linear(module, leaf, expert, states)
     # In float32: the values that codes stand for are no bfloat16 numbers.

@@ -19,7 +19,7 @@ from quantkit import ops
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import read_tensor
 from quantkit.errors import EvaluationError
-from quantkit.experts import EXPERTS_IMPLEMENTATION, ExpertInput, register_serving_experts
+from quantkit.experts import EXPERTS_IMPLEMENTATION, ExpertInput, Restacked, register_serving_experts
 from quantkit.export import input_scale_of
 from quantkit.linear import QuantizedLinear
 from quantkit.plan import ExportPlan
@@ -64,7 +64,7 @@ class SetInstaller:
         register_serving_experts()
         checkpoint = self._plans[1].checkpoint
         skeleton = build_skeleton(checkpoint, self._trust_remote_code, bool(self._plans[1].added), experts_implementation=EXPERTS_IMPLEMENTATION)
-        self._weights = _Weights(self._plans[1])
+        self._weights = _Weights(self._plans[1], skeleton)
         self._model = BlockwiseModel(skeleton, self._weights, str(self._path), device)
         self._weights.rotate(self._model)
         self._inputs = None
@@ -78,10 +78,13 @@ class SetInstaller:
             if isinstance(module, nn.Linear):
                 names += names_on_disk(self._model.sources(f"{prefix}.{path}.weight"), f"{prefix}.{path}")
             elif is_experts(module):
-                names += [
-                    name for leaf in first_and_down(module) for name in names_on_disk(self._model.sources(f"{prefix}.{path}.{leaf}"), f"{prefix}.{path}.{leaf}")
-                ]
+                names += [name for leaf in first_and_down(module) for name in self._stacked_linears(f"{prefix}.{path}.{leaf}")]
         return names
+
+    def _stacked_linears(self, stack: str) -> list[str]:
+        """The Linears on disk, or those that `export` writes, that make a stacked parameter."""
+        source = self._model.sources(stack)
+        return [linear for tensors in source.lists for tensor in tensors for linear in self._weights.restacked.names(tensor)]
 
     # -- A block's sets.
 
@@ -128,7 +131,7 @@ class SetInstaller:
         """Stacked experts run with the values of their codes, and quantize their inputs."""
         swaps, inputs = [], {}
         for leaf in first_and_down(module):
-            names = [linear for linear in names_on_disk(self._model.sources(f"{name}.{leaf}"), f"{name}.{leaf}") if linear in members]
+            names = [linear for linear in self._stacked_linears(f"{name}.{leaf}") if linear in members]
             if not names:
                 continue
             self._weights.rounded = {f"{linear}.weight": self._codes(plan, choice, plan.linears[linear]) for linear in names}
@@ -220,10 +223,14 @@ class _Nudged(nn.Module):
 
 
 class _Weights(StoredWeights):
-    """The checkpoint's tensors, or those that a calibration's codes were made from. rounded: tensors that are read as what their codes stand for."""
+    """The checkpoint's tensors, or those that a calibration's codes were made from. rounded: tensors that are read as what their codes stand for.
 
-    def __init__(self, plan: ExportPlan) -> None:
+    restacked: the stacks that transformers looks for, where the plan has their experts one by one.
+    """
+
+    def __init__(self, plan: ExportPlan, skeleton: nn.Module) -> None:
         super().__init__(plan.checkpoint, require_finite=True)
+        self.restacked = Restacked.of(skeleton, [name.removesuffix(".weight") for name in plan.checkpoint.tensors])
         self._plan, self._chosen = plan, plan.calibration.weights if plan.calibration else {}
         self.rounded: dict[str, QuantizedTensor] = {}
         self._rotation = Rotation(None, None)
@@ -231,7 +238,9 @@ class _Weights(StoredWeights):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes = super().shapes()
-        return {**shapes, **{name: shapes[source] for name, source in self._plan.added.items()}}
+        merged = {f"{linear}.weight" for linear in self.restacked.parts()}
+        added = {name: shapes[source] for name, source in self._plan.added.items()}
+        return {name: shape for name, shape in shapes.items() if name not in merged} | self.restacked.shapes | added
 
     def rotate(self, model: BlockwiseModel) -> None:
         """Read weights as the calibration's rotation makes them, if it has one. Raises EvaluationError where it doesn't say how."""
@@ -251,6 +260,8 @@ class _Weights(StoredWeights):
                 self._rotated[name] = how, norm
 
     def read(self, name: str) -> Tensor:
+        if name in self.restacked.shapes:
+            return self.restacked.read(name, lambda linear: self.read(f"{linear}.weight"))
         if name in self._plan.added:
             return read_tensor(self._chosen[name])
         stored = super().read(name)

@@ -95,6 +95,18 @@ def test_a_scheme_that_changes_nothing_costs_nothing(tmp_path, text):
     assert found["additivity"][RECIPE]["sum"] == 0
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+def test_a_layers_experts_are_scored_as_one_set(kind, tmp_path, text):
+    """Whether they lie one by one on disk or stacked."""
+    model = tmp_path / "model"
+    make_model(model, kind, vocab_size=make_tokenizer(model))
+    found = score_sensitivity(SensitivityOptions(model, INT8, data=(str(text),), max_tokens=64, seq_len=32))
+    experts = [entry for entry in found["sets"] if entry["kind"] == "experts"]
+    assert [len(entry["linears"]) for entry in experts] == [4 * 3] * 2
+    assert all(entry["choices"][RECIPE]["kld"] > 0 for entry in experts)
+    assert sum(entry["choices"][RECIPE]["bytes"] for entry in found["sets"]) < 0.6 * sum(entry["choices"][KEEP]["bytes"] for entry in found["sets"])
+
+
 def test_sums_and_sizes_are_those_of_their_parts(result):
     nothing, everything = [KEEP] * SETS, [RECIPE] * SETS
     assert predicted_kld(result, nothing) == 0 and size_of(result, nothing) == result["bytes"]["all_kept"] == result["model"]["bytes"]
@@ -150,7 +162,10 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
             assert runs == BLOCKS and all(torch.equal(ours, theirs) for ours, theirs in zip(found, alone))
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("llama", "int8-dynamic"), ("qwen3_moe", "fp8-dynamic"), ("llama", "fp8-tensor")])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("llama", "int8-dynamic"), ("qwen3_moe", "fp8-dynamic"), ("llama", "fp8-tensor"), ("granitemoe", "int8-dynamic"), ("llama4_text", "fp8-tensor")],
+)
 def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tmp_path, text):
     from quantkit.calibration import CalibrationOptions, calibrate
     from quantkit.finals import make_final_states
@@ -169,7 +184,8 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     blocks = installer.open("cpu")
     sets = linear_sets([[name for name in installer.linears_of(number) if name in plan.linears] for number in range(blocks)])
     installer.sets = [each.linears for each in sets]
-    assert ("experts" in {each.kind for each in sets}) == (kind == "qwen3_moe")
+    assert ("experts" in {each.kind for each in sets}) == (kind != "llama")
+    assert {name for each in sets for name in each.linears} == set(plan.linears)
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
         states = run_variants(
