@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from quantkit.calibration import CalibrationOptions, calibrate
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.export import export
+from quantkit.measurements import Calibration
 from quantkit.model import auto_class, fused_sets
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.runtimes import runtime_problems
@@ -157,6 +158,16 @@ def test_all_matrices_of_the_blocks_are_quantized(tiny):
     inside = [row for row in plan.parameters if row.reason not in ("outside the decoder blocks", "not part of the language model")]
     stays = sum(row.bytes_before for row in inside if row.status == "left" and "left by rule" not in row.reason)
     assert stays < 0.15 * sum(row.bytes_before for row in inside if row.status == "quantized")
+
+
+def test_what_is_quantized_is_called_as_a_linear(tiny):
+    """And of what is left as used directly, Mamba's step size is not: a forward pass agrees with the names that `export` goes by."""
+    measured = Calibration.open(tiny.calibration).inputs
+    called = {name for name, entry in measured.items() if entry.tokens or entry.is_estimated}
+    plan = tiny.plan("fp8-dynamic")
+    assert set(plan.linears) <= called
+    step_sizes = {row.name.removesuffix(".weight") for row in plan.parameters if row.name.endswith(".dt_proj.weight")}
+    assert not step_sizes & called and bool(step_sizes) == (tiny.kind == "mamba")
 
 
 def test_exports_are_sound_and_judged(tiny):
