@@ -65,7 +65,7 @@ KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
 
 
 # Those that benchmarks/architectures.py was not run for: encoders, and what came to the matrix since.
-NOT_ASKED = (*MASKED, *TARGET, "deepseek_v32", "glm4", "llama4_text", "olmoe", "recurrent_gemma", "rwkv", "starcoder2")
+NOT_ASKED = (*MASKED, *TARGET, "deepseek_v32", "glm4", "olmoe", "recurrent_gemma", "rwkv", "starcoder2")
 
 
 def served_by_vllm(kind: str) -> str:
