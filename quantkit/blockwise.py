@@ -109,9 +109,9 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, unti
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, torch.empty_like(buffer, device="cpu"))
         model.initialize_weights()
-        adopt_experts(model, settings.get("experts_implementation", ""))
     except Exception as error:  # transformers raises every kind
         raise CheckpointError(f"transformers can't build {checkpoint.path}: {' '.join(str(error).split())[:300]}") from None
+    adopt_experts(model, settings.get("experts_implementation", ""))
     return model.eval().requires_grad_(False)
 
 

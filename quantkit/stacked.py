@@ -1,7 +1,8 @@
 """Experts that transformers keeps in tensors of three dimensions: what they compute, and how they are made to compute it in a way of ours.
 
-transformers lets the forward of most be chosen by name. A few have one that it doesn't ask about; where that one computes the same as the others', which is tried on
-random numbers, it is replaced. Llama 4's is such: it is given every token once for each expert, times the router's score, which is 0 where the router sends the token elsewhere.
+transformers lets the forward of most be chosen by name. A few have one that it doesn't ask about; where that one computes the same as the others', which is tried
+on random numbers, it is replaced. Llama 4's is such: it is given every token once for each expert, times the router's score, which is 0 where the router sends the
+token elsewhere.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ _TRIAL_EXPERTS, _TRIAL_TOKENS, _TRIAL_WIDTH, _TRIAL_SIZE = 3, 4, 16, 12.0
 
 
 def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a layer in two stacks."""
     return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in first_and_down(module))
 
 
 def first_and_down(module: nn.Module) -> tuple[str, str]:
+    """What its stacks are called: that of the matrices which read the hidden states (gate and up as one, or up alone), and that of those which make the output."""
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
@@ -134,10 +137,10 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
         arguments = ((arguments[0] * scores.T[..., None]).flatten(0, 1),)
     try:
         theirs = small.forward(*arguments)
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # it asks for what others don't have
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):  # it asks for what others don't have
         return False
     ours = _WAYS[takes](_plain)(small, *arguments)
-    return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    return isinstance(theirs, Tensor) and theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
 
 
 def _plain(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
