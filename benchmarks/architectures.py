@@ -61,6 +61,7 @@ SETTINGS = {
     "mamba2": {"intermediate_size": 512},
     # vLLM's windows of this kind see a token more than transformers' do.
     "cohere2": {"sliding_window": 32, "logit_scale": 1.0},
+    "llama4_text": {"attention_chunk_size": 128},
     **dict.fromkeys(("mixtral", "granitemoe", "minimax"), _ALL_EXPERTS),
     "deepseek_v2": _LATENT,
     "deepseek_v3": {**_LATENT, "topk_method": "noaux_tc"},
@@ -276,6 +277,8 @@ REASONS = {
     "selective_scan_fwd": "no kernel for the selective scan",
     "Unsupported FP8 MoE backend": "no kernel for such FP8 experts",
     "No Int8 MoE backend": "no kernel for INT8 experts with this routing",
+    "CPUExpertsInt8 does not support apply_router_weight_on_input": "no kernel for INT8 experts with this routing",
+    "is invalid for input of size 2\nat llama4.py": "vLLM reorders the rows of its q and k, and can't reorder scales of blocks",
     "Unsupported FusedMoe scheme": "vLLM doesn't take static INT8 experts",
     "compressed_tensors_moe_w8a8_fp8": "vLLM doesn't take static experts with channel scales",
     "WNA16": "no kernel for packed 8-bit weights",

@@ -144,7 +144,7 @@ def shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, dict) and ("model_type" in value or name.endswith("_config")):
             changes[name] = shrunk(value) | {key: value[key] for key in ("model_type",) if key in value}
-        elif isinstance(value, list) and value and len(value) == layers and len({repr(item) for item in value}) > 1 and not kinds:
+        elif isinstance(value, list) and value and len(value) == layers and len({repr(item) for item in value}) > 1 and not kinds and not _numbers(value):
             kinds = sorted({repr(item): place for place, item in reversed(list(enumerate(value)))}.values())
             kinds = kinds if len(kinds) > 1 else [0, 1]
         elif name in SPECIAL_TOKENS and value is not None:
@@ -157,7 +157,8 @@ def shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
                 changes[name] = size
     for name, value in settings.items():
         if isinstance(value, list) and layers and len(value) == layers:
-            changes[name] = [value[place] for place in kinds or range(2)]
+            places = kinds or range(2)
+            changes[name] = list(range(len(places))) if _numbers(value) else [value[place] for place in places]
         elif isinstance(value, dict) and "mrope_section" in value:
             changes[name] = value | {"mrope_section": [4, 2, 2]}
     for name in changes:
@@ -170,6 +171,11 @@ def merged(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, 
     """The others over the settings, also inside of nested configurations."""
     inner = {name: merged(settings[name], value) for name, value in others.items() if isinstance(value, dict) and isinstance(settings.get(name), dict)}
     return {**settings, **others, **inner}
+
+
+def _numbers(value: list[Any]) -> bool:
+    """Whether a list as long as there are layers gives the numbers of all, not the kind of each."""
+    return value == list(range(len(value)))
 
 
 def make_model(kind: str, directory: Path, more: Mapping[str, Any]) -> nn.Module:

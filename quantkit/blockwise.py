@@ -7,7 +7,8 @@ the forward runs again with the last hidden states in place, for whatever comes 
 
 On a CPU each batch goes through a block on one thread, and as many batches at once as there are threads: that is faster than sharing one batch,
 and the result doesn't depend on the number of threads. It equals the ordinary forward of the same batch on one thread to the last bit; where
-`calibrate` observes a mixture of experts, the forward with transformers' experts_implementation="eager".
+`calibrate` observes a mixture of experts, the forward with transformers' experts_implementation="eager", or where that can't be chosen
+(`stacked.adopt_experts`) the ordinary one up to the order of sums.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from quantkit.checkpoint import DTYPES, Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.matrices import with_upright_weights
 from quantkit.model import auto_class, auto_config, is_of_other_tower, linears_for_conv1d, require_no_missing
+from quantkit.stacked import adopt_experts
 from quantkit.states import HiddenStates, release_freed_memory
 from quantkit.streaming import block_scales, source_spec
 from quantkit.task import CAUSAL, task_of
@@ -107,6 +109,7 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False, unti
         model.initialize_weights()
     except Exception as error:  # transformers raises every kind
         raise CheckpointError(f"transformers can't build {checkpoint.path}: {' '.join(str(error).split())[:300]}") from None
+    adopt_experts(model, settings.get("experts_implementation", ""))
     return model.eval().requires_grad_(False)
 
 

@@ -502,7 +502,7 @@ def is_unsettled(entry: Mapping[str, Any]) -> bool:
 def _estimate_starved_experts(inputs: dict[str, dict[str, Any]], recorder: Any) -> dict[str, dict[str, Any]]:
     """Give each expert that saw fewer than MIN_EXPERT_TOKENS an amax that is neither zero nor NaN, in place; returns the starved ones by module.
 
-    All experts of a layer read the same hidden states, so the largest amax of the others serves their first input. Their second input
+    All experts of a layer read the same hidden states (Llama 4's scaled by at most 1), so the largest amax of the others serves their first input. Their second input
     is act(g·x)·(u·x), which grows with the norms of their weights' rows: the largest of the others' amax ÷ gain, times their own gain.
     """
     starved: dict[str, dict[str, Any]] = {}

@@ -70,7 +70,7 @@ class ErrorGroup(click.Group):
             if error.errno not in reasons:
                 raise
             where = f" ({error.filename})" if error.filename else ""
-            raise _Refusal(f"{error.strerror}{where}; {reasons[error.errno]} and run the command again", 1) from None
+            raise _Refusal(f"{error.strerror}{where}; {reasons[error.errno]} and run the command again, with --resume if it has one", 1) from None
 
 
 class Output:

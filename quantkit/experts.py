@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.blockwise import BlockwiseModel
-from quantkit.matrices import DOWN, GATE_UP
+from quantkit.matrices import DOWN, GATE_UP, find_stacks
 from quantkit.quantize import quantize
-from quantkit.recording import expert_linear, first_and_down, gated, is_experts, runs_as_told
 from quantkit.scheme import QuantScheme, QuantSpec
+from quantkit.stacked import each_expert, expert_linear, first_and_down, gated, is_experts, register_experts, runs_as_told
 from quantkit.weight_map import WeightMap
 
 # The name under which transformers finds the experts' forward of this file.
@@ -41,11 +41,13 @@ class ExpertInput:
 class Restacked:
     """Experts that are quantized one by one though the model was published with stacks, which is all that transformers looks for.
 
-    linears: stack, by its name on disk → the Linears of each expert. shapes: of the stacks as transformers expects them.
+    linears: stack, by its name on disk → the Linears of each expert. shapes: of the stacks as transformers expects them. transposed: those whose matrices lie as
+    [in_features, out_features], which a square one doesn't tell of itself.
     """
 
     linears: dict[str, list[list[str]]]
     shapes: dict[str, tuple[int, ...]]
+    transposed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, linears: Iterable[str]) -> Restacked:
@@ -60,9 +62,11 @@ class Restacked:
         stacks = {f"{module}.{leaf}": (module, leaves) for module in counts for leaf, leaves in (("gate_up_proj", GATE_UP), ("down_proj", DOWN))}
         targets, expected = WeightMap(model, list(stacks)).target_of, model.state_dict()
         known = {stack: parts for stack, parts in stacks.items() if stack in targets}
+        shapes = {stack: tuple(expected[targets[stack]].shape) for stack in known}
         return cls(
             {stack: [[f"{module}.{expert}.{leaf}" for leaf in leaves] for expert in range(counts[module])] for stack, (module, leaves) in known.items()},
-            {stack: tuple(expected[targets[stack]].shape) for stack in known},
+            shapes,
+            frozenset(name for name, stack in find_stacks(shapes).items() if stack.is_transposed),
         )
 
     def parts(self) -> set[str]:
@@ -71,7 +75,7 @@ class Restacked:
     def read(self, stack: str, weight: Callable[[str], Tensor]) -> Tensor:
         """weight: of a Linear, dequantized."""
         upright = torch.stack([torch.cat([weight(linear) for linear in linears]) for linears in self.linears[stack]])
-        return upright if tuple(upright.shape) == self.shapes[stack] else upright.transpose(1, 2).contiguous()
+        return upright.transpose(1, 2).contiguous() if stack in self.transposed else upright
 
     def names(self, tensor: str) -> list[str]:
         """The Linears that a tensor on disk stands for."""
@@ -107,27 +111,20 @@ def quantize_expert_inputs(
 
 
 def serving_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of stacked experts, one after the other, as transformers' `eager` computes it where no input is quantized.
+    """The forward of stacked experts, as transformers' `eager` computes it where no input is quantized; see `stacked.each_expert`.
 
     hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token].
     """
     leaf, down = first_and_down(module)
-    output = torch.zeros_like(hidden_states)
-    for expert in range(module.num_experts):
-        position, token = torch.where((top_k_index == expert).T)  # in the order of the eager forward
-        if not len(token):
-            continue
-        states = _product(module, leaf, expert, hidden_states[token])
-        states = _product(module, down, expert, gated(module, states))
-        if getattr(module, "has_post_expert_norm", False):
-            states = module.post_expert_norm(states)
-        states = states * top_k_weights[token, position, None]
-        output.index_add_(0, token, states.to(output.dtype))
-    return output
+
+    def output_of(expert: int, _: Tensor, states: Tensor) -> Tensor:
+        return _product(module, down, expert, gated(module, _product(module, leaf, expert, states)))
+
+    return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
 
 
 def _product(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
-    quantizes = getattr(module, "quantkit_inputs", {}).get(leaf)
+    quantizes = (getattr(module, "quantkit_inputs", None) or {}).get(leaf)
     if quantizes is None:
         return expert_linear(module, leaf, expert, states)
     # In float32: the values that codes stand for are no bfloat16 numbers.
@@ -139,6 +136,4 @@ def _product(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tenso
 
 
 def register_serving_experts() -> None:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, serving_experts)
+    register_experts(EXPERTS_IMPLEMENTATION, serving_experts)

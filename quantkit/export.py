@@ -36,10 +36,10 @@ from quantkit.output import (
     counted,
     finished_already,
     format_bytes,
-    new_file,
     plan_shards,
     shard_names,
     tensor_bytes,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -447,8 +447,7 @@ def _copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> Non
             raise OutputError(f"{target.parent} is a link; nothing is written through it, so remove it")
         target.parent.mkdir(exist_ok=True)
         if path.name != "README.md":
-            with new_file(target) as file:
-                file.write(path.read_bytes())
+            write_bytes(target, path.read_bytes())
     card = plan.checkpoint.path / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card in others else ""
     # What an earlier export says of its own files is not true of these.

@@ -25,10 +25,11 @@ from quantkit.linear import QuantizedLinear
 from quantkit.plan import ExportPlan
 from quantkit.quantize import QuantizedTensor, sqnr_db
 from quantkit.ranks import Ranks
-from quantkit.recording import first_and_down, is_experts, names_on_disk
+from quantkit.recording import names_on_disk
 from quantkit.rotating import RotatedLinear, Rotation, make_rotation
 from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
+from quantkit.stacked import first_and_down, is_experts
 from quantkit.threads import one_thread
 from quantkit.variants import Swap
 
@@ -63,7 +64,7 @@ class SetInstaller:
         register_serving_experts()
         checkpoint = self._plans[1].checkpoint
         skeleton = build_skeleton(checkpoint, self._trust_remote_code, bool(self._plans[1].added), experts_implementation=EXPERTS_IMPLEMENTATION)
-        self._weights = _Weights(self._plans[1], Restacked.of(skeleton, self._plans[1].linears))
+        self._weights = _Weights(self._plans[1], skeleton)
         self._model = BlockwiseModel(skeleton, self._weights, str(self._path), device)
         self._model.require_unshared()
         self._weights.rotate(self._model)
@@ -78,13 +79,13 @@ class SetInstaller:
             if isinstance(module, nn.Linear):
                 names += names_on_disk(self._model.sources(f"{prefix}.{path}.weight"), f"{prefix}.{path}")
             elif is_experts(module):
-                names += [name for leaf in first_and_down(module) for name in self._experts_on_disk(f"{prefix}.{path}.{leaf}")]
+                names += [name for leaf in first_and_down(module) for name in self._stacked_linears(f"{prefix}.{path}.{leaf}")]
         return names
 
-    def _experts_on_disk(self, parameter: str) -> list[str]:
-        """The Linears of the checkpoint, as `export` names them, that a stack of experts stands for."""
-        source = self._model.sources(parameter)
-        return [name for tensors in source.lists for tensor in tensors for name in self._weights.restacked.names(tensor)] if source else [parameter]
+    def _stacked_linears(self, stack: str) -> list[str]:
+        """The Linears on disk, or those that `export` writes, that make a stacked parameter."""
+        source = self._model.sources(stack)
+        return [linear for tensors in source.lists for tensor in tensors for linear in self._weights.restacked.names(tensor)] if source else [stack]
 
     # -- A block's sets.
 
@@ -131,7 +132,7 @@ class SetInstaller:
         """Stacked experts run with the values of their codes, and quantize their inputs."""
         swaps, inputs = [], {}
         for leaf in first_and_down(module):
-            names = [linear for linear in self._experts_on_disk(f"{name}.{leaf}") if linear in members]
+            names = [linear for linear in self._stacked_linears(f"{name}.{leaf}") if linear in members]
             if not names:
                 continue
             self._weights.rounded = {f"{linear}.weight": self._codes(plan, choice, plan.linears[linear]) for linear in names}
@@ -225,21 +226,22 @@ class _Nudged(nn.Module):
 class _Weights(StoredWeights):
     """The checkpoint's tensors, or those that a calibration's codes were made from. rounded: tensors that are read as what their codes stand for.
 
-    restacked: experts of the plan that transformers looks for in stacks alone.
+    restacked: the stacks that transformers looks for, where the plan has their experts one by one.
     """
 
-    def __init__(self, plan: ExportPlan, restacked: Restacked) -> None:
+    def __init__(self, plan: ExportPlan, skeleton: nn.Module) -> None:
         super().__init__(plan.checkpoint, require_finite=True)
-        self.restacked = restacked
+        self.restacked = Restacked.of(skeleton, [name.removesuffix(".weight") for name in plan.checkpoint.tensors])
         self._plan, self._chosen = plan, plan.calibration.weights if plan.calibration else {}
         self.rounded: dict[str, QuantizedTensor] = {}
         self._rotation = Rotation(None, None)
         self._rotated: dict[str, tuple[RotatedLinear, str]] = {}  # by the weight's name on disk: how, and its norm's weight
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        parts = {f"{linear}.weight" for linear in self.restacked.parts()}
-        shapes = {name: shape for name, shape in super().shapes().items() if name not in parts} | self.restacked.shapes
-        return {**shapes, **{name: shapes[source] for name, source in self._plan.added.items()}}
+        shapes = super().shapes()
+        merged = {f"{linear}.weight" for linear in self.restacked.parts()}
+        added = {name: shapes[source] for name, source in self._plan.added.items()}
+        return {name: shape for name, shape in shapes.items() if name not in merged} | self.restacked.shapes | added
 
     def rotate(self, model: BlockwiseModel) -> None:
         """Read weights as the calibration's rotation makes them, if it has one. Raises EvaluationError where it doesn't say how."""

@@ -28,8 +28,10 @@ _NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$
 _SHARD = re.compile(r"shard_\d+")
 # Not what projects embeddings (Electra's, RemBERT's, Gemma 3n's altup_unembed_projections), which is a Linear.
 _EMBEDDING = re.compile(r"embed(?!.*(proj|mapping))|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE)
-# The step size of a Mamba mixer, which its kernel reads, what joins a further token's embedding to the hidden states, and the weights of an indexer's heads
-# (DeepSeek V3.2, GLM-5), which stay in full precision in published FP8 checkpoints too.
+# By name, because nothing else tells them where no model is built. dt_proj: the step size of a Mamba mixer, whose kernel reads the weight; no forward
+# pass calls it, but only `calibrate` has one to see that (tests compare the two). eh_proj: what joins a further token's embedding to the hidden states;
+# transformers leaves such layers out, so that no pass runs it. weights_proj: the weights of an indexer's heads (DeepSeek V3.2, GLM-5), called as any
+# Linear, but merged with an unquantized one by runtimes, and in full precision in published FP8 checkpoints too.
 _USED_DIRECTLY = ("dt_proj", "eh_proj", "weights_proj")
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|multi_modal_projector|mm_projector|connector", re.IGNORECASE)
 
@@ -60,6 +62,7 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
     leaf = parts[-1]
     if leaf == "lm_head":
         return "lm_head", "lm_head is left by rule"
+    # A layer that transformers leaves out as well. Its shape is lm_head's, but so is k_proj's where a vocabulary is as small as a byte's.
     if parts[-2:] == ["shared_head", "head"]:
         return "lm_head", "the head of a layer that predicts further tokens is left like lm_head"
     if is_of_other_tower(module):

@@ -126,7 +126,11 @@ class ShardWriter:
     def _put(self, content: memoryview, start: int) -> None:
         view, position = content, start
         while view:
-            written = os.pwrite(self._file.fileno(), view, position)
+            try:
+                written = os.pwrite(self._file.fileno(), view, position)
+            except OSError as error:
+                error.filename = str(self._partial)
+                raise
             view, position = view[written:], position + written
         with self._changed:
             if start in self._pieces:
@@ -264,11 +268,23 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     partial = path.with_name(path.name + ".tmp")
-    with new_file(partial) as file:
-        file.write(text.encode())
-        os.fsync(file.fileno())
+    write_bytes(partial, text.encode())
     os.replace(partial, path)
     fsync_directory(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file made anew, flushed. Where the disk fills, nothing of it stays, and the error names it."""
+    try:
+        with new_file(path) as file:
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]  # a system takes less than all of it, without an error, where that is the last that fits
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        path.unlink(missing_ok=True)
+        raise
 
 
 def fsync_directory(path: Path) -> None:

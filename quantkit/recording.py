@@ -22,6 +22,7 @@ from quantkit.linear import QuantizedLinear
 from quantkit.matrices import DOWN, GATE_UP, experts_module
 from quantkit.observers import HELD_OUT, GramObserver, HeadObserver, InputObserver
 from quantkit.ranks import Ranks
+from quantkit.stacked import each_expert, expert_linear, first_and_down, intermediate, is_experts, register_experts, runs_as_told
 from quantkit.weight_map import ParameterSource
 
 # The name under which transformers finds the experts' forward of this file.
@@ -341,19 +342,6 @@ class ObservingCache(PassingCache):
 # ---- Experts that transformers keeps in one tensor of three dimensions.
 
 
-def is_experts(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in first_and_down(module))
-
-
-def runs_as_told(module: nn.Module) -> bool:
-    """Whether transformers lets the forward of such experts be chosen; a few (Llama 4's) run all experts on all tokens in a way of their own."""
-    return hasattr(module, "is_concatenated")
-
-
-def first_and_down(module: nn.Module) -> tuple[str, str]:
-    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
-
-
 @dataclass(frozen=True)
 class _Experts:
     """An experts' module: how many, and what their Linears are called on disk.
@@ -405,65 +393,39 @@ def _expert_gains(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of stacked experts, one expert after the other, as transformers' `eager` computes it; observes each expert's two inputs.
+    """The forward of stacked experts that observes each expert's two inputs; see `stacked.each_expert`.
 
-    hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token].
+    hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An index beyond the experts is none's.
     """
-    batch = _current()
+    batch, down = _current(), first_and_down(module)[1]
     experts = batch.recorder.experts.get(module) if batch is not None else None
-    leaf, down = first_and_down(module)
+    shows_all = experts is not None and batch.recorder.all_experts
     first_position = None
     if experts is not None:
-        if hidden_states.shape[0] == batch.windows * batch.positions:
+        # Also where all tokens come once for each expert.
+        if hidden_states.shape[0] % (batch.windows * batch.positions) == 0:
             first_position = torch.arange(hidden_states.shape[0], device=hidden_states.device) % batch.positions == 0
         counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)[: experts.count].cpu()
         batch.statistics.experts[experts.name] = batch.statistics.experts.get(experts.name, torch.zeros_like(counts)) + counts
-    output = torch.zeros_like(hidden_states)
-    for expert in range(module.num_experts):
-        position, token = torch.where((top_k_index == expert).T)  # in the order of the eager forward
-        if experts is not None and batch.recorder.all_experts:
-            _observe_expert(batch, module, experts, expert, hidden_states, first_position)
-        if not len(token):
-            continue
-        states = hidden_states[token]
-        intermediate = _intermediate(module, leaf, expert, states)
-        if experts is not None and not batch.recorder.all_experts:
-            first = None if first_position is None else first_position[token]
-            batch.observe(experts.first[expert], states, first)
-            batch.observe(experts.down[expert], intermediate, first)
-        states = expert_linear(module, down, expert, intermediate)
-        if getattr(module, "has_post_expert_norm", False):
-            states = module.post_expert_norm(states)
-        states = states * top_k_weights[token, position, None]
-        output.index_add_(0, token, states.to(output.dtype))
-    return output
 
+    def observe(expert: int, states: Tensor, between: Tensor, token: Tensor) -> None:
+        first = None if first_position is None else first_position[token]
+        batch.observe(experts.first[expert], states, first)
+        batch.observe(experts.down[expert], between, first)
 
-def _observe_expert(batch: _Batch, module: nn.Module, experts: _Experts, expert: int, states: Tensor, first: Tensor | None) -> None:
-    batch.observe(experts.first[expert], states, first)
-    batch.observe(experts.down[expert], _intermediate(module, first_and_down(module)[0], expert, states), first)
+    def output_of(expert: int, token: Tensor, states: Tensor) -> Tensor:
+        between = intermediate(module, expert, states)
+        if experts is not None and not shows_all:
+            observe(expert, states, between, token)
+        return expert_linear(module, down, expert, between)
 
-
-def _intermediate(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
-    """What the expert's last Linear reads."""
-    return gated(module, expert_linear(module, leaf, expert, states))
-
-
-def gated(module: nn.Module, projected: Tensor) -> Tensor:
-    """What stands between an expert's Linears: gate times up, or an activation alone."""
-    return module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
-
-
-def expert_linear(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
-    """One expert's part of a stacked parameter as a Linear."""
-    weight = getattr(module, leaf)[expert]
-    bias = getattr(module, f"{leaf}_bias")[expert] if module.has_bias else None
-    if module.is_transposed:
-        return states @ weight if bias is None else states @ weight + bias
-    return nn.functional.linear(states, weight, bias)
+    if shows_all:
+        sent = torch.where((top_k_index < experts.count).any(1))[0]
+        states = hidden_states[sent]
+        for expert in range(experts.count):
+            observe(expert, states, intermediate(module, expert, states), sent)
+    return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
 
 
 def register_observing_experts() -> None:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, observing_experts)
+    register_experts(EXPERTS_IMPLEMENTATION, observing_experts)

@@ -1,141 +1,91 @@
-"""Calibrations that are killed, stopped or shared: whatever happens, CALIB is absent or whole, and --resume ends with the bytes of an undisturbed run.
-
-As in test_faults.py, a driver process imports torch and transformers once and forks each attempt.
-"""
+"""Calibrations that are killed, stopped, shared or out of disk: whatever happens, CALIB is absent or whole, and --resume ends with the bytes of an undisturbed run."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 
 import pytest
 from conftest import make_llama, make_text, make_tokenizer
-from killing import KILLING
+from faults import FORKING, FULL_DISKS, KILLS_AT_CALLS, RANDOM_KILLS, RESUMING, drive
 from tiny_models import TARGET, make_model
 
 LAYERS = 4
 
-DRIVER = (
-    KILLING
+CALIBRATING = (
+    FORKING
     + """
 import transformers
 transformers.utils.logging.disable_progress_bar()
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 import quantkit.encoder_decoder, quantkit.recording
 from quantkit import resuming
-from quantkit.calibration import CalibrationOptions, calibrate
+from quantkit.cli import main
 
-from quantkit.scheme import Recipe
-
-model, text, place = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-chosen = {"recipe": Recipe.from_mapping(json.loads(sys.argv[4]), "recipe")} if sys.argv[4] else {}
+model, text, recipe, place = Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
 
 
-def attempt(out, number=0, seconds_between_saves=0.0, **changes):
-    def work():
-        resuming.SECONDS_BETWEEN_SAVES = seconds_between_saves
-        torch.set_num_threads(2)
-        calibrate(CalibrationOptions(model, out, (text,), **({"num_samples": 6, "seq_len": 32, "batch_size": 1, "device": "cpu"} | chosen | changes)))
+def work(out, seconds_between_saves=0.0, resume=False, memory=None):
+    resuming.SECONDS_BETWEEN_SAVES = seconds_between_saves
+    torch.set_num_threads(2)
+    arguments = [model, "-o", out, "--data", text, "--num-samples", 6, "--seq-len", 32, "--batch-size", 1, "--device", "cpu", "-q"]
+    arguments += [*(["--recipe", recipe] if recipe else []), *(["--resume"] if resume else []), *(["--memory", memory] if memory else [])]
+    main(["calibrate", *map(str, arguments)])
+"""
+    + RESUMING
+    + """
 
-    return attempt_of(work, number)
-
-
-whole = place / "whole"
-assert ended(attempt(whole)) == 0
-expected, duration, count = tree(whole), float((place / "seconds").read_text()), int((place / "calls").read_text())
-out, report = place / "out", {"killed": 0, "runs": 0, "wrong": [], "files": len(expected), "calls": count}
-
-
-def check():
-    if out.exists() and tree(out) != expected:
-        report["wrong"].append("OUT differs")
-
-
-def finish(note):
-    # The same command again until it is done.
-    assert ended(attempt(out, resume=True)) == 0, (place / "error").read_text()
-    if tree(out) != expected:
-        report["wrong"].append(note)
-    for path in place.glob("out*"):
-        shutil.rmtree(path)
+def options():
+    return {"seconds_between_saves": random.choice([0.0, 1000.0]), "memory": random.choice([None, "1kB"])}
 """
 )
 
-RANDOM_KILLS = """
-random.seed(3)
-for number in range(60):
-    if report["killed"] >= KILLS:
-        break
-    settings = {"seconds_between_saves": random.choice([0.0, 1000.0]), "memory": random.choice([None, 0])}
-    for again in range(random.choice([1, 1, 2, 3])):
-        child = attempt(out, resume=again > 0, **settings)
-        report["runs"] += 1
-        time.sleep(duration * random.random())
-        os.kill(child, signal.SIGKILL)
-        code = ended(child)
-        report["killed"] += code == -9
-        check()
-        if code == 0:
-            # Spread over the time that a run takes, learnt anew from each that was not hit: the first may have been slow for reasons of its own.
-            if not again:
-                duration = min(duration, float((place / "seconds").read_text()))
-            break
-    finish(f"attempt {number}")
-print(json.dumps(report))
-"""
 
-EVERY_CALL = """
-# Each of the first block and of the end; the blocks between repeat the same calls.
-numbers = [number for number in range(1, count + 1) if number < 24 or number > count - 16]
-for number in numbers:
-    assert ended(attempt(out, number)) == -9, number
-    report["killed"] += 1
-    check()
-    finish(f"call {number}")
-print(json.dumps(report))
-"""
-
-
-def drive(tmp_path, program: str, recipe: str = "", kind: str = "llama") -> dict:
-    """Run a program that ends by printing a JSON object. recipe: as JSON."""
-    model, text = tmp_path / "model", tmp_path / "text.txt"
+def calibrating(tmp_path, program: str, recipe: object = None, kind: str = "llama") -> dict:
+    model, text, file = tmp_path / "model", tmp_path / "text.txt", tmp_path / "recipe.yaml"
     if kind == "llama":
         make_llama(model, num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96)
     else:
         make_model(model, kind, vocab_size=make_tokenizer(model))
     text.write_text(make_text(1500))
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
-        done = subprocess.run([sys.executable, "-c", DRIVER + program, str(model), str(text), place, recipe], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    file.write_text(json.dumps(recipe))  # which is YAML too
+    return drive(tmp_path, CALIBRATING + program, model, text, file if recipe else "")
 
 
 def test_twenty_random_kills_end_with_the_same_bytes(tmp_path):
-    report = drive(tmp_path, RANDOM_KILLS.replace("KILLS", "20"))
+    report = calibrating(tmp_path, f"KILLS = 20{RANDOM_KILLS}")
     assert report["wrong"] == [] and report["files"] == LAYERS + 1
-    assert report["killed"] >= 20, report
+    assert report["faults"] >= 20, report
 
 
 def test_so_do_kills_of_a_run_that_chooses_weights(tmp_path):
-    recipe = json.dumps({"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]})
-    report = drive(tmp_path, RANDOM_KILLS.replace("KILLS", "6"), recipe)
+    recipe = {"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]}
+    report = calibrating(tmp_path, f"KILLS = 6{RANDOM_KILLS}", recipe)
     assert report["wrong"] == [] and report["files"] == 2 * LAYERS + 1
-    assert report["killed"] >= 6, report
+    assert report["faults"] >= 6, report
 
 
 @pytest.mark.parametrize("kind", TARGET)
 def test_so_do_kills_of_an_encoder_with_a_decoder(kind, tmp_path):
-    report = drive(tmp_path, RANDOM_KILLS.replace("KILLS", "6"), kind=kind)
+    report = calibrating(tmp_path, f"KILLS = 6{RANDOM_KILLS}", kind=kind)
     assert report["wrong"] == [] and report["files"] == LAYERS + 1  # two blocks each
-    assert report["killed"] >= 6, report
+    assert report["faults"] >= 6, report
 
 
 def test_a_kill_before_any_file_system_call_ends_with_the_same_bytes(tmp_path):
-    report = drive(tmp_path, EVERY_CALL)
+    # Each of the first block and of the end; the blocks between repeat the same calls.
+    numbers = "numbers = [number for number in range(1, count + 1) if number < 24 or number > count - 16]"
+    report = calibrating(tmp_path, numbers + KILLS_AT_CALLS)
     assert report["wrong"] == []
-    assert report["killed"] == min(39, report["calls"]) and report["calls"] > 40
+    assert report["faults"] == min(39, report["calls"]) and report["calls"] > 40
+
+
+def test_a_disk_that_fills_loses_nothing_that_was_finished(tmp_path):
+    """Wherever in the run: an error of one line, and --resume ends with the same bytes."""
+    report = calibrating(tmp_path, f"rooms = [1, *range(nbytes // 6, nbytes, nbytes // 6), nbytes - 1]{FULL_DISKS}")
+    assert not report["wrong"], "\n".join(report["wrong"])
+    assert report["faults"] >= 7, report
 
 
 # ---- Several processes.

@@ -57,14 +57,23 @@ def test_an_expert_that_saw_no_token_has_a_finite_scale_and_is_named(tmp_path, t
     assert all(torch.isfinite(scale).all() and (scale > 0).all() for scale in scales)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_experts_that_were_quantized_apart_are_stacked_as_the_model_has_them(transposed):
-    weights = {f"e.{expert}.{leaf}": torch.randn(6, 4) for expert in range(3) for leaf in ("gate_proj", "up_proj")}
-    linears = [[f"e.{expert}.gate_proj", f"e.{expert}.up_proj"] for expert in range(3)]
-    stack = Restacked({"e.gate_up_proj": linears}, {"e.gate_up_proj": (3, 4, 12) if transposed else (3, 12, 4)}).read("e.gate_up_proj", weights.get)
-    for expert in range(3):
-        upright = stack[expert].T if transposed else stack[expert]
-        assert torch.equal(upright, torch.cat([weights[name] for name in linears[expert]]))
+@pytest.mark.parametrize("kind", ["granitemoe", "llama4_text"])
+@pytest.mark.parametrize("hidden_size", [64, 32, 48])  # so that the first stack's matrices are square, or the second's, or neither's
+def test_experts_that_were_quantized_apart_are_stacked_as_the_model_has_them(kind, hidden_size, tmp_path):
+    """Square ones too, which don't tell which way they lie."""
+    model = make_model(tmp_path, kind, hidden_size=hidden_size, intermediate_size=32)
+    place, experts = next((name, module) for name, module in model.named_modules() if name.endswith(".experts"))
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    weights = {
+        f"{place}.{expert}.{leaf}": torch.randn((hidden_size, 32) if leaf == "down_proj" else (32, hidden_size)) for expert in range(4) for leaf in leaves
+    }
+    restacked = Restacked.of(model, weights)
+    for leaf, parts in (("gate_up_proj", leaves[:2]), ("down_proj", leaves[2:])):
+        stack = restacked.read(f"{place}.{leaf}", weights.get)
+        assert stack.shape == getattr(experts, leaf).shape
+        for expert in range(4):
+            upright = stack[expert].T if kind == "llama4_text" else stack[expert]
+            assert torch.equal(upright, torch.cat([weights[f"{place}.{expert}.{part}"] for part in parts]))
 
 
 def test_base_with_experts_is_the_eager_forward(tmp_path, text):
@@ -107,3 +116,58 @@ def test_an_experts_output_is_the_product_of_quantized_inputs(scheme, tmp_path, 
         between = torch.nn.functional.silu(product(states, expert, 0)) * product(states, expert, 1)
         expected[token] = product(between, expert, 2)[0] * 0.5
     torch.testing.assert_close(output, expected, rtol=2e-2, atol=1e-3)
+
+
+def make_llama4(directory):
+    make_model(directory, "llama4_text", vocab_size=make_tokenizer(directory), num_hidden_layers=1, no_rope_layers=[1])
+    return directory
+
+
+def test_experts_that_are_given_all_tokens_are_quantized_and_judged_as_others_are(tmp_path, export_to, text):
+    """Llama 4's, which transformers runs in a way of its own: under the names that runtimes read, with scales of what the router hands to each, and with quantized inputs."""
+    model = make_llama4(tmp_path / "llama4")
+    calibrated = tmp_path / "calib"
+    assert calibrate(CalibrationOptions(model, calibrated, (str(text),), num_samples=4, seq_len=64)).unread == ()
+    outs = [export_to(scheme, model, calibrated) for scheme in ("fp8-dynamic", "int8-static", "fp8-tensor")]
+    place = "model.layers.0.feed_forward.experts"
+    statistics = Calibration.open(calibrated).inputs
+    for out in outs:
+        names = {name for name in load_file(out / "model.safetensors") if name.startswith(f"{place}.") and name.endswith(".weight")}
+        assert names == {f"{place}.{expert}.{leaf}.weight" for expert in range(4) for leaf in ("gate_proj", "up_proj", "down_proj")}
+    stored = load_file(outs[1] / "model.safetensors")
+    for expert in range(4):
+        scale = stored[f"{place}.{expert}.up_proj.input_scale"]
+        assert float(scale) == pytest.approx(statistics[f"{place}.{expert}.up_proj"].amax / 127, rel=0.01)
+        assert torch.equal(scale, stored[f"{place}.{expert}.gate_proj.input_scale"])
+    for quant in evaluate(EvaluationOptions(model, tuple(outs), (str(text),), 32, 320))["quants"]:
+        assert quant["linears_quantized"] == 4 + 3 + 3 * 4 and quant["weights_only_linears"] == []
+        assert quant["activations_quantized"] is True and 0 < quant["kld"]["mean"] < 0.05
+    (weights_only,) = evaluate(EvaluationOptions(model, (outs[0],), (str(text),), 32, 320, hardware="ampere"))["quants"]
+    assert weights_only["activations_quantized"] is False
+
+
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "int8-static"])
+def test_of_all_tokens_each_expert_multiplies_those_sent_to_it(scheme, tmp_path, export_to, text):
+    model = make_llama4(tmp_path / "llama4")
+    calibrated = tmp_path / "calib"
+    calibrate(CalibrationOptions(model, calibrated, (str(text),), num_samples=4, seq_len=64, all_experts=True))
+    out = export_to(scheme, model, calibrated)
+    served, spec, codes = load_served(out, "cpu"), SCHEMES[scheme], load_file(out / "model.safetensors")
+    routed = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    routed[0, 1:] = routed[1, ::2] = routed[2] = routed[3, 3] = 0
+    with served.blocks.block(0) as block, torch.inference_mode():
+        output = block.feed_forward.experts(routed.reshape(20, 64)).reshape(4, 5, 64)
+
+    def product(states, expert, leaf):
+        place = "model.layers.0.feed_forward.experts"
+        static = None if spec.input.dynamic else torch.stack([codes[f"{place}.{each}.{leaf}.input_scale"] for each in range(4)]).max().reshape(1, 1)
+        weight = codes[f"{place}.{expert}.{leaf}.weight"].float() * codes[f"{place}.{expert}.{leaf}.weight_scale"].float()
+        return (quantize(states, spec.input, static).dequantize() @ weight.bfloat16().float().T).bfloat16()
+
+    for expert in range(4):
+        states = routed[expert]
+        between = torch.nn.functional.silu(product(states, expert, "gate_proj")) * product(states, expert, "up_proj")
+        expected = product(between, expert, "down_proj")
+        sent = states.any(-1)
+        torch.testing.assert_close(output[expert][sent], expected[sent], rtol=2e-2, atol=1e-3)
+        assert not output[expert][~sent].any()

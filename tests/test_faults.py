@@ -4,17 +4,14 @@ A driver process imports torch and quantkit once and forks each attempt, so that
 others at each file-system call in turn: those hit the moments between two renames, which random ones miss.
 """
 
-import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
-from killing import KILLING
+from faults import FORKING, FULL_DISKS, RESUMING, drive
 from safetensors.torch import save_file
 
 LAYERS, WIDTH = 30, 192
@@ -36,7 +33,7 @@ def make_model(path: Path) -> Path:
 
 # Functions that the tests' programs share. `attempt` starts an export in a child; `found` says what lies at OUT.
 DRIVER = (
-    KILLING
+    FORKING
     + """
 import quantkit.ops
 from quantkit.export import export
@@ -66,16 +63,6 @@ def clean():
             shutil.rmtree(path)
 """
 )
-
-
-def drive(tmp_path, program: str, timeout: float = 300) -> dict:
-    """Run a program that ends by printing a JSON object."""
-    model = make_model(tmp_path / "model")
-    # In memory where there is such a place: what is tested is the order of the calls, and a disk would take a second for the flushes of each run.
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
-        done = subprocess.run([sys.executable, "-c", DRIVER + program, str(model), place], capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 RANDOM_KILLS = """
@@ -109,7 +96,7 @@ for number in range(50):
         code = ended(child)
         report["resumed and killed"] += code == -9
         if code == 1:
-            report["wrong"].append(f"kill {number}: --resume refuses: {(place / 'error').read_text()}")
+            report["wrong"].append(f"kill {number}: --resume refuses: {said()}")
             break
     if code == 0 and found(out, whole=expected) != "whole":
         report["wrong"].append(f"kill {number}: the resumed run ended with OUT {found(out, whole=expected)}")
@@ -122,7 +109,7 @@ print(json.dumps(report))
 
 
 def test_killed_export_resumes_to_the_same_bytes_whatever_the_moment(tmp_path):
-    report = drive(tmp_path, RANDOM_KILLS)
+    report = drive(tmp_path, DRIVER + RANDOM_KILLS, make_model(tmp_path / "model"))
     assert report["killed"] >= 25 and report["resumed and killed"] >= 10, report
     assert not report["wrong"], "\n".join(report["wrong"])
 
@@ -140,7 +127,7 @@ for number in [*range(1, 12), *range(12, calls - 12, 30), *range(calls - 12, cal
         report["wrong"].append(f"call {number} of {calls}: OUT is there {found(out, whole=expected)}")
     code = ended(attempt(out, resume=True))
     if code:
-        report["wrong"].append(f"call {number} of {calls}: --resume refuses: {(place / 'error').read_text()}")
+        report["wrong"].append(f"call {number} of {calls}: --resume refuses: {said()}")
     elif found(out, whole=expected) != "whole":
         report["wrong"].append(f"call {number} of {calls}: the resumed run ended with OUT {found(out, whole=expected)}")
     rest = sorted(path.name for path in place.iterdir() if path.name.startswith("out") and path != out)
@@ -152,7 +139,7 @@ print(json.dumps(report))
 
 
 def test_export_killed_at_any_change_of_the_file_system_resumes_to_the_same_bytes(tmp_path):
-    report = drive(tmp_path, KILL_AT_EACH_CALL)
+    report = drive(tmp_path, DRIVER + KILL_AT_EACH_CALL, make_model(tmp_path / "model"))
     assert report["killed"] >= 25, report
     assert not report["wrong"], "\n".join(report["wrong"])
 
@@ -176,7 +163,7 @@ for number in [*range(1, 8), *range(8, swap - 12, 60), *range(swap - 12, swap + 
         report["wrong"].append(f"call {number} of {calls}: OUT is {state}")
     code = ended(attempt(out, resume=True, overwrite=True))
     if code:
-        report["wrong"].append(f"call {number} of {calls}: --resume --overwrite refuses: {(place / 'error').read_text()}")
+        report["wrong"].append(f"call {number} of {calls}: --resume --overwrite refuses: {said()}")
         code = ended(attempt(out, overwrite=True))
     if code or found(out, new=news) != "new":
         report["wrong"].append(f"call {number} of {calls}: the next run ends with {code}, OUT is {found(out, old=olds, new=news)}")
@@ -189,9 +176,30 @@ print(json.dumps(report))
 
 
 def test_output_that_is_being_overwritten_is_the_old_one_or_the_new_one(tmp_path):
-    report = drive(tmp_path, OVERWRITING)
+    report = drive(tmp_path, DRIVER + OVERWRITING, make_model(tmp_path / "model"))
     assert report["killed"] >= 25, report
     assert not report["wrong"], "\n".join(report["wrong"])
+
+
+COMMAND = """
+import quantkit.export
+from quantkit.cli import main
+
+model, place = Path(sys.argv[1]), Path(sys.argv[2])
+
+
+def work(out, resume=False):
+    arguments = [model, "-o", out, "--scheme", "fp8-dynamic", "--max-shard-size", "80kB", "-q", *(["--resume"] if resume else [])]
+    main(["export", *map(str, arguments)])
+"""
+
+
+def test_a_disk_that_fills_loses_no_finished_shard(tmp_path):
+    """Wherever in the export: an error of one line, and --resume ends with the same bytes."""
+    rooms = "rooms = [1, *range(nbytes // 9, nbytes, nbytes // 9), nbytes - 1]"
+    report = drive(tmp_path, FORKING + COMMAND + RESUMING + rooms + FULL_DISKS, make_model(tmp_path / "model"))
+    assert not report["wrong"], "\n".join(report["wrong"])
+    assert report["faults"] >= 10, report
 
 
 def test_killed_command_resumes_to_the_same_bytes(tmp_path):

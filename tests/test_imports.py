@@ -32,7 +32,7 @@ ORDER = (
     ("matrices", "masked"),
     ("model",),
     ("output", "streaming"),
-    ("states", "measurements", "cache", "weight_map", "budget", "threads", "calls"),
+    ("stacked", "states", "measurements", "cache", "weight_map", "budget", "threads", "calls"),
     ("gguf_files", "resuming"),
     ("kept",),
     ("hub",),

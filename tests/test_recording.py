@@ -20,7 +20,8 @@ from quantkit.threads import each_batch, one_thread
 BATCHES = make_batches((2, 24), (1, 17), (2, 24))
 # The dtype of what adds up or is a maximum to the last bit, whatever the order.
 EXACT = ("channel_amax", "histogram", "token_histogram", "extremes", "first_extremes", "counts")
-EXPERT_KINDS = ("mixtral", "qwen3_moe", "gpt_oss")
+TOLD = ("mixtral", "qwen3_moe", "gpt_oss")  # whose forward transformers lets be chosen
+EXPERT_KINDS = (*TOLD, "llama4_text")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def stored(tmp_path_factory):
         if kind not in made:
             directory = tmp_path_factory.mktemp("tiny") / kind
             model = make_model(directory, kind)
-            if kind in EXPERT_KINDS:
+            if kind in TOLD:
                 model.set_experts_implementation("eager")
             made[kind] = directory, model
         return made[kind]
@@ -250,21 +251,34 @@ def test_a_cache_that_observes_and_recorded_blocks_change_no_bit(stored, kind):
 # ---- Experts.
 
 
+def routed(model: nn.Module, kind: str, number: int):
+    """A block's experts, and for each batch what they are given: ([tokens, features], the experts of each token)."""
+    layer = model.model.layers[number]
+    if kind != "llama4_text":
+        return layer.mlp.experts, [(hidden, chosen) for hidden, chosen, *_ in seen_by_hooks(model, {"experts": layer.mlp.experts})["experts"]]
+    calls = []
+    for (hidden,) in seen_by_hooks(model, {"moe": layer.feed_forward})["moe"]:
+        hidden = hidden.flatten(0, 1)
+        with one_thread(), torch.inference_mode():
+            scores, chosen = nn.functional.linear(hidden, layer.feed_forward.router.weight).topk(1)
+            calls.append((hidden * torch.sigmoid(scores.float()).to(hidden.dtype), chosen))
+    return layer.feed_forward.experts, calls
+
+
 def expert_inputs(model: nn.Module, kind: str, number: int, all_experts: bool = False):
     """For each expert of a block, (which rows are first positions, its first input, its second one), by this file's own arithmetic."""
-    experts = model.model.layers[number].mlp.experts
-    calls = seen_by_hooks(model, {"experts": experts})["experts"]
+    experts, calls = routed(model, kind, number)
     found = []
     for expert in range(4):
         parts = []
-        for (hidden, chosen, *_), tokens in zip(calls, BATCHES):
+        for (hidden, chosen), tokens in zip(calls, BATCHES):
             # In the order of the router's choices: first all first choices, then all second ones.
             rows = torch.arange(len(hidden)) if all_experts else (chosen == expert).T.nonzero()[:, 1]
             states, first = hidden[rows], rows % tokens.shape[1] == 0
             with one_thread(), torch.inference_mode():
                 parts.append((first, states, _second_input(experts, kind, expert, states)))
         found.append([torch.cat(column) for column in zip(*parts)])
-    return found, [chosen for _, chosen, *_ in calls]
+    return found, [chosen for _, chosen in calls]
 
 
 def _second_input(experts: nn.Module, kind: str, expert: int, states: torch.Tensor) -> torch.Tensor:
@@ -272,7 +286,8 @@ def _second_input(experts: nn.Module, kind: str, expert: int, states: torch.Tens
         projected = states @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
         gate, up = projected[:, ::2].clamp(max=7.0), projected[:, 1::2].clamp(-7.0, 7.0)
         return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
-    gate, up = nn.functional.linear(states, experts.gate_up_proj[expert]).chunk(2, -1)
+    projected = states @ experts.gate_up_proj[expert] if kind == "llama4_text" else nn.functional.linear(states, experts.gate_up_proj[expert])
+    gate, up = projected.chunk(2, -1)
     return nn.functional.silu(gate) * up
 
 
@@ -281,6 +296,7 @@ NAMES = {
     "mixtral": (["{}.w1", "{}.w3"], ["{}.w2"], "model.layers.{}.block_sparse_moe.experts"),
     "qwen3_moe": (["{}.gate_proj", "{}.up_proj"], ["{}.down_proj"], "model.layers.{}.mlp.experts"),
     "gpt_oss": (["{}.gate_proj", "{}.up_proj"], ["{}.down_proj"], "model.layers.{}.mlp.experts"),
+    "llama4_text": (["{}.gate_proj", "{}.up_proj"], ["{}.down_proj"], "model.layers.{}.feed_forward.experts"),
 }
 
 
@@ -301,12 +317,19 @@ def test_each_experts_statistics_are_those_of_an_eager_forward(stored, kind, all
         assert any(first.any() for first, *_ in expected) and any(len(states) for _, states, _ in expected)
 
 
-@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize("kind", TOLD)
 @pytest.mark.parametrize("all_experts", [False, True])
 def test_observed_experts_give_the_eager_output_bit_for_bit(stored, kind, all_experts):
     directory, model = stored(kind)
     output = Recorded(directory, all_experts=all_experts).output
     assert all(torch.equal(one, other) for one, other in zip(output, ordinary_hidden_states(model, BATCHES)))
+
+
+def test_experts_that_are_given_all_tokens_return_the_same_from_those_sent_to_them(tmp_path):
+    """In float32: a product of fewer rows may add up in another order."""
+    model = make_model(tmp_path, "llama4_text", torch.float32)
+    for one, other in zip(Recorded(tmp_path).output, ordinary_hidden_states(model, BATCHES)):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
@@ -330,8 +353,8 @@ def test_names_are_those_of_the_checkpoint(stored, kind):
         with safe_open(directory / "model.safetensors", "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys() if name.startswith(f"model.layers.{number}.")}  # noqa: SIM118
         linears = {name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith("weight") and len(shape) == 2}
-        # A router is no Linear of the module tree.
-        linears -= {name for name in linears if name.endswith((".gate", ".router"))}
+        # A router is no Linear of the module tree, but in Llama 4.
+        linears -= {name for name in linears if name.endswith((".gate", ".router")) and kind != "llama4_text"}
         for name in [name for name, shape in shapes.items() if len(shape) == 3]:
             module, _, leaf = name.rpartition(".")
             linears |= {f"{module}.{expert}.{part}" for part in leaf.replace("gate_up_", "gate_proj up_").split() for expert in range(4)}

@@ -96,6 +96,18 @@ def test_a_scheme_that_changes_nothing_costs_nothing(tmp_path, text):
     assert found["additivity"][RECIPE]["sum"] == 0
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+def test_a_layers_experts_are_scored_as_one_set(kind, tmp_path, text):
+    """Whether they lie one by one on disk or stacked."""
+    model = tmp_path / "model"
+    make_model(model, kind, vocab_size=make_tokenizer(model))
+    found = score_sensitivity(SensitivityOptions(model, INT8, data=(str(text),), max_tokens=64, seq_len=32))
+    experts = [entry for entry in found["sets"] if entry["kind"] == "experts"]
+    assert [len(entry["linears"]) for entry in experts] == [4 * 3] * 2
+    assert all(entry["choices"][RECIPE]["kld"] > 0 for entry in experts)
+    assert sum(entry["choices"][RECIPE]["bytes"] for entry in found["sets"]) < 0.6 * sum(entry["choices"][KEEP]["bytes"] for entry in found["sets"])
+
+
 def test_sums_and_sizes_are_those_of_their_parts(result):
     nothing, everything = [KEEP] * SETS, [RECIPE] * SETS
     assert predicted_kld(result, nothing) == 0 and size_of(result, nothing) == result["bytes"]["all_kept"] == result["model"]["bytes"]
@@ -153,7 +165,14 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
 
 @pytest.mark.parametrize(
     ("kind", "scheme"),
-    [("llama", "int8-dynamic"), ("qwen3_moe", "fp8-dynamic"), ("llama", "fp8-tensor"), ("granitemoe", "int8-dynamic"), ("qwen3_5_moe_text", "fp8-dynamic")],
+    [
+        ("llama", "int8-dynamic"),
+        ("qwen3_moe", "fp8-dynamic"),
+        ("llama", "fp8-tensor"),
+        ("granitemoe", "int8-dynamic"),
+        ("qwen3_5_moe_text", "fp8-dynamic"),
+        ("llama4_text", "fp8-tensor"),
+    ],
 )
 def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tmp_path, text):
     from quantkit.calibration import CalibrationOptions, calibrate
@@ -174,6 +193,7 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     sets = linear_sets([[name for name in installer.linears_of(number) if name in plan.linears] for number in range(blocks)])
     installer.sets = [each.linears for each in sets]
     assert ("experts" in {each.kind for each in sets}) == (kind != "llama")
+    assert {name for each in sets for name in each.linears} == set(plan.linears)
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
         states = run_variants(

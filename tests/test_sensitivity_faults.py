@@ -1,119 +1,67 @@
-"""Scorings that are killed, stopped or shared: RESULT.json is absent or whole, and --resume ends with the bytes of an undisturbed run."""
+"""Scorings that are killed, stopped, shared or out of disk: RESULT.json is absent or whole, and --resume ends with the bytes of an undisturbed run."""
 
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 
 import pytest
 from conftest import make_llama, make_text
-from killing import KILLING
+from faults import FORKING, FULL_DISKS, KILLS_AT_CALLS, RANDOM_KILLS, RESUMING, drive
 from test_calibration_faults import torchrun
 
 LAYERS = 2
 
-DRIVER = (
-    KILLING
+SCORING = (
+    FORKING
     + """
 import transformers
 transformers.utils.logging.disable_progress_bar()
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import quantkit.heads, quantkit.installing
 from quantkit import resuming
-from quantkit.scheme import QuantScheme, Recipe
-from quantkit.sensitivity import SensitivityOptions, score_sensitivity
+from quantkit.cli import main
 
 model, text, place = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-recipe = Recipe(QuantScheme.parse("int8-dynamic"))
 
 
-def attempt(out, number=0, **changes):
-    def work():
-        resuming.SECONDS_BETWEEN_SAVES = 0.0
-        torch.set_num_threads(1)
-        score_sensitivity(SensitivityOptions(model, recipe, data=(text,), max_tokens=96, seq_len=32, max_size="+10%", device="cpu", output=out, **changes))
-
-    return attempt_of(work, number)
-
-
-whole = place / "whole"
-assert ended(attempt(whole)) == 0, (place / "error").read_text()
-expected, duration, count = whole.read_bytes(), float((place / "seconds").read_text()), int((place / "calls").read_text())
-out, report = place / "out", {"killed": 0, "wrong": [], "calls": count}
-
-
-def check(note):
-    if out.exists() and out.read_bytes() != expected:
-        report["wrong"].append(f"{note}: RESULT differs")
-
-
-def finish(note):
-    code = ended(attempt(out, resume=True))
-    if code or out.read_bytes() != expected:
-        report["wrong"].append(f"{note}: --resume ends with {code} {(place / 'error').read_text() if code else ''}")
-    rest = sorted(path.name for path in place.glob("out*") if path != out and path.name != "out.tmp")
-    if rest:
-        report["wrong"].append(f"{note}: {rest} are left")
-    for path in place.glob("out*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def work(out, resume=False):
+    resuming.SECONDS_BETWEEN_SAVES = 0.0
+    torch.set_num_threads(1)
+    arguments = [model, "--scheme", "int8-dynamic", "--data", text, "--max-tokens", 96, "--seq-len", 32, "--max-size", "+10%", "--device", "cpu", "-o", out, "-q"]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    main(["sensitivity", *map(str, arguments), *(["--resume"] if resume else [])])
 """
+    + RESUMING
 )
 
-RANDOM_KILLS = """
-random.seed(5)
-for number in range(40):
-    if report["killed"] >= 10:
-        break
-    for again in range(random.choice([1, 2, 3])):
-        child = attempt(out, resume=again > 0)
-        time.sleep(duration * random.random())
-        os.kill(child, signal.SIGKILL)
-        code = ended(child)
-        report["killed"] += code == -9
-        check(number)
-        if code == 0:
-            if not again:
-                duration = min(duration, float((place / "seconds").read_text()))
-            break
-    finish(number)
-print(json.dumps(report))
-"""
 
-CALLS = """
-# Some of the many that are alike, and each of the end.
-for number in sorted({*range(1, 8), *range(8, count, 17), *range(count - 14, count + 1)}):
-    assert ended(attempt(out, number)) == -9, number
-    report["killed"] += 1
-    check(f"call {number}")
-    finish(f"call {number}")
-print(json.dumps(report))
-"""
-
-
-def drive(tmp_path, program: str) -> dict:
-    """Run a program that ends by printing a JSON object."""
+def scoring(tmp_path, program: str) -> dict:
     model, text = make_llama(tmp_path / "model", num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96), tmp_path / "text.txt"
     text.write_text(make_text(600))
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
-        done = subprocess.run([sys.executable, "-c", DRIVER + program, str(model), str(text), place], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return drive(tmp_path, SCORING + program, model, text)
 
 
 def test_random_kills_end_with_the_same_bytes(tmp_path):
-    report = drive(tmp_path, RANDOM_KILLS)
+    report = scoring(tmp_path, f"KILLS = 10{RANDOM_KILLS}")
     assert not report["wrong"], "\n".join(report["wrong"])
-    assert report["killed"] >= 10, report
+    assert report["faults"] >= 10, report
 
 
 def test_a_kill_before_calls_of_the_file_system_ends_with_the_same_bytes(tmp_path):
-    report = drive(tmp_path, CALLS)
+    # Some of the many that are alike, and each of the end.
+    report = scoring(tmp_path, f"numbers = sorted({{*range(1, 8), *range(8, count, 17), *range(count - 14, count + 1)}}){KILLS_AT_CALLS}")
     assert not report["wrong"], "\n".join(report["wrong"])
-    assert report["killed"] >= 20, report
+    assert report["faults"] >= 20, report
+
+
+def test_a_disk_that_fills_loses_no_score(tmp_path):
+    """While scores are kept in RESULT.json.partial, and before the first and the last byte of RESULT.json: an error of one line, and --resume ends with the same bytes."""
+    rooms = "rooms = [1, *range(nbytes // 6, nbytes - nbytes // 6, nbytes // 6), nbytes - whole.stat().st_size, nbytes - 1]"
+    report = scoring(tmp_path, rooms + FULL_DISKS)
+    assert not report["wrong"], "\n".join(report["wrong"])
+    assert report["faults"] >= 8, report
 
 
 # ---- As commands.

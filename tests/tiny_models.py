@@ -95,6 +95,7 @@ ARCHITECTURES = {
         "laurel_rank": 16,
         "pad_token_id": 0,
     },
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "no_rope_layers": [1, 0], "attention_chunk_size": 8},
     "deepseek_v32": {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8},
 }
 
@@ -195,6 +196,7 @@ def open_blockwise(directory: Path, **settings) -> BlockwiseModel:
 
 def ordinary_hidden_states(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     """What the whole model's forward hands to its output head, batch by batch."""
-    body = model.get_decoder() if model.config.model_type == "opt" else model.base_model
+    kind = model.config.model_type
+    body = model.get_decoder() if kind == "opt" else model.model if kind == "llama4_text" else model.base_model
     with one_thread(), torch.inference_mode():
         return [body(input_ids=tokens, use_cache=False)[0] for tokens in batches]
