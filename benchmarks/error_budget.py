@@ -2,7 +2,7 @@
 
     python benchmarks/error_budget.py --data wiki.test.raw --calibration-data c4.txt [--recipe configs/int8-dynamic-best.yaml] [--windows 20]
 
-SmolLM2-135M is calibrated and exported by the recipe. Of the result copies are made that hold the same codes and scales, and a configuration by which the inputs of some kind of
+SmolLM2-135M is calibrated and exported by the recipe, or was: --checkpoint takes what `export` made by it. Of the result copies are made that hold the same codes and scales, and a configuration by which the inputs of some kind of
 Linear, in all blocks or in a few, aren't quantized: what is lost less then is what these inputs cost. What is lost with no input quantized is the weights' part, and that
 of bfloat16, in which two orders of a sum differ. Shares don't add up exactly, because errors meet.
 """
@@ -80,13 +80,14 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--calibration-data", help="text to calibrate on; without it the text that comes with quantkit")
     parser.add_argument("--recipe", type=Path, default=CONFIGS / "int8-dynamic-best.yaml")
+    parser.add_argument("--checkpoint", type=Path, help="an export by that recipe; without it one is made")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens to calibrate on")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     model = opened_model(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        checkpoint, _ = make(model, arguments.recipe, Path(temporary), arguments)
+        checkpoint = arguments.checkpoint or make(model, arguments.recipe, Path(temporary), arguments)[0]
         kinds = judged(model, checkpoint, {**KINDS, "all": "_proj"}, arguments.data, arguments.windows)
         costly = min(KINDS, key=lambda kind: next(row["kld"] for row in kinds if row["unquantized"] == kind))
         count = Checkpoint.open(model).config["num_hidden_layers"]
@@ -98,8 +99,9 @@ def main() -> None:
     title = f"SmolLM2-135M-Instruct by {arguments.recipe.stem}, {Path(arguments.data).name}, {arguments.windows} windows of {LENGTH} tokens, protocol gptq"
     text = f"# Where the loss comes from\n\n{title}.\nMachine: {machine()}.\n\n{table(kinds)}\n\n{table(blocks)}"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "error_budget.md").write_text(text)
-    write_json(arguments.output / "error_budget.json", {"machine": machine(), "recipe": arguments.recipe.stem, "kinds": kinds, "blocks": blocks})
+    name = f"error_budget_{arguments.recipe.stem}"
+    (arguments.output / f"{name}.md").write_text(text)
+    write_json(arguments.output / f"{name}.json", {"machine": machine(), "recipe": arguments.recipe.stem, "kinds": kinds, "blocks": blocks})
     print(text)
 
 
