@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import BlockwiseModel
+from quantkit.blockwise import BlockwiseModel, build_skeleton
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import CheckpointError
 from quantkit.matrices import DOWN, GATE_UP, find_stacks
 from quantkit.quantize import quantize
 from quantkit.scheme import QuantScheme, QuantSpec
@@ -80,6 +82,25 @@ class Restacked:
     def names(self, tensor: str) -> list[str]:
         """The Linears that a tensor on disk stands for."""
         return [linear for linears in self.linears[tensor] for linear in linears] if tensor in self.linears else [tensor.removesuffix(".weight")]
+
+
+def not_found_by_transformers(checkpoint: Checkpoint, linears: Iterable[str]) -> str:
+    """Why transformers' loader would leave a checkpoint's experts random, or "". linears: the quantized ones, by their names on disk."""
+    linears = list(linears)
+    if not any(".experts." in name for name in linears):
+        return ""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    try:
+        model = build_skeleton(checkpoint)
+    except CheckpointError:  # a model of remote code, or one that transformers doesn't know and so doesn't load
+        return ""
+    if any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules()):
+        return ""  # it takes these apart itself where a checkpoint is quantized (Llama 4's)
+    dropped = sorted(Restacked.of(model, linears).parts())
+    if not dropped:
+        return ""
+    return f"transformers looks for these experts stacked and gives them random weights ({dropped[0]} and {len(dropped) - 1} more); leave them with --ignore"
 
 
 def quantize_expert_inputs(

@@ -151,7 +151,7 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     }
     _refuse_dtypes(checkpoint, infos, linears, scales)
     left = _left_linears(infos, linears, checkpoint)
-    warnings = _shape_warnings(reasons) + _runtime_warnings(options, linears, left) + _observer_warnings(recipe, linears)
+    warnings = _shape_warnings(reasons) + _runtime_warnings(options, checkpoint, linears, left) + _observer_warnings(recipe, linears)
     fingerprint = {
         "model": stored.fingerprint(),
         "model files": file_times(checkpoint),
@@ -306,9 +306,13 @@ def _left_linears(infos: Mapping[str, ModuleInfo], linears: Mapping[str, Any], c
     return left if "lm_head" in left or "lm_head" in linears else [*left, "lm_head"]
 
 
-def _runtime_warnings(options: ExportOptions, linears: Mapping[str, QuantizedLinearInfo], left: Sequence[str]) -> list[str]:
+def _runtime_warnings(options: ExportOptions, checkpoint: Checkpoint, linears: Mapping[str, QuantizedLinearInfo], left: Sequence[str]) -> list[str]:
     if options.runtime is not None:
         problems = runtime_problems(options.runtime, linears.values(), left, options.layout)
+        if options.runtime == "transformers" and not problems:
+            from quantkit.experts import not_found_by_transformers
+
+            problems = list(filter(None, [not_found_by_transformers(checkpoint, linears)]))
         if problems:
             raise RuntimeLimitError(problems[0] + _more(len(problems)))
         return []

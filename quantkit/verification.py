@@ -19,6 +19,7 @@ from torch import Tensor
 from quantkit import ops
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError
+from quantkit.experts import not_found_by_transformers
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
 from quantkit.matrices import as_matrices
 from quantkit.model import classify_tensors, fused_sets
@@ -132,6 +133,8 @@ def verify(
                 found.fault("", problem)
             else:
                 found.warnings.append(problem)
+    if runtime == "transformers" and (problem := not_found_by_transformers(checkpoint, linears)):
+        found.fault("", problem)
     return found
 
 

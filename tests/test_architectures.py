@@ -16,7 +16,10 @@ from tiny_models import ARCHITECTURES, MASKED, MULTIMODAL, TARGET, make_model
 from transformers import AutoConfig
 
 from quantkit.calibration import CalibrationOptions, calibrate
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import RuntimeLimitError
 from quantkit.evaluation import EvaluationOptions, evaluate
+from quantkit.experts import not_found_by_transformers
 from quantkit.export import export
 from quantkit.measurements import Calibration
 from quantkit.model import auto_class, fused_sets
@@ -127,10 +130,10 @@ class Tiny:
     def schemes(self) -> tuple[str, ...]:
         return (*SCHEMES, *MORE_SCHEMES.get(self.kind, ()))
 
-    def plan(self, scheme: str):
+    def plan(self, scheme: str, **options):
         recipe = Recipe(QuantScheme.parse(scheme))
         calibration = self.calibration if recipe.needs_calibration else None
-        return plan_export(ExportOptions(self.model, self.model.parent / scheme, recipe, calibration, **OPTIONS.get(self.kind, {})))
+        return plan_export(ExportOptions(self.model, self.model.parent / scheme, recipe, calibration, **OPTIONS.get(self.kind, {}), **options))
 
     def exported(self, scheme: str) -> Path:
         plan = self.plan(scheme)
@@ -243,6 +246,13 @@ def test_the_table_says_what_transformers_cannot_load(tiny):
     has_experts = any(".experts." in name for name in plan.linears) or tiny.kind in OPTIONS
     assert has_experts == ("experts" in TRANSFORMERS.get(tiny.kind, ""))
     assert bool(runtime_problems("transformers", plan.linears.values(), plan.left)) == ("refused" in TRANSFORMERS.get(tiny.kind, ""))
+    loses = "random" in TRANSFORMERS.get(tiny.kind, "")
+    assert bool(not_found_by_transformers(Checkpoint.open(tiny.exported("fp8-dynamic")), plan.linears)) == loses
+    if loses:
+        with pytest.raises(RuntimeLimitError, match="random weights"):
+            tiny.plan("fp8-dynamic", runtime="transformers")
+        faults = [fault for _, fault in verify(tiny.exported("fp8-dynamic"), runtime="transformers").faults]
+        assert len(faults) == 1 and "random weights" in faults[0]
 
 
 @of_kinds(*(kind for kind in KINDS if kind not in TRANSFORMERS))
