@@ -33,8 +33,9 @@ def task_of(config: Mapping[str, Any], where: object) -> str:
         raise CheckpointError(f"{where} is a {architecture}, whose encoder reads no text (its configuration has {other}); {what}")
     if architecture.endswith("ForMaskedLM"):
         return MASKED
-    is_encoder = not config.get("is_decoder") and architecture == "BertLMHeadModel"
+    if architecture == "BertLMHeadModel" and not config.get("is_decoder"):
+        raise CheckpointError(f"{where} is a {architecture} without is_decoder in its configuration: it sees the tokens that it would predict; {what}")
     is_remote_decoder = "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    if architecture and not is_remote_decoder and (is_encoder or not architecture.endswith(_DECODERS)):
-        raise CheckpointError(f"{where} is a {architecture}, which predicts no token of a text; {what}")
+    if architecture and not is_remote_decoder and not architecture.endswith(_DECODERS):
+        raise CheckpointError(f"{where} is a {architecture}, which isn't known to predict the tokens of a text; {what}")
     return CAUSAL
