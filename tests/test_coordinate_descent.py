@@ -69,3 +69,13 @@ def test_channels_without_inputs_keep_their_codes(case):
     found = descend(weight, start, inputs.T @ inputs, 2)
     assert torch.equal(found.qdata[:, 7].float(), start.qdata[:, 7].float())
     assert torch.isfinite(found.dequantize()).all()
+
+
+def test_rows_are_their_own(case, monkeypatch):
+    """A large matrix goes through in parts, which changes nothing but the order of sums in a product."""
+    weight, inputs, _ = case
+    whole = descend(weight, quantize(weight, SPECS[1]), inputs.T @ inputs, 2)
+    monkeypatch.setattr("quantkit.algorithms.coordinate_descent.ROWS", 16)
+    parts = descend(weight, quantize(weight, SPECS[1]), inputs.T @ inputs, 2)
+    assert (whole.qdata.float() != parts.qdata.float()).float().mean() < 0.01
+    assert loss(inputs, weight, parts) == pytest.approx(loss(inputs, weight, whole), rel=1e-3)

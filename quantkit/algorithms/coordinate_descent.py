@@ -17,6 +17,7 @@ from quantkit.quantize import QuantizedTensor, encode_codes, expand_scale
 
 # Columns beyond a block see the block's changes in one product.
 BLOCK_COLUMNS = 128
+ROWS = 4096
 
 
 def descend(target: Tensor, weight: QuantizedTensor, hessian: Tensor, passes: int, damping: float = 0.0) -> QuantizedTensor:
@@ -29,15 +30,18 @@ def descend(target: Tensor, weight: QuantizedTensor, hessian: Tensor, passes: in
     order = torch.argsort(diagonal, stable=True)
     gram = hessian[order][:, order].contiguous()
     gram.diagonal().add_(diagonal.mean() * damping)
-    scales = expand_scale(weight.scale, weight.spec.granularity, *target.shape).expand(target.shape)[:, order].T.contiguous()
-    # Columns lie one after the other here: each step reads and writes whole ones.
-    codes, values = weight.qdata[:, order].T.contiguous(), weight.dequantize()[:, order].T.contiguous()
-    difference = values - target[:, order].T
-    for _ in range(passes):
-        for first in range(0, len(gram), BLOCK_COLUMNS):
-            _pass_block(slice(first, min(first + BLOCK_COLUMNS, len(gram))), gram, scales, codes, values, difference, weight)
-    found = torch.empty_like(weight.qdata)
-    found[:, order] = codes.T
+    scales = expand_scale(weight.scale, weight.spec.granularity, *target.shape).expand(target.shape)
+    found, values = torch.empty_like(weight.qdata), weight.dequantize()
+    # Rows know nothing of each other: so many at a time bound the memory that a large matrix takes.
+    for first in range(0, len(target), ROWS):
+        rows = slice(first, first + ROWS)
+        # Columns lie one after the other here: each step reads and writes whole ones.
+        turned = [part[rows][:, order].T.contiguous() for part in (scales, weight.qdata, values)]
+        difference = turned[2] - target[rows][:, order].T
+        for _ in range(passes):
+            for column in range(0, len(gram), BLOCK_COLUMNS):
+                _pass_block(slice(column, min(column + BLOCK_COLUMNS, len(gram))), gram, *turned, difference, weight)
+        found[rows, order] = turned[1].T
     return QuantizedTensor(found, weight.scale, weight.spec)
 
 
