@@ -156,7 +156,11 @@ MULTIMODAL = {
 
 def widened(settings: dict, times: int) -> dict:
     """The settings of a model that is `times` as wide."""
-    return {name: value * times if name in WIDTHS else value for name, value in settings.items()}
+
+    def wider(value: int | list[int]) -> int | list[int]:
+        return [each * times for each in value] if isinstance(value, list) else value * times
+
+    return {name: wider(value) if name in WIDTHS else value for name, value in settings.items()}
 
 
 def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, times: int = 1, **changes) -> nn.Module:
