@@ -429,7 +429,8 @@ def _write_config(partial: Path, plan: ExportPlan) -> None:
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
     # The output head of a masked model has no tensor where it is tied, and a name of its own in every architecture.
     by_name = task_of(plan.checkpoint.config, plan.checkpoint.path) == MASKED
-    stored = quantization_config(layout, schemes, plan.left, recipe.scheme, recipe.kv_cache is not None, by_name)
+    left = [*plan.left, *plan.left_elsewhere] if layout == "compressed-tensors" else plan.left
+    stored = quantization_config(layout, schemes, left, recipe.scheme, recipe.kv_cache is not None, by_name)
     config = dict(plan.checkpoint.config) | {"quantization_config": stored}
     if plan.calibration and plan.calibration.untied:
         config["tie_word_embeddings"] = False
