@@ -81,7 +81,7 @@ KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
 
 
 # Those that benchmarks/architectures.py was not run for: encoders, and what came to the matrix since.
-NOT_ASKED = (*MASKED, *TARGET, "deepseek_v32", "gemma3n_text", "glm4", "hunyuan_v1_moe", "olmoe", "recurrent_gemma", "rwkv", "starcoder2")
+NOT_ASKED = (*MASKED, *TARGET)
 
 
 def served_by_vllm(kind: str) -> str:

@@ -30,19 +30,24 @@ def recipe(tmp_path):
 
 
 def test_two_processes_choose_what_one_does(model, recipe, text, tmp_path):
-    """In the first block only rounding of sums differs: scales agree, and few codes differ. Behind it inputs differ by those codes: there the loss must be the same."""
+    """In the first set only rounding of sums differs: hardly a code does. Behind it inputs differ by such codes, so that more and more do: scales agree, and the loss must be the same."""
     for name, launch in (("one", lambda *arguments: subprocess.run([sys.executable, *arguments], capture_output=True, text=True)), ("two", torchrun)):
         done = launch(*command(model, text, tmp_path / name, "--recipe", recipe))
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("gptq: codes of 14 Linears") == 1
     one, two = (load_file(tmp_path / name / "weights-00000.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
+    codes = {name.removesuffix(".weight"): (tensor.int() - two[name].int()).abs() for name, tensor in one.items() if tensor.dtype == torch.int8}
+    assert len(codes) == 7
+    for name, differing in codes.items():
+        assert float((differing > 0).float().mean()) < (0.001 if name.endswith(("q_proj", "k_proj", "v_proj")) else 0.25) and int(differing.max()) <= 2, name
     for name, tensor in one.items():
         if tensor.dtype == torch.int8:
-            differing = (tensor.int() - two[name].int()).abs()
-            assert float((differing > 0).float().mean()) < 0.05 and int(differing.max()) <= 2, name
-        else:
-            torch.testing.assert_close(two[name].float(), tensor.float(), rtol=1e-2, atol=1e-4, msg=name)
+            continue
+        module, _, leaf = name.rpartition(".")
+        # A bias takes the mean error of the codes of its row: where these differ it does too.
+        same = codes[module].sum(1) == 0 if leaf == "bias" and module in codes else slice(None)
+        torch.testing.assert_close(two[name][same].float(), tensor[same].float(), rtol=1e-2, atol=1e-4, msg=name)
     outer = [(tmp_path / name / "weights-outer.safetensors").read_bytes() for name in ("one", "two")]
     assert outer[0] == outer[1]
     losses = []
