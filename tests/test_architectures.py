@@ -21,6 +21,7 @@ from quantkit.errors import RuntimeLimitError
 from quantkit.evaluation import EvaluationOptions, evaluate
 from quantkit.experts import not_found_by_transformers
 from quantkit.export import export
+from quantkit.layouts import QuantizationLayout
 from quantkit.measurements import Calibration
 from quantkit.model import auto_class, fused_sets
 from quantkit.plan import ExportOptions, plan_export
@@ -300,3 +301,15 @@ def test_multimodal_models_say_that_their_other_towers_stay(tiny):
     assert towers and all(row.status == "left" and row.reason == "not part of the language model" for row in towers)
     ignored = json.loads((tiny.exported("fp8-dynamic") / "config.json").read_text())["quantization_config"]["ignore"]
     assert any("vision" in name for name in ignored)
+
+
+@of_kinds("gemma3n_text", "llama")
+def test_linears_beside_the_blocks_are_ignored_wherever_a_runtime_has_them(tiny):
+    """vLLM has Gemma 3n's projections in a module of its own; as quantized ones they would give NaN."""
+    config = json.loads((tiny.exported("fp8-dynamic") / "config.json").read_text())
+    layout = QuantizationLayout.read(config)
+    assert [entry for entry in config["quantization_config"]["ignore"] if entry.startswith("re:")] == tiny.plan("fp8-dynamic").left_elsewhere
+    if tiny.kind == "gemma3n_text":
+        for name in ("altup_projections.0", "altup_unembed_projections.2", "per_layer_model_projection"):
+            assert layout.scheme_of(f"model.{name}") is layout.scheme_of(f"model.self_decoder.{name}") is None
+    assert layout.scheme_of("model.layers.0.mlp.up_proj") is not None
