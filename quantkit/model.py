@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # A block's number: the first path component that is a number, after a list's name (`layers.3.`, `h.3.`, `block.3.`).
-_BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
+BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
 # Stacks of experts have larger last dimensions than any convolution's kernel.
 _LEAST_MATRIX = 16
 _NORM = re.compile(r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE)
@@ -67,7 +67,7 @@ def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, .
         return "lm_head", "the head of a layer that predicts further tokens is left like lm_head"
     if is_of_other_tower(module):
         return "other tower", "not part of the language model"
-    block = _BLOCK.match(tensor)
+    block = BLOCK.match(tensor)
     is_embedding = _EMBEDDING.search(parts[-2] if _SHARD.fullmatch(leaf) and len(parts) > 1 else leaf)
     if block is None or "." not in tensor[block.end() :]:
         return ("embedding", "embeddings are left by rule") if is_embedding else ("outside the blocks", "outside the decoder blocks")
@@ -158,7 +158,7 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
         if any(pattern.matches(name) for pattern in patterns):
             continue
         numberless = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        block = _BLOCK.match(name)
+        block = BLOCK.match(name)
         for text in (f"{numberless.rpartition('.')[0]}.*", numberless, f"{block[0]}*" if block else name, name):
             pattern = Pattern(text)
             if text == name or (text not in refused and not any(pattern.matches(other) for other in others)):

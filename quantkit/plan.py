@@ -21,7 +21,7 @@ from quantkit.errors import CalibrationError, CheckpointError, RecipeError, Runt
 from quantkit.layouts import QuantizationLayout, format_obstacle, kv_scale_name, linear_tensors, shape_obstacle
 from quantkit.matrices import as_matrices, as_stored_where_left, experts_module, find_stacks
 from quantkit.measurements import Calibration
-from quantkit.model import ModuleInfo, classify_tensors, fused_sets, is_of_other_tower
+from quantkit.model import BLOCK, ModuleInfo, classify_tensors, fused_sets, is_of_other_tower
 from quantkit.output import CALIBRATION_FILE, TensorPlan, sha256_file
 from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
 from quantkit.scheme import TENSOR, Pattern, QuantScheme, Recipe
@@ -99,12 +99,12 @@ class ExportPlan:
     @property
     def left_elsewhere(self) -> list[str]:
         """Patterns for Linears that stay beside the decoder blocks: a runtime may have them in another module (vLLM keeps Gemma 3n's projections in its `self_decoder`)."""
-        found = next(filter(None, (re.match(r"((?:.*?\.)?)([^.]+\.)\d+\.", name) for name in self.linears)), None)
-        if found is None:
+        block = next(filter(None, map(BLOCK.match, self.linears)), None)
+        if block is None:
             return []
-        parent, blocks = found.groups()
-        beside = [name.removeprefix(parent) for name in self.left if name.startswith(parent) and not name.startswith((f"{parent}{blocks}", "re:", "lm_head"))]
-        return [rf"re:.*\.{re.escape(name)}$" for name in beside if not is_of_other_tower(name)]
+        parent = block["prefix"][: block["prefix"].rfind(".") + 1]
+        beside = [name for name in self.left if name.startswith(parent) and not name.startswith((f"{block['prefix']}.", "re:", "lm_head"))]
+        return [rf"re:.*\.{re.escape(name.removeprefix(parent))}$" for name in beside if not is_of_other_tower(name)]
 
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
