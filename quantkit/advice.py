@@ -10,7 +10,7 @@ from quantkit import budget
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError
 from quantkit.mixing import mixed_recipe
-from quantkit.model import classify_tensors
+from quantkit.model import linears_of
 from quantkit.plan import ExportOptions, plan_export
 from quantkit.scheme import QuantScheme, Recipe
 
@@ -108,8 +108,7 @@ def solution_recipe(result: Mapping[str, Any], checkpoint: Checkpoint) -> Recipe
     """The recipe of a budget's solution, whose export has the size that was promised."""
     recipe, solution = Recipe.from_mapping(result["recipe"], "the result's recipe"), result["solution"]
     taken = [(name, choice) for row, choice in zip(result["sets"], solution["choices"]) for name in row["linears"]]
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
-    modules = [info.name for info in infos.values() if info.tensor.endswith(".weight")]
+    modules = linears_of(checkpoint).modules()
     moved = {name: QuantScheme.parse(choice) for name, choice in taken if choice not in (KEEP, RECIPE)}
     made = mixed_recipe(recipe, [name for name, choice in taken if choice == KEEP], moved, modules)
     if set(solution["choices"]) != {KEEP}:

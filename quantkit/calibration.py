@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
+from quantkit.assignment import assign_layers
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, token_pieces, window_length
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.interrupts import StopRequest, stop_between_steps
 from quantkit.layouts import QuantizationLayout
-from quantkit.matrices import as_matrices
 from quantkit.measurements import SCHEMA_VERSION, Calibration, chosen_remarks
-from quantkit.model import classify_tensors, covering_patterns
+from quantkit.model import covering_patterns, linears_of
 from quantkit.output import CALIBRATION_FILE, OutputDirectory, blake3_file, check_output, finished_already, write_json, write_tensors
-from quantkit.plan import ExportOptions, plan_export
 from quantkit.ranks import Ranks, joined_ranks
 from quantkit.resuming import SavedStates
 from quantkit.scheme import Pattern, Recipe
@@ -250,9 +249,9 @@ class _Run:
         from quantkit.choosing import BlockChooser
         from quantkit.rotating import make_rotation
 
-        plan = plan_export(ExportOptions(self.options.model, self.options.output, recipe), calibration_follows=True, checkpoint=self.checkpoint)
+        assignment = assign_layers(self.checkpoint, recipe)
         rotation = recipe.algorithm("rotation") and make_rotation(recipe.algorithm("rotation"), self.model, self.options.seed)
-        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in plan.linears.items()}, self.threads, rotation, self.ranks)
+        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in assignment.linears.items()}, self.threads, rotation, self.ranks)
 
     def _chosen_files(self) -> ChosenFiles | None:
         if self.chooser is None:
@@ -541,7 +540,7 @@ def _summary_of(
     inputs = description["inputs"]
     # Experts that saw no token have their scale estimated.
     unread = {linear for entry in inputs if not entry["tokens"] and not entry["estimated"] for linear in entry["linears"]}
-    infos = classify_tensors({name: info.shape for name, info in as_matrices(checkpoint).tensors.items()}).values()
+    infos = linears_of(checkpoint).roles.values()
     refused = [info.tensor for info in infos if info.kind == "unreached"]
     linears = [info.name for info in infos if info.kind == "linear"]
     observed = {linear for entry in inputs for linear in entry["linears"]}

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantkit.assignment import QuantizedLinearInfo
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import RecipeError
 from quantkit.layouts import format_obstacle, shape_obstacle
-from quantkit.model import classify_tensors
-from quantkit.runtimes import FORMAT_SCHEMES, HARDWARE, RUNTIMES, QuantizedLinearInfo, hardware_mode, runtime_problems
+from quantkit.model import linears_of
+from quantkit.runtimes import FORMAT_SCHEMES, HARDWARE, RUNTIMES, hardware_mode, runtime_problems
 from quantkit.scheme import SCHEMES, QuantScheme
 from quantkit.streaming import block_scales
 
@@ -51,15 +52,15 @@ def default_scheme(checkpoint: Checkpoint, runtime: str | None = None, hardware:
         return DefaultChoice(SCHEMES[FORMAT_SCHEMES[layout]], f"the one scheme that --format {layout} holds")
     if block_scales(checkpoint):
         return DefaultChoice(SCHEMES["fp8-block"], "the model is in FP8 blocks already, whose codes stay as they are")
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items()})
-    shapes = {info.name: info.shape for info in infos.values() if info.kind == "linear"}
-    reaches = [_reach(SCHEMES[name], shapes, layout) for name in _PREFERENCE if format_obstacle(layout, [SCHEMES[name]], False) is None]
+    tensors = linears_of(checkpoint)
+    linears = {name: (role.shape, tensors.is_transposed(name)) for name, role in tensors.modules("linear").items()}
+    reaches = [_reach(SCHEMES[name], linears, layout) for name in _PREFERENCE if format_obstacle(layout, [SCHEMES[name]], False) is None]
     fitting = [
         reach
         for reach in reaches
         if (runtime is None or runtime in reach.runtimes)
         and (hardware is None or hardware in (*reach.native, *reach.weights_only))
-        and reach.unfit < len(shapes)
+        and reach.unfit < len(linears)
     ]
     if not fitting:
         where = " on ".join(name for name in (runtime, hardware) if name)
@@ -68,8 +69,11 @@ def default_scheme(checkpoint: Checkpoint, runtime: str | None = None, hardware:
     return DefaultChoice(best.scheme, _reason(best, hardware))
 
 
-def _reach(scheme: QuantScheme, shapes: dict[str, tuple[int, ...]], layout: str) -> _Reach:
-    linears = [QuantizedLinearInfo(name, shape, scheme) for name, shape in shapes.items() if shape_obstacle(scheme, shape) is None]
+def _reach(scheme: QuantScheme, shapes: dict[str, tuple[tuple[int, ...], bool]], layout: str) -> _Reach:
+    """shapes: Linear → its shape, and whether it is stored transposed."""
+    linears = [
+        QuantizedLinearInfo(name, shape, scheme, is_transposed) for name, (shape, is_transposed) in shapes.items() if shape_obstacle(scheme, shape) is None
+    ]
     runtimes = tuple(runtime for runtime in RUNTIMES if not runtime_problems(runtime, linears, (), layout))
     modes = {hardware: hardware_mode(scheme, hardware) for hardware in HARDWARE}
     native, weights_only = (tuple(hardware for hardware, mode in modes.items() if mode == wanted) for wanted in ("native", "weights"))

@@ -26,8 +26,7 @@ from quantkit.data import Window, Windows, count_known_windows, evaluation_windo
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.gates import Gate, judged_gates
 from quantkit.layouts import QuantizationLayout, stored_linears
-from quantkit.matrices import as_matrices
-from quantkit.model import classify_tensors
+from quantkit.model import linears_of
 from quantkit.native import cpu_level
 from quantkit.output import MANIFEST_FILE
 from quantkit.ranks import Ranks, joined_ranks
@@ -498,8 +497,7 @@ def _weights(checkpoint: Checkpoint) -> int:
 def _linears_left(checkpoint: Checkpoint) -> list[str]:
     """Linears of the decoder blocks, and lm_head, that are not quantized."""
     stored = stored_linears(checkpoint.tensors)
-    infos = classify_tensors({name: info.shape for name, info in as_matrices(checkpoint).tensors.items()})
-    left = [info.name for info in infos.values() if info.kind in ("linear", "lm_head") and info.name not in stored and info.tensor.endswith(".weight")]
+    left = [name for name in linears_of(checkpoint).modules("linear", "lm_head") if name not in stored]
     return left if "lm_head" in left or "lm_head" in stored else [*left, "lm_head"]
 
 

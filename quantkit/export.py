@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__, ops
+from quantkit.assignment import QuantizedLinearInfo
 from quantkit.checkpoint import DTYPES, INDEX_FILE, MODELOPT_FILE, read_tensor
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.interrupts import stop_between_steps
@@ -43,9 +44,8 @@ from quantkit.output import (
     write_json,
     write_text,
 )
-from quantkit.plan import ExportPlan, file_times, linear_plans
+from quantkit.plan import ExportPlan, file_times
 from quantkit.quantize import QuantizedTensor, choose_scale, kv_scale
-from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
 from quantkit.streaming import WeightStream
 from quantkit.task import MASKED, task_of
@@ -124,7 +124,7 @@ def _jobs(plan: ExportPlan) -> list[_Job]:
         info = plan.checkpoint.tensors[plan.added.get(row.name, row.name)]
         linear = plan.linears.get(row.name.removesuffix(".weight")) if row.status == "quantized" else None
         dtype = plan.dense_dtype if row.name in plan.block_scales else info.dtype
-        tensors = linear_plans(linear, layout) if linear else [TensorPlan(row.name, dtype, info.shape)]
+        tensors = linear.tensors(layout) if linear else [TensorPlan(row.name, dtype, info.shape)]
         jobs.append(_Job(row.name, linear, tuple(tensors), row.bytes_before))
     if plan.options.recipe.kv_cache:
         names = [kv_scale_name(module, suffix, layout) for module in plan.calibration.kv_amax for suffix in ("k_scale", "v_scale")]

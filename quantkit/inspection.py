@@ -10,9 +10,8 @@ from quantkit.calibration import is_unsettled
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.layouts import QuantizationLayout, stored_linears
-from quantkit.matrices import as_matrices
 from quantkit.measurements import Calibration
-from quantkit.model import classify_tensors
+from quantkit.model import linears_of
 from quantkit.output import CALIBRATION_FILE
 
 
@@ -35,8 +34,7 @@ def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     layout = QuantizationLayout.read(checkpoint.config)
-    stored, matrices = stored_linears(checkpoint.tensors), as_matrices(checkpoint)
-    infos = classify_tensors({name: info.shape for name, info in matrices.tensors.items()})
+    stored, tensors = stored_linears(checkpoint.tensors), linears_of(checkpoint)
     by_dtype: dict[str, dict[str, int]] = {}
     for info in checkpoint.tensors.values():
         entry = by_dtype.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
@@ -46,7 +44,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     for module in stored:
         scheme = layout.scheme_of(module) if layout else None
         schemes[scheme.name if scheme else "unknown"] += 1
-    left = [info.name for info in infos.values() if info.kind == "linear" and info.name not in stored]
+    left = [name for name in tensors.modules("linear") if name not in stored]
     return {
         "path": str(checkpoint.path),
         "architecture": (checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")])[0],
@@ -59,7 +57,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "linears_quantized": len(stored),
         "linears_left": left,
         "linears": [
-            {"name": module, "scheme": layout.scheme_of(module).name, "shape": list(_weight_shape(matrices, module))}
+            {"name": module, "scheme": layout.scheme_of(module).name, "shape": list(_weight_shape(tensors.checkpoint, module))}
             for module in stored
             if layout and layout.scheme_of(module)
         ],

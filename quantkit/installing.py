@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
+from quantkit.assignment import QuantizedLinearInfo
 from quantkit.blockwise import BlockwiseModel, StoredWeights, build_skeleton
 from quantkit.checkpoint import read_tensor
 from quantkit.errors import EvaluationError
@@ -27,7 +28,6 @@ from quantkit.quantize import QuantizedTensor, sqnr_db
 from quantkit.ranks import Ranks
 from quantkit.recording import names_on_disk
 from quantkit.rotating import RotatedLinear, Rotation, make_rotation
-from quantkit.runtimes import QuantizedLinearInfo
 from quantkit.scheme import TENSOR
 from quantkit.stacked import first_and_down, is_experts
 from quantkit.threads import one_thread

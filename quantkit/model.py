@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.matrices import ALTERNATING, BIASED, FLAT, alternates, has_biases
+from quantkit.matrices import ALTERNATING, BIASED, FLAT, alternates, as_matrices, has_biases
 from quantkit.scheme import Pattern
 from quantkit.task import CAUSAL, MASKED, task_of
 
@@ -51,9 +52,35 @@ class ModuleInfo:
     reason: str
 
 
-def classify_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleInfo]:
-    """What each tensor of a checkpoint is, by tensor name. shapes: tensor name → shape."""
-    return {tensor: ModuleInfo(tensor.removesuffix(".weight"), tensor, shape, *_kind(tensor, shape, shapes)) for tensor, shape in shapes.items()}
+@dataclass(frozen=True)
+class ModelTensors:
+    """The tensors of a checkpoint, each Linear as one matrix, and the role of each. Made by `linears_of` alone.
+
+    stored: the checkpoint as it was opened.
+    checkpoint: the same with each Linear as a view [out_features, in_features] (`matrices.as_matrices`).
+    roles: tensor of `checkpoint` → its role.
+    """
+
+    stored: Checkpoint
+    checkpoint: Checkpoint
+    roles: Mapping[str, ModuleInfo]
+
+    def modules(self, *kinds: str) -> dict[str, ModuleInfo]:
+        """Module → role, for each weight of one of these kinds; of all kinds where none is named."""
+        return {role.name: role for role in self.roles.values() if role.tensor.endswith(".weight") and (not kinds or role.kind in kinds)}
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether a Linear is stored as [in_features, out_features] in a tensor of its own (Conv1D)."""
+        tensor = f"{module}.weight"
+        return tensor in self.stored.tensors and not self.checkpoint.tensors[tensor].is_dense
+
+
+def linears_of(checkpoint: Checkpoint) -> ModelTensors:
+    """The Linears of a checkpoint and what else is in it, from names and shapes alone."""
+    matrices = as_matrices(checkpoint)
+    shapes = {name: info.shape for name, info in matrices.tensors.items()}
+    roles = {tensor: ModuleInfo(tensor.removesuffix(".weight"), tensor, shape, *_kind(tensor, shape, shapes)) for tensor, shape in shapes.items()}
+    return ModelTensors(checkpoint, matrices, roles)
 
 
 def _kind(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:

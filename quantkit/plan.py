@@ -16,20 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
+from quantkit.assignment import IGNORED, SHAPE, Assignment, QuantizedLinearInfo, assign_layers, more, refuse_taken_names
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import CalibrationError, CheckpointError, RecipeError, RuntimeLimitError
-from quantkit.layouts import QuantizationLayout, format_obstacle, kv_scale_name, linear_tensors, shape_obstacle
-from quantkit.matrices import as_matrices, as_stored_where_left, experts_module, find_stacks
+from quantkit.errors import CalibrationError, RuntimeLimitError
+from quantkit.layouts import kv_scale_name
+from quantkit.matrices import experts_module
 from quantkit.measurements import Calibration
-from quantkit.model import BLOCK, ModuleInfo, classify_tensors, fused_sets, is_of_other_tower
+from quantkit.model import BLOCK, fused_sets, is_of_other_tower
 from quantkit.output import CALIBRATION_FILE, TensorPlan, sha256_file
-from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
-from quantkit.scheme import TENSOR, Pattern, QuantScheme, Recipe
-from quantkit.streaming import block_scales
-from quantkit.task import task_of
-
-FLOATS = ("BF16", "F16", "F32")
-_IGNORED = "ignored by"
+from quantkit.runtimes import RUNTIMES, runtime_problems
+from quantkit.scheme import QuantScheme, Recipe
 
 
 @dataclass(frozen=True)
@@ -133,64 +129,35 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     calibration_follows: the plan is looked at before the calibration that it will need is made. checkpoint: options.model where it is open already.
     Raises CheckpointError, RecipeError, CalibrationError or RuntimeLimitError with one sentence.
     """
-    recipe, checkpoint = options.recipe, checkpoint or Checkpoint.open(options.model)
-    task_of(checkpoint.config, options.model)
-    layout = QuantizationLayout.read(checkpoint.config)
-    if layout is not None and layout.method != "fp8":
-        raise CheckpointError(f"{options.model} is quantized already ({layout.method}); export from the original model, or from one in FP8 blocks")
-    obstacle = format_obstacle(options.layout, recipe.schemes, recipe.kv_cache is not None)
-    if obstacle:
-        raise RecipeError(obstacle)
-    stored, checkpoint = checkpoint, as_matrices(checkpoint)
-    scales = block_scales(checkpoint)
-    consumed = set(scales.values())
-    infos = classify_tensors({name: info.shape for name, info in checkpoint.tensors.items() if name not in consumed})
-    _refuse_unreached(options, infos)
-    schemes, reasons = _assign(recipe, infos, checkpoint, _stack_names(stored))
-    checkpoint, whole = as_stored_where_left(stored, checkpoint, {f"{module}.weight" for module in schemes})
-    infos = {
-        name: infos.get(name) or replace(infos[whole[name]], name=name.removesuffix(".weight"), tensor=name, shape=info.shape)
-        for name, info in checkpoint.tensors.items()
-        if name not in consumed
-    }
-    reasons |= {name: reasons[part] for name, part in whole.items() if part in reasons}
-    turned = {name for name, info in checkpoint.tensors.items() if name in stored.tensors and not info.is_dense}
-    linears = {
-        module: QuantizedLinearInfo(module, checkpoint.tensors[f"{module}.weight"].shape, scheme, f"{module}.weight" in turned)
-        for module, scheme in schemes.items()
-    }
-    _refuse_dtypes(checkpoint, infos, linears, scales)
-    left = _left_linears(infos, linears, checkpoint)
-    warnings = _shape_warnings(reasons) + _runtime_warnings(options, checkpoint, linears, left) + _observer_warnings(recipe, linears)
+    checkpoint = checkpoint or Checkpoint.open(options.model)
+    assignment = assign_layers(checkpoint, options.recipe, options.layout, options.allow_unreached)
+    linears, left = assignment.linears, _left_linears(assignment)
+    warnings = _shape_warnings(assignment.reasons) + _runtime_warnings(options, assignment, left) + _observer_warnings(options.recipe, linears)
+    model = checkpoint.fingerprint()
+    calibration = None if calibration_follows else _calibration_for(options, assignment.checkpoint, model, linears)
+    if options.recipe.kv_cache and calibration:
+        made = {kv_scale_name(module, suffix, options.layout) for module in calibration.kv_amax for suffix in ("k_scale", "v_scale")}
+        refuse_taken_names(assignment, made)
     fingerprint = {
-        "model": stored.fingerprint(),
-        "model files": file_times(checkpoint),
-        "recipe": recipe.canonical(),
+        "model": model,
+        "model files": file_times(assignment.checkpoint),
+        "recipe": options.recipe.canonical(),
         "format": options.layout,
         "quantkit version": __version__,
         "torch version": version("torch"),
+        "calibration": sha256_file(calibration.path / CALIBRATION_FILE) if calibration else "",
+        "shard size": str(options.max_shard_bytes),
     }
-    calibration = None if calibration_follows else _calibration_for(options, checkpoint, fingerprint["model"], linears)
-    fingerprint["calibration"] = sha256_file(calibration.path / CALIBRATION_FILE) if calibration else ""
-    fingerprint["shard size"] = str(options.max_shard_bytes)
     dense_dtype = _dense_dtype(checkpoint)
-    parameters = _parameter_plans(checkpoint, options.layout, infos, linears, reasons, scales, dense_dtype)
-    _refuse_clashes(options, checkpoint, linears, calibration, scales)
-    plan = ExportPlan(options, checkpoint, calibration, fingerprint, tuple(parameters), linears, tuple(left), tuple(warnings), scales, dense_dtype)
-    untied = [ParameterPlan(name, "left", f"no longer {source}", None, 0, checkpoint.tensors[source].nbytes) for name, source in plan.added.items()]
+    parameters = _parameter_plans(assignment, options.layout, dense_dtype)
+    plan = ExportPlan(
+        options, assignment.checkpoint, calibration, fingerprint, tuple(parameters), dict(linears), tuple(left), tuple(warnings),
+        assignment.block_scales, dense_dtype,
+    )  # fmt: skip
+    untied = [
+        ParameterPlan(name, "left", f"no longer {source}", None, 0, plan.checkpoint.tensors[source].nbytes) for name, source in plan.added.items()
+    ]
     return replace(plan, parameters=(*plan.parameters, *untied))
-
-
-def _refuse_clashes(
-    options: ExportOptions, checkpoint: Checkpoint, linears: Mapping[str, QuantizedLinearInfo], calibration: Calibration | None, scales: Mapping[str, str]
-) -> None:
-    """Refuse where the checkpoint has a tensor of the name of one that would be made."""
-    made = {plan.name for linear in linears.values() for plan in linear_plans(linear, options.layout)}
-    if options.recipe.kv_cache and calibration:
-        made |= {kv_scale_name(module, suffix, options.layout) for module in calibration.kv_amax for suffix in ("k_scale", "v_scale")}
-    kept = set(checkpoint.tensors) - {f"{name}.weight" for name in linears} - set(scales.values())
-    for name in sorted(made & kept):
-        raise CheckpointError(f"{options.model} holds a tensor {name} already; export from the original model")
 
 
 def file_times(checkpoint: Checkpoint) -> str:
@@ -201,130 +168,39 @@ def file_times(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
-def _refuse_dtypes(checkpoint: Checkpoint, infos: Mapping[str, ModuleInfo], linears: Mapping[str, QuantizedLinearInfo], scales: Mapping[str, str]) -> None:
-    for name in linears:
-        dtype = checkpoint.tensors[f"{name}.weight"].dtype
-        if dtype not in FLOATS and f"{name}.weight" not in scales:
-            raise CheckpointError(f"{name}.weight is stored as {dtype}; quantkit quantizes bfloat16, float16 and float32 weights, and FP8 in blocks")
-    for tensor in infos:
-        if checkpoint.tensors[tensor].dtype.startswith("F8_") and tensor not in scales:
-            raise CheckpointError(f"{tensor} holds FP8 codes, but config.json has no quantization_config that says how; export from the original model")
-
-
 def _dense_dtype(checkpoint: Checkpoint) -> str:
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     return names.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix("torch."), "BF16")
 
 
-def _stack_names(stored: Checkpoint) -> dict[str, str]:
-    """A part of a stack of experts → the stack, under whose name it can be ignored too."""
-    stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
-    return {
-        stack.linear(expert, leaf): name.removesuffix(".weight") for name, stack in stacks.items() for expert in range(stack.shape[0]) for leaf in stack.leaves
-    }
-
-
-def _assign(
-    recipe: Recipe, infos: Mapping[str, ModuleInfo], checkpoint: Checkpoint, stack_of: Mapping[str, str]
-) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-    """Module → scheme of what is quantized, and tensor → reason of what would be but isn't. stack_of: the other name of experts that are stored as one."""
-    modules = {info.name: info for info in infos.values() if info.tensor.endswith(".weight")}
-    tied = "lm_head" not in modules and checkpoint.config.get("tie_word_embeddings")
-    for pattern in recipe.ignore:
-        # A tied lm_head has no tensor of its own, but recipes name it to be safe.
-        pattern.require_match([*modules, *infos, *stack_of.values(), *(["lm_head"] if tied else [])], "ignore")
-    for pattern, _ in recipe.layers:
-        if tied and pattern.matches("lm_head") and not any(pattern.matches(name) for name in modules):
-            raise RecipeError(
-                f"the layer pattern '{pattern.text}' means lm_head, which is tied to the embedding here and has no weight of its own; leave the entry out"
-            )
-        pattern.require_match(modules, "layer")
-    schemes: dict[str, QuantScheme] = {}
-    reasons: dict[str, str] = {}
-    used: set[Pattern] = set()
-    for name, info in modules.items():
-        entry = next(((pattern, scheme) for pattern, scheme in recipe.layers if pattern.matches(name)), None)
-        names = (name, info.tensor, stack_of.get(name, name))
-        ignored = next((pattern for pattern in recipe.ignore if any(map(pattern.matches, names))), None)
-        if ignored is not None:
-            reasons[info.tensor] = f"{_IGNORED} '{ignored.text}'"
-            continue
-        if info.kind == "linear":
-            scheme = entry[1] if entry else recipe.scheme
-        elif entry and info.kind in ("lm_head", "router", "outside the blocks", "other tower") and len(info.shape) == 2:
-            scheme = entry[1]
-        elif entry and info.kind != "unreached":
-            raise RecipeError(f"the layer pattern '{entry[0].text}' matches {name}, which is no Linear ({info.reason}); narrow the pattern")
-        else:
-            continue
-        if entry:
-            used.add(entry[0])
-        if 0 in info.shape:
-            raise CheckpointError(f"{info.tensor} has the empty shape {list(info.shape)}, so it can't be quantized; leave it out of the recipe's layers")
-        obstacle = shape_obstacle(scheme, info.shape)
-        if obstacle:
-            reasons[info.tensor] = f"left because of its shape: {obstacle}"
-        else:
-            schemes[name] = scheme
-    for tensor, info in infos.items():
-        if info.kind == "unreached":
-            ignored = next((pattern for pattern in recipe.ignore if pattern.matches(info.name) or pattern.matches(tensor)), None)
-            reasons[tensor] = f"{_IGNORED} '{ignored.text}', and out of reach: {info.reason}" if ignored else f"out of reach: {info.reason}"
-    for pattern, _ in recipe.layers:
-        if pattern not in used:
-            raise RecipeError(
-                f"the layer pattern '{pattern.text}' never applies: an earlier entry or 'ignore' takes all that it matches; reorder them or leave it out"
-            )
-    for members in fused_sets([name for name, info in modules.items() if info.kind == "linear"]):
-        theirs = {schemes.get(member) for member in members}
-        one_scale = any(scheme and (scheme.needs_calibration or scheme.weight.granularity == TENSOR) for scheme in theirs)
-        if one_scale and len(theirs) > 1:
-            raise RecipeError(f"runtimes merge {', '.join(members)} and give them one scale; give them one scheme")
-    if not schemes:
-        why = next(iter(reasons.values()), "it has no Linear in numbered decoder blocks")
-        raise RecipeError(f"this recipe quantizes nothing in {checkpoint.path}: {why}")
-    return schemes, reasons
-
-
-def _refuse_unreached(options: ExportOptions, infos: Mapping[str, ModuleInfo]) -> None:
-    """What should be quantized but can't be is an error unless it is ignored by name, or all of it is allowed: a half-quantized model is no result."""
-    ignore = options.recipe.ignore
-    unreached = [i for i in infos.values() if i.kind == "unreached" and not any(p.matches(i.tensor) or p.matches(i.name) for p in ignore)]
-    if unreached and not options.allow_unreached:
-        raise CheckpointError(
-            f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{_more(len(unreached))}; "
-            "add it to --ignore, or pass --allow-unreached to leave all such as they are"
-        )
-
-
 def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
     """One sentence for all Linears that stay because of their shape."""
-    left = [tensor for tensor, reason in reasons.items() if reason.startswith("left because of its shape")]
-    return [f"{left[0]}{_more(len(left))} stays unquantized, {reasons[left[0]]}"] if left else []
+    left = [tensor for tensor, reason in reasons.items() if reason.startswith(SHAPE)]
+    return [f"{left[0]}{more(len(left))} stays unquantized, {reasons[left[0]]}"] if left else []
 
 
-def _left_linears(infos: Mapping[str, ModuleInfo], linears: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
+def _left_linears(assignment: Assignment) -> list[str]:
     """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not quantized."""
+    roles, linears = assignment.roles.values(), assignment.linears
     kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "used directly", "unreached")
-    left = [
-        info.name for info in infos.values() if info.kind in kinds and len(info.shape) >= 2 and info.tensor.endswith(".weight") and info.name not in linears
-    ]
+    left = [role.name for role in roles if role.kind in kinds and len(role.shape) >= 2 and role.tensor.endswith(".weight") and role.name not in linears]
     # Runtimes have experts as modules, whatever they are stored in: one pattern for all of a layer's.
-    stacks = dict.fromkeys(experts_module(info.tensor) for info in infos.values() if len(info.shape) == 3 and info.kind in ("linear", "unreached"))
+    stacks = dict.fromkeys(experts_module(role.tensor) for role in roles if len(role.shape) == 3 and role.kind in ("linear", "unreached"))
     left += [rf"re:{re.escape(module)}\..*" for module in stacks if not any(name.startswith(f"{module}.") for name in linears)]
     # A tied lm_head has no tensor, yet runtimes have the module.
     return left if "lm_head" in left or "lm_head" in linears else [*left, "lm_head"]
 
 
-def _runtime_warnings(options: ExportOptions, checkpoint: Checkpoint, linears: Mapping[str, QuantizedLinearInfo], left: Sequence[str]) -> list[str]:
+def _runtime_warnings(options: ExportOptions, assignment: Assignment, left: Sequence[str]) -> list[str]:
+    linears = assignment.linears
     if options.runtime is not None:
         problems = runtime_problems(options.runtime, linears.values(), left, options.layout)
         if options.runtime == "transformers" and not problems:
             from quantkit.experts import not_found_by_transformers
 
-            problems = list(filter(None, [not_found_by_transformers(checkpoint, linears)]))
+            problems = list(filter(None, [not_found_by_transformers(assignment.checkpoint, linears)]))
         if problems:
-            raise RuntimeLimitError(problems[0] + _more(len(problems)))
+            raise RuntimeLimitError(problems[0] + more(len(problems)))
         return []
     return [problem for name in RUNTIMES for problem in runtime_problems(name, linears.values(), left, options.layout)]
 
@@ -371,36 +247,20 @@ def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str,
     return calibration
 
 
-def _parameter_plans(
-    checkpoint: Checkpoint, layout: str, infos: Mapping[str, ModuleInfo], linears: Mapping[str, QuantizedLinearInfo], reasons: Mapping[str, str],
-    scales: Mapping[str, str], dense_dtype: str,
-) -> list[ParameterPlan]:  # fmt: skip
-    rows, tensors = [], checkpoint.tensors
-    for tensor, info in infos.items():
+def _parameter_plans(assignment: Assignment, layout: str, dense_dtype: str) -> list[ParameterPlan]:
+    rows, tensors, scales = [], assignment.checkpoint.tensors, assignment.block_scales
+    for tensor, role in assignment.roles.items():
         before = after = tensors[tensor].nbytes
-        reason = reasons.get(tensor, info.reason)
+        reason = assignment.reasons.get(tensor, role.reason)
         if tensor in scales:
             before += tensors[scales[tensor]].nbytes
-            after = TensorPlan(tensor, dense_dtype, info.shape).nbytes
+            after = TensorPlan(tensor, dense_dtype, role.shape).nbytes
             reason += f"; FP8 blocks become {dense_dtype}"
-        linear = linears.get(info.name) if tensor.endswith(".weight") else None
+        linear = assignment.linears.get(role.name) if tensor.endswith(".weight") else None
         if linear is not None:
-            after = sum(plan.nbytes for plan in linear_plans(linear, layout))
+            after = sum(plan.nbytes for plan in linear.tensors(layout))
             rows.append(ParameterPlan(tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after))
         else:
-            is_unreached = info.kind == "unreached" and not reason.startswith(_IGNORED)
+            is_unreached = role.kind == "unreached" and not reason.startswith(IGNORED)
             rows.append(ParameterPlan(tensor, "unreached" if is_unreached else "left", reason, None, before, after))
     return rows
-
-
-def linear_plans(linear: QuantizedLinearInfo, layout: str) -> list[TensorPlan]:
-    """The tensors that a quantized Linear becomes."""
-    tensors = linear_tensors(linear.scheme, linear.shape, layout)
-    if linear.is_transposed and "weight" in tensors:
-        dtype, (rows, columns) = tensors["weight"]
-        tensors["weight"] = (dtype, (columns, rows))
-    return [TensorPlan(f"{linear.name}.{suffix}", dtype, shape) for suffix, (dtype, shape) in tensors.items()]
-
-
-def _more(count: int) -> str:
-    return f" (and {count - 1} more)" if count > 1 else ""

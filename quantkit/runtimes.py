@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from quantkit.assignment import QuantizedLinearInfo
 from quantkit.errors import RuntimeLimitError
 from quantkit.formats import INT8
 from quantkit.model import fused_sets
@@ -119,19 +120,6 @@ _CONV1D = {
     "tensorrt-llm": "is not known to load quantized weights that are stored as [in_features, out_features]",
     "transformers": "reads the codes of weights that are stored as [in_features, out_features] as weights, in silence",
 }
-
-
-@dataclass(frozen=True)
-class QuantizedLinearInfo:
-    """A Linear as an export plans it or a checkpoint holds it. shape: [out_features, in_features].
-
-    is_transposed: its `weight` is stored the other way round, as in the checkpoint that it comes from (Conv1D).
-    """
-
-    name: str
-    shape: tuple[int, int]
-    scheme: QuantScheme
-    is_transposed: bool = False
 
 
 # Schemes that a runtime takes of Linears, but not of experts.

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from quantkit import ops
+from quantkit.assignment import QuantizedLinearInfo
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import CheckpointError
 from quantkit.experts import not_found_by_transformers
 from quantkit.layouts import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
 from quantkit.matrices import as_matrices
-from quantkit.model import classify_tensors, fused_sets
+from quantkit.model import ModelTensors, fused_sets, linears_of
 from quantkit.output import MANIFEST_FILE, blake3_file, changed_tensors, cores
 from quantkit.packing import unpack_int8
 from quantkit.quantize import QuantizedTensor
-from quantkit.runtimes import RUNTIMES, QuantizedLinearInfo, runtime_problems
+from quantkit.runtimes import RUNTIMES, runtime_problems
 from quantkit.scheme import TENSOR, QuantScheme
 from quantkit.streaming import WeightStream
 
@@ -97,7 +98,8 @@ def verify(
         if not (path / "config.json").is_file():
             raise  # no checkpoint to find faults in
         return Verification(path, faults=[("", f"can't be opened: {error}")])
-    checkpoint = as_matrices(checkpoint)
+    model_tensors = linears_of(checkpoint)
+    checkpoint = model_tensors.checkpoint
     base_checkpoint = as_matrices(Checkpoint.open(base)) if base else None
     base_layout = QuantizationLayout.read(base_checkpoint.config) if base_checkpoint else None
     if base_layout is not None and base_layout.method != "fp8":
@@ -105,7 +107,7 @@ def verify(
     layout = QuantizationLayout.read(checkpoint.config)
     found = Verification(path, tensors=len(checkpoint.tensors), changed=changed_tensors(path))
     stored = stored_linears(checkpoint.tensors)
-    linears = _check_names(found, checkpoint, layout, stored) if layout else {}
+    linears = _check_names(found, model_tensors, layout, stored) if layout else {}
     if layout and layout.method == "compressed-tensors":
         _check_formats(found, checkpoint.config["quantization_config"])
     if layout is None:
@@ -139,9 +141,10 @@ def verify(
 
 
 def _check_names(
-    found: Verification, checkpoint: Checkpoint, layout: QuantizationLayout, stored: Mapping[str, list[str]]
+    found: Verification, model_tensors: ModelTensors, layout: QuantizationLayout, stored: Mapping[str, list[str]]
 ) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
     """Every Linear is either quantized with all its tensors in the right shapes, or ignored by the config. Returns the former."""
+    checkpoint = model_tensors.checkpoint
     linears: dict[str, tuple[QuantScheme, tuple[int, int]]] = {}
     for module, suffixes in stored.items():
         scheme = layout.scheme_of(module)
@@ -176,8 +179,8 @@ def _check_names(
         if whole:
             linears[module] = (scheme, shape)
     left: dict[str, str] = {}
-    for info in classify_tensors({name: i.shape for name, i in checkpoint.tensors.items()}).values():
-        if info.kind not in ("linear", "lm_head", "router", "used directly") or info.name in stored or not info.tensor.endswith(".weight"):
+    for info in model_tensors.modules("linear", "lm_head", "router", "used directly").values():
+        if info.name in stored:
             continue
         if layout.scheme_of(info.name) is None:
             left[info.name] = info.reason or "ignored in quantization_config"

@@ -7,7 +7,9 @@ from tiny_models import make_model
 from quantkit.checkpoint import Checkpoint
 from quantkit.defaults import default_scheme
 from quantkit.errors import RecipeError
-from quantkit.runtimes import HARDWARE, RUNTIMES
+from quantkit.plan import ExportOptions, plan_export
+from quantkit.runtimes import HARDWARE, RUNTIMES, runtime_problems
+from quantkit.scheme import Recipe
 
 
 def chosen(model, **where) -> str:
@@ -49,3 +51,13 @@ def test_a_model_that_nothing_serves_is_refused(llama, monkeypatch):
     monkeypatch.setattr("quantkit.defaults.runtime_problems", lambda *_: ["no"])
     with pytest.raises(RecipeError, match="--scheme"):
         chosen(llama, runtime="vllm")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "granitemoe", "llama4_text"])
+def test_the_reason_names_no_runtime_that_would_refuse_the_export(kind, tmp_path):
+    """Weights stored transposed, and experts stacked in one tensor, are Linears to the choice as they are to the export."""
+    make_model(tmp_path / kind, kind, times=2)
+    choice = default_scheme(Checkpoint.open(tmp_path / kind))
+    plan = plan_export(ExportOptions(tmp_path / kind, tmp_path / "out", Recipe(choice.scheme)))
+    said = {runtime for runtime in RUNTIMES if runtime in choice.reason.partition(" load")[0]}
+    assert said == {runtime for runtime in RUNTIMES if not runtime_problems(runtime, plan.linears.values(), ())}

@@ -35,7 +35,7 @@ ORDER = (
     ("stacked", "states", "measurements", "cache", "weight_map", "budget", "threads", "calls"),
     ("gguf_files", "resuming"),
     ("kept",),
-    ("hub",),
+    ("hub", "assignment"),
     ("blockwise", "heads"),
     ("recording", "encoder_decoder"),
     ("runtimes", "experts"),

@@ -1,13 +1,22 @@
 """Tensors told apart by name and shape."""
 
+from pathlib import Path
+
 import pytest
 
+from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.matrices import find_stacks
-from quantkit.model import classify_tensors, covering_patterns, fused_sets
+from quantkit.model import ModuleInfo, covering_patterns, fused_sets, linears_of
+
+
+def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, ModuleInfo]:
+    """What the tensors of a checkpoint of these names and shapes are."""
+    tensors = {name: TensorInfo(name, "BF16", shape, Path("model.safetensors"), 0) for name, shape in shapes.items()}
+    return dict(linears_of(Checkpoint(Path("model"), {}, tensors)).roles)
 
 
 def kinds(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    return {tensor: info.kind for tensor, info in classify_tensors(shapes).items()}
+    return {tensor: info.kind for tensor, info in roles(shapes).items()}
 
 
 def assert_kinds(expected: dict[str, tuple[tuple[int, ...], str]]) -> None:
@@ -96,7 +105,7 @@ def test_experts_whose_rows_mean_something_else_are_unreached_by_name():
     dbrx, inkling = "transformer.blocks.0.ffn.experts.mlp.", "model.llm.layers.0.mlp."
     shapes = {f"{dbrx}w1": (384, 64), f"{dbrx}w2": (384, 64)}
     shapes |= {f"{inkling}experts.w13_weight": (4, 64, 32), f"{inkling}experts.w2_weight": (4, 32, 32), f"{inkling}w13_dn.weight": (64, 32)}
-    infos = classify_tensors(shapes)
+    infos = roles(shapes)
     assert {info.kind for info in infos.values()} == {"unreached"}
     assert [("DBRX" in info.reason, "Inkling" in info.reason) for info in infos.values()] == [(True, False)] * 2 + [(False, True)] * 3
     # The same pair under another name is gate above up, as everywhere else.
@@ -174,7 +183,7 @@ def test_an_empty_matrix_is_unreached():
 
 
 def test_all_but_linears_come_with_a_reason():
-    infos = classify_tensors({"lm_head.weight": (8, 8), "model.layers.0.mlp.up_proj.weight": (8, 8), "model.layers.0.mlp.experts.down_proj": (2, 8, 8)})
+    infos = roles({"lm_head.weight": (8, 8), "model.layers.0.mlp.up_proj.weight": (8, 8), "model.layers.0.mlp.experts.down_proj": (2, 8, 8)})
     assert [bool(info.reason) for info in infos.values()] == [True, False, True]
     assert [info.name for info in infos.values()] == ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.down_proj"]
 
@@ -188,7 +197,7 @@ def test_blocks_of_a_block_diagonal_matrix_are_left_and_other_stacks_are_not():
         "model.layers.1.mlp.experts.scale": (128,),
         "model.layers.1.mlp.experts.square": (4, 32, 32),
     }
-    kinds = {name: info.kind for name, info in classify_tensors(shapes).items()}
+    kinds = {name: info.kind for name, info in roles(shapes).items()}
     assert kinds["model.layers.0.rg_lru.input_gate_weight"] == "used directly"
     assert kinds["model.layers.1.mixer.stack"] == kinds["model.layers.1.mlp.experts.square"] == "unreached"
 
@@ -197,7 +206,7 @@ def test_a_vector_beside_experts_is_no_bias_of_theirs():
     """What a router adds to its scores may lie among the experts (Laguna's)."""
     stacks = {"model.layers.1.mlp.experts.gate_up_proj": (4, 64, 32), "model.layers.1.mlp.experts.down_proj": (4, 32, 32)}
     vector = "model.layers.1.mlp.experts.e_score_correction_bias"
-    assert classify_tensors(stacks | {vector: (4,)})[vector].kind == "not a matrix"
+    assert roles(stacks | {vector: (4,)})[vector].kind == "not a matrix"
 
 
 # Fused sets and block numbers

@@ -2,8 +2,9 @@
 
 import pytest
 
+from quantkit.assignment import QuantizedLinearInfo
 from quantkit.errors import RuntimeLimitError
-from quantkit.runtimes import HARDWARE, RUNTIMES, SUPPORT, QuantizedLinearInfo, as_computed, hardware_mode, runtime_problems, scheme_family
+from quantkit.runtimes import HARDWARE, RUNTIMES, SUPPORT, as_computed, hardware_mode, runtime_problems, scheme_family
 from quantkit.scheme import SCHEMES, QuantScheme
 
 FP8 = [name for name in SCHEMES if "fp8" in name]

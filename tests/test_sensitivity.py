@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HANDING_ON, SHARING_BLOCKS, make_model
 
 from quantkit.advice import KEEP, RECIPE, opened_result, predicted_kld, set_name, size_of, solution_recipe, solved_anew
+from quantkit.assignment import assign_layers
 from quantkit.checkpoint import Checkpoint
 from quantkit.data import Window
 from quantkit.errors import CheckpointError, EvaluationError
@@ -368,6 +369,18 @@ def test_exceptions_of_the_recipe_stay_and_patterns_match_nothing_else(result, p
     assert [pattern.text for pattern in made.ignore] == ["re:.*layers\\.2\\..*", r"re:model\.layers\.0\.self_attn\.o_proj$"]
     assert [(pattern.text, scheme.name) for pattern, scheme in made.layers] == [
         (r"re:model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj)$", "fp8-dynamic"), ("re:.*o_proj", "fp8-dynamic")]  # fmt: skip
+
+
+def test_the_recipe_of_a_solution_keeps_exceptions_for_stacked_experts(tmp_path):
+    """Both schemes have the same size, so that only the recipe itself tells whether they were lost."""
+    make_model(tmp_path / "moe", "granitemoe", times=2)
+    checkpoint = Checkpoint.open(tmp_path / "moe")
+    linears = [name for name in assign_layers(checkpoint, INT8).linears if ".layers.0." in name and ".experts." in name]
+    whole = plan_export(ExportOptions(tmp_path / "moe", tmp_path / "none", INT8)).bytes_after
+    solution = {"choices": ["fp8-dynamic"], "bytes": whole}
+    made = solution_recipe({"recipe": INT8.to_mapping(), "bytes": {}, "sets": [{"linears": linears}], "solution": solution}, checkpoint)
+    moved = {name for name, linear in assign_layers(checkpoint, made).linears.items() if linear.scheme.name == "fp8-dynamic"}
+    assert len(linears) == 12 and moved == set(linears)
 
 
 def test_patterns_name_blocks_together_and_experts_as_one():
