@@ -3,7 +3,7 @@
     python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python            # about an hour
     python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python --only llama --only mixtral
 
-The models are those of tests/test_architectures.py, four times as wide. vLLM's CPU build gives the log probabilities of the whole vocabulary at each position of a
+The models are those of tests/support/architecture_kinds.py, four times as wide. vLLM's CPU build gives the log probabilities of the whole vocabulary at each position of a
 few prompts; all distances are mean KL divergences from them. "agreement" is that of quantkit's served model of the same file. It means something beside three others:
 that of the unquantized model in both (vLLM may run an architecture otherwise than transformers does), what quantization changes in vLLM itself, and the least
 that is left when every second scale of one Linear is doubled, of all its Linears in turn: a file that were read wrongly anywhere would be as far off as that.
@@ -34,20 +34,22 @@ from safetensors.torch import load_file, save_file
 from served import VLLM_START
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in (".", "support")]
 
+from architecture_kinds import KINDS, MORE_SCHEMES, OPTIONS, SCHEMES, TRANSFORMERS  # noqa: E402
 from conftest import make_text, make_tokenizer, whole_model  # noqa: E402
-from test_architectures import KINDS, MORE_SCHEMES, OPTIONS, SCHEMES, TRANSFORMERS  # noqa: E402
 from tiny_models import MASKED, TARGET, make_model  # noqa: E402
 
-from quantkit.calibration import CalibrationOptions, calibrate  # noqa: E402
+from quantkit.calibration.calibrate import calibrate  # noqa: E402
+from quantkit.calibration.options import CalibrationOptions  # noqa: E402
+from quantkit.checkpoint.files import write_json  # noqa: E402
 from quantkit.errors import QuantkitError  # noqa: E402
-from quantkit.export import export  # noqa: E402
-from quantkit.output import write_json  # noqa: E402
-from quantkit.plan import ExportOptions, plan_export  # noqa: E402
-from quantkit.report import markdown_table  # noqa: E402
-from quantkit.scheme import QuantScheme, Recipe  # noqa: E402
-from quantkit.served import load_served  # noqa: E402
+from quantkit.evaluation.quantized_model import load_served  # noqa: E402
+from quantkit.evaluation.report import markdown_table  # noqa: E402
+from quantkit.exporter.plan import ExportOptions, plan_export  # noqa: E402
+from quantkit.exporter.write import export  # noqa: E402
+from quantkit.schemes.recipe import Recipe  # noqa: E402
+from quantkit.schemes.scheme import QuantScheme  # noqa: E402
 
 TIMES = 4
 PROMPTS = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(2))

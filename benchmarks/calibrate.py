@@ -22,12 +22,12 @@ import click
 import torch
 from export import RESULTS, Run, make_model, measure
 
-from quantkit import native
-from quantkit.benchmark import processor
-from quantkit.data import BUNDLED_CALIBRATION, calibration_windows, load_tokenizer
-from quantkit.demo import smollm2
-from quantkit.output import write_json
-from quantkit.report import markdown_table
+from quantkit.checkpoint.files import write_json
+from quantkit.cli.bench import processor
+from quantkit.cli.demo import smollm2
+from quantkit.data.windows import BUNDLED_CALIBRATION, calibration_windows, load_tokenizer
+from quantkit.evaluation.report import markdown_table
+from quantkit.ops import native
 
 # Prints the seconds that the forward alone took.
 BARE = """

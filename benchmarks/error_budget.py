@@ -20,13 +20,14 @@ from typing import Any
 
 from quality import CONFIGS, LENGTH, machine, make, opened_model
 
-from quantkit.checkpoint import Checkpoint
-from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.layouts import QuantizationLayout, compressed_tensors_config, decode_linear, encode_constants, encode_rows, stored_linears
-from quantkit.output import write_json, write_tensors
-from quantkit.report import markdown_table
-from quantkit.scheme import QuantScheme
-from quantkit.verdict import interval_text
+from quantkit.checkpoint.files import write_json
+from quantkit.checkpoint.formats import QuantizationLayout, compressed_tensors_config, decode_linear, encode_constants, encode_rows, stored_linears
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.writer import write_tensors
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.preflight import EvaluationOptions
+from quantkit.evaluation.report import interval_text, markdown_table
+from quantkit.schemes.scheme import QuantScheme
 
 KINDS = {"q, k, v": "[qkv]_proj", "o": "o_proj", "gate, up": "(gate|up)_proj", "down": "down_proj"}
 BLOCKS = 3  # at a time, of the kind that costs most

@@ -22,13 +22,14 @@ from calibrate import make_tokenizer, printed
 from export import RESULTS, Run, make_model, measure
 from quality import machine
 
-from quantkit.data import BUNDLED_CALIBRATION, load_tokenizer, read_source
-from quantkit.demo import smollm2
-from quantkit.export import export
-from quantkit.output import write_json
-from quantkit.plan import ExportOptions, plan_export
-from quantkit.report import markdown_table
-from quantkit.scheme import QuantScheme, Recipe
+from quantkit.checkpoint.files import write_json
+from quantkit.cli.demo import smollm2
+from quantkit.data.windows import BUNDLED_CALIBRATION, load_tokenizer, read_source
+from quantkit.evaluation.report import markdown_table
+from quantkit.exporter.plan import ExportOptions, plan_export
+from quantkit.exporter.write import export
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import QuantScheme
 
 # Prints the seconds, wall and CPU, of the windows alone; the model is loaded and warm.
 NAIVE = """
@@ -51,7 +52,8 @@ EVAL = """
 import json, sys, time
 from pathlib import Path
 import torch, transformers
-from quantkit.evaluation import EvaluationOptions, evaluate
+from quantkit.evaluation.preflight import EvaluationOptions
+from quantkit.evaluation.evaluate import evaluate
 transformers.utils.logging.disable_progress_bar()
 base, quant, data, length, count = sys.argv[1:]
 options = EvaluationOptions(Path(base), (Path(quant),), (data,), int(length), int(length) * int(count), cache=False)

@@ -22,10 +22,11 @@ from pathlib import Path
 import click
 import torch
 
-from quantkit import native
-from quantkit.benchmark import processor
-from quantkit.output import TensorPlan, plan_shards, shard_names, write_json, write_tensors
-from quantkit.report import markdown_table
+from quantkit.checkpoint.files import write_json
+from quantkit.checkpoint.writer import TensorPlan, plan_shards, shard_names, write_tensors
+from quantkit.cli.bench import processor
+from quantkit.evaluation.report import markdown_table
+from quantkit.ops import native
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 SHARD_BYTES = 500_000_000

@@ -25,15 +25,17 @@ import transformers
 from export import measure
 
 from quantkit import __version__
-from quantkit.benchmark import processor
-from quantkit.checkpoint import Checkpoint
-from quantkit.data import evaluation_windows, load_tokenizer, read_source
-from quantkit.demo import smollm2
-from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.output import finite, format_bytes, write_tensors
-from quantkit.report import markdown_table
-from quantkit.scheme import Recipe
-from quantkit.verdict import interval_text
+from quantkit.checkpoint.files import finite
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.units import format_bytes
+from quantkit.checkpoint.writer import write_tensors
+from quantkit.cli.bench import processor
+from quantkit.cli.demo import smollm2
+from quantkit.data.windows import evaluation_windows, load_tokenizer, read_source
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.preflight import EvaluationOptions
+from quantkit.evaluation.report import interval_text, markdown_table
+from quantkit.schemes.recipe import Recipe
 
 LENGTH = 1024
 SERVED_WINDOWS = 10

@@ -23,16 +23,19 @@ import torch
 from export import RESULTS
 from quality import machine
 
-from quantkit.checkpoint import Checkpoint
-from quantkit.data import evaluation_windows, load_tokenizer
-from quantkit.demo import smollm2
-from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.export import export
-from quantkit.layouts import QuantizationLayout, decode_linear, stored_linears
-from quantkit.output import write_json, write_tensors
-from quantkit.plan import ExportOptions, plan_export
-from quantkit.report import markdown_table
-from quantkit.scheme import QuantScheme, Recipe
+from quantkit.checkpoint.files import write_json
+from quantkit.checkpoint.formats import QuantizationLayout, decode_linear, stored_linears
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.writer import write_tensors
+from quantkit.cli.demo import smollm2
+from quantkit.data.windows import evaluation_windows, load_tokenizer
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.preflight import EvaluationOptions
+from quantkit.evaluation.report import markdown_table
+from quantkit.exporter.plan import ExportOptions, plan_export
+from quantkit.exporter.write import export
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import QuantScheme
 
 # How a script begins that asks vLLM's CPU build; it runs with vLLM's Python. answered: calls of torch._scaled_mm.
 VLLM_START = """

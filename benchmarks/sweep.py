@@ -30,18 +30,21 @@ import transformers
 from torch import Tensor, nn
 
 from quantkit import __version__
-from quantkit.blockwise import decoder_blocks
-from quantkit.calibration import CalibrationOptions, calibrate
-from quantkit.data import BUNDLED_CALIBRATION, evaluation_windows, load_tokenizer
+from quantkit.calibration.calibrate import calibrate
+from quantkit.calibration.options import CalibrationOptions
+from quantkit.data.windows import BUNDLED_CALIBRATION, evaluation_windows, load_tokenizer
 from quantkit.errors import QuantkitError
-from quantkit.evaluation import EvaluationOptions, evaluate
-from quantkit.export import export
-from quantkit.linear import QuantizedLinear
-from quantkit.plan import ExportOptions, ExportPlan, plan_export
-from quantkit.scheme import SCHEMES, Recipe
-from quantkit.served import load_served
-from quantkit.task import TARGET
-from quantkit.verification import verify
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.preflight import EvaluationOptions
+from quantkit.evaluation.quantized_model import load_served
+from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
+from quantkit.exporter.verify import verify
+from quantkit.exporter.write import export
+from quantkit.models.skeleton import decoder_blocks
+from quantkit.models.task import TARGET
+from quantkit.ops.linear import QuantizedLinear
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import SCHEMES
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY, HIDDEN, SEQ_LEN, TOKENS = 384, 64, 32, 96

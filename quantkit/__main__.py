@@ -1,5 +1,5 @@
 """`python -m quantkit`: the same command line as the `quantkit` script."""
 
-from quantkit.cli import main
+from quantkit.cli.main import main
 
 main()

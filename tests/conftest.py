@@ -101,7 +101,8 @@ def _llama_master(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def _calibration_master(_llama_master, _text_master, tmp_path_factory) -> Path:
-    from quantkit.calibration import CalibrationOptions, calibrate
+    from quantkit.calibration.calibrate import calibrate
+    from quantkit.calibration.options import CalibrationOptions
 
     output = tmp_path_factory.mktemp("calibrations") / "calib"
     calibrate(CalibrationOptions(_llama_master, output, (str(_text_master),), num_samples=6, seq_len=64))
@@ -146,7 +147,7 @@ def run():
     """run("export", ...) → the CLI's result, with .exit_code, .stdout and .stderr."""
     from click.testing import CliRunner
 
-    from quantkit.cli import main
+    from quantkit.cli.main import main
 
     def invoke(*arguments: object):
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -172,9 +173,10 @@ def run_json(run):
 @pytest.fixture
 def export_to(tmp_path, llama, calib):
     """export_to("fp8-dynamic") → the directory of the tiny Llama in that scheme."""
-    from quantkit.export import export
-    from quantkit.plan import ExportOptions, plan_export
-    from quantkit.scheme import QuantScheme, Recipe
+    from quantkit.exporter.plan import ExportOptions, plan_export
+    from quantkit.exporter.write import export
+    from quantkit.schemes.recipe import Recipe
+    from quantkit.schemes.scheme import QuantScheme
 
     def make(scheme, model: Path = llama, calibration: Path | None = calib, kv_cache: str | None = None, name: str | None = None, **options) -> Path:
         recipe = scheme if isinstance(scheme, Recipe) else Recipe(QuantScheme.parse(scheme), kv_cache=kv_cache)

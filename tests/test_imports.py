@@ -1,4 +1,4 @@
-"""The house's rule: imports point one way, and the command line starts without torch."""
+"""The house's rule: imports point one way, from room to room and from file to file, and the command line starts without torch."""
 
 import ast
 import subprocess
@@ -6,89 +6,69 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "quantkit"
-# Lower ranks know nothing of higher ones.
-ORDER = (
-    ("errors",),
-    ("interrupts",),
-    ("formats",),
-    ("scheme",),
-    ("quantize", "packing", "native"),
-    ("arguments",),
-    ("cuda_ops",),
-    ("ops", "layouts", "statistics"),
-    ("figures", "gates", "mixing"),
-    ("linear", "scores", "algorithms.smoothing_fit", "algorithms.coordinate_descent"),
-    (
-        "observers",
-        "ranks",
-        "algorithms",
-        "algorithms.smoothquant",
-        "algorithms.gptq",
-        "algorithms.rotation",
-        "algorithms.scale_search",
-        "algorithms.bias_correction",
-    ),
-    ("data", "checkpoint", "task"),
-    ("matrices", "masked"),
-    ("model",),
-    ("output", "streaming"),
-    ("stacked", "states", "measurements", "cache", "weight_map", "budget", "threads", "calls"),
-    ("gguf_files", "resuming"),
-    ("kept",),
-    ("hub", "assignment"),
-    ("blockwise", "heads"),
-    ("recording", "encoder_decoder"),
-    ("runtimes", "experts"),
-    ("folding", "plan", "defaults"),
-    ("rotating", "advice"),
-    ("choosing",),
-    ("chosen",),
-    ("calibration", "served", "variants"),
-    ("finals",),
-    ("layers", "verification"),
-    ("export", "evaluation", "inspection"),
-    ("installing",),
-    ("benchmark", "sensitivity"),
-    ("report", "doctor", "comparison"),
-    ("verdict",),
-    ("ranking",),
-    ("page", "judgement"),
-    ("demo",),
-    ("console",),
-    ("commands", "commands.judging"),
-    ("commands.making",),
-    ("cli",),
-    ("__main__",),
-)
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-WITHOUT_TORCH = ("errors", "interrupts", "formats", "scheme", "console", "commands.judging", "commands.making", "cli")
-
-
-def imported_modules(path: Path) -> list[tuple[str, bool]]:
-    """(module of quantkit, whether at the top of the file) for each import."""
-    tree = ast.parse(path.read_text())
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "quantkit":
-            name = node.module.partition(".")[2]
-            found += [(name, node in tree.body)] if name else [(alias.name, node in tree.body) for alias in node.names if alias.name in RANK]
-    return found
+# A room knows those before it.
+ROOMS = ("errors", "schemes", "ops", "checkpoint", "data", "models", "algorithms", "calibration", "exporter", "evaluation", "sensitivity", "cli")
+WITHOUT_TORCH = (
+    "errors", "schemes.number_formats", "schemes.pattern", "schemes.recipe", "schemes.scheme", "checkpoint.interrupts", "cli.console", "cli.options", "cli.main",
+)  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
-    """All modules of the package by their names in it."""
+    """All modules of the package by their names in it; the package itself is the empty name."""
     paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in paths.items() if name != "__init__"}
+    return {name.removesuffix("__init__").removesuffix("."): path for name, path in paths.items()}
 
 
-def test_every_module_has_a_place():
-    assert set(modules()) == set(RANK)
+def imported_modules(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of quantkit that a file imports, at its top, in functions and for type checkers. Of a room's names those that its `__init__` has."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "quantkit"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            if node.module.split(".")[0] == "quantkit":
+                base = node.module.partition(".")[2]
+                inner = [f"{base}.{alias.name}".removeprefix(".") for alias in node.names]
+                found |= {name if name in known else base for name in inner}
+    return found - {""}
 
 
-def test_imports_point_one_way():
-    for importer, path in modules().items():
-        for name, _ in imported_modules(path):
-            assert RANK[name] < RANK[importer], f"{importer} imports {name}"
+def imports() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imported_modules(path, known) for name, path in known.items()}
+
+
+def test_every_file_is_in_a_room():
+    assert {name.split(".")[0] for name in modules()} - {"", "__main__"} == set(ROOMS)
+
+
+def test_rooms_use_only_rooms_before_them():
+    for importer, imported in imports().items():
+        if importer in ("", "__main__"):
+            continue
+        room = importer.split(".")[0]
+        for name in imported:
+            assert ROOMS.index(name.split(".")[0]) <= ROOMS.index(room), f"{importer} imports {name}"
+
+
+def test_files_import_each_other_in_no_circle():
+    graph, finished = imports(), set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " imports ".join((*path[path.index(name) :], name))
+        if name not in finished:
+            for imported in sorted(graph[name]):
+                visit(imported, (*path, name))
+            finished.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_no_file_imports_its_own_room():
+    for importer, imported in imports().items():
+        assert importer.split(".")[0] not in imported, f"{importer} imports its room: name the file"
 
 
 def test_values_and_command_line_need_no_torch():

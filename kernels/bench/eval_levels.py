@@ -17,14 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from quantkit.benchmark import processor
-from quantkit.data import BUNDLED_CALIBRATION, read_source
-from quantkit.demo import smollm2
-from quantkit.export import export
-from quantkit.native import LEVELS, cpu_level
-from quantkit.plan import ExportOptions, plan_export
-from quantkit.report import markdown_table
-from quantkit.scheme import QuantScheme, Recipe
+from quantkit.cli.bench import processor
+from quantkit.cli.demo import smollm2
+from quantkit.data.windows import BUNDLED_CALIBRATION, read_source
+from quantkit.evaluation.report import markdown_table
+from quantkit.exporter.plan import ExportOptions, plan_export
+from quantkit.exporter.write import export
+from quantkit.ops.native import LEVELS, cpu_level
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import QuantScheme
 
 SCHEMES = ("int8-dynamic", "fp8-dynamic", "int8-weight-only")
 ASKED = {

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit import cuda_ops, ops  # noqa: F401  (declares the ops)
+from quantkit import ops  # noqa: F401  (declares the ops)
+from quantkit.ops import cuda
 
 E4M3 = torch.float8_e4m3fn
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # (out_features, in_features) of Llama-3.1-8B
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=180)
     arguments = parser.parse_args()
-    reason = cuda_ops.missing_reason()
+    reason = cuda.missing_reason()
     if reason:
         raise SystemExit(reason)
     began = time.monotonic()

@@ -18,8 +18,9 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from quantkit.benchmark import KINDS, TOKENS, Figure, benchmark, describe, read_bandwidth
-from quantkit.report import benchmark_rows, markdown_table
+from quantkit.cli.bench import KINDS, TOKENS, Figure, benchmark, describe, read_bandwidth
+from quantkit.cli.tables import benchmark_rows
+from quantkit.evaluation.report import markdown_table
 
 FEATURES = (576, 1536, 2048, 4096, 11008)
 ASKED_FOR = ("QUANTKIT_KERNELS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")

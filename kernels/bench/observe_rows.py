@@ -20,8 +20,9 @@ import torch
 from quantize_blocks import INPUTS, machine, seconds
 from torch import Tensor
 
-from quantkit import native, ops
-from quantkit.report import markdown_table
+from quantkit import ops
+from quantkit.evaluation.report import markdown_table
+from quantkit.ops import native
 
 ABOVE = 8.0
 TORCH_ROUNDS = 5

@@ -20,12 +20,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from quantkit import native, ops
-from quantkit import quantize as reference
-from quantkit.benchmark import processor
-from quantkit.formats import E8M0, FP8_E4M3, INT8, NumberFormat
-from quantkit.report import markdown_table
-from quantkit.scheme import CHANNEL, TENSOR, QuantSpec, block, group
+from quantkit import ops
+from quantkit.cli.bench import processor
+from quantkit.evaluation.report import markdown_table
+from quantkit.ops import native, reference
+from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8, NumberFormat
+from quantkit.schemes.scheme import CHANNEL, TENSOR, QuantSpec, block, group
 
 ROWS, COLUMNS = 8192, 4096
 REFERENCE_ROUNDS = 3

@@ -1,5 +1,5 @@
 // The library's C functions: check what was passed, pick the instruction set once, call its kernels. Each returns 0, or -1 for arguments that no
-// kernel takes. Nothing here knows torch; quantkit/ops.py calls it through ctypes.
+// kernel takes. Nothing here knows torch; quantkit/ops/cpu.py calls it through ctypes.
 
 #include <algorithm>
 
@@ -142,10 +142,10 @@ bool is_within(int value, int end) { return value >= 0 && value < end; }
 
 extern "C" {
 
-// Raised when a function's arguments change, so that ops.py refuses a library of another version.
+// Raised when a function's arguments change, so that native.py refuses a library of another version.
 int qk_cpu_version() { return 5; }
 
-// An index into the levels above, as in quantkit/ops.py.
+// An index into the levels above, as in quantkit/ops/native.py.
 int qk_cpu_level() { return current_level; }
 
 // For tests and benchmarks: run another instruction set from now on.

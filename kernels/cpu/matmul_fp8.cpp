@@ -1,6 +1,6 @@
 // output[m][n] = sum_g( sum_{k in g} a[m][k] w[n][k] ) scale_a[m][g] scale_w[g][n] + bias[n], of E4M3 codes, sums in float32.
 //
-// Within c K u (|A| |B|) of quantkit/quantize.py: quantized_linear. Codes are exact in bfloat16 and so are their products in float32; scales that are
+// Within c K u (|A| |B|) of quantkit/ops/reference.py: quantized_linear. Codes are exact in bfloat16 and so are their products in float32; scales that are
 // powers of two (MX) go into the operands, without a loss.
 
 #include "float_operands.h"

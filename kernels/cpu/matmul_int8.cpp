@@ -1,6 +1,6 @@
 // output[m][n] = (sum_k (a[m][k] - zero_point[m]) w[n][k]) scale_a[m] scale_w[n] + bias[n], of INT8 codes, sums in int32.
 //
-// Equal to quantkit/quantize.py: quantized_linear bit for bit. Weights are stored as w + 128, because vpdpbusd multiplies unsigned by signed bytes; what
+// Equal to quantkit/ops/reference.py: quantized_linear bit for bit. Weights are stored as w + 128, because vpdpbusd multiplies unsigned by signed bytes; what
 // that adds to a sum is 128 times the row's sum of codes. Sums wrap in between, which leaves the result right while it fits int32: inner < 131072.
 
 #include "matmul_core.h"

@@ -1,6 +1,6 @@
 // output[m][n] = sum_g( sum_{k in g} x[m][k] w[n][k] ) scale_w[g][n] + bias[n], of bfloat16 activations and INT8 or E4M3 codes, sums in float32.
 //
-// Within c K u (|A| |B|) of quantkit/quantize.py: quantized_linear with no input_spec.
+// Within c K u (|A| |B|) of quantkit/ops/reference.py: quantized_linear with no input_spec.
 
 #include "float_operands.h"
 

@@ -1,7 +1,7 @@
 // scale[b] = store(amax_b(|x|) / largest code);  code[i] = cast(clamp(round(x[i] / scale[b])));  x'[i] = code[i] * scale[b].
 //
 // A block b is block_rows x block_columns neighbouring elements of a matrix (one row: per channel; part of one row: groups;
-// everything: per tensor). Bit for bit equal to quantkit/quantize.py: block_amax, choose_scale, quantize, dequantize.
+// everything: per tensor). Bit for bit equal to quantkit/ops/reference.py: block_amax, choose_scale, quantize, dequantize.
 //
 // This file is compiled once for each instruction set (lanes.h), into a namespace named QK_LEVEL. A block is read twice, but the second time
 // from cache, so each input byte comes from memory once (per tensor: twice).

@@ -1,6 +1,6 @@
 // x[r][c] = store(code[r][c] * scale[r / block_rows][c / block_columns]): blocks of any shape, products in float32.
 //
-// Bit for bit equal to quantkit/quantize.py: dequantize.
+// Bit for bit equal to quantkit/ops/reference.py: dequantize.
 
 #include "numbers.h"
 

@@ -1,6 +1,6 @@
 // output[m][n] = sum_g( sum_{k in g} a[m][k] w[n][k] ) scale_a[m][g] scale_w[g][n] + bias[n], of E4M3 codes, sums in float32.
 //
-// Reference: quantkit/quantize.py: quantized_linear, within c K u (|A||B|); on Hopper's wgmma a sum of 128 products has fewer bits than float32's.
+// Reference: quantkit/ops/reference.py: quantized_linear, within c K u (|A||B|); on Hopper's wgmma a sum of 128 products has fewer bits than float32's.
 
 #include "matmul_decode.h"
 #include "matmul_tile.h"

@@ -1,6 +1,6 @@
 // output[m][n] = (sum_k (a[m][k] - zero_point[m]) w[n][k]) scale_a[m] scale_w[n] + bias[n], of INT8 codes, sums in int32.
 //
-// Equal to quantkit/quantize.py: quantized_linear bit for bit where there is one group. Sums wrap in between, which leaves the result right while it fits int32: inner < 131072.
+// Equal to quantkit/ops/reference.py: quantized_linear bit for bit where there is one group. Sums wrap in between, which leaves the result right while it fits int32: inner < 131072.
 
 #include "matmul_decode.h"
 #include "matmul_tile.h"

@@ -1,6 +1,6 @@
 // output[m][n] = sum_g( sum_{k in g} a[m][k] w[n][k] ) scale_w[g][n] + bias[n], of bfloat16 activations and INT8 or E4M3 codes, sums in float32.
 //
-// Reference: quantkit/quantize.py: quantized_linear without input_spec, within c K u (|A||B|). Codes become bfloat16 in registers, exactly.
+// Reference: quantkit/ops/reference.py: quantized_linear without input_spec, within c K u (|A||B|). Codes become bfloat16 in registers, exactly.
 
 #include "matmul_decode.h"
 #include "matmul_tile.h"

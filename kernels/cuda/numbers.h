@@ -1,6 +1,6 @@
 // code = encode(x), x = decode(code): E4M3, INT8, bfloat16 and float16 as bits, on the device and on the host.
 //
-// Bit for bit quantkit/quantize.py: encode_codes. The host's versions are compiled into tests/kernels, which go through all codes.
+// Bit for bit quantkit/ops/reference.py: encode_codes. The host's versions are compiled into tests/kernels, which go through all codes.
 #pragma once
 
 #include <cstdint>
@@ -127,7 +127,7 @@ QK_ANYWHERE float power_of_two_scale(float amax, float largest) {
     return hw::float_of(exponent == -127 ? 0x00400000u : uint32_t(exponent + 127) << 23);
 }
 
-// quantkit/quantize.py: choose_scale.
+// quantkit/ops/reference.py: choose_scale.
 template <int FORMAT>
 QK_ANYWHERE float choose_scale(float amax, int rule) {
     constexpr float largest = FORMAT == QK_E4M3 ? E4M3_LARGEST : INT8_LARGEST;

@@ -1,6 +1,6 @@
 // code[b][h][t][d] = cast(clamp(round(x[b][h][t][d] / scale[h]))): keys and values, or any matrix, by static scales, one for all or one for each head.
 //
-// Bit for bit equal to quantkit/quantize.py: quantize, given the scale. Each thread encodes 16 bytes of input.
+// Bit for bit equal to quantkit/ops/reference.py: quantize, given the scale. Each thread encodes 16 bytes of input.
 
 #include "numbers.h"
 

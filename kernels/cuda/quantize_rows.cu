@@ -1,6 +1,6 @@
 // scale[r][g] = rule(max_{k in g} |x[r][k]|);  code[r][k] = cast(clamp(round(x[r][k] / scale[r][g]))): activations, per token or per group of a token.
 //
-// Bit for bit equal to quantkit/quantize.py: quantize, with blocks of one row. A row longer than a group of 32 lanes' vectors is one block of threads, which
+// Bit for bit equal to quantkit/ops/reference.py: quantize, with blocks of one row. A row longer than a group of 32 lanes' vectors is one block of threads, which
 // keeps what it can of it in registers between finding the scale and encoding; short groups are parts of a warp, a vector a lane.
 
 #include "numbers.h"

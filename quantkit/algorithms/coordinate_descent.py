@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.quantize import QuantizedTensor, encode_codes, expand_scale
+from quantkit.ops.reference import QuantizedTensor, encode_codes, expand_scale
 
 # Columns beyond a block see the block's changes in one product.
 BLOCK_COLUMNS = 128

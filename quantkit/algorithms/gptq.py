@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms.coordinate_descent import descend
-from quantkit.quantize import QuantizedTensor, block_amax, choose_scale, encode_codes, expand_scale, quantize
-from quantkit.scheme import QuantSpec
+from quantkit.ops.reference import QuantizedTensor, block_amax, choose_scale, encode_codes, expand_scale, quantize
+from quantkit.schemes.scheme import QuantSpec
 
 # Columns beyond a block get the whole block's error in one product.
 BLOCK_COLUMNS = 128

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.formats import E8M0
-from quantkit.quantize import block_amax, block_sum, choose_scale, quantize
-from quantkit.scheme import QuantSpec
+from quantkit.ops.reference import block_amax, block_sum, choose_scale, quantize
+from quantkit.schemes.number_formats import E8M0
+from quantkit.schemes.scheme import QuantSpec
 
 # What the usual scale is multiplied by.
 INTEGER_FACTORS = (*(1 - step / 200 for step in range(1, 11)), *(1 - step / 50 for step in range(3, 21)))

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from quantkit import ops
-from quantkit.algorithms.smoothing_fit import fitted_scale, has_such_noise, mean_squares
-from quantkit.quantize import quantize
-from quantkit.scheme import QuantScheme
+from quantkit.algorithms.smoothquant_fit import fitted_scale, has_such_noise, mean_squares
+from quantkit.ops.reference import quantize
+from quantkit.schemes.scheme import QuantScheme
 
 STRENGTHS = tuple(step / 10 for step in range(3, 11))
 # A channel that was never or hardly used says nothing of its scale: it is taken for one this much smaller than the largest.

@@ -10,7 +10,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from quantkit import native
+from quantkit.ops import native
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = [*sorted((ROOT / "kernels" / "cuda").glob("*.cu")), ROOT / "tests" / "kernels" / "emulator" / "hooks.cpp"]

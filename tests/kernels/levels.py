@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from quantkit import native
+from quantkit.ops import native
 
 LIBRARY = native.cpu_kernels()
 

@@ -1,4 +1,4 @@
-"""kernels/cuda against exact integers, exact small sums, float64 and quantize.py: on the device where there is one, and emulated on the CPU anywhere.
+"""kernels/cuda against exact integers, exact small sums, float64 and ops/reference.py: on the device where there is one, and emulated on the CPU anywhere.
 
 An emulated machine runs the same .cu files (tests/kernels/emulator/emulator.h): "emulated-80" by mma.sync alone, "emulated-90" with wgmma and the copy engine.
 """
@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import cuda_ops, native, ops
-from quantkit import quantize as reference
-from quantkit.arguments import FORMAT_NUMBERS, INPUT_NUMBERS
-from quantkit.formats import FP8_E4M3, INT8
-from quantkit.linear import QuantizedLinear, kernel_for
-from quantkit.scheme import SCHEMES, QuantSpec, block
+from quantkit import ops
+from quantkit.ops import cuda, fallback, native, reference
+from quantkit.ops.arguments import FORMAT_NUMBERS, INPUT_NUMBERS
+from quantkit.ops.linear import QuantizedLinear, kernel_for
+from quantkit.schemes.number_formats import FP8_E4M3, INT8
+from quantkit.schemes.scheme import SCHEMES, QuantSpec, block
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 UNIT = 2.0**-24  # rounding of float32
 # Hopper's tensor cores keep of a sum of FP8 products fewer bits than float32 has; after 128 of them it is added in float32.
 SHORT_UNIT = 2.0**-12
-HAS_DEVICE = torch.cuda.is_available() and cuda_ops.missing_reason() is None
+HAS_DEVICE = torch.cuda.is_available() and cuda.missing_reason() is None
 MACHINES = ["emulated-80", "emulated-90", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_DEVICE, reason="no CUDA device, or no CUDA kernels"))]
 
 
@@ -44,21 +44,21 @@ class Machine:
     def run(self, op: str, *arguments):
         """The op's kernel, its results on the CPU. No reference stands in for it."""
         moved = [argument.to(self.device) if isinstance(argument, Tensor) else argument for argument in arguments]
-        result = cuda_ops.KERNELS[op](*moved)
+        result = cuda.KERNELS[op](*moved)
         assert result is not None, f"no kernel takes {op}"
         return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
     def pack(self, codes: Tensor) -> Tensor:
-        return cuda_ops.pack_weight(codes.to(self.device), {torch.int8: "int8", E4M3: "e4m3"}[codes.dtype])
+        return cuda.pack_weight(codes.to(self.device), {torch.int8: "int8", E4M3: "e4m3"}[codes.dtype])
 
     def matmul(self, activations: Tensor, own: Tensor | None, codes: Tensor, scale: Tensor, group: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Whatever multiplication these operands need."""
         if activations.dtype == torch.bfloat16:
             packing = "int8" if codes.dtype == torch.int8 else "e4m3"
-            return self.run("matmul_weight_only", activations, cuda_ops.pack_weight(codes, packing), packing, scale, group, False, bias, dtype)
+            return self.run("matmul_weight_only", activations, cuda.pack_weight(codes, packing), packing, scale, group, False, bias, dtype)
         if activations.dtype == torch.int8:
-            return self.run("matmul_int8", activations, own, cuda_ops.pack_weight(codes, "int8_dot"), scale, group, None, None, bias, dtype)
-        return self.run("matmul_fp8", activations, own, cuda_ops.pack_weight(codes, "e4m3"), scale, group, False, bias, dtype)
+            return self.run("matmul_int8", activations, own, cuda.pack_weight(codes, "int8_dot"), scale, group, None, None, bias, dtype)
+        return self.run("matmul_fp8", activations, own, cuda.pack_weight(codes, "e4m3"), scale, group, False, bias, dtype)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def machine(request, monkeypatch) -> Machine:
         return Machine("cuda", "cuda", native.cuda_kernels())
     library = request.getfixturevalue("emulated_libraries")[int(request.param[-2:]) * 10]
     library.qk_emulator_configure(3, 0)
-    monkeypatch.setattr(cuda_ops, "cuda_kernels", lambda: library)
+    monkeypatch.setattr(cuda, "cuda_kernels", lambda: library)
     return Machine(request.param, "cpu", library)
 
 
@@ -137,7 +137,7 @@ def test_int8_equals_exact_integers(machine):
         dtype = DTYPES[number % 3]
         assert torch.equal(machine.matmul(activations, own, codes, scale, in_features, bias, dtype), exact_int8(activations, own, codes, scale, bias).to(dtype))
         zero = torch.randint(-128, 128, (tokens,), dtype=torch.int32)
-        packed, sums = cuda_ops.pack_weight(codes, "int8_dot"), codes.sum(1, dtype=torch.int32)
+        packed, sums = cuda.pack_weight(codes, "int8_dot"), codes.sum(1, dtype=torch.int32)
         output = machine.run("matmul_int8", activations, own[:1], packed, scale, in_features, zero, sums, None, torch.float32)
         assert torch.equal(output, exact_int8(activations, own[:1], codes, scale, None, zero[:, None]))
 
@@ -259,7 +259,7 @@ def test_a_kernel_writes_its_output_alone(machine):
             activations, codes = small_e4m3(tokens, 144).to(machine.device), small_e4m3(out_features, 144)
             guarded = torch.full((tokens * out_features + 128,), 12345.0, dtype=dtype, device=machine.device)
             guarded[64:-64] = float("nan")
-            product = cuda_ops._Product(activations, machine.pack(codes), torch.ones(1, out_features, device=machine.device), 144, None, dtype, None)
+            product = cuda._Product(activations, machine.pack(codes), torch.ones(1, out_features, device=machine.device), 144, None, dtype, None)
             product.fields.output = guarded.data_ptr() + 64 * guarded.element_size()
             product.run("qk_cuda_matmul_fp8")
             written = guarded[64:-64].reshape(tokens, out_features).float().cpu()
@@ -321,7 +321,7 @@ def test_rows_are_quantized_as_the_reference_does(machine, format, rule):
             rows = values.to(dtype)
             for group in (rows.shape[1], part):
                 codes, scale = machine.run("quantize_rows", rows, group, format, rule)
-                expected, expected_scale = ops._reference_quantize_rows(rows, group, format, rule)
+                expected, expected_scale = fallback.reference_quantize_rows(rows, group, format, rule)
                 assert torch.equal(scale.nan_to_num(-1.0), expected_scale.nan_to_num(-1.0))
                 assert same_codes(codes, expected, expected_scale)
 
@@ -333,7 +333,7 @@ def test_rows_to_quantize_may_have_a_stride(machine):
             wide[:, :columns] = torch.randn(5, columns)
             for group in (columns, 128):
                 ours = machine.run("quantize_rows", wide.to(machine.device)[:, :columns], group, "FP8_E4M3", "dynamic")
-                expected = ops._reference_quantize_rows(wide[:, :columns], group, "FP8_E4M3", "dynamic")
+                expected = fallback.reference_quantize_rows(wide[:, :columns], group, "FP8_E4M3", "dynamic")
                 assert torch.equal(ours[0].view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(ours[1], expected[1])
 
 
@@ -344,7 +344,7 @@ def test_keys_and_values_are_quantized_by_static_scales(machine, format):
         for dtype in DTYPES:
             states = (torch.randn(shape) * 50).to(dtype)
             for scale in (torch.tensor([0.11]), torch.rand(shape[1]) + 0.05):
-                expected = ops._reference_quantize_kv(states, scale, format)
+                expected = fallback.reference_quantize_kv(states, scale, format)
                 assert torch.equal(machine.run("quantize_kv", states, scale, format).view(torch.uint8), expected.view(torch.uint8))
                 turned = states.transpose(1, 2).contiguous().to(machine.device).transpose(1, 2)  # as attention makes them: [batch, tokens, heads, width]
                 assert torch.equal(machine.run("quantize_kv", turned, scale, format).view(torch.uint8), expected.view(torch.uint8))
@@ -354,7 +354,7 @@ def test_a_static_scale_serves_a_matrix_or_each_row(machine):
     values = torch.randn(9, 70).bfloat16() * 100
     for rows, scale in ((9, torch.tensor([[0.3]])), (1, torch.rand(9, 1) + 0.1)):
         ours = machine.run("encode_blocks", values, scale, rows, 70, "INT8")
-        assert torch.equal(ours, ops._reference_encode_blocks(values, scale, rows, 70, "INT8"))
+        assert torch.equal(ours, fallback.reference_encode_blocks(values, scale, rows, 70, "INT8"))
 
 
 def test_dequantize_equals_its_reference(machine):
@@ -432,15 +432,15 @@ def test_pairs_for_the_tensor_cores_hold_every_code(host, kind):
 
 
 def test_what_no_kernel_takes_is_left_to_the_reference(machine):
-    own, scale, packed = torch.ones(3, 1), torch.ones(1, 4), cuda_ops.pack_weight(int8_codes(4, 64), "int8_dot")
-    assert cuda_ops.matmul_int8(int8_codes(0, 64), own[:0], packed, scale, 64, None, None, None, torch.float32) is None
-    assert cuda_ops.matmul_int8(int8_codes(3, 64), torch.ones(3, 4), packed, torch.ones(4, 4), 16, None, None, None, torch.float32) is None
-    assert cuda_ops.quantize_rows(torch.ones(2, 2, dtype=torch.float64), 2, "INT8", "dynamic") is None
-    assert cuda_ops.quantize_blocks(torch.ones(2, 2), 2, 2, "INT8", "dynamic") is None
+    own, scale, packed = torch.ones(3, 1), torch.ones(1, 4), cuda.pack_weight(int8_codes(4, 64), "int8_dot")
+    assert cuda.matmul_int8(int8_codes(0, 64), own[:0], packed, scale, 64, None, None, None, torch.float32) is None
+    assert cuda.matmul_int8(int8_codes(3, 64), torch.ones(3, 4), packed, torch.ones(4, 4), 16, None, None, None, torch.float32) is None
+    assert cuda.quantize_rows(torch.ones(2, 2, dtype=torch.float64), 2, "INT8", "dynamic") is None
+    assert cuda.quantize_blocks(torch.ones(2, 2), 2, 2, "INT8", "dynamic") is None
 
 
 def test_what_a_kernel_would_read_beyond_is_refused(machine):
-    own, scale, packed, activations = torch.ones(3, 1), torch.ones(1, 4), cuda_ops.pack_weight(int8_codes(4, 64), "int8_dot"), int8_codes(3, 64)
+    own, scale, packed, activations = torch.ones(3, 1), torch.ones(1, 4), cuda.pack_weight(int8_codes(4, 64), "int8_dot"), int8_codes(3, 64)
     for wrong, message in (
         ((activations[:, :40], own, packed, scale, 40, None, None, None, torch.float32), "packed weight"),
         ((activations.float(), own, packed, scale, 64, None, None, None, torch.float32), "not a matrix of torch.int8"),
@@ -450,11 +450,11 @@ def test_what_a_kernel_would_read_beyond_is_refused(machine):
         ((activations, own, packed, scale, 64, torch.zeros(3, dtype=torch.int32), None, None, torch.float32), "weight_sums"),
     ):
         with pytest.raises(ValueError, match=message):
-            cuda_ops.matmul_int8(*wrong)
+            cuda.matmul_int8(*wrong)
     with pytest.raises(ValueError, match="int8 or e4m3"):
-        cuda_ops.matmul_weight_only(activations.bfloat16(), packed, "int8_dot", scale, 64, False, None, torch.float32)
+        cuda.matmul_weight_only(activations.bfloat16(), packed, "int8_dot", scale, 64, False, None, torch.float32)
     with pytest.raises(ValueError, match="one for each head"):
-        cuda_ops.quantize_kv(torch.ones(1, 2, 3, 4), torch.ones(3), "INT8")
+        cuda.quantize_kv(torch.ones(1, 2, 3, 4), torch.ones(3), "INT8")
 
 
 def test_the_library_refuses_arguments_that_no_kernel_takes(machine):
@@ -501,18 +501,18 @@ def test_fakes_describe_what_cuda_gives():
 
 def test_where_no_cuda_kernel_runs_the_reason_is_given(monkeypatch):
     int8, block_scheme = SCHEMES["int8-dynamic"], SCHEMES["fp8-block"]
-    monkeypatch.setattr(cuda_ops, "missing_reason", lambda device=None: "torch finds no CUDA device")
+    monkeypatch.setattr(cuda, "missing_reason", lambda device=None: "torch finds no CUDA device")
     assert kernel_for(int8.weight, int8.input, 64, torch.bfloat16, "cuda") == (None, "torch finds no CUDA device")
-    monkeypatch.setattr(cuda_ops, "missing_reason", lambda device=None: None)
+    monkeypatch.setattr(cuda, "missing_reason", lambda device=None: None)
     assert kernel_for(int8.weight, int8.input, 64, torch.bfloat16, "cuda") == ("matmul_int8", "")
     assert kernel_for(block_scheme.weight, block_scheme.input, 256, torch.bfloat16, "cuda") == ("matmul_fp8", "")
     by_16 = QuantSpec(INT8, block(1, 16))
     name, why_not = kernel_for(by_16, None, 64, torch.bfloat16, "cuda")
     assert name is None and "multiple of 32" in why_not
-    monkeypatch.setattr(cuda_ops, "cuda_kernels", lambda: None)
+    monkeypatch.setattr(cuda, "cuda_kernels", lambda: None)
     monkeypatch.undo()
-    monkeypatch.setattr(cuda_ops, "cuda_kernels", lambda: None)
-    assert "no compiled CUDA kernels" in cuda_ops.missing_reason()
+    monkeypatch.setattr(cuda, "cuda_kernels", lambda: None)
+    assert "no compiled CUDA kernels" in cuda.missing_reason()
 
 
 # ---- On a device alone.
@@ -545,7 +545,7 @@ def test_a_quantized_linear_agrees_with_the_reference(scheme, tokens):
 def test_calls_may_be_captured_in_a_graph_and_replayed_on_a_stream(tokens):
     torch.manual_seed(0)
     codes = int8_codes(200, 300)
-    packed, scale = cuda_ops.pack_weight(codes.cuda(), "int8_dot"), torch.rand(1, 200)
+    packed, scale = cuda.pack_weight(codes.cuda(), "int8_dot"), torch.rand(1, 200)
     inputs, on_device_scale = torch.randn(tokens, 300).bfloat16().cuda(), scale.cuda()
 
     def run() -> Tensor:
@@ -564,7 +564,7 @@ def test_calls_may_be_captured_in_a_graph_and_replayed_on_a_stream(tokens):
             inputs.copy_(changed)
             graph.replay()
             stream.synchronize()
-            rows, own = ops._reference_quantize_rows(changed, 300, "INT8", "dynamic")
+            rows, own = fallback.reference_quantize_rows(changed, 300, "INT8", "dynamic")
             assert torch.equal(output.cpu(), exact_int8(rows, own, codes, scale))
 
 
@@ -574,5 +574,5 @@ def test_the_ops_are_the_kernels():
     codes, own, scale = int8_codes(18, 96).cuda(), torch.rand(18, 1).cuda(), torch.rand(1, 50).cuda()
     packed = torch.ops.quantkit.pack_weight(int8_codes(50, 96).cuda(), "int8_dot")
     arguments = (codes, own, packed, scale, 96, None, None, None, torch.bfloat16)
-    assert torch.equal(torch.ops.quantkit.matmul_int8(*arguments), cuda_ops.matmul_int8(*arguments))
+    assert torch.equal(torch.ops.quantkit.matmul_int8(*arguments), cuda.matmul_int8(*arguments))
     torch.library.opcheck(torch.ops.quantkit.matmul_int8.default, arguments)

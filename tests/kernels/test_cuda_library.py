@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import native
+from quantkit.ops import native
 
 LIBRARY = native._find(native.CUDA_LIBRARY_NAME)
 if LIBRARY is None:

@@ -8,9 +8,10 @@ import torch
 from levels import LIBRARY, levels_here, on_level
 from torch import Tensor
 
-from quantkit import native, ops
-from quantkit.linear import QuantizedLinear, kernel_for
-from quantkit.scheme import SCHEMES, QuantScheme
+from quantkit import ops
+from quantkit.ops import cpu, fallback, native
+from quantkit.ops.linear import QuantizedLinear, kernel_for
+from quantkit.schemes.scheme import SCHEMES, QuantScheme
 
 if LIBRARY is None:
     pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference", allow_module_level=True)
@@ -321,12 +322,12 @@ def test_the_library_refuses_arguments_that_no_kernel_takes():
     assert LIBRARY.qk_pack_weight(4, null, 1, 1, 1, null) == -1
 
 
-@pytest.mark.parametrize("packing", ops.PACKINGS)
+@pytest.mark.parametrize("packing", cpu.PACKINGS)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (16, 64), (33, 100)])
 def test_packing_equals_its_reference_and_can_be_undone(packing, shape):
     codes = {"e4m3": e4m3_codes, "bf16": lambda *shape: torch.randn(shape).bfloat16()}.get(packing, int8_codes)(*shape)
     packed = OPS.pack_weight(codes, packing)
-    assert torch.equal(packed, ops._reference_pack_weight(codes, packing))
+    assert torch.equal(packed, fallback.reference_pack_weight(codes, packing))
     assert torch.equal(ops.unpack_weight(packed, packing, *shape).view(torch.uint8), codes.view(torch.uint8))
     with pytest.raises(ValueError, match="packs"):
         OPS.pack_weight(codes.float(), packing)

@@ -1,4 +1,4 @@
-"""kernels/cpu/quantize_blocks.cpp against quantkit/quantize.py, bit for bit, with every instruction set that this processor has.
+"""kernels/cpu/quantize_blocks.cpp against quantkit/ops/reference.py, bit for bit, with every instruction set that this processor has.
 
 Compared are codes, scales and magnitudes as bits; a NaN equals every NaN. Each expected result is computed once and held against all levels.
 """
@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import native, ops
-from quantkit import quantize as reference
-from quantkit.arguments import INPUT_NUMBERS
-from quantkit.formats import E8M0, FP8_E4M3, INT8
-from quantkit.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
+from quantkit import ops
+from quantkit.ops import native, reference
+from quantkit.ops.arguments import INPUT_NUMBERS
+from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
+from quantkit.schemes.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
 
 LIBRARY = native.cpu_kernels()
 if LIBRARY is None:
@@ -565,7 +565,7 @@ def test_schemas_and_fakes_describe_the_ops(shape, number_format):
 def test_the_environment_variable_chooses_the_level():
     script = """if True:
         import os
-        from quantkit import native
+        from quantkit.ops import native
         print(native.cpu_level())
         for wanted in ("reference", "nonsense"):
             os.environ["QUANTKIT_KERNELS"] = wanted

@@ -1,0 +1,1 @@
+"""What a model's inputs look like, and weights chosen with them, block by block."""

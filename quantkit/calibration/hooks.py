@@ -1,0 +1,272 @@
+"""What is measured while a decoder block runs: the inputs of its Linears and experts, its keys and values, and how its tokens spread over experts.
+
+A `BlockRecorder` hooks one block. Each batch is recorded by itself, in the thread that runs it, into a `BlockStatistics`; those merge.
+Linears that are handed the same tensor (q, k and v; gate and up) are observed once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibration.observers import HELD_OUT, BlockStatistics, GramObserver, HeadObserver
+from quantkit.errors import CheckpointError
+from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models.experts import each_expert, expert_linear, first_and_down, intermediate, is_experts, register_experts, runs_as_told
+from quantkit.models.linear_views import DOWN, GATE_UP, experts_module
+from quantkit.models.null_cache import PassingCache
+from quantkit.models.weight_map import ParameterSource, names_on_disk
+from quantkit.ops.linear import QuantizedLinear
+
+# The name under which transformers finds the experts' forward of this file.
+EXPERTS_IMPLEMENTATION = "quantkit_observing"
+# What reads an input that is measured: also where an algorithm has quantized it already.
+LINEARS = (nn.Linear, QuantizedLinear)
+
+
+# ---- Recording.
+
+
+@dataclass
+class _Batch:
+    """What the hooks of one thread write to, for the batch that it runs."""
+
+    statistics: BlockStatistics
+    recorder: BlockRecorder
+    positions: int
+    windows: int
+    quarter: int
+    earlier: Mapping[str, float]
+    seen: dict[tuple[int, int], str] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)  # as long as they live, no other tensor gets their address
+
+    def observe(self, linears: Sequence[str], inputs: Tensor, first: Tensor | None = None) -> None:
+        """inputs: [windows, positions, in_features], or tokens [n, in_features] of which `first`, [n] bool, are first positions."""
+        name = linears[0]
+        observer = self.statistics.input(linears, inputs.shape[-1], inputs.device)
+        earlier = self.earlier.get(name, torch.inf) if self.quarter == HELD_OUT else torch.inf
+        if inputs.dim() == 2 and first is not None:
+            observer.update_first(inputs[first])
+            observer.update_rows(inputs[~first], self.quarter, earlier)
+        else:
+            observer.update(inputs, self.quarter, earlier)
+        if self.recorder.wants_gram(name):
+            self.statistics.grams.setdefault(name, GramObserver(torch.zeros(inputs.shape[-1], inputs.shape[-1], device=inputs.device))).update(inputs)
+
+
+_here = threading.local()
+
+
+def _current() -> _Batch | None:
+    return getattr(_here, "batch", None)
+
+
+class BlockRecorder:
+    """The hooks of one block. all_experts: show every token to every expert (its output stays the router's choice)."""
+
+    def __init__(
+        self, model: BlockwiseModel, number: int, block: nn.Module, all_experts: bool = False, wants_gram: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        self.all_experts, self.wants_gram = all_experts, wants_gram
+        prefix = model.block_name(number)
+        self._handles = []
+        self.experts: dict[nn.Module, _Experts] = {}
+        self._linears: dict[str, int] = {}  # name on disk → in_features, of every Linear here
+        self._order: dict[str, int] = {}  # name on disk → its place in the block
+        self.heads_of: dict[int, str] = {}
+        for path, module in block.named_modules():
+            name = f"{prefix}.{path}" if path else prefix
+            if isinstance(module, LINEARS):
+                names = names_on_disk(model.sources(f"{name}.weight"), name)
+                self._linears |= dict.fromkeys(names, module.in_features)
+                self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
+            elif is_experts(module) and runs_as_told(module):
+                self.experts[module] = experts = _Experts.of(module, name, model)
+                names = [linear for linears, _ in experts.inputs() for linear in linears]
+            else:
+                names = []
+            self._order |= {name: len(self._order) + position for position, name in enumerate(names)}
+        for path, module in block.named_modules():
+            index = getattr(module, "layer_idx", None)
+            linears = [leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)]
+            if isinstance(index, int) and linears:
+                child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
+                self.heads_of[index] = names_on_disk(model.sources(f"{child}.weight"), child)[0].rpartition(".")[0]
+
+    @contextmanager
+    def batch(self, shape: Sequence[int], quarter: int, earlier: Mapping[str, float]) -> Iterator[BlockStatistics]:
+        """Record what this thread runs. shape: windows and positions of the batch; earlier: see `InputObserver.update`."""
+        statistics = BlockStatistics()
+        _here.batch = _Batch(statistics, self, shape[1], shape[0], quarter, earlier)
+        try:
+            yield statistics
+        finally:
+            _here.batch = None
+
+    def complete(self, statistics: BlockStatistics) -> BlockStatistics:
+        """The same with an empty observer for each Linear and expert that no token reached, and all in the order of the block."""
+        reached = {linear for linears in statistics.linears.values() for linear in linears}
+        for experts in self.experts.values():
+            for linears, in_features in experts.inputs():
+                statistics.input(linears, in_features)
+            statistics.experts.setdefault(experts.name, torch.zeros(experts.count, dtype=torch.int64))
+            reached.update(linear for linears, _ in experts.inputs() for linear in linears)
+        for name, in_features in self._linears.items():
+            if name not in reached:
+                statistics.input([name], in_features)
+        for part in ("inputs", "linears"):
+            setattr(statistics, part, dict(sorted(getattr(statistics, part).items(), key=lambda item: self._order[item[0]])))
+        return statistics
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def require_linears(model: BlockwiseModel) -> None:
+    """Refuse a model in whose decoder blocks there is nothing to measure, before hours are spent on it."""
+    modules = [module for _, module in model.model.get_submodule(model.blocks_name).named_modules()]
+    if any(isinstance(module, nn.Linear) or is_experts(module) for module in modules):
+        return
+    kinds = dict.fromkeys(type(module).__name__ for module in modules if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False)))
+    raise CheckpointError(
+        f"the decoder blocks of {model.where} are made of {', '.join(kinds) or 'no matrices'} and hold no torch.nn.Linear, which is what quantkit measures "
+        "and quantizes; choose another model"
+    )
+
+
+def _linear_hook(names: Sequence[str]) -> Callable[..., None]:
+    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        batch = _current()
+        if batch is None:
+            return
+        inputs = arguments[0]
+        if not inputs.numel():
+            return
+        key = (inputs.data_ptr(), inputs.numel())
+        if key in batch.seen:
+            linears = batch.statistics.linears[batch.seen[key]]
+            linears += [name for name in names if name not in linears]
+            return
+        batch.seen[key] = names[0]
+        batch.alive.append(inputs)
+        if inputs.shape[:-1].numel() == batch.windows * batch.positions:
+            inputs = inputs.reshape(batch.windows, batch.positions, -1)  # also where a dimension of one head stands between
+        else:
+            inputs = inputs.flatten(0, -2)
+        batch.observe(names, inputs)
+
+    return hook
+
+
+class ObservingCache(PassingCache):
+    """Stands for a KV cache: measures keys and values after rotary embedding and hands them back; keeps nothing."""
+
+    may_be_left_out = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        batch = _current()
+        module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None
+        if module is not None:
+            for which, states in (("k", key_states), ("v", value_states)):
+                heads = batch.statistics.heads
+                heads.setdefault((module, which), HeadObserver(torch.zeros(states.shape[1], device=states.device))).update(states)
+        return key_states, value_states
+
+
+# ---- Experts that transformers keeps in one tensor of three dimensions.
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """An experts' module: how many, and what their Linears are called on disk.
+
+    first, down: for each expert the Linears that read the layer's hidden states, and those that read what comes of it.
+    """
+
+    name: str
+    count: int
+    first: list[list[str]]
+    down: list[list[str]]
+    in_features: int
+    intermediate: int
+    gains: Tensor  # [experts]: how large an expert's second input grows for the same hidden states, by its weights
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _Experts:
+        leaf, down = first_and_down(module)
+        weight, transposed = getattr(module, leaf), getattr(module, "is_transposed", False)
+        count = weight.shape[0]
+        on_disk = [_expert_linears(model.sources(f"{name}.{part}"), f"{name}.{part}", count) for part in (leaf, down)]
+        stored = on_disk[0][0][0]
+        name_on_disk = stored[: stored.index(".experts") + len(".experts")] if ".experts" in stored else name
+        in_features = weight.shape[1] if transposed else weight.shape[2]
+        down_weight = getattr(module, down)
+        return cls(name_on_disk, count, *on_disk, in_features, down_weight.shape[1] if transposed else down_weight.shape[2], _expert_gains(module, weight))
+
+    def inputs(self) -> list[tuple[list[str], int]]:
+        """Each input's Linears and features."""
+        return [pair for first, down in zip(self.first, self.down) for pair in ((first, self.in_features), (down, self.intermediate))]
+
+
+def _expert_linears(source: ParameterSource | None, name: str, count: int) -> list[list[str]]:
+    """For each expert the Linears on disk that make its part of a stacked parameter; named as `export` names them where they are stacked on disk too."""
+    if source is not None and all(len(tensors) == count for tensors in source.lists) and count * len(source.lists) > 1:
+        return [[tensors[expert].removesuffix(".weight") for tensors in source.lists] for expert in range(count)]
+    module = experts_module(source.lists[0][0] if source is not None else name)
+    leaves = {"gate_up_proj": GATE_UP, "down_proj": DOWN}.get(name.rpartition(".")[2], (name.rpartition(".")[2],))
+    return [[f"{module}.{expert}.{leaf}" for leaf in leaves] for expert in range(count)]
+
+
+def _expert_gains(module: nn.Module, weight: Tensor) -> Tensor:
+    """For each expert the largest, over the features of its second input, of the product of the row norms of gate and up: act(g·x)·(u·x) grows with it."""
+    rows = weight.float().norm(dim=1 if getattr(module, "is_transposed", False) else 2)  # [experts, rows]
+    if getattr(module, "has_gate", True):
+        gate, up = rows.chunk(2, dim=1) if getattr(module, "is_concatenated", True) else (rows[:, ::2], rows[:, 1::2])
+        rows = gate * up
+    return rows.amax(1).cpu()
+
+
+def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of stacked experts that observes each expert's two inputs; see `experts.each_expert`.
+
+    hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An index beyond the experts is none's.
+    """
+    batch, down = _current(), first_and_down(module)[1]
+    experts = batch.recorder.experts.get(module) if batch is not None else None
+    shows_all = experts is not None and batch.recorder.all_experts
+    first_position = None
+    if experts is not None:
+        # Also where all tokens come once for each expert.
+        if hidden_states.shape[0] % (batch.windows * batch.positions) == 0:
+            first_position = torch.arange(hidden_states.shape[0], device=hidden_states.device) % batch.positions == 0
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)[: experts.count].cpu()
+        batch.statistics.experts[experts.name] = batch.statistics.experts.get(experts.name, torch.zeros_like(counts)) + counts
+
+    def observe(expert: int, states: Tensor, between: Tensor, token: Tensor) -> None:
+        first = None if first_position is None else first_position[token]
+        batch.observe(experts.first[expert], states, first)
+        batch.observe(experts.down[expert], between, first)
+
+    def output_of(expert: int, token: Tensor, states: Tensor) -> Tensor:
+        between = intermediate(module, expert, states)
+        if experts is not None and not shows_all:
+            observe(expert, states, between, token)
+        return expert_linear(module, down, expert, between)
+
+    if shows_all:
+        sent = torch.where((top_k_index < experts.count).any(1))[0]
+        states = hidden_states[sent]
+        for expert in range(experts.count):
+            observe(expert, states, intermediate(module, expert, states), sent)
+    return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
+
+
+def register_observing_experts() -> None:
+    register_experts(EXPERTS_IMPLEMENTATION, observing_experts)

@@ -1,0 +1,252 @@
+"""Where a scale per channel can be folded into what comes before a Linear, found by running the block and not by a table of architectures.
+
+A norm feeds the Linears that are handed the very tensor that it returned. A Linear feeds another where scaling its outputs, each channel by a
+number of its own, scales the other's inputs, each by one of these numbers: so it is with values and the output projection (whatever attention does
+between, and however many query heads read one head of values), and with up and down, but not with gate and down.
+
+Whatever is folded is tried on a float32 copy of the block, with scales that are powers of two, and must leave its output as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.models.block_calls import Call
+from quantkit.models.blockwise import BlockwiseModel
+
+# How much of what a block adds to its input may change when only float32's rounding differs: algebra that doesn't hold changes a tenth and more.
+TOLERANCE = 1e-3
+# The same for scales as they are stored, where a norm or a Linear that isn't quantized is rounded to bfloat16.
+STORED_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Fold:
+    """producer: a norm, or the Linear whose outputs are scaled. consumers: the Linears whose inputs are. All are paths inside of the block.
+
+    adds_one: the norm multiplies by 1 + weight. channels: of a Linear, its output channel that scales each of the consumer's input channels, [in_features].
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    adds_one: bool = False
+    channels: Tensor | None = None
+
+
+class BlockProbe:
+    """A float32 copy of a block with one batch of its inputs. hidden: [windows, positions, hidden size]."""
+
+    def __init__(self, model: BlockwiseModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
+        self._model = model
+        self.block = copy.deepcopy(block).float()
+        call = call.given()
+        self._call = replace(call, arguments=_in_float32(call.arguments), keywords=_in_float32(call.keywords), hands_on=())
+        self.hidden = hidden.float()
+        self.output = self.run()
+
+    def run(self, hidden: Tensor | None = None) -> Tensor:
+        return self._model.run_block(self.block, self._call, self.hidden if hidden is None else hidden).float()
+
+    def change(self, rotation: Tensor | None = None) -> float:
+        """How far the block's output now is from what it was, over what the block adds to its input: of nine tokens in ten it is less.
+
+        rotation: of the hidden states, where the parameters that the copy has now expect and return them rotated, [hidden size, hidden size].
+        """
+        output = self.run() if rotation is None else self.run(self.hidden @ rotation) @ rotation.T
+        moved = (output - self.output).norm(dim=-1) / (self.output - self.hidden).norm(dim=-1).clamp(min=1e-30)
+        return float(moved.flatten().quantile(0.9)) if torch.isfinite(output).all() else torch.inf
+
+    @contextmanager
+    def changed(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The copy with these parameters in place of its own for a while."""
+        parameters = dict(self.block.named_parameters())
+        before = {name: parameters[name].data for name in tensors}
+        try:
+            for name, tensor in tensors.items():
+                parameters[name].data = tensor.float()
+            yield
+        finally:
+            for name, tensor in before.items():
+                parameters[name].data = tensor
+
+
+def find_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
+    """All folds of a block, and for each Linear whose inputs can't be scaled the reason."""
+    fed, order = _norm_of_linears(probe)
+    folds, reasons = _norm_folds(probe, fed, order)
+    into_linears, without = _linear_folds(probe, fed, order)
+    return folds + into_linears, reasons | without
+
+
+def find_norm_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
+    """Those into norms alone, and the reasons of Linears behind a norm that takes no scale."""
+    return _norm_folds(probe, *_norm_of_linears(probe))
+
+
+def find_linear_folds(probe: BlockProbe) -> list[Fold]:
+    """Those into Linears alone."""
+    return _linear_folds(probe, *_norm_of_linears(probe))[0]
+
+
+def _norm_folds(probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]) -> tuple[list[Fold], dict[str, str]]:
+    folds: list[Fold] = []
+    reasons: dict[str, str] = {}
+    for norm in dict.fromkeys(fed.values()):
+        consumers = tuple(name for name in order if fed.get(name) == norm)
+        fold = next((fold for adds_one in (False, True) if holds(probe, fold := Fold(norm, consumers, adds_one))), None)
+        if fold is not None:
+            folds.append(fold)
+        else:
+            reasons |= dict.fromkeys(consumers, f"more than Linears reads what {norm} returns, or it isn't scaled by its weight")
+    return folds, reasons
+
+
+def _linear_folds(probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]) -> tuple[list[Fold], dict[str, str]]:
+    folds: list[Fold] = []
+    reasons: dict[str, str] = {}
+    for number, consumer in enumerate(order):
+        if consumer in fed:
+            continue
+        for producer in reversed(order[:number]):
+            fold = _linear_fold(probe, producer, consumer)
+            if fold is not None and holds(probe, fold):
+                folds.append(fold)
+                break
+        else:
+            reasons[consumer] = "no norm and no Linear before it takes a scale for each channel"
+    return folds, reasons
+
+
+def holds(probe: BlockProbe, fold: Fold) -> bool:
+    """Whether the fold leaves the output as it was, tried with scales ½, 1 and 2, which round nothing."""
+    parameters = dict(probe.block.named_parameters())
+    size = parameters[f"{fold.producer}.weight"].shape[0]
+    scale = torch.exp2(torch.arange(size, device=parameters[f"{fold.producer}.weight"].device) % 3 - 1.0)
+    with probe.changed(folded(fold, parameters, scale)):
+        return probe.change() < TOLERANCE
+
+
+def folded(fold: Fold, parameters: Mapping[str, Tensor], scale: Tensor, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
+    """The parameters that a fold changes: float32, or rounded to `dtypes` where a parameter is stored so.
+
+    scale: what the consumers' inputs are divided by, for each channel of the producer. Where the producer is rounded, the consumers take up just what it became, so
+    that nothing is lost.
+    """
+    dtypes = dtypes or {}
+    weight = parameters[f"{fold.producer}.weight"].float()
+    changed: dict[str, Tensor] = {}
+    if fold.channels is None:
+        one = 1.0 if fold.adds_one else 0.0
+        stored = ((weight + one) / scale - one).to(dtypes.get(f"{fold.producer}.weight", torch.float32)).float()
+        scale = (weight + one) / (stored + one)
+        sound = torch.isfinite(scale) & (scale > 0)
+        scale, stored = torch.where(sound, scale, 1.0), torch.where(sound, stored, weight)
+        changed[f"{fold.producer}.weight"] = stored
+    else:
+        changed[f"{fold.producer}.weight"] = weight / scale[:, None]
+    bias = parameters.get(f"{fold.producer}.bias")
+    if bias is not None:
+        changed[f"{fold.producer}.bias"] = bias.float() / scale
+    columns = scale if fold.channels is None else scale[fold.channels]
+    for consumer in fold.consumers:
+        changed[f"{consumer}.weight"] = parameters[f"{consumer}.weight"].float() * columns
+    return {name: tensor.to(dtypes.get(name, torch.float32)).float() for name, tensor in changed.items()}
+
+
+# ---- Who feeds whom.
+
+
+def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
+    """Linear → the module that returned the tensor that it is handed, for modules with a vector of weights; and all Linears in the order of their calls."""
+    returned: dict[tuple[int, int], str] = {}
+    fed: dict[str, str] = {}
+    order: dict[str, None] = {}
+    alive: list[Tensor] = []  # as long as they live, no other tensor gets their address
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                alive.append(output)
+                returned[output.data_ptr(), output.numel()] = name
+
+        return hook
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, arguments: tuple[Any, ...]) -> None:
+            order[name] = None
+            alive.append(arguments[0])
+            norm = returned.get((arguments[0].data_ptr(), arguments[0].numel()))
+            # A norm of each head by itself has a weight for the head's channels only.
+            if norm is not None and probe.block.get_submodule(norm).weight.numel() == module.in_features:
+                fed[name] = norm
+
+        return hook
+
+    hooks = []
+    for name, module in probe.block.named_modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(before(name)))
+        elif is_scaled_by_vector(module):
+            hooks.append(module.register_forward_hook(after(name)))
+    try:
+        probe.run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return fed, list(order)
+
+
+def is_scaled_by_vector(module: nn.Module) -> bool:
+    """Whether all that a module has is a vector of weights, and maybe a bias: a norm, most likely."""
+    parameters = dict(module.named_parameters())
+    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(parameter.dim() == 1 for parameter in parameters.values())
+
+
+def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None:
+    """The fold of one Linear into another, if each input channel of the consumer follows the scale of one output channel of the producer."""
+    first, second = probe.block.get_submodule(producer), probe.block.get_submodule(consumer)
+    if second.in_features % first.out_features:
+        return None
+    size = first.out_features
+    scale = 1 + torch.arange(1, size + 1, device=first.weight.device) / size  # all different, between 1 and 2
+    before, after = _inputs(probe, consumer), None
+    handle = first.register_forward_hook(lambda module, arguments, output: output * scale)
+    try:
+        after = _inputs(probe, consumer)
+    finally:
+        handle.remove()
+    # Over the tokens, the ratio that fits best, and how well it does.
+    signal = before.square().sum(0).clamp(min=1e-30)
+    ratio = (before * after).sum(0) / signal
+    misfit = (after - before * ratio).square().sum(0) / signal
+    channels = ((ratio - 1) * size - 1).round().long().clamp(0, size - 1)
+    if float(misfit.max()) > 1e-6 or float((scale[channels] - ratio).abs().max()) > 0.25 / size:
+        return None
+    if len(channels.unique()) < size:
+        return None
+    return Fold(producer, (consumer,), channels=channels)
+
+
+def _inputs(probe: BlockProbe, linear: str) -> Tensor:
+    seen: list[Tensor] = []
+    handle = probe.block.get_submodule(linear).register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].flatten(0, -2)))
+    try:
+        probe.run()
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_in_float32(item) for item in value)
+    return {key: _in_float32(item) for key, item in value.items()} if type(value) is dict else value

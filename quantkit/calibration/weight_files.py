@@ -1,0 +1,110 @@
+"""What algorithms chose, as files of CALIB: `weights-NNNNN.safetensors` for each block, and `weights-outer.safetensors` for what a rotation changes around them.
+
+A file is written when what it holds is final, and recorded with its hash; a later run puts in place what an earlier one wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantkit.calibration.block_quantizer import BlockChooser
+from quantkit.calibration.rotate import put_outer, rotated_outer, try_rotation
+from quantkit.checkpoint.files import blake3_file
+from quantkit.checkpoint.output_dir import OutputDirectory
+from quantkit.checkpoint.reader import read_header, read_tensor
+from quantkit.checkpoint.writer import write_tensors
+from quantkit.errors import QuantkitError
+from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models.distributed import Ranks
+from quantkit.models.hidden_states import HiddenStates
+
+OUTER_FILE = "weights-outer.safetensors"
+
+
+def weights_file(number: int) -> str:
+    return f"weights-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class ChosenFiles:
+    """The files of one run, and the chooser whose work they hold. output: on the first rank, which reads and writes them for all."""
+
+    chooser: BlockChooser
+    output: OutputDirectory | None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.chooser.ranks
+
+    @property
+    def rotates_outer(self) -> bool:
+        return self.chooser.rotation is not None and self.chooser.rotation.stream is not None
+
+    def try_rotation(self, build: Callable[[], BlockwiseModel], tokens: Tensor, shapes: Mapping[str, tuple[int, ...]], on_block: Callable[[int], None]) -> None:
+        """Refuse now a rotation that couldn't be finished. build: makes a model of its own for that. tokens: [windows, positions]."""
+        if self.chooser.rotation is None:
+            return
+
+        def attempt() -> None:
+            try:
+                try_rotation(build(), tokens, self.chooser.rotation, shapes, on_block)
+            except QuantkitError:
+                self.output.discard()
+                raise
+
+        self.ranks.first_decides(attempt)
+
+    def load_outer(self, tokens: Tensor) -> None:
+        """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on which a rotation is checked."""
+        model = self.chooser.model
+        if not self.rotates_outer:
+            model.load_outer(with_head=False)
+            return
+        made: list[Mapping[str, Tensor]] = []
+
+        def find() -> None:
+            if OUTER_FILE not in self.output.finished([OUTER_FILE]):
+                model.load_outer(with_head=True)
+                self._write(OUTER_FILE, rotated_outer(model, tokens, self.chooser.rotation), {})
+                model.free_outer()
+            made.append(self._read(OUTER_FILE))
+
+        self.ranks.first_decides(find)
+        model.load_outer(with_head=False)
+        put_outer(model, self.ranks.from_first(made[0] if made else None))
+
+    def install(self, number: int, block: nn.Module) -> None:
+        """Make a block what an earlier run chose."""
+        self.chooser.install(number, block, self.ranks.from_first(self._read(weights_file(number)) if self.ranks.is_first else None))
+
+    def choose(self, number: int, block: nn.Module, batches: Sequence[int], calls: Mapping[int, Any], states: HiddenStates) -> None:
+        """Choose a block's weights, put them in place and write them."""
+        chosen = self.chooser.choose(number, block, batches, calls, states)
+        if self.ranks.is_first:
+            self._write(weights_file(number), chosen.to_tensors(), chosen.described)
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        return {tensor: read_tensor(info) for tensor, info in read_header(self.output.partial / name).items()}
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], description: Any) -> None:
+        path = self.output.partial / name
+        write_tensors(path, {tensor: content.cpu() for tensor, content in tensors.items()})
+        self.output.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": description})
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What CALIB says of it, and the record of each file."""
+        names = [weights_file(number) for number in range(self.chooser.model.block_count)]
+        described = [self.output.done[name]["description"] for name in names]
+        found: dict[str, Any] = {key: [item for block in described for item in block[key]] for key in described[0]}
+        done = {entry["name"] for entry in found["linears"]}
+        reason = "transformers has no Linear of that name in a decoder block"
+        found["linears"] += [{"name": name, "algorithm": "rtn", "reason": reason} for name in self.chooser.schemes if name not in done]
+        if self.rotates_outer:
+            names.append(OUTER_FILE)
+        found["untied"] = dict(self.chooser.rotation.untied) if self.chooser.rotation else {}
+        found["files"] = names
+        return found, {name: self.output.done[name] for name in names}

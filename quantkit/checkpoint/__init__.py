@@ -1,0 +1,1 @@
+"""Files: checkpoints read and written, file formats, the hub, GGUF, and what is kept between runs."""

@@ -1,0 +1,158 @@
+"""Rows of a checkpoint's tensors, a few megabytes at a time, where they lie in the page cache; FP8 blocks are dequantized on the way.
+
+Several threads may read at once. What has been read is let go of at once, so a process holds a few steps of rows however large the model is.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit.checkpoint.formats import FP8_BLOCK_SUFFIX, QuantizationLayout
+from quantkit.checkpoint.reader import Checkpoint, MappedShard, row_count
+from quantkit.errors import CheckpointError
+from quantkit.schemes.scheme import QuantSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Of the source, in bytes: small enough to stay in a core's second-level cache with its codes, large enough that Python's part of a step doesn't count.
+STEP_BYTES = 2 << 20
+
+
+class WeightStream:
+    """The tensors of a checkpoint as rows of numbers.
+
+    block_scales: weight → its tensor of block scales, in a checkpoint that is FP8 block already; its weights read as float32. Empty with
+    dequantizing=False, which takes every checkpoint as it is.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dequantizing: bool = True) -> None:
+        self.checkpoint = checkpoint
+        self.block_scales = block_scales(checkpoint) if dequantizing else {}
+        self.source_spec = source_spec(checkpoint) if self.block_scales else None
+        self._shards: dict[Path, MappedShard] = {}
+        self._uses: Counter[Path] = Counter()
+        self._lock = threading.Lock()
+        self._fetching: dict[Path, threading.Lock] = {}
+
+    def steps(self, name: str, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """The rows [first, last) of a tensor in steps of about STEP_BYTES and of whole multiples of `multiple` rows."""
+        info = self.checkpoint.tensors[name]
+        if name in self.block_scales:
+            multiple = math.lcm(multiple, self.source_spec.granularity.rows)
+        if not info.nbytes:
+            return
+        rows, row_bytes = row_count(info), max(1, info.nbytes // max(1, row_count(info)))
+        # Rows of a transposed matrix lie across all of it, which is looked at once.
+        step = max(1, STEP_BYTES // row_bytes // multiple) * multiple if info.is_dense else rows
+        for first in range(0, rows, step):
+            yield first, min(first + step, rows)
+
+    @contextmanager
+    def rows(self, name: str, first: int, last: int) -> Iterator[Tensor]:
+        """Rows first to last of a tensor, [last - first, elements per row], as stored; weights in FP8 blocks as float32. Not to be kept."""
+        with self.stored_rows(name, first, last) as stored:
+            if name not in self.block_scales:
+                yield stored
+                return
+            block = self.source_spec.granularity
+            with self.stored_rows(self.block_scales[name], first // block.rows, -(-last // block.rows)) as scale:
+                import torch
+
+                import quantkit.ops  # noqa: F401 (declares the op)
+
+                values = torch.ops.quantkit.dequantize_blocks(stored, scale.float(), block.rows, block.columns)
+            yield values
+
+    @contextmanager
+    def stored_rows(self, name: str, first: int, last: int) -> Iterator[Tensor]:
+        """The same without dequantizing."""
+        info = self.checkpoint.tensors[name]
+        shard = self._shard(info.path)
+        values = shard.rows(info, first, last)
+        try:
+            yield values
+        finally:
+            del values
+            shard.release(info, first, last)
+
+    def _shard(self, path: Path) -> MappedShard:
+        with self._lock:
+            if path in self._shards:
+                return self._shards[path]
+            fetching = self._fetching.setdefault(path, threading.Lock())
+        with fetching:
+            with self._lock:
+                if path in self._shards:
+                    return self._shards[path]
+            if self.checkpoint.source is not None:
+                self.checkpoint.source.fetch(path)
+            shard = MappedShard(path)
+            with self._lock:
+                self._shards[path] = shard
+            return shard
+
+    # A shard that came from elsewhere is let go of when the last tensor that needs it is done.
+
+    def expect(self, names: Iterable[str]) -> None:
+        """These tensors will be read; each call is answered by one of `done`."""
+        with self._lock:
+            self._uses.update(self._paths(names))
+
+    def done(self, names: Iterable[str]) -> None:
+        with self._lock:
+            self._uses.subtract(self._paths(names))
+            finished = [path for path in self._paths(names) if not self._uses[path]]
+            shards = [self._shards.pop(path) for path in finished if path in self._shards]
+        for shard in shards:
+            shard.close()
+            if self.checkpoint.source is not None:
+                self.checkpoint.source.release(shard.path)
+
+    def _paths(self, names: Iterable[str]) -> set[Path]:
+        names = list(names)
+        names += [self.block_scales[name] for name in names if name in self.block_scales]
+        return {self.checkpoint.tensors[name].path for name in names}
+
+    def close(self) -> None:
+        for shard in self._shards.values():
+            shard.close()
+        self._shards.clear()
+
+
+def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Weight → the tensor of its block scales, for a checkpoint in the `fp8` format; empty for others.
+
+    Raises CheckpointError where codes lack their scales, or scales their codes.
+    """
+    layout = QuantizationLayout.read(checkpoint.config)
+    if layout is None or layout.method != "fp8":
+        return {}
+    spec, scales = source_spec(checkpoint), {}
+    for name, info in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix == FP8_BLOCK_SUFFIX:
+            weight = checkpoint.tensors.get(f"{module}.weight")
+            if weight is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
+                raise CheckpointError(f"{name} scales no matrix of FP8 codes called {module}.weight; fetch the model again")
+            expected = spec.granularity.scale_shape(*weight.shape)
+            if info.shape != expected or info.dtype not in ("F32", "BF16", "F16"):
+                raise CheckpointError(
+                    f"{name} is {info.dtype} {list(info.shape)}: blocks of {list(weight.shape)} need floating-point scales {list(expected)}; fetch the model again"
+                )
+            scales[f"{module}.weight"] = name
+    for name, info in checkpoint.tensors.items():
+        if info.dtype.startswith("F8_") and name not in scales:
+            raise CheckpointError(f"{name} holds FP8 codes without {FP8_BLOCK_SUFFIX}, the scales of their blocks; fetch the model again")
+    return scales
+
+
+def source_spec(checkpoint: Checkpoint) -> QuantSpec:
+    """How the weights of a checkpoint in FP8 blocks are quantized."""
+    return QuantizationLayout.read(checkpoint.config).schemes[0].weight

@@ -1,0 +1,105 @@
+"""`quantkit calibrate`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit.cli.console import Output, command
+from quantkit.cli.options import UserPath, calibration_options, data_option, directory_output, model_argument, resume_options
+
+
+@command("calibrate")
+@model_argument
+@directory_output
+@data_option
+@click.option("--recipe", type=UserPath(), help="Run its algorithms, and serve it alone; without, the statistics serve every scheme.")
+@calibration_options
+@resume_options
+def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ...], recipe: Path | None, **options: Any) -> None:
+    """Run text through MODEL, block by block, and record the statistics of every Linear's input.
+
+    Without --data a small text that comes with quantkit is used. Several processes share the work:
+    torchrun --nproc-per-node N -m quantkit calibrate ...
+    """
+    from quantkit.checkpoint.hub import resolve_model
+    from quantkit.schemes.recipe import Recipe
+
+    loaded = Recipe.load(recipe) if recipe else None
+    chosen = f"--recipe {shlex.quote(str(recipe))}" if recipe else "--scheme fp8-static"
+    summary = run_calibration(out, resolve_model(model), output, data, loaded, **options)
+    if out.as_json:
+        from quantkit.cli.tables import print_json
+
+        print_json(summary.to_json())
+    ignore = "".join(f" --ignore {shlex.quote(pattern)}" for patterns in summary.ignore.values() for pattern in patterns)
+    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT {chosen} --calibration {shlex.quote(str(output))}{ignore}")
+
+
+def run_calibration(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
+    from quantkit.calibration.calibrate import calibrate
+    from quantkit.calibration.options import CalibrationOptions
+    from quantkit.checkpoint.units import counted, format_bytes
+    from quantkit.cli.tables import Progress
+    from quantkit.models.distributed import rank_of_environment
+
+    out.quiet = out.quiet or rank_of_environment() > 0
+    out.quiet_libraries()
+    with Progress("calibrate", out.quiet) as progress:
+        summary = calibrate(CalibrationOptions(model, output, data, recipe, **options), progress.update)
+    if summary.was_finished:
+        out.note(f"{output} was finished already, and its files are as they were written; nothing was measured")
+        return summary
+    if rank_of_environment() == 0:
+        _warn_of_calibration(out, summary)
+        for remark in summary.chosen:
+            out.note(remark)
+    out.note(
+        f"{output}: statistics of {counted(summary.inputs, 'input')} ({counted(summary.linears, 'Linear')}) "
+        f"from {counted(summary.windows, 'window')} of {summary.seq_len} tokens, "
+        f"{summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s, peak memory {format_bytes(summary.peak_memory_bytes)}"
+    )
+    return summary
+
+
+def _warn_of_calibration(out: Output, summary: Any) -> None:
+    from quantkit.checkpoint.units import counted
+
+    has_run_out = summary.windows < summary.requested
+    if has_run_out:
+        out.warn(
+            f"the text holds {counted(summary.windows, 'window')} of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; "
+            "give more with --data"
+        )
+    if summary.unsettled:
+        count, name = len(summary.unsettled), summary.unsettled[0]
+        out.warn(
+            f"{count} of {counted(summary.inputs, 'input')} still grew in the last quarter of the data ({name}{' and others' if count > 1 else ''}); "
+            f"static scales want more text: {'give it with --data' if has_run_out else 'raise --num-samples'}. "
+            f"`quantkit inspect {shlex.quote(str(summary.path))}` shows them"
+        )
+    if summary.starved:
+        out.warn(
+            f"{counted(len(summary.starved), 'expert')} saw too few tokens ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); "
+            "their scales are estimated from their weights and the other experts: give more text, or --all-experts"
+        )
+
+    if summary.unread:
+        out.warn(
+            f"no token reached {_named(summary.unread, 'Linear')}, which transformers runs in another way or not at all, so they have no static scale: "
+            f"a static scheme needs {_ignoring(summary, 'unread')}"
+        )
+    if summary.refused:
+        out.warn(f"export can't quantize {_named(summary.refused, 'parameter')} and refuses the model unless they are left: {_ignoring(summary, 'refused')}")
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    return f"the {what} {names[0]}" if len(names) == 1 else f"{len(names)} {what}s ({names[0]} and others)"
+
+
+def _ignoring(summary: Any, which: str) -> str:
+    return " ".join(f"--ignore {shlex.quote(pattern)}" for pattern in summary.ignore[which])

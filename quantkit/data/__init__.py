@@ -1,0 +1,1 @@
+"""Texts and questions to windows of tokens."""

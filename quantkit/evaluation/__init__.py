@@ -1,0 +1,1 @@
+"""What quantization cost: base and candidates run over the same text and compared."""

@@ -1,0 +1,153 @@
+"""Each Linear as one matrix [out_features, in_features], however the checkpoint stores it.
+
+Two habits stand between a file and its Linears: GPT-2's Conv1D keeps weights as [in_features, out_features], and experts may lie stacked in one tensor of
+three dimensions. Both are only another way to count the same numbers, so a tensor is described anew, by where its rows and columns begin, and nothing is copied.
+Runtimes read quantized experts one by one, under the names `….experts.N.gate_proj`, `up_proj` and `down_proj`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+
+from quantkit.checkpoint.reader import Checkpoint, TensorInfo
+
+GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+BIASED = "experts stacked with biases, as in GPT-OSS, whose FP8 and INT8 forms no runtime reads; it is served in bfloat16 or MXFP4"
+ALTERNATING = "experts in whose matrices rows of gate and up alternate, as in Inkling, whose FP8 and INT8 forms quantkit doesn't write"
+FLAT = "all experts of a layer in one flat matrix, as in DBRX, which runtimes read in bfloat16 alone, or with one scale for each expert"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor [experts, …] that holds one kind of all experts' matrices, or two (gate above up).
+
+    module: what the experts' names begin with on disk. leaves: GATE_UP or DOWN. is_transposed: each matrix lies as [in_features, out_features].
+    """
+
+    tensor: str
+    module: str
+    shape: tuple[int, int, int]
+    leaves: tuple[str, ...]
+    is_transposed: bool
+
+    def linear(self, expert: int, leaf: str) -> str:
+        return f"{self.module}.{expert}.{leaf}"
+
+    def linears(self, expert: int) -> list[str]:
+        return [self.linear(expert, leaf) for leaf in self.leaves]
+
+    @property
+    def linear_shape(self) -> tuple[int, int]:
+        """[out_features, in_features] of each of its Linears."""
+        rows, columns = self.shape[1:] if not self.is_transposed else self.shape[:0:-1]
+        return rows // len(self.leaves), columns
+
+    def parts(self, info: TensorInfo) -> dict[str, TensorInfo]:
+        """Each Linear's weight as a matrix inside of the tensor."""
+        rows, columns = self.linear_shape
+        size = info.nbytes // max(1, self.shape[0] * self.shape[1] * self.shape[2])
+        strides = (1, self.shape[2]) if self.is_transposed else (columns, 1)
+        parts = {}
+        for expert in range(self.shape[0]):
+            for number, leaf in enumerate(self.leaves):
+                name = f"{self.linear(expert, leaf)}.weight"
+                start = info.start + size * (expert * self.shape[1] * self.shape[2] + number * rows * strides[0])
+                parts[name] = TensorInfo(name, info.dtype, (rows, columns), info.path, start, strides)
+        return parts
+
+
+def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
+    """Stacks of experts by tensor name. shapes: tensor name → shape.
+
+    Two tensors of three dimensions side by side are a layer's experts where one takes what the other gives: [experts, 2·I, H] and [experts, H, I], or both
+    transposed. No name is asked, but stacks in which gate and up alternate are left alone: those with biases (`has_biases`), and `alternates`.
+    """
+    pairs: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 3 and not has_biases(name, shapes) and not alternates(name, shapes):
+            pairs.setdefault(experts_module(name), []).append(name)
+    stacks = {}
+    for module, names in pairs.items():
+        if len(names) != 2 or shapes[names[0]][0] != shapes[names[1]][0]:
+            continue
+        for first, down in (names, names[::-1]):
+            (_, a, b), (_, c, d) = shapes[first], shapes[down]
+            upright, transposed = (a, b) == (2 * d, c), (a, b) == (d, 2 * c)
+            if upright or transposed:
+                stacks[first] = Stack(first, module, shapes[first], GATE_UP, transposed)
+                stacks[down] = Stack(down, module, shapes[down], DOWN, transposed)
+    return stacks
+
+
+def has_biases(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return f"{name}_bias" in shapes or name.endswith(".weight") and len(shapes.get(f"{name.removesuffix('.weight')}.bias", ())) == 2
+
+
+def alternates(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether rows of gate and up alternate in a matrix or stack, or in the one beside it: Inkling's, which alone are called w13 on disk."""
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    return leaf in ("w13_dn", "w13_weight", "shared_w13_weight") or leaf.endswith("w2_weight") and f"{parent}.{leaf.replace('w2', 'w13')}" in shapes
+
+
+def experts_module(name: str) -> str:
+    """What the names of a stack's experts begin with: `….experts` of `….experts.down_proj` and of `….block_sparse_moe.output_linear.weight`."""
+    parent = name.removesuffix(".weight").rpartition(".")[0]
+    return parent if parent.rpartition(".")[2] == "experts" else f"{parent}.experts"
+
+
+def transposed_weights(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Weights stored as [in_features, out_features].
+
+    The bias beside them has the length of their columns. A square one can't be told from a Linear, but where others are transposed it is too.
+    """
+    with_bias = {name: shapes[f"{name.removesuffix('.weight')}.bias"] for name in shapes if f"{name.removesuffix('.weight')}.bias" in shapes}
+    matrices = {name: bias for name, bias in with_bias.items() if name.endswith(".weight") and len(shapes[name]) == 2 and len(bias) == 1}
+    found = {name for name, bias in matrices.items() if bias[0] == shapes[name][1] != shapes[name][0]}
+    return found | {name for name in matrices if found and shapes[name][0] == shapes[name][1]}
+
+
+def with_upright_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with Conv1D weights as Linears have them."""
+    names = transposed_weights({name: info.shape for name, info in checkpoint.tensors.items()})
+    if not names:
+        return checkpoint
+    upright = {name: _turned(info) if name in names else info for name, info in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=upright)
+
+
+def _turned(info: TensorInfo) -> TensorInfo:
+    rows, columns = info.shape
+    return replace(info, shape=(columns, rows), strides=(1, columns))
+
+
+def as_matrices(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with each Linear as one upright matrix, experts one by one. Its files' fingerprint is that of the checkpoint as it was opened."""
+    upright = with_upright_weights(checkpoint)
+    stacks = find_stacks({name: info.shape for name, info in upright.tensors.items()})
+    if not stacks:
+        return upright
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in upright.tensors.items():
+        tensors |= stacks[name].parts(info) if name in stacks else {name: info}
+    return replace(upright, tensors=tensors)
+
+
+def as_stored_where_left(stored: Checkpoint, matrices: Checkpoint, quantized: Container[str]) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint with matrices only where they are quantized; what is left stays as it is stored. quantized: their weights.
+
+    Also returns, for each stack that stays whole, one of its parts. Runtimes read a layer's experts in one way or the other, so they stay together.
+    """
+    stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
+    parts = {name: stack.parts(stored.tensors[name]) for name, stack in stacks.items()}
+    apart = {stacks[name].module for name, matrix in parts.items() if any(part in quantized for part in matrix)}
+    tensors: dict[str, TensorInfo] = {}
+    whole: dict[str, str] = {}
+    for name, info in stored.tensors.items():
+        if name in stacks and stacks[name].module in apart:
+            tensors |= parts[name]
+        else:
+            tensors[name] = matrices.tensors[name] if name in quantized else info
+            if name in stacks:
+                whole[name] = next(iter(parts[name]))
+    return replace(stored, tensors=tensors), whole

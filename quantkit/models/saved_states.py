@@ -1,0 +1,98 @@
+"""Going on from the middle of a model: hidden states between two decoder blocks, saved where an output is made. Each rank saves those of its batches, any number of
+ranks can read them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.checkpoint.files import blake3_file
+from quantkit.checkpoint.interrupts import StopRequest
+from quantkit.checkpoint.output_dir import WorkDirectory, is_as_recorded
+from quantkit.checkpoint.reader import read_header, read_tensor
+from quantkit.models.distributed import Ranks
+from quantkit.models.hidden_states import HiddenStates
+
+# The entry of progress.json for the hidden states that a run goes on from.
+HIDDEN_STATES = "hidden states"
+# Hidden states that are in memory are saved when this much work would have to be done again.
+SECONDS_BETWEEN_SAVES = 120.0
+
+
+@dataclass
+class SavedStates:
+    """What one walk through the blocks saves and goes on from. work: the directory, on the first rank; partial: its path, on all. walk: its name, where there are several.
+
+    last_too: save behind the last block as well, because more than writing a result comes after it.
+    """
+
+    ranks: Ranks
+    stop: StopRequest
+    work: WorkDirectory | None
+    partial: Path
+    walk: str = ""
+    last_too: bool = False
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def restore(
+        self, states: HiddenStates, numbers_behind: Callable[[int], Sequence[int]], names_behind: Callable[[int], Sequence[str]] = lambda block: (),
+        put_beside: Callable[[Mapping[str, Tensor]], None] | None = None,
+    ) -> int:  # fmt: skip
+        """Put in place what an earlier run saved; returns the block to begin with, 0 where there is nothing.
+
+        numbers_behind: which batches are needed behind a block; names_behind: which other tensors, for put_beside, which is called first.
+        """
+        saved = self.ranks.first_decides(self._saved)
+        if saved is None:
+            return 0
+        numbers, names = numbers_behind(saved["block"]), names_behind(saved["block"])
+        paths = [self.partial / name for name in saved["files"]]
+        found = {name: info for path in paths if path.is_file() for name, info in read_header(path).items()}
+        if not all(self.ranks.all_gather(found.keys() >= {*map(str, numbers), *names})):
+            return 0
+        if names:
+            put_beside({name: read_tensor(found[name]) for name in names})
+        for number in numbers:
+            states.put(number, read_tensor(found[str(number)]))
+        states.turn()
+        return saved["block"] + 1
+
+    def _saved(self) -> dict[str, Any] | None:
+        saved = self.work.done.get(HIDDEN_STATES)
+        if saved is None or saved.get("walk", "") != self.walk:
+            return None
+        return saved if all(is_as_recorded(self.partial, *item) for item in saved["files"].items()) else None
+
+    def stop_or_save(
+        self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int] | None = None, beside: Callable[[], Mapping[str, Tensor]] = dict
+    ) -> None:
+        """Behind a block: save what is late, and end (exit 75) where a signal has come to any rank. numbers: of the batches to save, unless all. beside: gives other tensors."""
+        stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
+        late = self.ranks.first_decides(lambda: time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES)
+        if (stopped or late) and (self.last_too or number + 1 < blocks):
+            self._save(number, states, numbers, beside)
+            self.saved_at = time.monotonic()
+        if stopped:
+            StopRequest(stopped[0]).check(f"after block {number + 1} of {blocks}; what is done is kept")
+
+    def _save(self, number: int, states: HiddenStates, numbers: Sequence[int] | None, beside: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Each rank writes those of its batches, where all see the same directory."""
+        saved = None
+        if self.partial.is_dir():
+            path = self.partial / f"hidden-states{f'-{self.walk}' if self.walk else ''}-{number:05d}-{self.ranks.rank}.safetensors"
+            states.save(path, numbers, beside())
+            saved = path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
+        gathered = self.ranks.all_gather(saved)
+        if not self.ranks.is_first or None in gathered:
+            return
+        former = self.work.done.get(HIDDEN_STATES, {"files": {}})
+        files = dict(gathered)
+        self.work.record(HIDDEN_STATES, {"block": number, "walk": self.walk, "files": files})
+        for name in former["files"].keys() - files.keys():
+            (self.partial / name).unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""The reference arithmetic: choose scales, quantize, dequantize, multiply. Kernels are checked against this file.
+
+One piece of code serves every granularity, because a granularity is the shape of a block (`scheme.Granularity`).
+All arithmetic is float32. Values are divided by their scale, never multiplied by a reciprocal: the two differ in the last bit
+and so, now and then, in the code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8, NumberFormat
+from quantkit.schemes.scheme import Granularity, QuantSpec
+
+# Floor of a dynamic FP8 per-token scale, as vLLM has it; eval must compute what is served.
+FP8_DYNAMIC_FLOOR = 1.0 / (448.0 * 512.0)
+INT8_DYNAMIC_FLOOR = torch.finfo(torch.float32).eps
+# Smallest normal float32, exact in bfloat16 too: dividing by anything smaller can overflow.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A result: codes and the scales that multiply them into values.
+
+    qdata: [rows, columns] in the format's torch dtype.
+    scale: [block rows, block columns] float32; `granularity.scale_shape` of qdata's shape.
+    zero_point: always None here: every format quantkit writes is symmetric.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    spec: QuantSpec
+    zero_point: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The values the codes stand for, [rows, columns] float32."""
+        return dequantize(self.qdata, self.scale, self.spec.granularity)
+
+
+def block_amax(values: Tensor, granularity: Granularity) -> Tensor:
+    """Largest magnitude of each block. values: [rows, columns]; returns [block rows, block columns] float32.
+
+    A NaN anywhere in a block makes its amax NaN.
+    """
+    rows, columns = values.shape
+    blocks_down, blocks_across = granularity.scale_shape(rows, columns)
+    if rows == 0 or columns == 0:
+        return values.new_zeros(blocks_down, blocks_across, dtype=torch.float32)
+    magnitudes = _in_blocks(values.abs(), granularity)
+    return magnitudes.amax(dim=(1, 3)).float()
+
+
+def block_sum(values: Tensor, granularity: Granularity) -> Tensor:
+    """Sum of each block. values: [rows, columns]; returns [block rows, block columns] float32."""
+    rows, columns = values.shape
+    if rows == 0 or columns == 0:
+        return values.new_zeros(granularity.scale_shape(rows, columns), dtype=torch.float32)
+    return _in_blocks(values.float(), granularity).sum(dim=(1, 3))
+
+
+def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales (float32) that map each block's amax to the format's largest code, rounded to what will be stored.
+
+    Static scales are rounded to bfloat16, because some runtimes keep scales in float32 and others cast them to the
+    model's dtype: a scale that is exact in bfloat16 reads alike in both. Codes are clamped, so rounding down loses nothing
+    but the last 0.2 % of the one largest value. Dynamic scales follow vLLM's formula and floor. A block of zeros
+    gets the scale 1, which keeps it zero.
+    """
+    amax = amax.float()
+    if spec.scale_format is E8M0:
+        return _power_of_two_scale(amax, spec.format)
+    # By a tensor: by a number, torch multiplies with its reciprocal on CUDA.
+    scale = amax / amax.new_full((), spec.format.max)
+    if spec.dynamic:
+        return scale.clamp(min=INT8_DYNAMIC_FLOOR if spec.format is INT8 else FP8_DYNAMIC_FLOOR)
+    stored = scale.bfloat16().float().clamp(min=SMALLEST_SCALE)
+    return torch.where(amax == 0, torch.ones_like(stored), stored)
+
+
+def _power_of_two_scale(amax: Tensor, number_format: NumberFormat) -> Tensor:
+    # The least power of two that fits the block without clipping, as served: rounding the exponent down, as the
+    # OCP specification's example does, would saturate the top eighth of each octave.
+    # amax = m·2^e with m in [0.5, 1) and max = M·2^E: exact, where a float32 log2 would be off by one near powers of two.
+    mantissa, exponent = torch.frexp(amax)
+    largest_mantissa, largest_exponent = math.frexp(number_format.max)
+    exponent = (exponent - largest_exponent + (mantissa > largest_mantissa)).clamp(-127, 127)
+    scale = torch.ldexp(torch.ones_like(amax), exponent)
+    return torch.where(amax == 0, torch.ones_like(scale), torch.where(amax.isfinite(), scale, amax))
+
+
+def encode_codes(scaled: Tensor, number_format: NumberFormat) -> Tensor:
+    """float32 values, already divided by their scale, to codes: round half to even, clamp, then cast.
+
+    The clamp comes before the cast because an INT8 cast wraps, and an FP8 cast saturates or gives NaN
+    depending on torch's version.
+    """
+    clamped = (scaled.round() if number_format.kind == "int" else scaled).clamp(number_format.min, number_format.max)
+    return clamped.to(getattr(torch, number_format.torch_name))
+
+
+def quantize(values: Tensor, spec: QuantSpec, scale: Tensor | None = None) -> QuantizedTensor:
+    """Quantize a matrix. values: [rows, columns]; scale: chosen from the values unless given."""
+    if scale is None:
+        scale = choose_scale(block_amax(values, spec.granularity), spec)
+    scaled = values.float() / expand_scale(scale, spec.granularity, *values.shape)
+    return QuantizedTensor(encode_codes(scaled, spec.format), scale, spec)
+
+
+def dequantize(codes: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
+    """Codes times scales in float32, [rows, columns]."""
+    return codes.float() * expand_scale(scale, granularity, *codes.shape)
+
+
+def expand_scale(scale: Tensor, granularity: Granularity, rows: int, columns: int) -> Tensor:
+    """Scales [block rows, block columns] as a matrix that broadcasts against [rows, columns]."""
+    block_rows, block_columns = granularity.block_shape(rows, columns)
+    if 1 < scale.shape[0] < rows:
+        scale = scale.repeat_interleave(block_rows, dim=0)[:rows]
+    if 1 < scale.shape[1] < columns:
+        scale = scale.repeat_interleave(block_columns, dim=1)[:, :columns]
+    return scale
+
+
+def _in_blocks(values: Tensor, granularity: Granularity) -> Tensor:
+    """[rows, columns] as [block rows, rows per block, block columns, columns per block], padded with zeros at the ends."""
+    rows, columns = values.shape
+    block_rows, block_columns = granularity.block_shape(rows, columns)
+    blocks_down, blocks_across = granularity.scale_shape(rows, columns)
+    missing_rows, missing_columns = blocks_down * block_rows - rows, blocks_across * block_columns - columns
+    if missing_rows or missing_columns:
+        values = torch.nn.functional.pad(values, (0, missing_columns, 0, missing_rows))
+    return values.reshape(blocks_down, block_rows, blocks_across, block_columns)
+
+
+def quantized_linear(inputs: Tensor, weight: QuantizedTensor, input_spec: QuantSpec | None, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a server computes for one quantized Linear; the reference of every GEMM kernel.
+
+    inputs: [tokens, in_features]; weight.qdata: [out_features, in_features]; input_scale: the static scale [1], or None
+    when the scheme is dynamic or leaves inputs alone; bias: [out_features]. Returns [tokens, out_features] in the inputs' dtype.
+
+    Products of codes are accumulated in int32 (INT8: exact) or float32 (FP8), scales and bias are applied in
+    float32, and the result is rounded once. Where scales change along in_features (groups, blocks) the operands are dequantized first:
+    the same sum in another order.
+    """
+    weight_scale = weight.scale
+    if input_spec is None:
+        activations, scale = inputs.float(), None
+    else:
+        fixed = None if input_scale is None else input_scale.reshape(1, 1).float()
+        quantized = quantize(inputs, input_spec, fixed)
+        activations, scale = quantized.qdata, quantized.scale
+    one_scale_per_row = weight_scale.shape[1] == 1 and (scale is None or scale.shape[1] == 1)
+    if input_spec is None or not one_scale_per_row:
+        if scale is not None:
+            activations = dequantize(activations, scale, input_spec.granularity)
+        output = activations.float() @ weight.dequantize().T
+    else:
+        output = _code_products(activations, weight.qdata)
+        per_output = expand_scale(weight_scale, weight.spec.granularity, *weight.qdata.shape)
+        output = output.mul_(scale).mul_(per_output.reshape(1, -1))
+    if bias is not None:
+        output = output + bias.float()
+    return output.to(inputs.dtype)
+
+
+def _code_products(activations: Tensor, weight: Tensor) -> Tensor:
+    """Sums of products of codes, [tokens, out_features] float32; an INT8 sum is exact in int32 before it is converted."""
+    if activations.dtype == torch.int8:
+        if activations.device.type == "cpu" and activations.shape[0] and activations.shape[1]:
+            return torch._int_mm(activations, weight.T).float()
+        # float64 holds every sum of fewer than 2^37 products of two bytes exactly.
+        return (activations.double() @ weight.double().T).float()
+    return activations.float() @ weight.float().T
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor, dim: int | None = None) -> Tensor:
+    """Signal-to-quantization-noise ratio in dB, 10·log₁₀(Σx²/Σ(x−x̂)²), over all elements or along `dim`.
+
+    Identical tensors give +inf, an all-zero signal with noise −inf.
+    """
+    signal = reference.double().square()
+    noise = (reference.double() - approximation.double()).square()
+    totals = (signal.sum(), noise.sum()) if dim is None else (signal.sum(dim), noise.sum(dim))
+    return torch.where(totals[1] == 0, torch.inf, 10 * torch.log10(totals[0] / totals[1]))
+
+
+def kv_scale(amax: Tensor) -> Tensor:
+    """The static FP8 scale of keys or values with this amax, shape [1] float32."""
+    return choose_scale(amax.reshape(1, 1), QuantSpec(FP8_E4M3, Granularity("tensor", None, None))).reshape(1)

@@ -1,0 +1,226 @@
+"""Recipes: a scheme with exceptions, the algorithms that choose weights, and how static scales follow from statistics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import RecipeError
+from quantkit.schemes.pattern import Pattern
+from quantkit.schemes.scheme import QuantScheme, quoted
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number, a whole one where the default is one, or true and false, that a recipe may give an algorithm; None where the algorithm finds it out."""
+
+    default: float | int | bool | None
+    low: float = 0.0
+    high: float = 1.0
+
+    def require_allowed(self, value: Any, where: str) -> None:
+        if isinstance(self.default, bool):
+            if not isinstance(value, bool):
+                raise RecipeError(f"{where} is {value!r}; allowed are true and false")
+        elif not isinstance(value, (int, float)) or isinstance(value, bool) or not self.low <= value <= self.high:
+            raise RecipeError(f"{where} is {value!r}, not a number from {self.low:g} to {self.high:g}")
+        elif isinstance(self.default, int) and not isinstance(value, int):
+            raise RecipeError(f"{where} is {value!r}, not a whole number")
+
+
+# In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is what `export` does without any.
+ALGORITHMS: dict[str, dict[str, Setting]] = {
+    "rotation": {"residual": Setting(True), "heads": Setting(True), "untie": Setting(False)},
+    "smoothquant": {"strength": Setting(None)},
+    "scale_search": {},
+    "gptq": {"damping": Setting(0.03, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False), "passes": Setting(3, 0, 100)},
+    "bias_correction": {},
+    "rtn": {},
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One entry of a recipe's `algorithms`: a name, and what its settings are where they aren't the usual."""
+
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in ALGORITHMS:
+            raise RecipeError(f"unknown algorithm '{self.name}'; this version has {', '.join(ALGORITHMS)}")
+        known = ALGORITHMS[self.name]
+        for key, value in self.settings:
+            if key not in known:
+                allowed = f"allowed are {quoted(known)}" if known else "it has none"
+                raise RecipeError(f"the algorithm '{self.name}' has no setting '{key}'; {allowed}")
+            known[key].require_allowed(value, f"the setting '{key}' of the algorithm '{self.name}'")
+
+    @classmethod
+    def parse(cls, entry: Any, where: str) -> Algorithm:
+        """From `gptq` or `{gptq: {damping: 0.1}}`."""
+        if not isinstance(entry, Mapping):
+            return cls(str(entry))
+        if len(entry) != 1:
+            raise RecipeError(f"{where}: algorithms: write each as a name, or as a name with its settings, not {dict(entry)!r}")
+        name, settings = next(iter(entry.items()))
+        if settings is not None and not isinstance(settings, Mapping):
+            raise RecipeError(f"{where}: algorithms: the settings of '{name}' must be a mapping, not {settings!r}")
+        return cls(str(name), tuple(sorted((str(key), value) for key, value in (settings or {}).items())))
+
+    def to_description(self) -> Any:
+        return {self.name: dict(self.settings)} if self.settings else self.name
+
+    def __getitem__(self, key: str) -> Any:
+        """A setting's value: the given one, or the usual one."""
+        return dict(self.settings).get(key, ALGORITHMS[self.name][key].default)
+
+
+def _strict_loader() -> type:
+    """YAML's safe loader, which refuses a key that stands twice: the first would be dropped in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"the key '{twice}' stands twice")
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+OBSERVERS = ("absmax", "percentile", "mse")
+DEFAULT_PERCENTILE = 99.99
+
+
+@dataclass(frozen=True)
+class ObserverChoice:
+    """How a static input scale follows from what calibration saw: `absmax`, `percentile` (or `percentile:99.9`), `mse` (the least squared error)."""
+
+    kind: str = "absmax"
+    percentile: float = DEFAULT_PERCENTILE
+
+    @classmethod
+    def parse(cls, text: Any) -> ObserverChoice:
+        kind, given, number = str(text).strip().lower().partition(":")
+        if kind not in OBSERVERS or (given and kind != "percentile"):
+            raise RecipeError(f"unknown observer '{text}'; choose one of {', '.join(OBSERVERS)}, or for example percentile:99.9")
+        try:
+            percentile = float(number) if given else DEFAULT_PERCENTILE
+        except ValueError:
+            percentile = -1.0
+        if not 50 <= percentile <= 100:
+            raise RecipeError(f"the observer '{text}' needs a percentile from 50 to 100, for example percentile:99.9")
+        return cls(kind, percentile)
+
+    def __str__(self) -> str:
+        return f"percentile:{self.percentile:g}" if self.kind == "percentile" else self.kind
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A scheme, with algorithms and exceptions.
+
+    scheme: of every Linear that no rule, `ignore` or `layers` entry names otherwise.
+    ignore: Linears left as they are.
+    layers: exceptions, first match wins; an entry also reaches what is otherwise left by rule (`lm_head`, routers).
+    kv_cache: "fp8", or None to leave the cache as it is.
+    observer: how static input scales follow from the calibration.
+    """
+
+    scheme: QuantScheme
+    algorithms: tuple[Algorithm, ...] = ()
+    ignore: tuple[Pattern, ...] = ()
+    layers: tuple[tuple[Pattern, QuantScheme], ...] = ()
+    kv_cache: str | None = None
+    observer: ObserverChoice = ObserverChoice()
+
+    def __post_init__(self) -> None:
+        names = [algorithm.name for algorithm in self.algorithms]
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise RecipeError(f"the algorithm '{twice}' stands twice; leave one out")
+        if self.kv_cache not in (None, "fp8"):
+            raise RecipeError(f"unknown kv_cache '{self.kv_cache}'; choose fp8 or leave it out")
+
+    @classmethod
+    def from_mapping(cls, content: Any, where: str) -> Recipe:
+        if not isinstance(content, Mapping):
+            raise RecipeError(f"{where} is not a recipe: it must be a mapping with at least 'scheme'")
+        unknown = set(content) - {"scheme", "algorithms", "ignore", "layers", "kv_cache", "observer"}
+        if unknown:
+            raise RecipeError(f"{where} has the unknown key {quoted(unknown)}; allowed are scheme, algorithms, ignore, layers, kv_cache, observer")
+        if content.get("scheme") is None:
+            raise RecipeError(f"{where} names no scheme; add for example 'scheme: fp8-dynamic'")
+        ignore, layers, algorithms = content.get("ignore") or [], content.get("layers") or {}, content.get("algorithms") or []
+        if isinstance(ignore, str) or not isinstance(ignore, list):
+            raise RecipeError(f"{where}: ignore must be a list of patterns, not {ignore!r}")
+        if not isinstance(layers, Mapping):
+            raise RecipeError(f"{where}: layers must be a mapping from a pattern to a scheme, not {layers!r}")
+        if not isinstance(algorithms, list):
+            raise RecipeError(f"{where}: algorithms must be a list, not {algorithms!r}")
+        return cls(
+            scheme=QuantScheme.parse(content["scheme"], f"{where}: scheme"),
+            algorithms=tuple(Algorithm.parse(entry, where) for entry in algorithms),
+            ignore=tuple(Pattern(text) for text in ignore),
+            layers=tuple((Pattern(text), QuantScheme.parse(entry, f"{where}: layers: {text}")) for text, entry in layers.items()),
+            kv_cache=content.get("kv_cache"),
+            observer=ObserverChoice.parse(content.get("observer") or "absmax"),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML file."""
+        import yaml
+
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {path}; recipes are YAML files such as those in configs/")
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        return cls.from_mapping(content, str(path))
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {
+            "scheme": self.scheme.to_description(),
+            "algorithms": [algorithm.to_description() for algorithm in self.algorithms],
+            "ignore": [pattern.text for pattern in self.ignore],
+            "layers": {pattern.text: scheme.to_description() for pattern, scheme in self.layers},
+            "kv_cache": self.kv_cache,
+            "observer": str(self.observer),
+        }
+
+    def canonical(self) -> str:
+        """One text per meaning, for fingerprints."""
+        # The order of the exceptions is kept: the first match wins.
+        layers = [[pattern.text, scheme.to_description()] for pattern, scheme in self.layers]
+        return json.dumps(self.to_mapping() | {"layers": layers}, sort_keys=True)
+
+    def with_options(self, ignore: Iterable[str] = (), kv_cache: str | None = None, observer: str | None = None) -> Recipe:
+        """This recipe with the command line's `--ignore`, `--kv-cache` and `--observer` added."""
+        added = tuple(Pattern(text) for text in ignore)
+        choice = self.observer if observer is None else ObserverChoice.parse(observer)
+        return replace(self, ignore=self.ignore + added, kv_cache=kv_cache or self.kv_cache, observer=choice)
+
+    @property
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        return (self.scheme, *(scheme for _, scheme in self.layers))
+
+    def algorithm(self, name: str) -> Algorithm | None:
+        return next((algorithm for algorithm in self.algorithms if algorithm.name == name), None)
+
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether `calibrate` has to choose weights with data: all algorithms but rounding to nearest do."""
+        return any(algorithm.name != "rtn" for algorithm in self.algorithms)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.kv_cache is not None or self.chooses_weights or any(scheme.needs_calibration for scheme in self.schemes)

@@ -1,0 +1,1 @@
+"""Which sets of Linears cost most, and the recipe for a budget."""
