@@ -1,16 +1,24 @@
-"""Is what `export` writes served right? vLLM's probabilities of tiny models of many architectures beside quantkit's own of the same files.
+"""Is what `export` writes served right? vLLM's probabilities of tiny models of many architectures
+beside quantkit's own of the same files.
 
-    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python            # about an hour
-    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python --only llama --only mixtral
+    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python            # about an
+    hour
+    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python --only llama --only
+    mixtral
 
-The models are those of tests/support/architecture_kinds.py, four times as wide. vLLM's CPU build gives the log probabilities of the whole vocabulary at each position of a
-few prompts; all distances are mean KL divergences from them. "agreement" is that of quantkit's served model of the same file. It means something beside three others:
-that of the unquantized model in both (vLLM may run an architecture otherwise than transformers does), what quantization changes in vLLM itself, and the least
-that is left when every second scale of one Linear is doubled, of all its Linears in turn: a file that were read wrongly anywhere would be as far off as that.
+The models are those of tests/support/architecture_kinds.py, four times as wide. vLLM's CPU build
+gives the log probabilities of the whole vocabulary at each position of a few prompts; all distances
+are mean KL divergences from them. "agreement" is that of quantkit's served model of the same file.
+It means something beside three others: that of the unquantized model in both (vLLM may run an
+architecture otherwise than transformers does), what quantization changes in vLLM itself, and the
+least that is left when every second scale of one Linear is doubled, of all its Linears in turn: a
+file that were read wrongly anywhere would be as far off as that.
 
-In float32 nothing but the file decides, so that is tried first, with vLLM's oneDNN kernel for INT8; kernels for AMX, and those of experts, take bfloat16 only.
-`torch._scaled_mm` is answered in float32 (served.py says why). Where vLLM leaves inputs as they are ("W8A16"), so does quantkit with `--hardware cpu`; the nearer of the two
-stands in the table. Rows are written when they are done, and --only replaces those that it makes.
+In float32 nothing but the file decides, so that is tried first, with vLLM's oneDNN kernel for INT8;
+kernels for AMX, and those of experts, take bfloat16 only. `torch._scaled_mm` is answered in float32
+(served.py says why). Where vLLM leaves inputs as they are ("W8A16"), so does quantkit with
+`--hardware cpu`; the nearer of the two stands in the table. Rows are written when they are done,
+and --only replaces those that it makes.
 """
 
 from __future__ import annotations
@@ -54,7 +62,8 @@ from quantkit.schemes.scheme import QuantScheme  # noqa: E402
 TIMES = 4
 PROMPTS = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(2))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What vLLM needs of a tiny model, or takes for granted: settings that real models of the kind have. Where all experts take part, no rounding chooses between two.
+# What vLLM needs of a tiny model, or takes for granted: settings that real models of the kind have.
+# Where all experts take part, no rounding chooses between two.
 _ALL_EXPERTS = {"num_experts_per_tok": 4}
 _LATENT = {**_ALL_EXPERTS, "kv_lora_rank": 512, "q_lora_rank": 128, "qk_rope_head_dim": 64}
 SETTINGS = {
@@ -69,8 +78,9 @@ SETTINGS = {
     "deepseek_v3": {**_LATENT, "topk_method": "noaux_tc"},
 }
 SECONDS = 300  # for one checkpoint
-# Each checkpoint in a process that is forked off behind the imports: an engine that dies, or doesn't answer, takes no other with it.
-# argv: a JSON list of {"checkpoint", "dtype"}, prompts, seconds. The first is the unquantized model: where that isn't served, nothing else is tried.
+# Each checkpoint in a process that is forked off behind the imports: an engine that dies, or
+# doesn't answer, takes no other with it. argv: a JSON list of {"checkpoint", "dtype"}, prompts,
+# seconds. The first is the unquantized model: where that isn't served, nothing else is tried.
 # Prints a line for each: {"checkpoint", "answered", "version"} or {"checkpoint", "reason"}.
 SERVER = (
     VLLM_START
@@ -151,7 +161,14 @@ class Tiny:
     def make(self) -> Tiny:
         shutil.rmtree(self.place, ignore_errors=True)
         vocabulary = make_tokenizer(self.base)
-        make_model(self.base, self.kind, DTYPES[self.dtype], TIMES, vocab_size=vocabulary, **SETTINGS.get(self.kind, {}))
+        make_model(
+            self.base,
+            self.kind,
+            DTYPES[self.dtype],
+            TIMES,
+            vocab_size=vocabulary,
+            **SETTINGS.get(self.kind, {}),
+        )
         return self
 
     def exported(self, scheme: str) -> Path:
@@ -159,8 +176,20 @@ class Tiny:
         calibration = self.place / "calibration" if recipe.needs_calibration else None
         if calibration and not calibration.exists():
             (self.place / "text.txt").write_text(make_text(500, seed=3))
-            calibrate(CalibrationOptions(self.base, calibration, (str(self.place / "text.txt"),), num_samples=4, seq_len=32))
-        export(plan_export(ExportOptions(self.base, output, recipe, calibration, **OPTIONS.get(self.kind, {}))))
+            calibrate(
+                CalibrationOptions(
+                    self.base,
+                    calibration,
+                    (str(self.place / "text.txt"),),
+                    num_samples=4,
+                    seq_len=32,
+                )
+            )
+        export(
+            plan_export(
+                ExportOptions(self.base, output, recipe, calibration, **OPTIONS.get(self.kind, {}))
+            )
+        )
         return output
 
 
@@ -168,7 +197,9 @@ def ask(python: str, jobs: list[dict[str, str]], log: Path) -> dict[str, dict[st
     """What vLLM says of each checkpoint. The processes that it starts end with it."""
     command = [python, "-c", SERVER, json.dumps(jobs), json.dumps(PROMPTS.tolist()), str(SECONDS)]
     with log.open("a") as errors:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
         try:
             printed, _ = server.communicate(timeout=(len(jobs) + 1) * SECONDS)
         finally:
@@ -187,10 +218,14 @@ def _alive(group: int) -> bool:
 
 
 def log_probabilities(checkpoint: Path, hardware: str | None = None) -> Tensor:
-    """quantkit's, of the whole vocabulary behind each position but the last: [prompts, positions − 1, vocabulary] float32."""
+    """quantkit's, of the whole vocabulary behind each position but the last: [prompts, positions −
+    1, vocabulary] float32.
+    """
     model = whole_model(load_served(checkpoint, "cpu", hardware))
     with torch.inference_mode():
-        logits = torch.cat([model(input_ids=prompt[None], use_cache=False).logits for prompt in PROMPTS])
+        logits = torch.cat(
+            [model(input_ids=prompt[None], use_cache=False).logits for prompt in PROMPTS]
+        )
     return torch.log_softmax(logits[:, :-1].float(), dim=-1)
 
 
@@ -200,22 +235,38 @@ def divergence(theirs: Tensor, ours: Tensor) -> float:
     return max(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), 0.0)
 
 
-def least_spoilt(checkpoint: Path, theirs: Tensor, hardware: str | None, work: Path) -> tuple[float, str]:
-    """The least divergence from `theirs` of all copies in which every second scale of one Linear is doubled, and that Linear."""
+def least_spoilt(
+    checkpoint: Path, theirs: Tensor, hardware: str | None, work: Path
+) -> tuple[float, str]:
+    """The least divergence from `theirs` of all copies in which every second scale of one Linear is
+    doubled, and that Linear.
+    """
     tensors = load_file(checkpoint / "model.safetensors")
-    spoilt = Path(shutil.copytree(checkpoint, work / "spoilt", ignore=shutil.ignore_patterns("*.pt", "*.safetensors")))
+    spoilt = Path(
+        shutil.copytree(
+            checkpoint, work / "spoilt", ignore=shutil.ignore_patterns("*.pt", "*.safetensors")
+        )
+    )
     found = []
     for name in [name for name in tensors if name.endswith(("weight_scale", "weight_scale_inv"))]:
         scale = tensors[name].clone()
-        scale.view(-1)[::2] = scale.view(-1)[::2] + 1 if scale.dtype == torch.uint8 else scale.view(-1)[::2] * 2
+        scale.view(-1)[::2] = (
+            scale.view(-1)[::2] + 1 if scale.dtype == torch.uint8 else scale.view(-1)[::2] * 2
+        )
         save_file(tensors | {name: scale}, spoilt / "model.safetensors", {"format": "pt"})
-        found.append((divergence(theirs, log_probabilities(spoilt, hardware)), name.rpartition(".")[0]))
+        found.append(
+            (divergence(theirs, log_probabilities(spoilt, hardware)), name.rpartition(".")[0])
+        )
     shutil.rmtree(spoilt)
     return min(found)
 
 
-def judge(tiny: Tiny, scheme: str, base: tuple[Tensor, Tensor], said: dict[str, Any]) -> dict[str, Any]:
-    """The row of a checkpoint that vLLM served. base: vLLM's and quantkit's of the unquantized model."""
+def judge(
+    tiny: Tiny, scheme: str, base: tuple[Tensor, Tensor], said: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of a checkpoint that vLLM served. base: vLLM's and quantkit's of the unquantized
+    model.
+    """
     theirs = torch.load(tiny.place / scheme / "vllm.pt")
     nearest = None
     for hardware in (None, "cpu"):
@@ -228,35 +279,66 @@ def judge(tiny: Tiny, scheme: str, base: tuple[Tensor, Tensor], said: dict[str, 
     agreement, hardware = nearest
     least, linear = least_spoilt(tiny.place / scheme, theirs, hardware, tiny.place)
     weights_only = hardware is not None or QuantScheme.parse(scheme).input is None
-    figures = {"base": divergence(*base), "agreement": agreement, "quantization": divergence(base[0], theirs), "least_spoilt": least}
+    figures = {
+        "base": divergence(*base),
+        "agreement": agreement,
+        "quantization": divergence(base[0], theirs),
+        "least_spoilt": least,
+    }
     computes = "W8A16" if weights_only else "W8A8"
-    return {"served": True, "dtype": tiny.dtype, "computes": computes, "answered": said["answered"], **figures, "least_spoilt_linear": linear}
+    return {
+        "served": True,
+        "dtype": tiny.dtype,
+        "computes": computes,
+        "answered": said["answered"],
+        **figures,
+        "least_spoilt_linear": linear,
+    }
 
 
 def schemes_of(kind: str) -> tuple[str, ...]:
-    """Those of the tests, and where there are experts the one FP8 scheme that vLLM's CPU build has a kernel of experts for."""
+    """Those of the tests, and where there are experts the one FP8 scheme that vLLM's CPU build has
+    a kernel of experts for.
+    """
     experts = ("fp8-block",) if "experts" in TRANSFORMERS.get(kind, "") else ()
     return tuple(dict.fromkeys((*SCHEMES, *MORE_SCHEMES.get(kind, ()), *experts)))
 
 
 def measure(kind: str, python: str, work: Path) -> tuple[list[dict[str, Any]], str]:
-    """The rows of one architecture, and vLLM's version. In float32 what is served so, in bfloat16 the rest."""
+    """The rows of one architecture, and vLLM's version. In float32 what is served so, in bfloat16
+    the rest.
+    """
     rows: dict[str, dict[str, Any]] = {}
     version = ""
-    for dtype in [dtype for dtype in DTYPES if dtype == "bfloat16" or kind in OPTIONS or "experts" not in TRANSFORMERS.get(kind, "")]:
+    for dtype in [
+        dtype
+        for dtype in DTYPES
+        if dtype == "bfloat16" or kind in OPTIONS or "experts" not in TRANSFORMERS.get(kind, "")
+    ]:
         missing = [scheme for scheme in schemes_of(kind) if not rows.get(scheme, {}).get("served")]
         if not missing:
             break
         tiny = Tiny(kind, dtype, work / f"{kind}-{dtype}").make()
         paths = {"": tiny.base, **{scheme: tiny.exported(scheme) for scheme in missing}}
-        found = ask(python, [{"checkpoint": str(path), "dtype": dtype} for path in paths.values()], work / f"{kind}.log")
-        said = {scheme: found.get(str(path), {"reason": "the server ended"}) for scheme, path in paths.items()}
+        found = ask(
+            python,
+            [{"checkpoint": str(path), "dtype": dtype} for path in paths.values()],
+            work / f"{kind}.log",
+        )
+        said = {
+            scheme: found.get(str(path), {"reason": "the server ended"})
+            for scheme, path in paths.items()
+        }
         version = next((entry["version"] for entry in said.values() if "version" in entry), version)
         if "reason" not in said[""]:
             base = torch.load(tiny.base / "vllm.pt"), log_probabilities(tiny.base)
         for scheme in missing:
             reason = said[""].get("reason") or said[scheme].get("reason")
-            row = {"served": False, "unquantized": "reason" not in said[""], "reason": reason} if reason else judge(tiny, scheme, base, said[scheme])
+            row = (
+                {"served": False, "unquantized": "reason" not in said[""], "reason": reason}
+                if reason
+                else judge(tiny, scheme, base, said[scheme])
+            )
             if reason and scheme in rows and rows[scheme]["reason"] != reason:
                 row["reason"] = f"{rows[scheme]['reason']}\n{reason}"
             rows[scheme] = {"architecture": kind, "scheme": scheme} | row
@@ -268,7 +350,9 @@ def measure(kind: str, python: str, work: Path) -> tuple[list[dict[str, Any]], s
 def _words(row: dict[str, Any]) -> str:
     if not row["served"]:
         return row["reason"].splitlines()[0][:300]
-    figures = "  ".join(f"{key} {row[key]:.1e}" for key in ("base", "agreement", "quantization", "least_spoilt"))
+    figures = "  ".join(
+        f"{key} {row[key]:.1e}" for key in ("base", "agreement", "quantization", "least_spoilt")
+    )
     return f"{figures}  {row['computes']} {row['least_spoilt_linear']}"
 
 
@@ -279,15 +363,23 @@ REASONS = {
     "selective_scan_fwd": "no kernel for the selective scan",
     "Unsupported FP8 MoE backend": "no kernel for such FP8 experts",
     "No Int8 MoE backend": "no kernel for INT8 experts with this routing",
-    "CPUExpertsInt8 does not support apply_router_weight_on_input": "no kernel for INT8 experts with this routing",
-    "is invalid for input of size 2\nat llama4.py": "vLLM reorders the rows of its q and k, and can't reorder scales of blocks",
+    "CPUExpertsInt8 does not support apply_router_weight_on_input": (
+        "no kernel for INT8 experts with this routing"
+    ),
+    "is invalid for input of size 2\nat llama4.py": (
+        "vLLM reorders the rows of its q and k, and can't reorder scales of blocks"
+    ),
     "Unsupported FusedMoe scheme": "vLLM doesn't take static INT8 experts",
     "compressed_tensors_moe_w8a8_fp8": "vLLM doesn't take static experts with channel scales",
     "WNA16": "no kernel for packed 8-bit weights",
     "MXFP8": "no kernel for MXFP8",
-    "CHECK_EQ(mat1.size(1), K)": "its kernel for FP8 blocks takes no Linear as small as in_proj_ba here",
+    "CHECK_EQ(mat1.size(1), K)": (
+        "its kernel for FP8 blocks takes no Linear as small as in_proj_ba here"
+    ),
     "static_scaled_fp8_quant": "no static FP8 inputs",
-    "expected scalar type Float but found BFloat16": "its kernel for FP8 blocks takes no bfloat16 bias",
+    "expected scalar type Float but found BFloat16": (
+        "its kernel for FP8 blocks takes no bfloat16 bias"
+    ),
 }
 
 
@@ -298,8 +390,11 @@ def short_reason(reason: str) -> str:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Of a row that was served: "agrees" where vLLM's probabilities are nearer to quantkit's of the file than to the unquantized model's, and less than a quarter as far
-    off as with doubled scales of any one Linear; "no nearer than unquantized" where vLLM's unquantized model is as far from transformers' already; "differs" otherwise."""
+    """Of a row that was served: "agrees" where vLLM's probabilities are nearer to quantkit's of the
+    file than to the unquantized model's, and less than a quarter as far off as with doubled scales
+    of any one Linear; "no nearer than unquantized" where vLLM's unquantized model is as far from
+    transformers' already; "differs" otherwise.
+    """
     if row["agreement"] < min(row["quantization"], row["least_spoilt"] / 4):
         return "agrees"
     return "no nearer than unquantized" if row["agreement"] < 2 * row["base"] else "differs"
@@ -309,7 +404,10 @@ def judged(row: dict[str, Any]) -> dict[str, Any]:
     """A row with what the README says of it."""
     if row["served"]:
         return row | {"verdict": verdict(row)}
-    return row | {"verdict": "not served" if row["unquantized"] else "not served, unquantized neither", "why": short_reason(row["reason"])}
+    return row | {
+        "verdict": "not served" if row["unquantized"] else "not served, unquantized neither",
+        "why": short_reason(row["reason"]),
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -317,11 +415,32 @@ def table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         what = (row["architecture"], row["scheme"])
         if row["served"]:
-            figures = (f"{row[key]:.1e}" for key in ("base", "agreement", "quantization", "least_spoilt"))
-            rows.append((*what, f"{row['dtype']}, {row['computes']}", *figures, row["verdict"] + (" ¹" if row["answered"] else "")))
+            figures = (
+                f"{row[key]:.1e}" for key in ("base", "agreement", "quantization", "least_spoilt")
+            )
+            rows.append(
+                (
+                    *what,
+                    f"{row['dtype']}, {row['computes']}",
+                    *figures,
+                    row["verdict"] + (" ¹" if row["answered"] else ""),
+                )
+            )
         else:
             rows.append((*what, "", "", "", "", "", f"{row['verdict']}: {row['why']}"))
-    return markdown_table(("architecture", "scheme", "computed in", "unquantized", "as exported", "quantization", "least spoilt", "verdict"), rows)
+    return markdown_table(
+        (
+            "architecture",
+            "scheme",
+            "computed in",
+            "unquantized",
+            "as exported",
+            "quantization",
+            "least spoilt",
+            "verdict",
+        ),
+        rows,
+    )
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -346,8 +465,16 @@ def _place(row: dict[str, Any]) -> tuple[str, int]:
 
 @click.command()
 @click.option("--vllm-python", required=True, help="A Python that has vLLM.")
-@click.option("--only", multiple=True, type=click.Choice(KINDS), help="Measure these and keep the other rows.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS / "architectures.json", show_default=True)
+@click.option(
+    "--only", multiple=True, type=click.Choice(KINDS), help="Measure these and keep the other rows."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=RESULTS / "architectures.json",
+    show_default=True,
+)
 @click.option("--work", type=click.Path(path_type=Path), help="Keep vLLM's messages here.")
 def main(vllm_python: str, only: tuple[str, ...], output: Path, work: Path | None) -> None:
     """Compare vLLM's probabilities of tiny models with quantkit's own."""
@@ -357,7 +484,11 @@ def main(vllm_python: str, only: tuple[str, ...], output: Path, work: Path | Non
         with tempfile.TemporaryDirectory() as temporary:
             rows, version = measure(kind, vllm_python, work or Path(temporary))
         kept = [row for row in report["rows"] if row["architecture"] != kind]
-        report = {"machine": machine(), "vllm": version or report.get("vllm", ""), "rows": [judged(row) for row in sorted([*kept, *rows], key=_place)]}
+        report = {
+            "machine": machine(),
+            "vllm": version or report.get("vllm", ""),
+            "rows": [judged(row) for row in sorted([*kept, *rows], key=_place)],
+        }
         write_json(output, report)
         output.with_suffix(".md").write_text(markdown(report))
 

@@ -1,12 +1,14 @@
-"""How fast `quantkit calibrate` is beside the bare forward of the same tokens and beside llm-compressor, and how much memory it takes.
+"""How fast `quantkit calibrate` is beside the bare forward of the same tokens and beside
+llm-compressor, and how much memory it takes.
 
     python benchmarks/calibrate.py                                              # about 15 minutes
     python benchmarks/calibrate.py --peer-python /path/to/venv/bin/python
 
-Speed: SmolLM2-135M, the same windows for each. The bare forward is transformers' own, the whole model in memory, one window after the other, without
-`lm_head` and without any statistics. The programs take turns; medians stand in the table, and of each turn's ratio to its bare forward, so that a
-machine whose speed changes with its neighbours' work doesn't decide. Memory: Llamas of 2048 hidden features with random
-weights, of 11, 22 (1.1 B parameters) and 44 layers.
+Speed: SmolLM2-135M, the same windows for each. The bare forward is transformers' own, the whole
+model in memory, one window after the other, without `lm_head` and without any statistics. The
+programs take turns; medians stand in the table, and of each turn's ratio to its bare forward, so
+that a machine whose speed changes with its neighbours' work doesn't decide. Memory: Llamas of 2048
+hidden features with random weights, of 11, 22 (1.1 B parameters) and 44 layers.
 """
 
 from __future__ import annotations
@@ -65,45 +67,85 @@ def printed(run: Run) -> dict:
     """The JSON object that a program printed last."""
     text = run.printed
     decoder = json.JSONDecoder()
-    starts = [position for position, character in enumerate(text) if character == "{" and (position == 0 or text[position - 1] == "\n")]
+    starts = [
+        position
+        for position, character in enumerate(text)
+        if character == "{" and (position == 0 or text[position - 1] == "\n")
+    ]
     return decoder.raw_decode(text[starts[-1] :])[0]
 
 
-def calibrate_command(model: Path, output: Path, windows: int, seq_len: int, *more: str) -> list[str]:
-    arguments = ["quantkit", "calibrate", str(model), "-o", str(output), "--num-samples", str(windows), "--seq-len", str(seq_len), "--json", "-q", *more]
+def calibrate_command(
+    model: Path, output: Path, windows: int, seq_len: int, *more: str
+) -> list[str]:
+    arguments = [
+        "quantkit",
+        "calibrate",
+        str(model),
+        "-o",
+        str(output),
+        "--num-samples",
+        str(windows),
+        "--seq-len",
+        str(seq_len),
+        "--json",
+        "-q",
+        *more,
+    ]
     return [sys.executable, "-m", *arguments]
 
 
-def compare_speed(model: Path, work: Path, windows: int, seq_len: int, repeats: int, peer_python: str | None) -> list[dict]:
+def compare_speed(
+    model: Path, work: Path, windows: int, seq_len: int, repeats: int, peer_python: str | None
+) -> list[dict]:
     """Each program's median tokens per second over its own work, and of its whole process."""
     tokens = work / "windows.json"
-    chosen = calibration_windows([str(BUNDLED_CALIBRATION)], load_tokenizer(model), windows, seq_len, 0).windows
+    chosen = calibration_windows(
+        [str(BUNDLED_CALIBRATION)], load_tokenizer(model), windows, seq_len, 0
+    ).windows
     tokens.write_text(json.dumps([window.tokens for window in chosen]))
     output = work / "calibration"
     commands = {
         "bare forward, bfloat16": ([sys.executable, "-c", BARE, str(model), str(tokens)], None),
         "quantkit calibrate": (calibrate_command(model, output, windows, seq_len), output),
         "quantkit calibrate, 2 processes": (
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *calibrate_command(model, output, windows, seq_len)[1:]],
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                *calibrate_command(model, output, windows, seq_len)[1:],
+            ],
             output,
         ),
     }
     if peer_python:
-        commands["llm-compressor FP8 static"] = ([peer_python, "-c", PEER, str(model), str(tokens)], None)
+        commands["llm-compressor FP8 static"] = (
+            [peer_python, "-c", PEER, str(model), str(tokens)],
+            None,
+        )
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for turn in range(repeats + 1):
         for name, (command, written) in commands.items():
             run = measure(command, written)
             if turn:  # the first turn warms the page cache
                 runs[name].append(run)
-                click.echo(f"  {name:32} {printed(run)['seconds']:6.1f} s of {run.wall:6.1f} s, {run.peak / 1e6:6.0f} MB", err=True)
+                click.echo(
+                    f"  {name:32} {printed(run)['seconds']:6.1f} s of {run.wall:6.1f} s,"
+                    f" {run.peak / 1e6:6.0f} MB",
+                    err=True,
+                )
     count = len(chosen) * seq_len
     return [
         {
             "program": name,
             "tokens": count,
             "seconds": statistics.median(printed(run)["seconds"] for run in each),
-            "of_bare": statistics.median(printed(bare)["seconds"] / printed(run)["seconds"] for bare, run in zip(next(iter(runs.values())), each)),
+            "of_bare": statistics.median(
+                printed(bare)["seconds"] / printed(run)["seconds"]
+                for bare, run in zip(next(iter(runs.values())), each)
+            ),
             "wall_s": statistics.median(run.wall for run in each),
             "cpu_s": statistics.median(run.cpu for run in each),
             "peak_bytes": statistics.median(run.peak for run in each),
@@ -113,20 +155,29 @@ def compare_speed(model: Path, work: Path, windows: int, seq_len: int, repeats: 
 
 
 def make_tokenizer(directory: Path, vocabulary: int = 32000) -> int:
-    """A byte-level BPE tokenizer trained on the bundled text, since random models have none; returns its size."""
+    """A byte-level BPE tokenizer trained on the bundled text, since random models have none;
+    returns its size.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>"],
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(BUNDLED_CALIBRATION.read_text().splitlines(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
     fast.save_pretrained(directory)
     return len(fast)
 
 
-def compare_memory(work: Path, layers: tuple[int, ...], windows: tuple[int, ...], seq_len: int) -> list[dict]:
+def compare_memory(
+    work: Path, layers: tuple[int, ...], windows: tuple[int, ...], seq_len: int
+) -> list[dict]:
     """Peak memory by depth with the fewest windows, and by windows with the least depth."""
     found = []
     for count in layers:
@@ -135,42 +186,129 @@ def compare_memory(work: Path, layers: tuple[int, ...], windows: tuple[int, ...]
         make_tokenizer(model)
         nbytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         for number in windows if count == min(layers) else windows[:1]:
-            run = measure(calibrate_command(model, work / "calibration", number, seq_len), work / "calibration")
-            found.append({"layers": count, "model_bytes": nbytes, "windows": number, "seq_len": seq_len, "wall_s": run.wall, "peak_bytes": run.peak})
-            click.echo(f"  {count} layers, {nbytes / 1e9:.2f} GB, {number} x {seq_len}: {run.wall:.0f} s, {run.peak / 1e6:.0f} MB", err=True)
+            run = measure(
+                calibrate_command(model, work / "calibration", number, seq_len),
+                work / "calibration",
+            )
+            found.append(
+                {
+                    "layers": count,
+                    "model_bytes": nbytes,
+                    "windows": number,
+                    "seq_len": seq_len,
+                    "wall_s": run.wall,
+                    "peak_bytes": run.peak,
+                }
+            )
+            click.echo(
+                f"  {count} layers, {nbytes / 1e9:.2f} GB, {number} x {seq_len}: {run.wall:.0f} s,"
+                f" {run.peak / 1e6:.0f} MB",
+                err=True,
+            )
     return found
 
 
 @click.command()
 @click.option("--windows", default=64, show_default=True)
 @click.option("--seq-len", default=512, show_default=True)
-@click.option("--repeats", default=3, show_default=True, help="Turns that count; one more goes before them.")
-@click.option("--layers", multiple=True, type=int, default=(11, 22, 44), show_default=True, help="Of the models whose calibration's memory is measured.")
-@click.option("--memory-windows", multiple=True, type=int, default=(8, 64), show_default=True, help="Windows of 512 tokens there; the first for every depth.")
+@click.option(
+    "--repeats", default=3, show_default=True, help="Turns that count; one more goes before them."
+)
+@click.option(
+    "--layers",
+    multiple=True,
+    type=int,
+    default=(11, 22, 44),
+    show_default=True,
+    help="Of the models whose calibration's memory is measured.",
+)
+@click.option(
+    "--memory-windows",
+    multiple=True,
+    type=int,
+    default=(8, 64),
+    show_default=True,
+    help="Windows of 512 tokens there; the first for every depth.",
+)
 @click.option("--peer-python", help="A Python that has llm-compressor.")
-@click.option("--work", type=click.Path(path_type=Path), help="Where models and outputs go; removed afterwards.  [default: a temporary directory]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS / "calibrate.md", show_default=True)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Where models and outputs go; removed afterwards.  [default: a temporary directory]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=RESULTS / "calibrate.md",
+    show_default=True,
+)
 def main(
-    windows: int, seq_len: int, repeats: int, layers: tuple[int, ...], memory_windows: tuple[int, ...], peer_python: str | None, work: Path | None, output: Path
+    windows: int,
+    seq_len: int,
+    repeats: int,
+    layers: tuple[int, ...],
+    memory_windows: tuple[int, ...],
+    peer_python: str | None,
+    work: Path | None,
+    output: Path,
 ) -> None:
     """Measure calibrate against the bare forward."""
     with tempfile.TemporaryDirectory(dir=work) as temporary:
-        speeds = compare_speed(smollm2(lambda text: click.echo(text, err=True)), Path(temporary), windows, seq_len, repeats, peer_python)
+        speeds = compare_speed(
+            smollm2(lambda text: click.echo(text, err=True)),
+            Path(temporary),
+            windows,
+            seq_len,
+            repeats,
+            peer_python,
+        )
         memory = compare_memory(Path(temporary), layers, memory_windows, 512)
     rows = [
         (
-            entry["program"], f"{entry['tokens'] / entry['seconds']:.0f}", f"{entry['of_bare']:.2f}", f"{entry['seconds']:.1f}", f"{entry['wall_s']:.1f}",
-            f"{entry['cpu_s']:.1f}", f"{entry['peak_bytes'] / 1e6:.0f}",
+            entry["program"],
+            f"{entry['tokens'] / entry['seconds']:.0f}",
+            f"{entry['of_bare']:.2f}",
+            f"{entry['seconds']:.1f}",
+            f"{entry['wall_s']:.1f}",
+            f"{entry['cpu_s']:.1f}",
+            f"{entry['peak_bytes'] / 1e6:.0f}",
         )
         for entry in speeds
-    ]  # fmt: skip
-    where = f"{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, kernels: {native.elementwise_level()}; medians of {repeats} turns"
+    ]
+    where = (
+        f"{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, kernels:"
+        f" {native.elementwise_level()}; medians of {repeats} turns"
+    )
     text = f"# Calibrate: beside the bare forward of the same tokens\n\n{where}.\n\n"
-    text += f"SmolLM2-135M, {windows} windows of {seq_len} tokens, all statistics. Seconds: of the work; the whole process also imports and loads.\n\n"
-    text += markdown_table(("program", "tokens/s", "of the bare forward's speed", "seconds", "whole process", "CPU seconds", "peak MB"), rows)
-    text += "\nLlamas of 2048 hidden features (22 layers are 1.1 B parameters); peak memory of the whole process:\n\n"
+    text += (
+        f"SmolLM2-135M, {windows} windows of {seq_len} tokens, all statistics. Seconds: of the"
+        " work; the whole process also imports and loads.\n\n"
+    )
+    text += markdown_table(
+        (
+            "program",
+            "tokens/s",
+            "of the bare forward's speed",
+            "seconds",
+            "whole process",
+            "CPU seconds",
+            "peak MB",
+        ),
+        rows,
+    )
+    text += (
+        "\nLlamas of 2048 hidden features (22 layers are 1.1 B parameters); peak memory of the"
+        " whole process:\n\n"
+    )
     rows = [
-        (str(e["layers"]), f"{e['model_bytes'] / 1e9:.2f}", f"{e['windows']} × {e['seq_len']}", f"{e['peak_bytes'] / 1e6:.0f}", f"{e['wall_s']:.0f}")
+        (
+            str(e["layers"]),
+            f"{e['model_bytes'] / 1e9:.2f}",
+            f"{e['windows']} × {e['seq_len']}",
+            f"{e['peak_bytes'] / 1e6:.0f}",
+            f"{e['wall_s']:.0f}",
+        )
         for e in memory
     ]
     text += markdown_table(("layers", "model GB", "windows", "peak MB", "seconds"), rows)

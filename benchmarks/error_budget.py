@@ -1,10 +1,15 @@
-"""Where a quantized model's loss comes from: KL and perplexity with the inputs of some Linears left as they are, from the same codes.
+"""Where a quantized model's loss comes from: KL and perplexity with the inputs of some Linears left
+as they are, from the same codes.
 
-    python benchmarks/error_budget.py --data wiki.test.raw --calibration-data c4.txt [--recipe configs/int8-dynamic-best.yaml] [--windows 20]
+    python benchmarks/error_budget.py --data wiki.test.raw --calibration-data c4.txt [--recipe
+    configs/int8-dynamic-best.yaml] [--windows 20]
 
-SmolLM2-135M is calibrated and exported by the recipe, or was: --checkpoint takes what `export` made by it. Of the result copies are made that hold the same codes and scales, and a configuration by which the inputs of some kind of
-Linear, in all blocks or in a few, aren't quantized: what is lost less then is what these inputs cost. What is lost with no input quantized is the weights' part, and that
-of bfloat16, in which two orders of a sum differ. Shares don't add up exactly, because errors meet.
+SmolLM2-135M is calibrated and exported by the recipe, or was: --checkpoint takes what `export` made
+by it. Of the result copies are made that hold the same codes and scales, and a configuration by
+which the inputs of some kind of Linear, in all blocks or in a few, aren't quantized: what is lost
+less then is what these inputs cost. What is lost with no input quantized is the weights' part, and
+that of bfloat16, in which two orders of a sum differ. Shares don't add up exactly, because errors
+meet.
 """
 
 from __future__ import annotations
@@ -21,7 +26,14 @@ from typing import Any
 from quality import CONFIGS, LENGTH, machine, make, opened_model
 
 from quantkit.checkpoint.files import write_json
-from quantkit.checkpoint.formats import QuantizationLayout, compressed_tensors_config, decode_linear, encode_constants, encode_rows, stored_linears
+from quantkit.checkpoint.formats import (
+    QuantizationLayout,
+    compressed_tensors_config,
+    decode_linear,
+    encode_constants,
+    encode_rows,
+    stored_linears,
+)
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.evaluation.evaluate import evaluate
@@ -34,16 +46,22 @@ BLOCKS = 3  # at a time, of the kind that costs most
 
 
 def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
-    """The same codes and scales, with the inputs of the Linears that a pattern matches left unquantized."""
+    """The same codes and scales, with the inputs of the Linears that a pattern matches left
+    unquantized.
+    """
     source = Checkpoint.open(checkpoint)
     layout = QuantizationLayout.read(source.config)
     tensors: dict[str, Any] = {}
     schemes: dict[str, QuantScheme] = {}
     stored = stored_linears(source.tensors)
-    of_linears = {f"{module}.{suffix}" for module, suffixes in stored.items() for suffix in suffixes}
+    of_linears = {
+        f"{module}.{suffix}" for module, suffixes in stored.items() for suffix in suffixes
+    }
     for module, suffixes in stored.items():
         scheme = layout.scheme_of(module)
-        weight, _ = decode_linear({suffix: source.read(f"{module}.{suffix}") for suffix in suffixes}, scheme, module)
+        weight, _ = decode_linear(
+            {suffix: source.read(f"{module}.{suffix}") for suffix in suffixes}, scheme, module
+        )
         if re.search(pattern, module):
             scheme = replace(scheme, input=None)
         schemes[module] = scheme
@@ -51,58 +69,107 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in parts.items()}
     tensors |= {name: source.read(name) for name in source.tensors if name not in of_linears}
     output.mkdir()
-    write_tensors(output / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
+    write_tensors(
+        output / "model.safetensors",
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+    )
     for path in source.other_files():
         shutil.copy(path, output / path.name)
-    config = source.config | {"quantization_config": compressed_tensors_config(schemes, layout.ignore, next(iter(schemes.values())), kv_cache=False)}
+    config = source.config | {
+        "quantization_config": compressed_tensors_config(
+            schemes, layout.ignore, next(iter(schemes.values())), kv_cache=False
+        )
+    }
     (output / "config.json").write_text(json.dumps(config))
     return output
 
 
-def judged(model: Path, checkpoint: Path, patterns: dict[str, str], data: str, windows: int) -> list[dict[str, Any]]:
+def judged(
+    model: Path, checkpoint: Path, patterns: dict[str, str], data: str, windows: int
+) -> list[dict[str, Any]]:
     """The checkpoint's figures, then those without some inputs' quantization."""
     with tempfile.TemporaryDirectory() as temporary:
-        copies = [without_inputs(checkpoint, Path(temporary) / str(number), pattern) for number, pattern in enumerate(patterns.values())]
-        result = evaluate(EvaluationOptions(model, (checkpoint, *copies), (data,), LENGTH, LENGTH * windows))
+        copies = [
+            without_inputs(checkpoint, Path(temporary) / str(number), pattern)
+            for number, pattern in enumerate(patterns.values())
+        ]
+        result = evaluate(
+            EvaluationOptions(model, (checkpoint, *copies), (data,), LENGTH, LENGTH * windows)
+        )
     names = ["none", *patterns]
     return [
-        {"unquantized": name, "kld": quant["kld"]["mean"], "ppl_delta_pct": quant["ppl_delta_pct"]} for name, quant in zip(names, result["quants"], strict=True)
+        {"unquantized": name, "kld": quant["kld"]["mean"], "ppl_delta_pct": quant["ppl_delta_pct"]}
+        for name, quant in zip(names, result["quants"], strict=True)
     ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     whole = rows[0]["kld"]
-    shown = [(row["unquantized"], f"{row['kld']:.5f}", f"{whole - row['kld']:+.5f}", interval_text(row["ppl_delta_pct"])) for row in rows]
-    return markdown_table(("inputs left as they are", "KL mean", "what they cost", "ΔPPL [95 %]"), shown)
+    shown = [
+        (
+            row["unquantized"],
+            f"{row['kld']:.5f}",
+            f"{whole - row['kld']:+.5f}",
+            interval_text(row["ppl_delta_pct"]),
+        )
+        for row in rows
+    ]
+    return markdown_table(
+        ("inputs left as they are", "KL mean", "what they cost", "ΔPPL [95 %]"), shown
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
-    parser.add_argument("--calibration-data", help="text to calibrate on; without it the text that comes with quantkit")
+    parser.add_argument(
+        "--calibration-data",
+        help="text to calibrate on; without it the text that comes with quantkit",
+    )
     parser.add_argument("--recipe", type=Path, default=CONFIGS / "int8-dynamic-best.yaml")
-    parser.add_argument("--checkpoint", type=Path, help="an export by that recipe; without it one is made")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="an export by that recipe; without it one is made"
+    )
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens to calibrate on")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="windows of 512 tokens to calibrate on"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     model = opened_model(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        checkpoint = arguments.checkpoint or make(model, arguments.recipe, Path(temporary), arguments)[0]
-        kinds = judged(model, checkpoint, {**KINDS, "all": "_proj"}, arguments.data, arguments.windows)
-        costly = min(KINDS, key=lambda kind: next(row["kld"] for row in kinds if row["unquantized"] == kind))
+        checkpoint = (
+            arguments.checkpoint or make(model, arguments.recipe, Path(temporary), arguments)[0]
+        )
+        kinds = judged(
+            model, checkpoint, {**KINDS, "all": "_proj"}, arguments.data, arguments.windows
+        )
+        costly = min(
+            KINDS, key=lambda kind: next(row["kld"] for row in kinds if row["unquantized"] == kind)
+        )
         count = Checkpoint.open(model).config["num_hidden_layers"]
         parts = {
-            f"{costly} in blocks {first} to {first + BLOCKS - 1}": rf"layers\.({'|'.join(map(str, range(first, first + BLOCKS)))})\..*{KINDS[costly]}"
+            f"{costly} in blocks {first} to {first + BLOCKS - 1}": (
+                rf"layers\.({'|'.join(map(str, range(first, first + BLOCKS)))})\..*{KINDS[costly]}"
+            )
             for first in range(0, count, BLOCKS)
         }
         blocks = judged(model, checkpoint, parts, arguments.data, arguments.windows)
-    title = f"SmolLM2-135M-Instruct by {arguments.recipe.stem}, {Path(arguments.data).name}, {arguments.windows} windows of {LENGTH} tokens, protocol gptq"
-    text = f"# Where the loss comes from\n\n{title}.\nMachine: {machine()}.\n\n{table(kinds)}\n\n{table(blocks)}"
+    title = (
+        f"SmolLM2-135M-Instruct by {arguments.recipe.stem}, {Path(arguments.data).name},"
+        f" {arguments.windows} windows of {LENGTH} tokens, protocol gptq"
+    )
+    text = (
+        f"# Where the loss comes from\n\n{title}.\nMachine:"
+        f" {machine()}.\n\n{table(kinds)}\n\n{table(blocks)}"
+    )
     arguments.output.mkdir(parents=True, exist_ok=True)
     name = f"error_budget_{arguments.recipe.stem}"
     (arguments.output / f"{name}.md").write_text(text)
-    write_json(arguments.output / f"{name}.json", {"machine": machine(), "recipe": arguments.recipe.stem, "kinds": kinds, "blocks": blocks})
+    write_json(
+        arguments.output / f"{name}.json",
+        {"machine": machine(), "recipe": arguments.recipe.stem, "kinds": kinds, "blocks": blocks},
+    )
     print(text)
 
 

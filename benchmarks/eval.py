@@ -1,11 +1,14 @@
-"""How fast `quantkit eval` is beside the naive loop over transformers, how much memory it takes, and how both grow with the text.
+"""How fast `quantkit eval` is beside the naive loop over transformers, how much memory it takes,
+and how both grow with the text.
 
     python benchmarks/eval.py                     # about 10 minutes
 
-SmolLM2-135M and its int8-dynamic export, windows of 2048 tokens of the bundled text. The naive loop is that of most perplexity scripts: the whole
-model in bfloat16, one window after the other, `model(input_ids=window, labels=window).loss`, and it judges one model. `quantkit eval` judges two and
-compares their distributions at every token: its seconds are those of the whole of `evaluate`, so "per model" is half of them. The programs take turns,
-and of each turn's ratio the median stands in the table: a machine whose speed changes with its neighbours' work decides as little as can be.
+SmolLM2-135M and its int8-dynamic export, windows of 2048 tokens of the bundled text. The naive loop
+is that of most perplexity scripts: the whole model in bfloat16, one window after the other,
+`model(input_ids=window, labels=window).loss`, and it judges one model. `quantkit eval` judges two
+and compares their distributions at every token: its seconds are those of the whole of `evaluate`,
+so "per model" is half of them. The programs take turns, and of each turn's ratio the median stands
+in the table: a machine whose speed changes with its neighbours' work decides as little as can be.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ with torch.inference_mode():
         loss += model(input_ids=window, labels=window).loss.item()
 print(json.dumps({"seconds": time.perf_counter() - started, "cpu": time.process_time() - used, "loss": loss / count}), file=sys.stderr)
 """
-# Prints the seconds of `evaluate` alone, after the imports; the process's peak is measured from outside.
+# Prints the seconds of `evaluate` alone, after the imports; the process's peak is measured from
+# outside.
 EVAL = """
 import json, sys, time
 from pathlib import Path
@@ -75,7 +79,9 @@ def text_of(work: Path, tokenizer: Any, tokens: int) -> Path:
     return path
 
 
-def compare_speed(work: Path, length: int, counts: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+def compare_speed(
+    work: Path, length: int, counts: tuple[int, ...], repeats: int
+) -> list[dict[str, Any]]:
     """For each number of windows: medians of both programs, and of their ratios within a turn."""
     base = smollm2(lambda text: click.echo(text, err=True))
     quant = work / "int8-dynamic"
@@ -85,13 +91,28 @@ def compare_speed(work: Path, length: int, counts: tuple[int, ...], repeats: int
     for count in counts:
         turns: list[tuple[Run, Run]] = []
         for turn in range(repeats + 1):
-            naive = measure([sys.executable, "-c", NAIVE, str(base), str(text), str(length), str(count)])
-            ours = measure([sys.executable, "-c", EVAL, str(base), str(quant), str(text), str(length), str(count)])
+            naive = measure(
+                [sys.executable, "-c", NAIVE, str(base), str(text), str(length), str(count)]
+            )
+            ours = measure(
+                [
+                    sys.executable,
+                    "-c",
+                    EVAL,
+                    str(base),
+                    str(quant),
+                    str(text),
+                    str(length),
+                    str(count),
+                ]
+            )
             if turn or repeats == 0:  # the first turn warms the page cache
                 turns.append((naive, ours))
             told = [printed(run) for run in (naive, ours)]
             click.echo(
-                f"  {count} windows: naive {told[0]['seconds']:.1f} s ({told[0]['cpu']:.1f} CPU), eval {told[1]['seconds']:.1f} s ({told[1]['cpu']:.1f} CPU), {ours.peak / 1e6:.0f} MB",
+                f"  {count} windows: naive {told[0]['seconds']:.1f} s ({told[0]['cpu']:.1f} CPU),"
+                f" eval {told[1]['seconds']:.1f} s ({told[1]['cpu']:.1f} CPU),"
+                f" {ours.peak / 1e6:.0f} MB",
                 err=True,
             )
         each = [(printed(naive), printed(ours)) for naive, ours in turns]
@@ -104,16 +125,27 @@ def compare_speed(work: Path, length: int, counts: tuple[int, ...], repeats: int
             {
                 "windows": count,
                 "tokens": tokens,
-                "naive": {key: middle(naive[key] for naive, _ in each) for key in ("seconds", "cpu")} | {"peak_bytes": middle(run.peak for run, _ in turns)},
-                "eval": {key: middle(ours[key] for _, ours in each) for key in ("seconds", "cpu")} | {"peak_bytes": middle(run.peak for _, run in turns)},
+                "naive": (
+                    {key: middle(naive[key] for naive, _ in each) for key in ("seconds", "cpu")}
+                    | {"peak_bytes": middle(run.peak for run, _ in turns)}
+                ),
+                "eval": (
+                    {key: middle(ours[key] for _, ours in each) for key in ("seconds", "cpu")}
+                    | {"peak_bytes": middle(run.peak for _, run in turns)}
+                ),
                 "rates": [middle(ours["rates"][number] for _, ours in each) for number in range(2)],
-                "of_naive": {key: middle(2 * naive[key] / ours[key] for naive, ours in each) for key in ("seconds", "cpu")},
+                "of_naive": {
+                    key: middle(2 * naive[key] / ours[key] for naive, ours in each)
+                    for key in ("seconds", "cpu")
+                },
             }
-        )  # fmt: skip
+        )
     return found
 
 
-def compare_memory(work: Path, layers: tuple[int, ...], windows: int, length: int) -> list[dict[str, Any]]:
+def compare_memory(
+    work: Path, layers: tuple[int, ...], windows: int, length: int
+) -> list[dict[str, Any]]:
     """Peak memory of judging a Llama of random weights and its int8-dynamic export, by depth."""
     found = []
     for count in layers:
@@ -122,25 +154,71 @@ def compare_memory(work: Path, layers: tuple[int, ...], windows: int, length: in
         make_tokenizer(model)
         export(plan_export(ExportOptions(model, quant, Recipe(QuantScheme.parse("int8-dynamic")))))
         text = text_of(work, load_tokenizer(model), length * windows)
-        run = measure([sys.executable, "-c", EVAL, str(model), str(quant), str(text), str(length), str(windows)])
+        run = measure(
+            [
+                sys.executable,
+                "-c",
+                EVAL,
+                str(model),
+                str(quant),
+                str(text),
+                str(length),
+                str(windows),
+            ]
+        )
         nbytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         found.append(
-            {"layers": count, "model_bytes": nbytes, "windows": windows, "seq_len": length, "seconds": printed(run)["seconds"], "peak_bytes": run.peak}
+            {
+                "layers": count,
+                "model_bytes": nbytes,
+                "windows": windows,
+                "seq_len": length,
+                "seconds": printed(run)["seconds"],
+                "peak_bytes": run.peak,
+            }
         )
-        click.echo(f"  {count} layers, {nbytes / 1e9:.2f} GB: {found[-1]['seconds']:.0f} s, {run.peak / 1e6:.0f} MB", err=True)
+        click.echo(
+            f"  {count} layers, {nbytes / 1e9:.2f} GB: {found[-1]['seconds']:.0f} s,"
+            f" {run.peak / 1e6:.0f} MB",
+            err=True,
+        )
     return found
 
 
 @click.command()
 @click.option("--seq-len", default=2048, show_default=True)
 @click.option("--windows", multiple=True, type=int, default=(4, 8, 16), show_default=True)
-@click.option("--repeats", default=3, show_default=True, help="Turns that count; one more goes before them.")
 @click.option(
-    "--layers", multiple=True, type=int, default=(11, 22, 44), show_default=True, help="Of the models whose memory is measured; 22 are 1.1 B parameters."
+    "--repeats", default=3, show_default=True, help="Turns that count; one more goes before them."
 )
-@click.option("--work", type=click.Path(path_type=Path), help="Where models and outputs go; removed afterwards.  [default: a temporary directory]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS / "eval.md", show_default=True)
-def main(seq_len: int, windows: tuple[int, ...], repeats: int, layers: tuple[int, ...], work: Path | None, output: Path) -> None:
+@click.option(
+    "--layers",
+    multiple=True,
+    type=int,
+    default=(11, 22, 44),
+    show_default=True,
+    help="Of the models whose memory is measured; 22 are 1.1 B parameters.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Where models and outputs go; removed afterwards.  [default: a temporary directory]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=RESULTS / "eval.md",
+    show_default=True,
+)
+def main(
+    seq_len: int,
+    windows: tuple[int, ...],
+    repeats: int,
+    layers: tuple[int, ...],
+    work: Path | None,
+    output: Path,
+) -> None:
     """Measure eval against the naive loop."""
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory(dir=work) as temporary:
@@ -158,24 +236,47 @@ def main(seq_len: int, windows: tuple[int, ...], repeats: int, layers: tuple[int
             f"{entry['eval']['peak_bytes'] / 1e6:.0f}",
         )
         for entry in speeds
-    ]  # fmt: skip
-    text = f"# Eval: beside the naive loop over transformers\n\nMachine: {machine()}; {f'medians of {repeats} turns' if repeats > 1 else 'one turn'}.\n\n"
-    text += f"SmolLM2-135M and its int8-dynamic export, windows of {seq_len} tokens. Per model: the whole of `evaluate`, checks and comparison included, in two.\n\n"
+    ]
+    text = (
+        f"# Eval: beside the naive loop over transformers\n\nMachine: {machine()};"
+        f" {f'medians of {repeats} turns' if repeats > 1 else 'one turn'}.\n\n"
+    )
+    text += (
+        f"SmolLM2-135M and its int8-dynamic export, windows of {seq_len} tokens. Per model: the"
+        " whole of `evaluate`, checks and comparison included, in two.\n\n"
+    )
     columns = (
-        "tokens", "naive, tokens/s", "eval says: base · quant", "eval per model, tokens/s", "of the naive loop's speed: wall · CPU", "CPU µs per token and model",
-        "naive peak MB", "eval peak MB",
-    )  # fmt: skip
+        "tokens",
+        "naive, tokens/s",
+        "eval says: base · quant",
+        "eval per model, tokens/s",
+        "of the naive loop's speed: wall · CPU",
+        "CPU µs per token and model",
+        "naive peak MB",
+        "eval peak MB",
+    )
     text += markdown_table(columns, rows)
     if memory:
-        text += "\nLlamas of 2048 hidden features with random weights and their int8-dynamic exports; peak memory of the whole process:\n\n"
+        text += (
+            "\nLlamas of 2048 hidden features with random weights and their int8-dynamic exports;"
+            " peak memory of the whole process:\n\n"
+        )
         shown = [
-            (str(e["layers"]), f"{e['model_bytes'] / 1e9:.2f}", f"{e['windows']} × {e['seq_len']}", f"{e['peak_bytes'] / 1e6:.0f}", f"{e['seconds']:.0f}")
+            (
+                str(e["layers"]),
+                f"{e['model_bytes'] / 1e9:.2f}",
+                f"{e['windows']} × {e['seq_len']}",
+                f"{e['peak_bytes'] / 1e6:.0f}",
+                f"{e['seconds']:.0f}",
+            )
             for e in memory
         ]
         text += markdown_table(("layers", "base GB", "windows", "peak MB", "seconds"), shown)
     output.parent.mkdir(exist_ok=True)
     output.write_text(text)
-    write_json(output.with_suffix(".json"), {"machine": machine(), "speed": speeds, "memory": memory})
+    write_json(
+        output.with_suffix(".json"), {"machine": machine(), "speed": speeds, "memory": memory}
+    )
     click.echo(text)
 
 

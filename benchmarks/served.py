@@ -1,11 +1,14 @@
-"""Is `eval` faithful? Its perplexities beside those of vLLM (its own log probabilities of the prompt) and of transformers' logits, on the same windows.
+"""Is `eval` faithful? Its perplexities beside those of vLLM (its own log probabilities of the
+prompt) and of transformers' logits, on the same windows.
 
-    python benchmarks/served.py --data wiki.test.raw --vllm-python /path/to/venv/bin/python        # about 10 minutes
+    python benchmarks/served.py --data wiki.test.raw --vllm-python /path/to/venv/bin/python        #
+    about 10 minutes
 
-SmolLM2-135M, protocol gptq, 10 windows of 1024 tokens, in bfloat16, int8-dynamic and fp8-dynamic. vLLM's CPU build gives FP8 inputs to
-`torch._scaled_mm`, which runs oneDNN's reference loop where the processor has no FP8 instructions (days for this text): there the call is answered by
-the same product in float32, and the table says so. Builds that keep inputs in bfloat16 (`--hardware cpu`) are asked through what they compute: a checkpoint that
-holds the codes' values, rounded to bfloat16.
+SmolLM2-135M, protocol gptq, 10 windows of 1024 tokens, in bfloat16, int8-dynamic and fp8-dynamic.
+vLLM's CPU build gives FP8 inputs to `torch._scaled_mm`, which runs oneDNN's reference loop where
+the processor has no FP8 instructions (days for this text): there the call is answered by the same
+product in float32, and the table says so. Builds that keep inputs in bfloat16 (`--hardware cpu`)
+are asked through what they compute: a checkpoint that holds the codes' values, rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from quantkit.exporter.write import export
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 
-# How a script begins that asks vLLM's CPU build; it runs with vLLM's Python. answered: calls of torch._scaled_mm.
+# How a script begins that asks vLLM's CPU build; it runs with vLLM's Python. answered: calls of
+# torch._scaled_mm.
 VLLM_START = """
 import json, os, sys
 os.environ.update(
@@ -75,16 +79,25 @@ os._exit(0)
 
 
 def vllm_perplexity(python: str, checkpoint: Path, windows: Path) -> dict[str, Any]:
-    done = subprocess.run([python, "-c", VLLM, str(checkpoint), str(windows)], capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-c", VLLM, str(checkpoint), str(windows)], capture_output=True, text=True
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"nll"')]
     if not lines:
-        raise click.ClickException(f"vLLM doesn't serve {checkpoint}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        raise click.ClickException(
+            f"vLLM doesn't serve {checkpoint}:"
+            f" {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+        )
     found = json.loads(lines[-1])
     return found | {"perplexity": math.exp(found["nll"] / found["tokens"])}
 
 
-def transformers_perplexities(checkpoint: Path, windows: list[list[int]], threads: int) -> tuple[float, float]:
-    """From transformers' whole forward: with its logits as they come (bfloat16), and with `lm_head` applied in float32 to its final hidden states."""
+def transformers_perplexities(
+    checkpoint: Path, windows: list[list[int]], threads: int
+) -> tuple[float, float]:
+    """From transformers' whole forward: with its logits as they come (bfloat16), and with `lm_head`
+    applied in float32 to its final hidden states.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -103,9 +116,16 @@ def _transformers_perplexities(checkpoint: Path, windows: list[list[int]]) -> tu
         for window in windows:
             tokens = torch.tensor([window])
             output = model(tokens, use_cache=False, output_hidden_states=True)
-            each = output.logits[0, :-1].float(), output.hidden_states[-1][0, :-1].float() @ weight.T
+            each = (
+                output.logits[0, :-1].float(),
+                output.hidden_states[-1][0, :-1].float() @ weight.T,
+            )
             for number, logits in enumerate(each):
-                sums[number] += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none").double().sum())
+                sums[number] += float(
+                    torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+                    .double()
+                    .sum()
+                )
             count += len(window) - 1
     return math.exp(sums[0] / count), math.exp(sums[1] / count)
 
@@ -116,7 +136,11 @@ def dequantized(checkpoint: Path, base: Path, output: Path) -> Path:
     layout, stored = QuantizationLayout.read(quantized.config), stored_linears(quantized.tensors)
     tensors = {name: original.read(name) for name in original.tensors}
     for module, suffixes in stored.items():
-        weight, _ = decode_linear({suffix: quantized.read(f"{module}.{suffix}") for suffix in suffixes}, layout.scheme_of(module), module)
+        weight, _ = decode_linear(
+            {suffix: quantized.read(f"{module}.{suffix}") for suffix in suffixes},
+            layout.scheme_of(module),
+            module,
+        )
         tensors[f"{module}.weight"] = weight.dequantize().bfloat16()
     output.mkdir()
     write_tensors(output / "model.safetensors", tensors)
@@ -125,44 +149,106 @@ def dequantized(checkpoint: Path, base: Path, output: Path) -> Path:
     return output
 
 
-def compare(work: Path, data: str, windows: int, seq_len: int, vllm_python: str | None) -> list[dict[str, Any]]:
+def compare(
+    work: Path, data: str, windows: int, seq_len: int, vllm_python: str | None
+) -> list[dict[str, Any]]:
     base = smollm2(lambda text: click.echo(text, err=True))
     outputs = {}
     for scheme in ("int8-dynamic", "fp8-dynamic"):
         outputs[scheme] = work / scheme
         export(plan_export(ExportOptions(base, outputs[scheme], Recipe(QuantScheme.parse(scheme)))))
     outputs["fp8-dynamic, --hardware cpu"] = outputs["fp8-dynamic"]
-    cut = evaluation_windows([data], load_tokenizer(base), "gptq", seq_len, windows * seq_len).windows
+    cut = evaluation_windows(
+        [data], load_tokenizer(base), "gptq", seq_len, windows * seq_len
+    ).windows
     tokens = [list(window.tokens) for window in cut]
     (work / "windows.json").write_text(json.dumps(tokens))
 
     def judged(quants: tuple[Path, ...], **options: Any) -> dict[str, Any]:
-        return evaluate(EvaluationOptions(base, quants, (data,), seq_len, windows * seq_len, **options))
+        return evaluate(
+            EvaluationOptions(base, quants, (data,), seq_len, windows * seq_len, **options)
+        )
 
-    kernels, reference = (judged((outputs["int8-dynamic"], outputs["fp8-dynamic"]), exec=name) for name in ("auto", "reference"))
-    weights_only = {name: judged((outputs["fp8-dynamic"],), hardware="cpu", exec=name)["quants"][0] for name in ("auto", "reference")}
+    kernels, reference = (
+        judged((outputs["int8-dynamic"], outputs["fp8-dynamic"]), exec=name)
+        for name in ("auto", "reference")
+    )
+    weights_only = {
+        name: judged((outputs["fp8-dynamic"],), hardware="cpu", exec=name)["quants"][0]
+        for name in ("auto", "reference")
+    }
     rows = []
 
-    def row(what: str, against: str, theirs: float, ours: float, by_reference: float | None = None, remark: str = "") -> None:
-        rows.append({"checkpoint": what, "against": against, "theirs": theirs, "eval": ours, "eval_reference": by_reference, "remark": remark})
-        click.echo(f"  {what:28} {against:34} {theirs:.4f} {ours:.4f} ({100 * (ours / theirs - 1):+.3f} %) {remark}", err=True)
+    def row(
+        what: str,
+        against: str,
+        theirs: float,
+        ours: float,
+        by_reference: float | None = None,
+        remark: str = "",
+    ) -> None:
+        rows.append(
+            {
+                "checkpoint": what,
+                "against": against,
+                "theirs": theirs,
+                "eval": ours,
+                "eval_reference": by_reference,
+                "remark": remark,
+            }
+        )
+        click.echo(
+            f"  {what:28} {against:34} {theirs:.4f} {ours:.4f} ({100 * (ours / theirs - 1):+.3f} %)"
+            f" {remark}",
+            err=True,
+        )
 
     for threads in dict.fromkeys((1, torch.get_num_threads())):
         bfloat16, float32 = transformers_perplexities(base, tokens, threads)
         where = f"{threads} thread{'s' if threads > 1 else ''}"
-        row("bfloat16", f"transformers, {where}", float32, kernels["base"]["perplexity"], remark="its hidden states, lm_head in float32")
-        row("bfloat16", f"transformers, {where}", bfloat16, kernels["base"]["perplexity"], remark="its logits, which are bfloat16")
+        row(
+            "bfloat16",
+            f"transformers, {where}",
+            float32,
+            kernels["base"]["perplexity"],
+            remark="its hidden states, lm_head in float32",
+        )
+        row(
+            "bfloat16",
+            f"transformers, {where}",
+            bfloat16,
+            kernels["base"]["perplexity"],
+            remark="its logits, which are bfloat16",
+        )
     if vllm_python:
-        served = {name: vllm_perplexity(vllm_python, path, work / "windows.json") for name, path in {"bfloat16": base, **outputs}.items() if "cpu" not in name}
+        served = {
+            name: vllm_perplexity(vllm_python, path, work / "windows.json")
+            for name, path in {"bfloat16": base, **outputs}.items()
+            if "cpu" not in name
+        }
         against = f"vLLM {served['bfloat16']['version']}"
         row("bfloat16", against, served["bfloat16"]["perplexity"], kernels["base"]["perplexity"])
         for number, name in enumerate(("int8-dynamic", "fp8-dynamic")):
             remark = "torch._scaled_mm answered in float32" if served[name]["answered"] else ""
-            ours, by_reference = kernels["quants"][number]["perplexity"], reference["quants"][number]["perplexity"]
+            ours, by_reference = (
+                kernels["quants"][number]["perplexity"],
+                reference["quants"][number]["perplexity"],
+            )
             row(name, against, served[name]["perplexity"], ours, by_reference, remark)
-        values = vllm_perplexity(vllm_python, dequantized(outputs["fp8-dynamic"], base, work / "values"), work / "windows.json")
+        values = vllm_perplexity(
+            vllm_python,
+            dequantized(outputs["fp8-dynamic"], base, work / "values"),
+            work / "windows.json",
+        )
         ours, by_reference = (weights_only[name]["perplexity"] for name in ("auto", "reference"))
-        row("fp8-dynamic, --hardware cpu", against, values["perplexity"], ours, by_reference, "codes' values in bfloat16")
+        row(
+            "fp8-dynamic, --hardware cpu",
+            against,
+            values["perplexity"],
+            ours,
+            by_reference,
+            "codes' values in bfloat16",
+        )
     return rows
 
 
@@ -172,12 +258,37 @@ def _percent(share: float) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = ("checkpoint", "against", "its perplexity", "quantkit eval", "difference", "--exec reference", "difference", "remark")
+    columns = (
+        "checkpoint",
+        "against",
+        "its perplexity",
+        "quantkit eval",
+        "difference",
+        "--exec reference",
+        "difference",
+        "remark",
+    )
     shown = []
     for entry in rows:
         ours = [entry["eval"], entry["eval_reference"]]
-        figures = [cell for value in ours for cell in (("", "") if value is None else (f"{value:.3f}", _percent(value / entry["theirs"] - 1)))]
-        shown.append((entry["checkpoint"], entry["against"], f"{entry['theirs']:.3f}", *figures, entry["remark"]))
+        figures = [
+            cell
+            for value in ours
+            for cell in (
+                ("", "")
+                if value is None
+                else (f"{value:.3f}", _percent(value / entry["theirs"] - 1))
+            )
+        ]
+        shown.append(
+            (
+                entry["checkpoint"],
+                entry["against"],
+                f"{entry['theirs']:.3f}",
+                *figures,
+                entry["remark"],
+            )
+        )
     return markdown_table(columns, shown)
 
 
@@ -185,18 +296,34 @@ def table(rows: list[dict[str, Any]]) -> str:
 @click.option("--data", required=True, help="A text file, such as WikiText-2's test split.")
 @click.option("--windows", default=10, show_default=True)
 @click.option("--seq-len", default=1024, show_default=True)
-@click.option("--vllm-python", help="A Python that has vLLM; without it only transformers is compared with.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS / "parity.md", show_default=True)
+@click.option(
+    "--vllm-python", help="A Python that has vLLM; without it only transformers is compared with."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=RESULTS / "parity.md",
+    show_default=True,
+)
 def main(data: str, windows: int, seq_len: int, vllm_python: str | None, output: Path) -> None:
     """Compare eval's perplexities with a server's and with transformers'."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     with tempfile.TemporaryDirectory() as temporary:
         rows = compare(Path(temporary), data, windows, seq_len, vllm_python)
-    title = f"SmolLM2-135M-Instruct, {Path(data).name}, the first {windows} windows of {seq_len} tokens, protocol gptq"
-    text = f"# Eval beside vLLM and transformers\n\n{title}.\nMachine: {machine()}.\n\n{table(rows)}"
+    title = (
+        f"SmolLM2-135M-Instruct, {Path(data).name}, the first {windows} windows of {seq_len}"
+        " tokens, protocol gptq"
+    )
+    text = (
+        f"# Eval beside vLLM and transformers\n\n{title}.\nMachine: {machine()}.\n\n{table(rows)}"
+    )
     output.parent.mkdir(exist_ok=True)
     output.write_text(text)
-    write_json(output.with_suffix(".json"), {"machine": machine(), "windows": windows, "seq_len": seq_len, "rows": rows})
+    write_json(
+        output.with_suffix(".json"),
+        {"machine": machine(), "windows": windows, "seq_len": seq_len, "rows": rows},
+    )
     click.echo(text)
 
 

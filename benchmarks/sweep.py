@@ -1,11 +1,14 @@
-"""Every causal language model that transformers knows through every command, as a tiny random model: what quantkit takes, what it refuses, and why.
+"""Every causal language model that transformers knows through every command, as a tiny random
+model: what quantkit takes, what it refuses, and why.
 
     python benchmarks/sweep.py                       # all, about 8 minutes of one core
     python benchmarks/sweep.py qwen3 llama4_text     # these, with what went wrong in full
 
-Each architecture's default configuration is made small by what its sizes are called, filled with random weights, saved, and taken through `export --dry-run`,
-`export`, `verify`, `eval` and `calibrate`. Four things are looked at beyond "it ran": the base's perplexity is that of transformers' own forward of the whole
-model, the quantized model's KL is small, its weights are the model's but for their rounding, and each Linear of the decoder blocks and each stack of experts was
+Each architecture's default configuration is made small by what its sizes are called, filled with
+random weights, saved, and taken through `export --dry-run`, `export`, `verify`, `eval` and
+`calibrate`. Four things are looked at beyond "it ran": the base's perplexity is that of
+transformers' own forward of the whole model, the quantized model's KL is small, its weights are the
+model's but for their rounding, and each Linear of the decoder blocks and each stack of experts was
 quantized or left with a reason.
 """
 
@@ -58,7 +61,10 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size.*|.*vocab_size", VOCABULARY),
     (r".*hidden_size_per_layer.*|.*lora_rank|.*(state_size|d_state|ssm_state)|q_rank|.*_rank", 16),
     (r"moe.*(intermediate|ffn).*|.*expert.*(intermediate|ffn).*", 32),
-    (r".*intermediate.*size.*|.*ffn_dim|.*ffn_hidden.*|d_ff|n_inner|d_inner|inner_dim|ff_.*dim|feed_forward_size|.*mlp_.*size", 96),
+    (
+        r".*intermediate.*size.*|.*ffn_dim|.*ffn_hidden.*|d_ff|n_inner|d_inner|inner_dim|ff_.*dim|feed_forward_size|.*mlp_.*size",
+        96,
+    ),
     (
         r"hidden_size|d_model|n_embd|dim|emb_dim|model_dim|embedding_size|embedding_dim|word_embed_proj_dim|.*hidden_size|lru_width|out_hidden_size|.*_proj_dim",
         HIDDEN,
@@ -79,7 +85,12 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"image_size", 32),
     (r"patch_size", 16),
 )
-SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "decoder_start_token_id": 1}
+SPECIAL_TOKENS = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 1,
+}
 # What can't be told from names.
 SHARED_BLOCKS = {
     "attention_hidden_size": 128,
@@ -88,33 +99,80 @@ SHARED_BLOCKS = {
     "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid"],
 }
 GEMMA_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-INDEXER = {"eos_token_id": 1, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4}
-NGRAMS = {"ple_layer_ids": [1], "ple_embed_dim": 64, "heads_per_ngram": 4, "ngram_vocab_size_base": 64, "split_ngram_parts": 2}
+INDEXER = {
+    "eos_token_id": 1,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+NGRAMS = {
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 64,
+    "heads_per_ngram": 4,
+    "ngram_vocab_size_base": 64,
+    "split_ngram_parts": 2,
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    "bailing_hybrid": {
+        "num_expert_group": 1,
+        "topk_group": 1,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "cpmant": {"init_std": 0.02},  # 1.0 by default: logits so far apart that any rounding shows
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "blt": {"encoder_hash_byte_group_vocab": 512, "vocab_size": VOCABULARY}
-    | {f"{part}_config": {"vocab_size": VOCABULARY, "hidden_size_global": HIDDEN} for part in ("patcher", "encoder", "decoder")},
+    "blt": (
+        {"encoder_hash_byte_group_vocab": 512, "vocab_size": VOCABULARY}
+        | {
+            f"{part}_config": {"vocab_size": VOCABULARY, "hidden_size_global": HIDDEN}
+            for part in ("patcher", "encoder", "decoder")
+        }
+    ),
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4},
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "hy_v4": {"indexer_types": ["full", "shared"]},
-    "gemma3n_text": GEMMA_LAYERS | {"num_kv_shared_layers": 2, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma3n_text": (
+        GEMMA_LAYERS
+        | {
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        }
+    ),
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
-    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "lfm2_moe": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
     "longcat_flash": {"head_dim": 16, "qk_head_dim": 32, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
@@ -132,7 +190,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "rembert": {"output_embedding_size": 96},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "zamba": SHARED_BLOCKS,
-    "zamba2": SHARED_BLOCKS | {"n_mamba_heads": 4, "num_key_value_heads": 4, "num_mem_blocks": 2, "use_shared_attention_adapter": True},
+    "zamba2": (
+        SHARED_BLOCKS
+        | {
+            "n_mamba_heads": 4,
+            "num_key_value_heads": 4,
+            "num_mem_blocks": 2,
+            "use_shared_attention_adapter": True,
+        }
+    ),
 }
 
 
@@ -142,17 +208,37 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 def shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a configuration that become smaller, and what they become."""
     changes: dict[str, Any] = {}
-    layers = next((settings[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if isinstance(settings.get(name), int)), None)
+    layers = next(
+        (
+            settings[name]
+            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+            if isinstance(settings.get(name), int)
+        ),
+        None,
+    )
     kinds: list[int] = []
     for name, value in settings.items():
         if isinstance(value, dict) and ("model_type" in value or name.endswith("_config")):
-            changes[name] = shrunk(value) | {key: value[key] for key in ("model_type",) if key in value}
-        elif isinstance(value, list) and value and len(value) == layers and len({repr(item) for item in value}) > 1 and not kinds and not _numbers(value):
-            kinds = sorted({repr(item): place for place, item in reversed(list(enumerate(value)))}.values())
+            changes[name] = shrunk(value) | {
+                key: value[key] for key in ("model_type",) if key in value
+            }
+        elif (
+            isinstance(value, list)
+            and value
+            and len(value) == layers
+            and len({repr(item) for item in value}) > 1
+            and not kinds
+            and not _numbers(value)
+        ):
+            kinds = sorted(
+                {repr(item): place for place, item in reversed(list(enumerate(value)))}.values()
+            )
             kinds = kinds if len(kinds) > 1 else [0, 1]
         elif name in SPECIAL_TOKENS and value is not None:
             changes[name] = SPECIAL_TOKENS[name]
-        elif re.search(r"token_(id|index)$", name) and isinstance(value, int) and value >= VOCABULARY:
+        elif (
+            re.search(r"token_(id|index)$", name) and isinstance(value, int) and value >= VOCABULARY
+        ):
             changes[name] = 5
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
@@ -161,7 +247,9 @@ def shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, list) and layers and len(value) == layers:
             places = kinds or range(2)
-            changes[name] = list(range(len(places))) if _numbers(value) else [value[place] for place in places]
+            changes[name] = (
+                list(range(len(places))) if _numbers(value) else [value[place] for place in places]
+            )
         elif isinstance(value, dict) and "mrope_section" in value:
             changes[name] = value | {"mrope_section": [4, 2, 2]}
     for name in changes:
@@ -172,7 +260,11 @@ def shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def merged(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """The others over the settings, also inside of nested configurations."""
-    inner = {name: merged(settings[name], value) for name, value in others.items() if isinstance(value, dict) and isinstance(settings.get(name), dict)}
+    inner = {
+        name: merged(settings[name], value)
+        for name, value in others.items()
+        if isinstance(value, dict) and isinstance(settings.get(name), dict)
+    }
     return {**settings, **others, **inner}
 
 
@@ -182,20 +274,31 @@ def _numbers(value: list[Any]) -> bool:
 
 
 def make_model(kind: str, directory: Path, more: Mapping[str, Any]) -> nn.Module:
-    """A random model of a kind that transformers knows, in float32 so that a difference is no rounding; saved in `directory`. more: settings."""
+    """A random model of a kind that transformers knows, in float32 so that a difference is no
+    rounding; saved in `directory`. more: settings.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = CONFIG_MAPPING[kind](**merged(merged(shrunk(CONFIG_MAPPING[kind]().to_dict()), EXCEPTIONS.get(kind, {})), more))
+    config = CONFIG_MAPPING[kind](
+        **merged(merged(shrunk(CONFIG_MAPPING[kind]().to_dict()), EXCEPTIONS.get(kind, {})), more)
+    )
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     config.architectures = [names if isinstance(names, str) else names[0]]
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(
+            parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters()
+        )
     if count > MOST_PARAMETERS:
-        raise ValueError(f"its configuration has sizes that can't be told by name: {count / 1e6:.0f} million parameters")
+        raise ValueError(
+            f"its configuration has sizes that can't be told by name: {count / 1e6:.0f} million"
+            " parameters"
+        )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    )
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape).to(parameter.dtype) * 0.02)
     model.save_pretrained(directory)
@@ -211,9 +314,16 @@ def make_tokenizer(directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<a>", "<b>", "<c>", "<image>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train([str(BUNDLED_CALIBRATION)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(directory)
 
 
 # ---- One architecture.
@@ -237,7 +347,9 @@ def step(name: str, group: str) -> Iterator[None]:
     except QuantkitError as error:
         raise Failed("refused", f"{name}: {str(error)[:250]}") from error
     except Exception as error:
-        raise Failed(group, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise Failed(
+            group, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def try_architecture(kind: str, place: Path, text: Path) -> dict[str, Any]:
@@ -245,7 +357,12 @@ def try_architecture(kind: str, place: Path, text: Path) -> dict[str, Any]:
     model_path, output = place / "model", place / "out"
     make_tokenizer(model_path)
     with step("build", "transformers"):
-        windows = [torch.tensor([window.tokens]) for window in evaluation_windows([str(text)], load_tokenizer(model_path), "gptq", SEQ_LEN, TOKENS).windows]
+        windows = [
+            torch.tensor([window.tokens])
+            for window in evaluation_windows(
+                [str(text)], load_tokenizer(model_path), "gptq", SEQ_LEN, TOKENS
+            ).windows
+        ]
         try:
             model = make_model(kind, model_path, {})
             expected = perplexity(model, windows)
@@ -268,36 +385,63 @@ def try_architecture(kind: str, place: Path, text: Path) -> dict[str, Any]:
     with step("weights", "quantkit"):
         require_all_arrived(model_path, output)
     with step("eval", "quantkit"):
-        result = evaluate(EvaluationOptions(model_path, (output,), (str(text),), SEQ_LEN, TOKENS, cache=False))
+        result = evaluate(
+            EvaluationOptions(model_path, (output,), (str(text),), SEQ_LEN, TOKENS, cache=False)
+        )
     with step("calibrate", "quantkit"):  # last: what it refuses can be exported and judged
-        summary = calibrate(CalibrationOptions(model_path, place / "calib", (str(text),), num_samples=2, seq_len=SEQ_LEN))
+        summary = calibrate(
+            CalibrationOptions(
+                model_path, place / "calib", (str(text),), num_samples=2, seq_len=SEQ_LEN
+            )
+        )
     return judged(kind, plan, linears, result, expected, summary.unread)
 
 
 def require_all_arrived(model_path: Path, output: Path) -> None:
-    """Each parameter of the blocks is what it was, but for the rounding: what is lost, left random or in another order isn't. Raises Failed."""
+    """Each parameter of the blocks is what it was, but for the rounding: what is lost, left random
+    or in another order isn't. Raises Failed.
+    """
     base, candidate = load_served(model_path, "cpu").blocks, load_served(output, "cpu").blocks
     for number in range(base.block_count if base.task != TARGET else 0):
         with base.block(number) as block, candidate.block(number) as other:
-            linears = {f"{name}.weight": module.weight().dequantize() for name, module in other.named_modules() if isinstance(module, QuantizedLinear)}
+            linears = {
+                f"{name}.weight": module.weight().dequantize()
+                for name, module in other.named_modules()
+                if isinstance(module, QuantizedLinear)
+            }
             found = dict(other.named_parameters()) | linears
             for name, parameter in block.named_parameters():
                 if (found[name] - parameter).abs().max() > MOST_ROUNDED * parameter.abs().max():
-                    raise Failed("quantkit", f"weights: {base.block_name(number)}.{name} is another than in the model")
+                    raise Failed(
+                        "quantkit",
+                        f"weights: {base.block_name(number)}.{name} is another than in the model",
+                    )
 
 
-def judged(kind: str, plan: ExportPlan, linears: Mapping[str, int], result: Mapping[str, Any], expected: float, unread: tuple[str, ...]) -> dict[str, Any]:
+def judged(
+    kind: str,
+    plan: ExportPlan,
+    linears: Mapping[str, int],
+    result: Mapping[str, Any],
+    expected: float,
+    unread: tuple[str, ...],
+) -> dict[str, Any]:
     quant = result["quants"][0]
     found = result["base"]["perplexity"]
     if abs(found / expected - 1) > 1e-5:
-        raise Failed("quantkit", f"eval: the base's perplexity is {found:.6f}, transformers' {expected:.6f}")
+        raise Failed(
+            "quantkit", f"eval: the base's perplexity is {found:.6f}, transformers' {expected:.6f}"
+        )
     if not 0 <= quant["kld"]["mean"] < 0.1:
         raise Failed("quantkit", f"eval: the mean KL is {quant['kld']['mean']:.3f}")
     left = left_matrices(plan)
     quantized = sum(row.bytes_before for row in plan.parameters if row.status == "quantized")
     lost = sum(linears.values()) - quantized - sum(size for size, _ in left.values())
     if lost > 0:
-        raise Failed("quantkit", f"export: {lost} bytes of the blocks' matrices are neither quantized nor left")
+        raise Failed(
+            "quantkit",
+            f"export: {lost} bytes of the blocks' matrices are neither quantized nor left",
+        )
     return {
         "architecture": kind,
         "quantized": len(plan.linears),
@@ -313,8 +457,15 @@ def left_matrices(plan: ExportPlan) -> dict[str, tuple[int, str]]:
     left: dict[str, tuple[int, str]] = {}
     for row in plan.parameters:
         shape = plan.checkpoint.tensors[row.name].shape
-        is_inside = re.match(r".*\.\d+\.", row.name) and row.reason != "not part of the language model"
-        if row.status == "quantized" or not is_inside or len(shape) < 2 or min(shape[-2:]) < LEAST_MATRIX:
+        is_inside = (
+            re.match(r".*\.\d+\.", row.name) and row.reason != "not part of the language model"
+        )
+        if (
+            row.status == "quantized"
+            or not is_inside
+            or len(shape) < 2
+            or min(shape[-2:]) < LEAST_MATRIX
+        ):
             continue
         leaf = re.sub(r"\d+", "N", ".".join(row.name.removesuffix(".weight").split(".")[-2:]))
         size, _ = left.get(leaf, (0, ""))
@@ -335,7 +486,9 @@ def linears_of(model: nn.Module) -> dict[str, int]:
 def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
     """transformers' own, of the whole model."""
     total, count = 0.0, 0
-    without_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    without_cache = (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
     for tokens in windows:
         with torch.inference_mode():
             logits = model(input_ids=tokens, **without_cache).logits[0].double()
@@ -366,12 +519,21 @@ def sweep(kinds: list[str], verbose: bool) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as directory:
             place = Path(directory)
             text = place / "text.txt"
-            text.write_text("\n".join(json.loads(line)["text"] for line in BUNDLED_CALIBRATION.read_text().splitlines()[:2])[:4000])
+            text.write_text(
+                "\n".join(
+                    json.loads(line)["text"]
+                    for line in BUNDLED_CALIBRATION.read_text().splitlines()[:2]
+                )[:4000]
+            )
             try:
                 with time_limit(SECONDS):
                     row = try_architecture(kind, place, text) | {"group": "works"}
             except Failed as failure:
-                row = {"architecture": kind, "group": failure.group, "reason": failure.reason.replace(directory, "")}
+                row = {
+                    "architecture": kind,
+                    "group": failure.group,
+                    "reason": failure.reason.replace(directory, ""),
+                }
                 if verbose:
                     traceback.print_exception(failure)
             except TimeoutError as failure:
@@ -386,7 +548,10 @@ OUTCOMES = {
     "works": "go through every command",
     "refused": "are refused by quantkit, in one sentence",
     "quantkit": "quantkit fails on",
-    "transformers": "have no small configuration that the script finds and transformers runs on a CPU, so that they are not judged here",
+    "transformers": (
+        "have no small configuration that the script finds and transformers runs on a CPU, so that"
+        " they are not judged here"
+    ),
 }
 
 
@@ -395,8 +560,14 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Every causal language model of transformers, tiny, through every command",
         "",
-        f"Made by `benchmarks/sweep.py` with transformers {transformers.__version__}, torch {torch.__version__}, quantkit {__version__}; exported in {SCHEME}.",
-        f"Of {len(rows)} architectures {'; '.join(f'{count} {OUTCOMES[group]}' for group, count in counts.items())}.",
+        (
+            f"Made by `benchmarks/sweep.py` with transformers {transformers.__version__}, torch"
+            f" {torch.__version__}, quantkit {__version__}; exported in {SCHEME}."
+        ),
+        (
+            f"Of {len(rows)} architectures"
+            f" {'; '.join(f'{count} {OUTCOMES[group]}' for group, count in counts.items())}."
+        ),
         "",
         "## Those that go through every command",
         "",
@@ -408,29 +579,54 @@ def page(rows: list[dict[str, Any]]) -> str:
             "of them with weights alone": row["weights_only"] or "",
             "that no token reached": row["unread"] or "",
             "mean KL": f"{row['kld']:.1e}",
-            "matrices left in the blocks": "; ".join(f"`{name}` ({reason})" for name, reason in row["left"].items()),
+            "matrices left in the blocks": "; ".join(
+                f"`{name}` ({reason})" for name, reason in row["left"].items()
+            ),
         }
         for row in rows
         if row["group"] == "works"
     ]
     lines.append(table(works))
     for group, outcome in OUTCOMES.items():
-        others = [{"architecture": row["architecture"], "reason": row["reason"]} for row in rows if row["group"] == group != "works"]
+        others = [
+            {"architecture": row["architecture"], "reason": row["reason"]}
+            for row in rows
+            if row["group"] == group != "works"
+        ]
         if others:
-            lines += [f"## Those that {outcome}" if group != "quantkit" else "## Those that quantkit fails on", "", table(others)]
+            lines += [
+                (
+                    f"## Those that {outcome}"
+                    if group != "quantkit"
+                    else "## Those that quantkit fails on"
+                ),
+                "",
+                table(others),
+            ]
     return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    cells = [list(rows[0]), ["---"] * len(rows[0]), *([str(value).replace("|", "\\|") for value in row.values()] for row in rows)]
+    cells = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([str(value).replace("|", "\\|") for value in row.values()] for row in rows),
+    ]
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 @click.command()
 @click.argument("kinds", nargs=-1)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the table here.  [default: benchmarks/results/sweep.md where all are swept]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the table here.  [default: benchmarks/results/sweep.md where all are swept]",
+)
 def main(kinds: tuple[str, ...], output: Path | None) -> None:
-    """Take each architecture (all that transformers builds as causal language models) through every command."""
+    """Take each architecture (all that transformers builds as causal language models) through every
+    command.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     rows = sweep(list(kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), bool(kinds))

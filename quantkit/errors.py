@@ -13,10 +13,12 @@
     ├── FaultsFound          3   a gate failed, or `verify` found a fault
     ├── Inconclusive         4   `eval --strict`: the text can't decide a gate
     ├── NotComparableError   5   results of different protocols, tokens or bases
-    ├── FollowerStopped      n   a process of several, ended because the first one refused; says nothing itself
+    ├── FollowerStopped      n   a process of several, ended because the first one refused; says
+    nothing itself
     └── Interrupted         75   stopped by a signal; `--resume` continues
 
-The command line turns these into one line in one place; every other exception is a bug and keeps its traceback.
+The command line turns these into one line in one place; every other exception is a bug and keeps
+its traceback.
 """
 
 

@@ -1,4 +1,6 @@
-"""Tiny models and texts, made here: random Llama checkpoints of a few hundred kB with a byte-level tokenizer."""
+"""Tiny models and texts, made here: random Llama checkpoints of a few hundred kB with a byte-level
+tokenizer.
+"""
 
 import os
 
@@ -44,20 +46,31 @@ def make_text(words: int, seed: int = 0) -> str:
     """Sentences of a small vocabulary, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(WORDS), (words,), generator=generator).tolist()
-    return " ".join(WORDS[pick] + ("." if number % 9 == 8 else "") for number, pick in enumerate(picks))
+    return " ".join(
+        WORDS[pick] + ("." if number % 9 == 8 else "") for number, pick in enumerate(picks)
+    )
 
 
 def make_tokenizer(directory: Path, mask: bool = False) -> int:
-    """A byte-level BPE tokenizer with a BOS and an EOS; with `mask` also what a masked language model needs. Returns its vocabulary size."""
+    """A byte-level BPE tokenizer with a BOS and an EOS; with `mask` also what a masked language
+    model needs. Returns its vocabulary size.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([make_text(2000)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     if mask:
         fast.add_special_tokens({"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"})
     fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -65,7 +78,14 @@ def make_tokenizer(directory: Path, mask: bool = False) -> int:
     return len(fast)
 
 
-def make_llama(directory: Path, *, tie: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes) -> Path:
+def make_llama(
+    directory: Path,
+    *,
+    tie: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    **changes,
+) -> Path:
     """A random Llama of two layers whose sizes are multiples of 128, so that every scheme fits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,7 +100,13 @@ def make_llama(directory: Path, *, tie: bool = False, dtype: torch.dtype = torch
         "max_position_embeddings": 256,
         "initializer_range": 0.08,
     }
-    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tie, bos_token_id=0, eos_token_id=1, **(sizes | changes))
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        tie_word_embeddings=tie,
+        bos_token_id=0,
+        eos_token_id=1,
+        **(sizes | changes),
+    )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).to(dtype).save_pretrained(directory)
     return directory
@@ -105,7 +131,9 @@ def _calibration_master(_llama_master, _text_master, tmp_path_factory) -> Path:
     from quantkit.calibration.options import CalibrationOptions
 
     output = tmp_path_factory.mktemp("calibrations") / "calib"
-    calibrate(CalibrationOptions(_llama_master, output, (str(_text_master),), num_samples=6, seq_len=64))
+    calibrate(
+        CalibrationOptions(_llama_master, output, (str(_text_master),), num_samples=6, seq_len=64)
+    )
     return output
 
 
@@ -116,7 +144,8 @@ def _text_master(tmp_path_factory) -> Path:
     return path
 
 
-# Read by many tests, changed by none: a test that changes files copies them first, with the `copy` fixture.
+# Read by many tests, changed by none: a test that changes files copies them first, with the `copy`
+# fixture.
 @pytest.fixture
 def llama(_llama_master) -> Path:
     return _llama_master
@@ -178,8 +207,19 @@ def export_to(tmp_path, llama, calib):
     from quantkit.schemes.recipe import Recipe
     from quantkit.schemes.scheme import QuantScheme
 
-    def make(scheme, model: Path = llama, calibration: Path | None = calib, kv_cache: str | None = None, name: str | None = None, **options) -> Path:
-        recipe = scheme if isinstance(scheme, Recipe) else Recipe(QuantScheme.parse(scheme), kv_cache=kv_cache)
+    def make(
+        scheme,
+        model: Path = llama,
+        calibration: Path | None = calib,
+        kv_cache: str | None = None,
+        name: str | None = None,
+        **options,
+    ) -> Path:
+        recipe = (
+            scheme
+            if isinstance(scheme, Recipe)
+            else Recipe(QuantScheme.parse(scheme), kv_cache=kv_cache)
+        )
         output = tmp_path / (name or f"out-{recipe.scheme.name}")
         needed = calibration if recipe.needs_calibration else None
         export(plan_export(ExportOptions(model, output, recipe, needed, **options)))

@@ -1,4 +1,6 @@
-"""The house's rule: imports point one way, from room to room and from file to file, and the command line starts without torch."""
+"""The house's rule: imports point one way, from room to room and from file to file, and the command
+line starts without torch.
+"""
 
 import ast
 import subprocess
@@ -7,24 +9,54 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "quantkit"
 # A room knows those before it.
-ROOMS = ("errors", "schemes", "ops", "checkpoint", "data", "models", "algorithms", "calibration", "exporter", "evaluation", "sensitivity", "cli")
+ROOMS = (
+    "errors",
+    "schemes",
+    "ops",
+    "checkpoint",
+    "data",
+    "models",
+    "algorithms",
+    "calibration",
+    "exporter",
+    "evaluation",
+    "sensitivity",
+    "cli",
+)
 WITHOUT_TORCH = (
-    "errors", "schemes.number_formats", "schemes.pattern", "schemes.recipe", "schemes.scheme", "checkpoint.interrupts", "cli.console", "cli.options", "cli.main",
-)  # fmt: skip
+    "errors",
+    "schemes.number_formats",
+    "schemes.pattern",
+    "schemes.recipe",
+    "schemes.scheme",
+    "checkpoint.interrupts",
+    "cli.console",
+    "cli.options",
+    "cli.main",
+)
 
 
 def modules() -> dict[str, Path]:
     """All modules of the package by their names in it; the package itself is the empty name."""
-    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    paths = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
     return {name.removesuffix("__init__").removesuffix("."): path for name, path in paths.items()}
 
 
 def imported_modules(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of quantkit that a file imports, at its top, in functions and for type checkers. Of a room's names those that its `__init__` has."""
+    """The modules of quantkit that a file imports, at its top, in functions and for type checkers.
+    Of a room's names those that its `__init__` has.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "quantkit"}
+            found |= {
+                alias.name.partition(".")[2]
+                for alias in node.names
+                if alias.name.split(".")[0] == "quantkit"
+            }
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             if node.module.split(".")[0] == "quantkit":
@@ -49,7 +81,9 @@ def test_rooms_use_only_rooms_before_them():
             continue
         room = importer.split(".")[0]
         for name in imported:
-            assert ROOMS.index(name.split(".")[0]) <= ROOMS.index(room), f"{importer} imports {name}"
+            assert ROOMS.index(name.split(".")[0]) <= ROOMS.index(room), (
+                f"{importer} imports {name}"
+            )
 
 
 def test_files_import_each_other_in_no_circle():
@@ -72,5 +106,8 @@ def test_no_file_imports_its_own_room():
 
 
 def test_values_and_command_line_need_no_torch():
-    code = f"import sys; import {', '.join(f'quantkit.{name}' for name in WITHOUT_TORCH)}; assert not {{'torch', 'transformers', 'numpy', 'rich'}} & set(sys.modules)"
+    code = (
+        f"import sys; import {', '.join(f'quantkit.{name}' for name in WITHOUT_TORCH)}; assert not"
+        " {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

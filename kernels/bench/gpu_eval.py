@@ -1,8 +1,11 @@
-"""`quantkit eval --device cuda --exec kernel` beside `--exec reference`, on a model with random weights in an 8B model's layer shapes, or on one given.
+"""`quantkit eval --device cuda --exec kernel` beside `--exec reference`, on a model with random
+weights in an 8B model's layer shapes, or on one given.
 
-    python kernels/bench/gpu_eval.py FOLDER RESULT.json [--model DIR] [--layers 2] [--schemes int8-dynamic,fp8-dynamic,fp8-block]
+    python kernels/bench/gpu_eval.py FOLDER RESULT.json [--model DIR] [--layers 2] [--schemes
+    int8-dynamic,fp8-dynamic,fp8-block]
 
-RESULT: each scheme's perplexity under both, and how far they are apart. The folder holds models and checkpoints while it runs.
+RESULT: each scheme's perplexity under both, and how far they are apart. The folder holds models and
+checkpoints while it runs.
 """
 
 from __future__ import annotations
@@ -15,8 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Hidden, intermediate size, heads and key heads of Llama-3.1-8B; its layers have the GEMMs (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), some in parts.
-SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+# Hidden, intermediate size, heads and key heads of Llama-3.1-8B; its layers have the GEMMs (6144,
+# 4096), (4096, 4096), (28672, 4096), (4096, 14336), some in parts.
+SIZES = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 # INT8 sums are exact: what may differ is nothing. FP8 sums have fewer bits on Hopper.
 BOUND = {"int8-dynamic": 1e-6, "fp8-dynamic": 2e-3, "fp8-block": 2e-3}
 
@@ -28,7 +37,14 @@ def make_model(directory: Path, layers: int) -> None:
 
     directory.mkdir(parents=True)
     vocabulary = make_tokenizer(directory)
-    config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, **SIZES)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        num_hidden_layers=layers,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+        **SIZES,
+    )
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -39,9 +55,13 @@ def make_model(directory: Path, layers: int) -> None:
 def quantkit(*arguments: object) -> float:
     """Run a command; returns its seconds."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "quantkit", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "quantkit", *map(str, arguments)], capture_output=True, text=True
+    )
     if done.returncode != 0:
-        raise SystemExit(f"quantkit {arguments[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise SystemExit(
+            f"quantkit {arguments[0]} ended with {done.returncode}: {done.stderr[-2000:]}"
+        )
     return time.monotonic() - began
 
 
@@ -52,8 +72,23 @@ def compare(model: Path, folder: Path, scheme: str) -> dict[str, Any]:
     for how in ("kernel", "reference"):
         result = folder / f"{scheme}-{how}.json"
         found[f"{how}_seconds"] = quantkit(
-            "eval", model, checkpoint, "--data", folder / "text.txt", "--device", "cuda", "--exec", how, "--seq-len", 512, "--max-tokens", 8192, "-q", "-o", result
-        )  # fmt: skip
+            "eval",
+            model,
+            checkpoint,
+            "--data",
+            folder / "text.txt",
+            "--device",
+            "cuda",
+            "--exec",
+            how,
+            "--seq-len",
+            512,
+            "--max-tokens",
+            8192,
+            "-q",
+            "-o",
+            result,
+        )
         judged = json.loads(result.read_text())["quants"][0]
         found[how] = {key: judged[key] for key in ("perplexity", "exec", "tokens_per_second")}
     found["apart"] = abs(found["kernel"]["perplexity"] / found["reference"]["perplexity"] - 1)
@@ -62,7 +97,9 @@ def compare(model: Path, folder: Path, scheme: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--model", type=Path)
@@ -76,12 +113,20 @@ def main() -> int:
         import quantkit as package
 
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        (arguments.folder / "text.txt").write_text((Path(package.__path__[0]) / "texts" / "evaluation.txt").read_text())
+        (arguments.folder / "text.txt").write_text(
+            (Path(package.__path__[0]) / "texts" / "evaluation.txt").read_text()
+        )
     compared = []
     for scheme in arguments.schemes.split(","):
         compared.append(compare(model, arguments.folder, scheme))
-        print(f"{scheme}: perplexity {compared[-1]['kernel']['perplexity']:.6f}, {compared[-1]['apart']:.2g} from the reference's", flush=True)
-        arguments.result.write_text(json.dumps({"model": model.name, "schemes": compared}, indent=1) + "\n")
+        print(
+            f"{scheme}: perplexity {compared[-1]['kernel']['perplexity']:.6f},"
+            f" {compared[-1]['apart']:.2g} from the reference's",
+            flush=True,
+        )
+        arguments.result.write_text(
+            json.dumps({"model": model.name, "schemes": compared}, indent=1) + "\n"
+        )
     return int(not all(found["ok"] for found in compared))
 
 

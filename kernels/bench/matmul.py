@@ -2,11 +2,13 @@
 
     python kernels/bench/matmul.py [-o FILE.md] [--json FILE] [--turns 5] [--shape KxN]...
 
-What `quantkit bench` measures, over the shapes of models that people serve: all pairs of 576, 1536, 2048, 4096 and 11008 input and output features. One
-thread, thread CPU time, ratios within a turn. For another instruction set than the best one, ask both sides for it:
+What `quantkit bench` measures, over the shapes of models that people serve: all pairs of 576, 1536,
+2048, 4096 and 11008 input and output features. One thread, thread CPU time, ratios within a turn.
+For another instruction set than the best one, ask both sides for it:
 
     QUANTKIT_KERNELS=avx512bf16 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python kernels/bench/matmul.py
-    QUANTKIT_KERNELS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python kernels/bench/matmul.py
+    QUANTKIT_KERNELS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python
+    kernels/bench/matmul.py
 """
 
 from __future__ import annotations
@@ -27,21 +29,34 @@ ASKED_FOR = ("QUANTKIT_KERNELS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--shape", action="append", help="KxN; again for more")
     arguments = parser.parse_args()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shape or ()] or list(product(FEATURES, FEATURES))
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shape or ()] or list(
+        product(FEATURES, FEATURES)
+    )
     bandwidth, figures = read_bandwidth(), []
     for figure in benchmark(shapes=shapes, turns=arguments.turns):
         figures.append(figure)
-        print(f"{figure.what} {figure.in_features}x{figure.out_features} {figure.tokens}: {figure.gb_per_s:.1f} GB/s {figure.times}", flush=True)
+        print(
+            f"{figure.what} {figure.in_features}x{figure.out_features} {figure.tokens}:"
+            f" {figure.gb_per_s:.1f} GB/s {figure.times}",
+            flush=True,
+        )
     asked = " ".join(f"{name}={os.environ[name]}" for name in ASKED_FOR if name in os.environ)
     machine = describe() | {"read_gb_per_s": bandwidth, "asked_for": asked}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(
+                {"machine": machine, "figures": [asdict(figure) for figure in figures]}, indent=1
+            )
+            + "\n"
+        )
     text = f"""# Multiplications and conversions
 
 Machine: {machine["processor"]}; instruction set {machine["kernels"]}{f" ({asked})" if asked else ""}; torch {machine["torch"]} ({machine["torch_capability"]}).
@@ -67,13 +82,26 @@ theirs).
 def by_shape(figures: list[Figure]) -> tuple[list[str], list[list[str]]]:
     """One row a shape; in each cell the figures of 1, 16, 128 and 512 tokens."""
     rivals = list(dict.fromkeys(rival for figure in figures for rival in figure.times))
-    headings = ["in × out", "µs", "GOP/s", "GB/s, 1 token", *(f"against {rival}" for rival in rivals)]
+    headings = [
+        "in × out",
+        "µs",
+        "GOP/s",
+        "GB/s, 1 token",
+        *(f"against {rival}" for rival in rivals),
+    ]
     rows = []
     for shape in dict.fromkeys((figure.in_features, figure.out_features) for figure in figures):
         cells = [figure for figure in figures if (figure.in_features, figure.out_features) == shape]
-        row = [f"{shape[0]} × {shape[1]}", " · ".join(f"{cell.microseconds:.0f}" for cell in cells), " · ".join(f"{cell.gops:.0f}" for cell in cells)]
+        row = [
+            f"{shape[0]} × {shape[1]}",
+            " · ".join(f"{cell.microseconds:.0f}" for cell in cells),
+            " · ".join(f"{cell.gops:.0f}" for cell in cells),
+        ]
         row.append(f"{cells[0].gb_per_s:.1f}")
-        row += [" · ".join(f"{cell.times[rival]:.3g}" if rival in cell.times else "–" for cell in cells) for rival in rivals]
+        row += [
+            " · ".join(f"{cell.times[rival]:.3g}" if rival in cell.times else "–" for cell in cells)
+            for rival in rivals
+        ]
         rows.append(row)
     return headings, rows
 

@@ -1,1 +1,3 @@
-"""One paper, one file: pure functions on tensors, in the paper's symbols. `calibration/block_quantizer.py` applies them to a decoder block."""
+"""One paper, one file: pure functions on tensors, in the paper's symbols.
+`calibration/block_quantizer.py` applies them to a decoder block.
+"""

@@ -1,20 +1,26 @@
-"""GPTQ (Frantar et al. 2022): round a weight's columns one after the other, and let the columns still to come make up for each error.
+"""GPTQ (Frantar et al. 2022): round a weight's columns one after the other, and let the columns
+still to come make up for each error.
 
-The codes Q shall minimize ‖(W − Q) X̂‖², where X̂, [in_features, tokens], are the inputs that the quantized Linear will see, quantized themselves. With
-H = X̂ X̂ᵀ, U the upper Cholesky factor of H⁻¹, and column j rounded to q_j,
+The codes Q shall minimize ‖(W − Q) X̂‖², where X̂, [in_features, tokens], are the inputs that the
+quantized Linear will see, quantized themselves. With H = X̂ X̂ᵀ, U the upper Cholesky factor of
+H⁻¹, and column j rounded to q_j,
 
     e = (w_j − q_j) / U_jj        w_k ← w_k − e U_jk  for k > j
 
-On request it works on a weight that was fitted first, by least squares, to give W X from X̂, where X are the inputs before they were quantized:
+On request it works on a weight that was fitted first, by least squares, to give W X from X̂, where
+X are the inputs before they were quantized:
 
     W* = W + W (X − X̂) X̂ᵀ H⁻¹
 
-‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² and a constant. An input that is mostly rounding noise is trusted less then. The fit has in_features² numbers to learn from text: where noise is small, it
-learns that text instead.
+‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² and a constant. An input that is mostly rounding noise is trusted
+less then. The fit has in_features² numbers to learn from text: where noise is small, it learns that
+text instead.
 
-Codes that were chosen early are chosen anew at the end, when all others are known (coordinate_descent.py).
+Codes that were chosen early are chosen anew at the end, when all others are known
+(coordinate_descent.py).
 
-Scales are given, or those of rounding to nearest: what is stored is codes and scales, and both are final here.
+Scales are given, or those of rounding to nearest: what is stored is codes and scales, and both are
+final here.
 """
 
 from __future__ import annotations
@@ -25,7 +31,14 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms.coordinate_descent import descend
-from quantkit.ops.reference import QuantizedTensor, block_amax, choose_scale, encode_codes, expand_scale, quantize
+from quantkit.ops.reference import (
+    QuantizedTensor,
+    block_amax,
+    choose_scale,
+    encode_codes,
+    expand_scale,
+    quantize,
+)
 from quantkit.schemes.scheme import QuantSpec
 
 # Columns beyond a block get the whole block's error in one product.
@@ -36,7 +49,9 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Solution:
-    """error, plain_error: ‖(W − Q) X̂‖² (with W* for W where it was fitted), of these codes and of rounding to nearest. fallback: why these are rounded to nearest, or ""."""
+    """error, plain_error: ‖(W − Q) X̂‖² (with W* for W where it was fitted), of these codes and of
+    rounding to nearest. fallback: why these are rounded to nearest, or "".
+    """
 
     weight: QuantizedTensor
     error: float
@@ -45,7 +60,8 @@ class Solution:
 
 
 def corrected_weight(weight: Tensor, hessian: Tensor, deviation: Tensor, damping: float) -> Tensor:
-    """W*. weight: [out_features, in_features] float32; hessian: X̂ X̂ᵀ, deviation: (X − X̂) X̂ᵀ, both [in_features, in_features].
+    """W*. weight: [out_features, in_features] float32; hessian: X̂ X̂ᵀ, deviation: (X − X̂) X̂ᵀ,
+    both [in_features, in_features].
 
     damping: added to the Hessian's diagonal, as a fraction of its mean; it pulls W* towards W.
     """
@@ -55,32 +71,50 @@ def corrected_weight(weight: Tensor, hessian: Tensor, deviation: Tensor, damping
     return weight + torch.cholesky_solve((weight.double() @ deviation.double()).T, factor).T.float()
 
 
-def gptq(weight: Tensor, spec: QuantSpec, hessian: Tensor, target: Tensor | None = None, damping: float = 0.03, act_order: bool = True,
-         scale: Tensor | None = None, passes: int = 3) -> Solution:  # fmt: skip
+def gptq(
+    weight: Tensor,
+    spec: QuantSpec,
+    hessian: Tensor,
+    target: Tensor | None = None,
+    damping: float = 0.03,
+    act_order: bool = True,
+    scale: Tensor | None = None,
+    passes: int = 3,
+) -> Solution:
     """Codes for a weight [out_features, in_features].
 
-    target: W*, where it isn't the weight itself. damping: raise it when codes overfit a small calibration. act_order: the columns with the largest
-    inputs first, while all others can still make up for their errors; no order is stored. scale: [block rows, block columns], where it isn't the usual one. passes: of coordinate descent behind it.
+    target: W*, where it isn't the weight itself. damping: raise it when codes overfit a small
+    calibration. act_order: the columns with the largest inputs first, while all others can still
+    make up for their errors; no order is stored. scale: [block rows, block columns], where it isn't
+    the usual one. passes: of coordinate descent behind it.
     """
     target = weight if target is None else target
     plain = quantize(weight, spec, scale)
     plain_error = _error(plain.dequantize(), target, hessian)
     factor = _inverse_factor(hessian, damping, act_order)
     if factor is None:
-        return Solution(plain, plain_error, plain_error, "its inputs' Gram matrix can't be inverted, even with more damping")
+        return Solution(
+            plain,
+            plain_error,
+            plain_error,
+            "its inputs' Gram matrix can't be inverted, even with more damping",
+        )
     scale = choose_scale(block_amax(target, spec.granularity), spec) if scale is None else scale
     order, upper = factor
     codes = _round_in_order(target, spec, scale, order, upper)
     solved = descend(target, QuantizedTensor(codes, scale, spec), hessian, passes, damping)
     error = _error(solved.dequantize(), target, hessian)
     if not error < plain_error:
-        return Solution(plain, plain_error, plain_error, "rounding to nearest has the smaller error here")
+        return Solution(
+            plain, plain_error, plain_error, "rounding to nearest has the smaller error here"
+        )
     return Solution(solved, error, plain_error)
 
 
 def _error(values: Tensor, target: Tensor, hessian: Tensor) -> float:
     difference = (values - target).double()
-    return max(0.0, float(((difference @ hessian.double()) * difference).sum()))  # rounding may leave a little less than nothing
+    # rounding may leave a little less than nothing
+    return max(0.0, float(((difference @ hessian.double()) * difference).sum()))
 
 
 def _cholesky(hessian: Tensor, damping: float) -> Tensor | None:
@@ -90,16 +124,30 @@ def _cholesky(hessian: Tensor, damping: float) -> Tensor | None:
     if not torch.isfinite(mean) or mean <= 0:
         return None
     for retry in range(RETRIES + 1):
-        lower, failed = torch.linalg.cholesky_ex(damped + torch.eye(len(damped), dtype=damped.dtype, device=damped.device) * mean * damping * 10**retry)
+        lower, failed = torch.linalg.cholesky_ex(
+            damped
+            + torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+            * mean
+            * damping
+            * 10**retry
+        )
         if not failed:
             return lower
     return None
 
 
-def _inverse_factor(hessian: Tensor, damping: float, act_order: bool) -> tuple[Tensor, Tensor] | None:
-    """The order of the columns, and U: the upper Cholesky factor of the inverse of the damped Hessian in that order."""
+def _inverse_factor(
+    hessian: Tensor, damping: float, act_order: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The order of the columns, and U: the upper Cholesky factor of the inverse of the damped
+    Hessian in that order.
+    """
     diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=diagonal.device)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if act_order
+        else torch.arange(len(diagonal), device=diagonal.device)
+    )
     lower = _cholesky(hessian[order][:, order], damping)
     if lower is None:
         return None
@@ -107,12 +155,16 @@ def _inverse_factor(hessian: Tensor, damping: float, act_order: bool) -> tuple[T
     return None if failed else (order, upper.float())
 
 
-def _round_in_order(target: Tensor, spec: QuantSpec, scale: Tensor, order: Tensor, upper: Tensor) -> Tensor:
+def _round_in_order(
+    target: Tensor, spec: QuantSpec, scale: Tensor, order: Tensor, upper: Tensor
+) -> Tensor:
     """The paper's algorithm 1; returns codes [out_features, in_features]."""
     rows, columns = target.shape
     left = target[:, order].contiguous()
     scales = expand_scale(scale, spec.granularity, rows, columns).expand(rows, columns)[:, order]
-    codes = torch.empty(rows, columns, dtype=getattr(torch, spec.format.torch_name), device=target.device)
+    codes = torch.empty(
+        rows, columns, dtype=getattr(torch, spec.format.torch_name), device=target.device
+    )
     places = order.tolist()
     for first in range(0, columns, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, columns)

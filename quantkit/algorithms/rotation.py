@@ -1,14 +1,17 @@
-"""Rotation (QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024), the part that leaves an ordinary checkpoint: no channel stays an outlier.
+"""Rotation (QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024), the part that leaves an
+ordinary checkpoint: no channel stays an outlier.
 
-The residual stream x, a row vector, becomes x R with an orthogonal R. A root-mean-square norm without weights commutes with that, so the norm's weights w go
-into the Linears that read it, and
+The residual stream x, a row vector, becomes x R with an orthogonal R. A root-mean-square norm
+without weights commutes with that, so the norm's weights w go into the Linears that read it, and
 
     readers   W ← W diag(w) R        (y = norm(x) diag(w) Wᵀ, and norm(x R) = norm(x) R)
     writers   W ← Rᵀ W, b ← b R      (what they add to x is rotated as x is)
     embedding E ← E R
 
-Nothing else changes: what reads and writes the stream computes what it did, on inputs in which each channel is a sum over all former ones. Values and what reads them
-are rotated in the same way, each head by itself. R is a Hadamard matrix with random signs where the size has one, which spreads an outlier over all channels evenly.
+Nothing else changes: what reads and writes the stream computes what it did, on inputs in which each
+channel is a sum over all former ones. Values and what reads them are rotated in the same way, each
+head by itself. R is a Hadamard matrix with random signs where the size has one, which spreads an
+outlier over all channels evenly.
 """
 
 from __future__ import annotations
@@ -20,29 +23,40 @@ from torch import Tensor
 
 
 def rotation_matrix(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal R [size, size] float32: signs on a Hadamard matrix, or on Sylvester's beside a random orthogonal one for what is left of the size."""
+    """A random orthogonal R [size, size] float32: signs on a Hadamard matrix, or on Sylvester's
+    beside a random orthogonal one for what is left of the size.
+    """
     for power in range((size & -size).bit_length() - 1, -1, -1):
         odd = _hadamard(size >> power)
         if odd is not None:
             break
     else:
         power = (size & -size).bit_length() - 1
-        # Of normally distributed entries, so that no direction is preferred; the sign of R's diagonal makes the decomposition unique.
-        q, r = torch.linalg.qr(torch.randn(size >> power, size >> power, dtype=torch.float64, generator=generator))
+        # Of normally distributed entries, so that no direction is preferred; the sign of R's
+        # diagonal makes the decomposition unique.
+        q, r = torch.linalg.qr(
+            torch.randn(size >> power, size >> power, dtype=torch.float64, generator=generator)
+        )
         odd = (q * r.diagonal().sign() * math.sqrt(size >> power)).contiguous()
     signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
     return (signs * torch.kron(_sylvester(power), odd) / math.sqrt(size)).float()
 
 
 def rotated_reader(weight: Tensor, rotation: Tensor, norm: Tensor | None = None) -> Tensor:
-    """W diag(w) R. weight: [out_features, in_features]; rotation: of the inputs, or of each part of them (a head) where it is smaller; norm: w, [in_features]."""
+    """W diag(w) R. weight: [out_features, in_features]; rotation: of the inputs, or of each part of
+    them (a head) where it is smaller; norm: w, [in_features].
+    """
     weight = weight.float() if norm is None else weight.float() * norm
     return (weight.unflatten(1, (-1, len(rotation))) @ rotation).flatten(1)
 
 
 def rotated_writer(tensor: Tensor, rotation: Tensor) -> Tensor:
-    """Rᵀ W of a weight [out_features, in_features], b R of a bias [out_features]; rotation: of the outputs, or of each part of them where it is smaller."""
-    return (rotation.T @ tensor.float().reshape(-1, len(rotation), tensor[0].numel())).reshape(tensor.shape)
+    """Rᵀ W of a weight [out_features, in_features], b R of a bias [out_features]; rotation: of the
+    outputs, or of each part of them where it is smaller.
+    """
+    return (rotation.T @ tensor.float().reshape(-1, len(rotation), tensor[0].numel())).reshape(
+        tensor.shape
+    )
 
 
 def _sylvester(power: int) -> Tensor:
@@ -54,7 +68,9 @@ def _sylvester(power: int) -> Tensor:
 
 
 def _hadamard(order: int) -> Tensor | None:
-    """A Hadamard matrix by Paley's constructions, for an order of q + 1 (q a prime, 3 modulo 4) or 2·(q + 1) (1 modulo 4), or of 1; None for others."""
+    """A Hadamard matrix by Paley's constructions, for an order of q + 1 (q a prime, 3 modulo 4) or
+    2·(q + 1) (1 modulo 4), or of 1; None for others.
+    """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if order % 4 == 0 and _is_prime(order - 1):
@@ -62,12 +78,16 @@ def _hadamard(order: int) -> Tensor | None:
     half = order // 2
     if order % 4 == 0 and (half - 1) % 4 == 1 and _is_prime(half - 1):
         conference, one = _bordered(half - 1, 1.0), torch.eye(half, dtype=torch.float64)
-        return torch.kron(conference, torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()) + torch.kron(one, torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double())
+        return torch.kron(
+            conference, torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
+        ) + torch.kron(one, torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double())
     return None
 
 
 def _bordered(prime: int, sign: float) -> Tensor:
-    """Paley's conference matrix: 1 or -1 where the difference of row and column is a square or none, with a border of ones. sign: of the border's column."""
+    """Paley's conference matrix: 1 or -1 where the difference of row and column is a square or
+    none, with a border of ones. sign: of the border's column.
+    """
     squares = torch.zeros(prime, dtype=torch.float64) - 1
     squares[torch.arange(1, prime) ** 2 % prime] = 1
     squares[0] = 0

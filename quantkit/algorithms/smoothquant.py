@@ -1,13 +1,17 @@
-"""SmoothQuant (Xiao et al. 2022): move the difficulty of quantizing from a Linear's inputs X to its weight W.
+"""SmoothQuant (Xiao et al. 2022): move the difficulty of quantizing from a Linear's inputs X to its
+weight W.
 
-Y = X Wᵀ = (X diag(s)⁻¹) (W diag(s))ᵀ for any s > 0. A large channel of X costs all others their codes, because a token's scale follows its largest
-value; divided by s it costs less, and the weight's columns, multiplied by s, have room to spare. The paper's scale for a strength α is
+Y = X Wᵀ = (X diag(s)⁻¹) (W diag(s))ᵀ for any s > 0. A large channel of X costs all others their
+codes, because a token's scale follows its largest value; divided by s it costs less, and the
+weight's columns, multiplied by s, have room to spare. The paper's scale for a strength α is
 
     s_j = max|X_j|^α / max|W_j|^(1-α)
 
-It takes one α for a whole model. Here each set of Linears that read one input gets a scale of its own: of several the one whose quantized output is nearest to the exact
-one, on rows that none of them was computed from. Root mean squares are tried in place of the maxima, since a channel whose one outlier was seen once shouldn't be treated
-like one that is always large; for INT8 with α = ½, and from there the scale is fitted (`smoothing_fit`).
+It takes one α for a whole model. Here each set of Linears that read one input gets a scale of its
+own: of several the one whose quantized output is nearest to the exact one, on rows that none of
+them was computed from. Root mean squares are tried in place of the maxima, since a channel whose
+one outlier was seen once shouldn't be treated like one that is always large; for INT8 with α = ½,
+and from there the scale is fitted (`smoothing_fit`).
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from quantkit.ops.reference import quantize
 from quantkit.schemes.scheme import QuantScheme
 
 STRENGTHS = tuple(step / 10 for step in range(3, 11))
-# A channel that was never or hardly used says nothing of its scale: it is taken for one this much smaller than the largest.
+# A channel that was never or hardly used says nothing of its scale: it is taken for one this much
+# smaller than the largest.
 LEAST_SHARE = 1e-5
 # Of so many rows and more a quarter is kept to choose by, and at most HELD_OUT.
 ROWS_TO_DIVIDE, HELD_OUT = 1024, 4096
@@ -32,7 +37,10 @@ ROWS_TO_DIVIDE, HELD_OUT = 1024, 4096
 
 @dataclass(frozen=True)
 class Smoothing:
-    """scale: s, [in_features] float32. strength: its α, or the one that it was fitted from. error, plain_error: squared error of the quantized outputs with it and without, over that of the exact outputs."""
+    """scale: s, [in_features] float32. strength: its α, or the one that it was fitted from. error,
+    plain_error: squared error of the quantized outputs with it and without, over that of the exact
+    outputs.
+    """
 
     scale: Tensor
     strength: float
@@ -42,7 +50,9 @@ class Smoothing:
 
 
 def smoothing_scale(inputs: Tensor, weight: Tensor, strength: float) -> Tensor:
-    """s of the formula above with a geometric mean of 1. inputs, weight: what measures each channel's magnitude, [in_features]."""
+    """s of the formula above with a geometric mean of 1. inputs, weight: what measures each
+    channel's magnitude, [in_features].
+    """
     x = inputs.clamp(min=max(float(inputs.max()) * LEAST_SHARE, 1e-30))
     w = weight.clamp(min=max(float(weight.max()) * LEAST_SHARE, 1e-30))
     log_scale = strength * x.log() - (1 - strength) * w.log()
@@ -50,11 +60,18 @@ def smoothing_scale(inputs: Tensor, weight: Tensor, strength: float) -> Tensor:
 
 
 def output_error(
-    rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], scale: Tensor | None, exact: Sequence[Tensor], importance: Tensor | None = None
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    schemes: Sequence[QuantScheme],
+    scale: Tensor | None,
+    exact: Sequence[Tensor],
+    importance: Tensor | None = None,
 ) -> float:
-    """Squared error of what quantized Linears make of these rows [n, in_features], over the squares of the exact outputs.
+    """Squared error of what quantized Linears make of these rows [n, in_features], over the squares
+    of the exact outputs.
 
-    In the exact stored arithmetic: weights with their rounded scales, inputs as the scheme quantizes them. importance: of each row, [n, 1], or None for all alike.
+    In the exact stored arithmetic: weights with their rounded scales, inputs as the scheme
+    quantizes them. importance: of each row, [n, 1], or None for all alike.
     """
     importance = torch.ones(1, 1, device=rows.device) if importance is None else importance
     error = size = 0.0
@@ -62,22 +79,31 @@ def output_error(
     for weight, scheme, expected in zip(weights, schemes, exact):
         if scheme.input not in known:
             smoothed = rows if scale is None else rows / scale
-            known[scheme.input] = smoothed if scheme.input is None else quantize(smoothed, scheme.input).dequantize()
-        values = ops.dequantize(ops.quantize(weight if scale is None else weight * scale, scheme.weight))
+            known[scheme.input] = (
+                smoothed if scheme.input is None else quantize(smoothed, scheme.input).dequantize()
+            )
+        values = ops.dequantize(
+            ops.quantize(weight if scale is None else weight * scale, scheme.weight)
+        )
         error += float(((known[scheme.input] @ values.T - expected).square() * importance).sum())
         size += float((expected.square() * importance).sum())
     return error / size if size else 0.0
 
 
 def search_smoothing(
-    rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], strength: float | None = None, tied_channels: Tensor | None = None,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    schemes: Sequence[QuantScheme],
+    strength: float | None = None,
+    tied_channels: Tensor | None = None,
     importance: Tensor | None = None,
-) -> Smoothing | None:  # fmt: skip
+) -> Smoothing | None:
     """The best s for Linears that read one input, or None where leaving them alone is best.
 
-    rows: inputs [n, in_features]; weights: [out_features, in_features] float32 each; strength: α, or None to search it. tied_channels: for each
-    input channel the number of a group that must share a scale (heads of values that several query heads read), [in_features], or None. importance: of each
-    row, [n, 1], or None.
+    rows: inputs [n, in_features]; weights: [out_features, in_features] float32 each; strength: α,
+    or None to search it. tied_channels: for each input channel the number of a group that must
+    share a scale (heads of values that several query heads read), [in_features], or None.
+    importance: of each row, [n, 1], or None.
     """
     (seen, counts), (judged, judged_counts) = _divided(rows, importance)
     judged = judged.float()
@@ -88,7 +114,9 @@ def search_smoothing(
 
     plain = error(None)
     best: Smoothing | None = None
-    for scale, alpha, measure in _candidates(seen, weights, schemes, strength, tied_channels, counts):
+    for scale, alpha, measure in _candidates(
+        seen, weights, schemes, strength, tied_channels, counts
+    ):
         found = error(scale)
         if best is None or found < best.error:
             best = Smoothing(scale, alpha, measure, found, plain)
@@ -96,38 +124,69 @@ def search_smoothing(
 
 
 def _divided(rows: Tensor, importance: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Rows to compute scales from and rows to choose by, each with what they count; all for both where they are few."""
+    """Rows to compute scales from and rows to choose by, each with what they count; all for both
+    where they are few.
+    """
     if len(rows) < ROWS_TO_DIVIDE:
         return [(rows, importance)] * 2
     border = len(rows) - min(len(rows) // 4, HELD_OUT)
-    return [(rows[part], None if importance is None else importance[part]) for part in (slice(border), slice(border, None))]
+    return [
+        (rows[part], None if importance is None else importance[part])
+        for part in (slice(border), slice(border, None))
+    ]
 
 
 def _candidates(
-    rows: Tensor, weights: Sequence[Tensor], schemes: Sequence[QuantScheme], strength: float | None, groups: Tensor | None, importance: Tensor | None
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    schemes: Sequence[QuantScheme],
+    strength: float | None,
+    groups: Tensor | None,
+    importance: Tensor | None,
 ) -> Iterator[tuple[Tensor, float, str]]:
     """Scales to choose from, with their strengths and what measured them."""
-    largest = rows.abs().amax(0).float(), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    largest = (
+        rows.abs().amax(0).float(),
+        torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
+    )
     if strength is not None:
         yield _grouped_scale(*largest, strength, groups), strength, "amax"
         return
-    typical = mean_squares(rows, importance).sqrt(), sum(weight.square().sum(0) for weight in weights).sqrt()
+    typical = (
+        mean_squares(rows, importance).sqrt(),
+        sum(weight.square().sum(0) for weight in weights).sqrt(),
+    )
     if all(has_such_noise(scheme) for scheme in schemes):
         begin = _grouped_scale(*typical, 0.5, groups)
         yield begin, 0.5, "rms"
-        yield fitted_scale(rows, weights, begin, any(scheme.input is not None for scheme in schemes), groups, importance), 0.5, "fitted"
+        yield (
+            fitted_scale(
+                rows,
+                weights,
+                begin,
+                any(scheme.input is not None for scheme in schemes),
+                groups,
+                importance,
+            ),
+            0.5,
+            "fitted",
+        )
         return
     for measure, measured in {"amax": largest, "rms": typical}.items():
         for alpha in STRENGTHS:
             yield _grouped_scale(*measured, alpha, groups), alpha, measure
 
 
-def _grouped_scale(inputs: Tensor, weight: Tensor, strength: float, groups: Tensor | None) -> Tensor:
+def _grouped_scale(
+    inputs: Tensor, weight: Tensor, strength: float, groups: Tensor | None
+) -> Tensor:
     if groups is not None:
         inputs, weight = _largest_of_group(inputs, groups), _largest_of_group(weight, groups)
     return smoothing_scale(inputs, weight, strength)
 
 
 def _largest_of_group(values: Tensor, groups: Tensor) -> Tensor:
-    largest = torch.zeros(int(groups.max()) + 1, device=values.device).scatter_reduce(0, groups, values, "amax")
+    largest = torch.zeros(int(groups.max()) + 1, device=values.device).scatter_reduce(
+        0, groups, values, "amax"
+    )
     return largest[groups]

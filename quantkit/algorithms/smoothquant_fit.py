@@ -1,12 +1,16 @@
-"""The smoothing scale of least noise, one number for each channel, where codes are equally far apart (INT8).
+"""The smoothing scale of least noise, one number for each channel, where codes are equally far
+apart (INT8).
 
-A token's codes are its largest value over 127 apart, those of a weight's row likewise, and rounding adds a noise of a twelfth of that squared. Where inputs x_t are
-divided by s and the weight's columns are multiplied by it, the noise of what comes out is, but for a factor,
+A token's codes are its largest value over 127 apart, those of a weight's row likewise, and rounding
+adds a noise of a twelfth of that squared. Where inputs x_t are divided by s and the weight's
+columns are multiplied by it, the noise of what comes out is, but for a factor,
 
-    A B + C D    A = Σ_t c_t max_j (x_tj / s_j)²    B = Σ_oj (W_oj s_j)²    C = Σ_o max_j (W_oj s_j)²    D = Σ_tj c_t (x_tj / s_j)²
+    A B + C D    A = Σ_t c_t max_j (x_tj / s_j)²    B = Σ_oj (W_oj s_j)²    C = Σ_o max_j (W_oj
+    s_j)²    D = Σ_tj c_t (x_tj / s_j)²
 
-with c_t what token t counts. Each factor's logarithm is convex in log s, so there is one minimum (Boyd et al. 2007, "A tutorial on geometric programming"). It is descended
-to with Adam (Kingma and Ba 2015), held a little to where it began: a channel that few tokens say something of stays there.
+with c_t what token t counts. Each factor's logarithm is convex in log s, so there is one minimum
+(Boyd et al. 2007, "A tutorial on geometric programming"). It is descended to with Adam (Kingma and
+Ba 2015), held a little to where it began: a channel that few tokens say something of stays there.
 """
 
 from __future__ import annotations
@@ -31,24 +35,42 @@ ROWS_AT_ONCE = 256
 def has_such_noise(scheme: QuantScheme) -> bool:
     """Whether both weights and inputs are rounded as above, or weights alone."""
     weight, inputs = scheme.weight, scheme.input
-    return weight.format is INT8 and weight.granularity == CHANNEL and (inputs is None or (inputs.format is INT8 and inputs.granularity == TOKEN))
+    return (
+        weight.format is INT8
+        and weight.granularity == CHANNEL
+        and (inputs is None or (inputs.format is INT8 and inputs.granularity == TOKEN))
+    )
 
 
 def mean_squares(rows: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Σ_t c_t x_tj² / Σ_t c_t, [in_features] float32. rows: [n, in_features]; importance: c, [n, 1], or None for all alike."""
+    """Σ_t c_t x_tj² / Σ_t c_t, [in_features] float32. rows: [n, in_features]; importance: c, [n,
+    1], or None for all alike.
+    """
     counts = torch.ones(len(rows), 1, device=rows.device) if importance is None else importance
-    return sum((chunk.float().square() * count).sum(0) for chunk, count in _chunks(rows, counts)) / counts.sum()
+    return (
+        sum((chunk.float().square() * count).sum(0) for chunk, count in _chunks(rows, counts))
+        / counts.sum()
+    )
 
 
 def fitted_scale(
-    rows: Tensor, weights: Sequence[Tensor], begin: Tensor, quantizes_inputs: bool, tied_channels: Tensor | None = None, importance: Tensor | None = None
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    begin: Tensor,
+    quantizes_inputs: bool,
+    tied_channels: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """s, [in_features] float32 with a geometric mean of 1.
 
-    rows: inputs [n, in_features]; weights: [out_features, in_features] float32 each; begin: a scale to start from; quantizes_inputs: False leaves out A B.
-    tied_channels: for each input channel the number of a group that shares a scale, [in_features], or None. importance: c, [n, 1], or None.
+    rows: inputs [n, in_features]; weights: [out_features, in_features] float32 each; begin: a scale
+    to start from; quantizes_inputs: False leaves out A B.
+    tied_channels: for each input channel the number of a group that shares a scale, [in_features],
+    or None. importance: c, [n, 1], or None.
     """
-    groups = torch.arange(len(begin), device=begin.device) if tied_channels is None else tied_channels
+    groups = (
+        torch.arange(len(begin), device=begin.device) if tied_channels is None else tied_channels
+    )
     counts = torch.ones(len(rows), 1, device=rows.device) if importance is None else importance
     matrix = torch.cat(list(weights))
     rows_of_weights = torch.ones(len(matrix), 1, device=matrix.device)
@@ -59,7 +81,11 @@ def fitted_scale(
     logs, momentum, speed = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(STEPS):
         scale = logs[groups].exp()
-        passed, largest_of_weights, spread = columns * scale**2, _largest(matrix, scale, rows_of_weights), squares / scale**2
+        passed, largest_of_weights, spread = (
+            columns * scale**2,
+            _largest(matrix, scale, rows_of_weights),
+            squares / scale**2,
+        )
         noise = largest_of_weights.sum() * spread.sum()
         gradient = largest_of_weights * spread.sum() - spread * largest_of_weights.sum()
         if quantizes_inputs:
@@ -68,16 +94,22 @@ def fitted_scale(
             gradient = gradient + passed * largest.sum() - largest * passed.sum()
         if not noise > 0:
             break
-        slope = torch.zeros_like(logs).index_add_(0, groups, 2 * gradient / noise) + HOLD * (logs - start)
+        slope = torch.zeros_like(logs).index_add_(0, groups, 2 * gradient / noise) + HOLD * (
+            logs - start
+        )
         momentum, speed = 0.9 * momentum + 0.1 * slope, 0.99 * speed + 0.01 * slope**2
-        direction = momentum / (1 - 0.9 ** (step + 1)) / ((speed / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+        direction = (
+            momentum / (1 - 0.9 ** (step + 1)) / ((speed / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+        )
         logs = logs - STEP_SIZE * (1 - step / STEPS) * direction
     found = logs[groups]
     return (found - found.mean()).exp()
 
 
 def _largest(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
-    """Σ_t c_t max_j (x_tj f_j)², as the sums of the channels in which each row's largest value is, [in_features]."""
+    """Σ_t c_t max_j (x_tj f_j)², as the sums of the channels in which each row's largest value is,
+    [in_features].
+    """
     found = torch.zeros_like(factors)
     for chunk, count in _chunks(rows, counts):
         values, places = (chunk.float().abs() * factors).max(1)

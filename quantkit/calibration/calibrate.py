@@ -1,9 +1,13 @@
-"""`calibrate`: run text through the model, block by block, and record the statistics of every Linear's input and of keys and values.
+"""`calibrate`: run text through the model, block by block, and record the statistics of every
+Linear's input and of keys and values.
 
-With a recipe whose algorithms choose weights, each block's are chosen first (`block_quantizer.py`), and statistics are those of the block as it will be served.
+With a recipe whose algorithms choose weights, each block's are chosen first (`block_quantizer.py`),
+and statistics are those of the block as it will be served.
 
-CALIB holds `calibration.json` (what was measured, from what) and a `block-NNNNN.safetensors` for each decoder block, written when the block is
-finished, beside `weights-NNNNN.safetensors` with what algorithms chose: that is what `--resume` continues from. Statistics alone serve every scheme: calibrate once, export many.
+CALIB holds `calibration.json` (what was measured, from what) and a `block-NNNNN.safetensors` for
+each decoder block, written when the block is finished, beside `weights-NNNNN.safetensors` with what
+algorithms chose: that is what `--resume` continues from. Statistics alone serve every scheme:
+calibrate once, export many.
 """
 
 from __future__ import annotations
@@ -22,10 +26,22 @@ from quantkit.calibration.results import SCHEMA_VERSION, Calibration
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.formats import QuantizationLayout
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
-from quantkit.checkpoint.output_dir import CALIBRATION_FILE, OutputDirectory, check_output, finished_already
+from quantkit.checkpoint.output_dir import (
+    CALIBRATION_FILE,
+    OutputDirectory,
+    check_output,
+    finished_already,
+)
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
-from quantkit.data.windows import BUNDLED_CALIBRATION, Windows, calibration_windows, load_tokenizer, token_pieces, window_length
+from quantkit.data.windows import (
+    BUNDLED_CALIBRATION,
+    Windows,
+    calibration_windows,
+    load_tokenizer,
+    token_pieces,
+    window_length,
+)
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.assignment import assign_layers
 from quantkit.models.distributed import Ranks, joined_ranks
@@ -50,8 +66,10 @@ TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 class CalibrationSummary:
     """What a run did.
 
-    unsettled: inputs whose amax still grew. starved: experts with too few tokens. unread: other Linears that no token reached, which have no static scale.
-    refused: parameters that `export` can't quantize. chosen: what algorithms did, in sentences. ignore: patterns, by "unread" and "refused", that leave just these.
+    unsettled: inputs whose amax still grew. starved: experts with too few tokens. unread: other
+    Linears that no token reached, which have no static scale.
+    refused: parameters that `export` can't quantize. chosen: what algorithms did, in sentences.
+    ignore: patterns, by "unread" and "refused", that leave just these.
     """
 
     path: Path
@@ -72,26 +90,49 @@ class CalibrationSummary:
     chosen: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self).items()
+        }
 
 
-def calibrate(options: CalibrationOptions, on_progress: Progress = lambda done, total, text: None) -> CalibrationSummary:
+def calibrate(
+    options: CalibrationOptions, on_progress: Progress = lambda done, total, text: None
+) -> CalibrationSummary:
     """Measure and write CALIB."""
-    check_output(options.output, overwrite=options.overwrite or options.resume, reads=[options.model])
+    check_output(
+        options.output, overwrite=options.overwrite or options.resume, reads=[options.model]
+    )
     checkpoint = Checkpoint.open(options.model)
     layout = QuantizationLayout.read(checkpoint.config)
     if layout is not None and layout.method != "fp8":
-        raise CheckpointError(f"{options.model} is quantized already; calibrate the original model, or one in FP8 blocks")
+        raise CheckpointError(
+            f"{options.model} is quantized already; calibrate the original model, or one in FP8"
+            " blocks"
+        )
 
     from quantkit.models.skeleton import pick_device
 
     device = pick_device(options.device)
     with joined_ranks(device) as ranks:
         plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
-        finished = ranks.first_decides(lambda: options.resume and finished_already(options.output, plan.fingerprint, options.overwrite))
+        finished = ranks.first_decides(
+            lambda: (
+                options.resume
+                and finished_already(options.output, plan.fingerprint, options.overwrite)
+            )
+        )
         if finished:
-            return _summary_of(options, checkpoint, Calibration.open(options.output).description, 0.0, was_finished=True)
-        ranks.first_decides(lambda: check_output(options.output, overwrite=options.overwrite, reads=[options.model]))
+            return _summary_of(
+                options,
+                checkpoint,
+                Calibration.open(options.output).description,
+                0.0,
+                was_finished=True,
+            )
+        ranks.first_decides(
+            lambda: check_output(options.output, overwrite=options.overwrite, reads=[options.model])
+        )
         with stop_between_steps() as stop:
             return _Run(options, checkpoint, plan, ranks, stop, on_progress).run()
 
@@ -108,10 +149,16 @@ class _Plan:
 
     @property
     def batches(self) -> list[list[tuple[int, ...]]]:
-        """Token windows that go through together; the windows of a batch have one length, so none is padded."""
+        """Token windows that go through together; the windows of a batch have one length, so none
+        is padded.
+        """
         batches: list[list[tuple[int, ...]]] = []
         for window in self.windows.windows:
-            if not batches or len(batches[-1]) == self.batch_size or len(batches[-1][0]) != len(window.tokens):
+            if (
+                not batches
+                or len(batches[-1]) == self.batch_size
+                or len(batches[-1][0]) != len(window.tokens)
+            ):
                 batches.append([])
             batches[-1].append(window.tokens)
         return batches
@@ -125,12 +172,17 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
 
     config = auto_config(options.model, options.trust_remote_code)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    seq_len = window_length(options.seq_len, getattr(config.get_text_config(), "max_position_embeddings", None))
+    seq_len = window_length(
+        options.seq_len, getattr(config.get_text_config(), "max_position_embeddings", None)
+    )
     names = options.data or (str(BUNDLED_CALIBRATION),)
     windows = calibration_windows(names, tokenizer, options.num_samples, seq_len, options.seed)
     kind = device.split(":")[0]
-    # At least four batches where there are four windows: the data's quarters tell whether there was enough.
-    batch_size = options.batch_size or max(1, min(TOKENS_PER_BATCH[kind] // seq_len, len(windows.windows) // 4))
+    # At least four batches where there are four windows: the data's quarters tell whether there was
+    # enough.
+    batch_size = options.batch_size or max(
+        1, min(TOKENS_PER_BATCH[kind] // seq_len, len(windows.windows) // 4)
+    )
     fingerprint = {
         "model files": checkpoint.fingerprint(),
         "data": windows.data_sha256,
@@ -142,7 +194,11 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
         "batch size": str(batch_size),
         "choice of experts": "all" if options.all_experts else "router's",
         "Gram matrices": " ".join(options.gram),
-        "device": f"{kind} {torch.backends.cpu.get_cpu_capability()}" if kind == "cpu" else f"{kind} {torch.cuda.get_device_name(device)}",
+        "device": (
+            f"{kind} {torch.backends.cpu.get_cpu_capability()}"
+            if kind == "cpu"
+            else f"{kind} {torch.cuda.get_device_name(device)}"
+        ),
         "quantkit version": __version__,
         "torch version": torch.__version__,
         "transformers version": transformers.__version__,
@@ -157,7 +213,9 @@ def block_file(number: int) -> str:
 
 @dataclass
 class _Run:
-    """One calibration on one rank: its batches, the blocks one after the other, and on the first rank CALIB."""
+    """One calibration on one rank: its batches, the blocks one after the other, and on the first
+    rank CALIB.
+    """
 
     options: CalibrationOptions
     checkpoint: Checkpoint
@@ -174,7 +232,8 @@ class _Run:
         from quantkit.calibration.hooks import require_linears
 
         self.batches = [torch.tensor(batch) for batch in self.plan.batches]
-        # Every rank takes whole batches, the same ones whatever their number: a batch of another make rounds otherwise.
+        # Every rank takes whole batches, the same ones whatever their number: a batch of another
+        # make rounds otherwise.
         self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
         self.threads = max(1, torch.get_num_threads())
         self.model = self._build()
@@ -187,17 +246,26 @@ class _Run:
         if self.chosen is not None and not done:
             shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
             self.chosen.try_rotation(
-                self._build, self.batches[0], shapes, lambda number: self.on_progress(0, self.model.block_count, "calibrate: trying the rotation")
+                self._build,
+                self.batches[0],
+                shapes,
+                lambda number: self.on_progress(
+                    0, self.model.block_count, "calibrate: trying the rotation"
+                ),
             )
         if len(done) < self.model.block_count:
-            states = HiddenStates(self._memory(), self.partial if self.ranks.is_first else None, self._states_device())
+            states = HiddenStates(
+                self._memory(), self.partial if self.ranks.is_first else None, self._states_device()
+            )
             try:
                 self._run_blocks(states, done)
             finally:
                 states.close()
                 self.model.close()
         description = self.ranks.first_decides(self._finish)
-        return _summary_of(self.options, self.checkpoint, description, time.monotonic() - self.started)
+        return _summary_of(
+            self.options, self.checkpoint, description, time.monotonic() - self.started
+        )
 
     def _build(self) -> BlockwiseModel:
         from quantkit.calibration.hooks import EXPERTS_IMPLEMENTATION, register_observing_experts
@@ -207,10 +275,17 @@ class _Run:
         register_observing_experts()
         settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
         skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
-        return open_blockwise(skeleton, StoredWeights(self.checkpoint, require_finite=True), str(self.checkpoint.path), self.ranks.device)
+        return open_blockwise(
+            skeleton,
+            StoredWeights(self.checkpoint, require_finite=True),
+            str(self.checkpoint.path),
+            self.ranks.device,
+        )
 
     def _chooser(self) -> BlockChooser | None:
-        """What chooses weights, where the recipe asks for that; the schemes are those that `export` will use, refused here if it would refuse them."""
+        """What chooses weights, where the recipe asks for that; the schemes are those that `export`
+        will use, refused here if it would refuse them.
+        """
         recipe = self.options.recipe
         if recipe is None or not recipe.chooses_weights:
             return None
@@ -218,8 +293,17 @@ class _Run:
         from quantkit.calibration.rotate import make_rotation
 
         assignment = assign_layers(self.checkpoint, recipe)
-        rotation = recipe.algorithm("rotation") and make_rotation(recipe.algorithm("rotation"), self.model, self.options.seed)
-        return BlockChooser(self.model, recipe, {name: linear.scheme for name, linear in assignment.linears.items()}, self.threads, rotation, self.ranks)
+        rotation = recipe.algorithm("rotation") and make_rotation(
+            recipe.algorithm("rotation"), self.model, self.options.seed
+        )
+        return BlockChooser(
+            self.model,
+            recipe,
+            {name: linear.scheme for name, linear in assignment.linears.items()},
+            self.threads,
+            rotation,
+            self.ranks,
+        )
 
     def _chosen_files(self) -> ChosenFiles | None:
         if self.chooser is None:
@@ -231,10 +315,20 @@ class _Run:
     def _open_output(self) -> dict[int, dict[str, Any]]:
         """CALIB.partial, and which blocks an earlier run finished."""
         options = self.options
-        self.output = OutputDirectory(options.output, self.plan.fingerprint, resume=options.resume, overwrite=options.overwrite, reads=[options.model])
+        self.output = OutputDirectory(
+            options.output,
+            self.plan.fingerprint,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            reads=[options.model],
+        )
         numbers = range(self.model.block_count)
         whole = self.output.finished([file(number) for number in numbers for file in self._files])
-        return {number: whole[block_file(number)] for number in numbers if all(file(number) in whole for file in self._files)}
+        return {
+            number: whole[block_file(number)]
+            for number in numbers
+            if all(file(number) in whole for file in self._files)
+        }
 
     @property
     def _files(self) -> tuple[Callable[[int], str], ...]:
@@ -256,8 +350,16 @@ class _Run:
         if not self.ranks.device.startswith("cuda"):
             return "cpu"
         hidden_size = self.model.model.config.get_text_config().hidden_size
-        needed = sum(self.batches[number].numel() for number in self.mine) * hidden_size * self.model.states_dtype.itemsize
-        return self.ranks.device if needed < torch.cuda.mem_get_info(self.ranks.device)[0] // 4 else "cpu"
+        needed = (
+            sum(self.batches[number].numel() for number in self.mine)
+            * hidden_size
+            * self.model.states_dtype.itemsize
+        )
+        return (
+            self.ranks.device
+            if needed < torch.cuda.mem_get_info(self.ranks.device)[0] // 4
+            else "cpu"
+        )
 
     # -- The blocks.
 
@@ -269,18 +371,38 @@ class _Run:
             self.model.load_outer(with_head=False)
         else:
             self.chosen.load_outer(self.batches[0])
-        states.expect({number: self.model.states_shape(self.batches[number]) for number in self.mine}, self.model.states_dtype)
-        calls = dict(zip(self.mine, self.model.record([self.batches[number] for number in self.mine], states, ObservingCache(), self.mine)))
+        states.expect(
+            {number: self.model.states_shape(self.batches[number]) for number in self.mine},
+            self.model.states_dtype,
+        )
+        calls = dict(
+            zip(
+                self.mine,
+                self.model.record(
+                    [self.batches[number] for number in self.mine],
+                    states,
+                    ObservingCache(),
+                    self.mine,
+                ),
+            )
+        )
         self.model.free_outer()
         self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
         # What blocks hand on beside hidden states isn't saved: those that are done run again.
-        first = 0 if any(self.ranks.all_gather(self.model.hands_on)) else self._restore(states, calls)
+        first = (
+            0 if any(self.ranks.all_gather(self.model.hands_on)) else self._restore(states, calls)
+        )
         for number in range(first, self.model.block_count):
             with self.model.block(number) as block:
                 if self.chosen is not None and number in done:
                     self.chosen.install(number, block)
                 elif self.chosen is not None:
-                    self.on_progress(number, self.model.block_count, f"calibrate: choosing weights of block {number + 1} of {self.model.block_count}")
+                    self.on_progress(
+                        number,
+                        self.model.block_count,
+                        f"calibrate: choosing weights of block {number + 1} of"
+                        f" {self.model.block_count}",
+                    )
                     self.chosen.choose(number, block, self.mine, calls, states)
                 if number in done:
                     self._pass(number, block, calls, states)
@@ -289,20 +411,37 @@ class _Run:
             for batch in self.mine:
                 calls[batch][number] = None
             states.turn()
-            self.model.pass_on(number, {batch: self.batches[batch] for batch in self.mine}, states, calls)
-            self.saved.stop_or_save(number, self.model.block_count, states, beside=lambda number=number: self._encoded(number))
+            self.model.pass_on(
+                number, {batch: self.batches[batch] for batch in self.mine}, states, calls
+            )
+            self.saved.stop_or_save(
+                number,
+                self.model.block_count,
+                states,
+                beside=lambda number=number: self._encoded(number),
+            )
 
-    def _measure(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
+    def _measure(
+        self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates
+    ) -> None:
         from quantkit.calibration.hooks import BlockRecorder
         from quantkit.calibration.observers import BlockStatistics
 
         patterns = [Pattern(text) for text in self.options.gram]
-        recorder = BlockRecorder(self.model, number, block, self.options.all_experts, lambda name: any(pattern.matches(name) for pattern in patterns))
+        recorder = BlockRecorder(
+            self.model,
+            number,
+            block,
+            self.options.all_experts,
+            lambda name: any(pattern.matches(name) for pattern in patterns),
+        )
         total, earlier = BlockStatistics(), {}
         quarter_of = {batch: 4 * batch // len(self.batches) for batch in self.mine}
 
         def work(batch: int) -> BlockStatistics:
-            with recorder.batch(self.batches[batch].shape, quarter_of[batch], earlier) as statistics:
+            with recorder.batch(
+                self.batches[batch].shape, quarter_of[batch], earlier
+            ) as statistics:
                 hidden = states.get(batch).to(self.model.device)
                 states.put(batch, self.model.run_block(block, calls[batch][number], hidden))
             return statistics
@@ -315,21 +454,35 @@ class _Run:
                     total.merge(statistics)
                     self._tell(number, batch)
                 if batches is not held_out:
-                    for amaxes in self.ranks.all_gather({name: observer.amax for name, observer in total.inputs.items()}):
-                        earlier |= {name: max(amax, earlier.get(name, 0.0)) for name, amax in amaxes.items()}
+                    for amaxes in self.ranks.all_gather(
+                        {name: observer.amax for name, observer in total.inputs.items()}
+                    ):
+                        earlier |= {
+                            name: max(amax, earlier.get(name, 0.0)) for name, amax in amaxes.items()
+                        }
         finally:
             recorder.close()
         whole = recorder.complete(total.reduced(self.ranks))
         if not whole.inputs:
-            raise CalibrationError(f"no Linear of {self.model.block_name(number)} was reached; quantkit calibrates models made of torch.nn.Linear")
+            raise CalibrationError(
+                f"no Linear of {self.model.block_name(number)} was reached; quantkit calibrates"
+                " models made of torch.nn.Linear"
+            )
         if self.ranks.is_first:
             self._write(number, whole, recorder)
 
-    def _pass(self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates) -> None:
+    def _pass(
+        self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates
+    ) -> None:
         """Run a block whose statistics are there, for the hidden states behind it."""
 
         def work(batch: int) -> None:
-            states.put(batch, self.model.run_block(block, calls[batch][number], states.get(batch).to(self.model.device)))
+            states.put(
+                batch,
+                self.model.run_block(
+                    block, calls[batch][number], states.get(batch).to(self.model.device)
+                ),
+            )
 
         for batch, _ in zip(self.mine, self._each(work, self.mine)):
             self._tell(number, batch, "again, ")
@@ -345,7 +498,10 @@ class _Run:
         done = block + (self.mine.index(batch) + 1) / len(self.mine)
         tokens = sum(self.batches[number].numel() for number in self.mine) * self.ranks.count
         rate = tokens * done / self.model.block_count / max(1e-9, time.monotonic() - self.started)
-        text = f"calibrate: {how}block {block + 1} of {self.model.block_count}, {rate:.0f} tokens/s, peak {format_bytes(peak_memory_bytes())}"
+        text = (
+            f"calibrate: {how}block {block + 1} of {self.model.block_count}, {rate:.0f} tokens/s,"
+            f" peak {format_bytes(peak_memory_bytes())}"
+        )
         self.on_progress(done, self.model.block_count, text)
 
     def _write(self, number: int, statistics: BlockStatistics, recorder: Any) -> None:
@@ -353,21 +509,39 @@ class _Run:
         path = self.output.partial / name
         write_tensors(path, statistics.tensors())
         described = describe_block(statistics, recorder, name)
-        self.output.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described})
+        self.output.record(
+            name,
+            {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described},
+        )
 
     def _restore(self, states: HiddenStates, calls: Mapping[int, Any]) -> int:
-        """The block to begin with: the one behind the hidden states that an earlier run saved, if it did."""
+        """The block to begin with: the one behind the hidden states that an earlier run saved, if
+        it did.
+        """
         texts = {batch: self.batches[batch] for batch in self.mine}
 
         def put_encoded(found: Mapping[str, Tensor]) -> None:
-            self.model.begin_decoder({batch: found[_encoded_name(batch)] for batch in self.mine}, texts, states, calls)
+            self.model.begin_decoder(
+                {batch: found[_encoded_name(batch)] for batch in self.mine}, texts, states, calls
+            )
 
         names = [_encoded_name(batch) for batch in self.mine]
-        return self.saved.restore(states, lambda block: self.mine, lambda block: names if self.model.reads_encoder(block + 1) else (), put_encoded)
+        return self.saved.restore(
+            states,
+            lambda block: self.mine,
+            lambda block: names if self.model.reads_encoder(block + 1) else (),
+            put_encoded,
+        )
 
     def _encoded(self, number: int) -> dict[str, Tensor]:
-        """What the encoder made of each batch, by its name among saved hidden states, where it is needed behind a block."""
-        return {_encoded_name(batch): self.model.encoded[batch] for batch in self.mine} if self.model.reads_encoder(number + 1) else {}
+        """What the encoder made of each batch, by its name among saved hidden states, where it is
+        needed behind a block.
+        """
+        return (
+            {_encoded_name(batch): self.model.encoded[batch] for batch in self.mine}
+            if self.model.reads_encoder(number + 1)
+            else {}
+        )
 
     # -- The end.
 
@@ -408,7 +582,10 @@ class _Run:
         if self.chosen is not None:
             description["chosen"], chosen = self.chosen.describe()
             names, entries = [*names, *chosen], [*entries, *chosen.values()]
-        description["files"] = {name: {"bytes": entry["bytes"], "blake3": entry["blake3"]} for name, entry in zip(names, entries)}
+        description["files"] = {
+            name: {"bytes": entry["bytes"], "blake3": entry["blake3"]}
+            for name, entry in zip(names, entries)
+        }
         write_json(self.output.partial / CALIBRATION_FILE, description)
         for path in self.output.partial.iterdir():
             if path.name not in names and path.name not in (CALIBRATION_FILE, "progress.json"):
@@ -423,11 +600,20 @@ def _encoded_name(batch: int) -> str:
 
 
 def _summary_of(
-    options: CalibrationOptions, checkpoint: Checkpoint, description: Mapping[str, Any], seconds: float, was_finished: bool = False
+    options: CalibrationOptions,
+    checkpoint: Checkpoint,
+    description: Mapping[str, Any],
+    seconds: float,
+    was_finished: bool = False,
 ) -> CalibrationSummary:
     inputs = description["inputs"]
     # Experts that saw no token have their scale estimated.
-    unread = {linear for entry in inputs if not entry["tokens"] and not entry["estimated"] for linear in entry["linears"]}
+    unread = {
+        linear
+        for entry in inputs
+        if not entry["tokens"] and not entry["estimated"]
+        for linear in entry["linears"]
+    }
     infos = linears_of(checkpoint).roles.values()
     refused = [info.tensor for info in infos if info.kind == "unreached"]
     linears = [info.name for info in infos if info.kind == "linear"]
@@ -438,9 +624,24 @@ def _summary_of(
         "refused": tuple(covering_patterns(refused, linears)),
     }
     return CalibrationSummary(
-        options.output, description["windows"], description["seq_len"], description["windows_requested"], len(inputs),
-        sum(len(entry["linears"]) for entry in inputs), seconds, description["tokens"] / seconds if seconds else 0.0, peak_memory_bytes(),
+        options.output,
+        description["windows"],
+        description["seq_len"],
+        description["windows_requested"],
+        len(inputs),
+        sum(len(entry["linears"]) for entry in inputs),
+        seconds,
+        description["tokens"] / seconds if seconds else 0.0,
+        peak_memory_bytes(),
         tuple(entry["name"] for entry in inputs if is_unsettled(entry)),
-        tuple(f"{entry['module']}.{number}" for entry in description["experts"] for number in entry["starved"]),
-        tuple(unread), tuple(refused), ignore, was_finished, tuple(chosen_remarks(description)),
-    )  # fmt: skip
+        tuple(
+            f"{entry['module']}.{number}"
+            for entry in description["experts"]
+            for number in entry["starved"]
+        ),
+        tuple(unread),
+        tuple(refused),
+        ignore,
+        was_finished,
+        tuple(chosen_remarks(description)),
+    )

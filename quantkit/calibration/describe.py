@@ -1,4 +1,6 @@
-"""What `calibration.json` says of a block: its inputs, keys and values, and experts, and what a reader should be warned of."""
+"""What `calibration.json` says of a block: its inputs, keys and values, and experts, and what a
+reader should be warned of.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,20 @@ if TYPE_CHECKING:
 
 # An expert that saw fewer tokens gets a scale from its weights and the layer's other experts.
 MIN_EXPERT_TOKENS = 64
-# What counts as not settled: a last quarter of the data that raised an input's amax by more than this, or in which more values than this exceed it.
+# What counts as not settled: a last quarter of the data that raised an input's amax by more than
+# this, or in which more values than this exceed it.
 UNSETTLED_GROWTH = 0.25
 UNSETTLED_SHARE = 1e-4
 
 
 def describe_block(statistics: BlockStatistics, recorder: Any, file: str) -> dict[str, Any]:
-    """The JSON of one block: its inputs, keys and values, experts. Experts that saw too few tokens get their amax estimated here."""
-    inputs = {name: _describe_input(name, statistics.linears[name], observer, file) for name, observer in statistics.inputs.items()}
+    """The JSON of one block: its inputs, keys and values, experts. Experts that saw too few tokens
+    get their amax estimated here.
+    """
+    inputs = {
+        name: _describe_input(name, statistics.linears[name], observer, file)
+        for name, observer in statistics.inputs.items()
+    }
     experts = _estimate_starved_experts(inputs, recorder)
     for module, counts in statistics.experts.items():
         experts.setdefault(module, {"module": module, "starved": []})["tokens"] = counts.tolist()
@@ -30,11 +38,20 @@ def describe_block(statistics: BlockStatistics, recorder: Any, file: str) -> dic
     kv = []
     for module in modules:
         keys, values = (statistics.heads[module, which].amax for which in "kv")
-        kv.append({"module": module, "heads": keys.numel(), "k_amax": float(keys.max()), "v_amax": float(values.max())})
+        kv.append(
+            {
+                "module": module,
+                "heads": keys.numel(),
+                "k_amax": float(keys.max()),
+                "v_amax": float(values.max()),
+            }
+        )
     return {"inputs": list(inputs.values()), "kv": kv, "experts": list(experts.values())}
 
 
-def _describe_input(name: str, linears: Sequence[str], observer: InputObserver, file: str) -> dict[str, Any]:
+def _describe_input(
+    name: str, linears: Sequence[str], observer: InputObserver, file: str
+) -> dict[str, Any]:
     quarters: list[float] = []
     for amax in observer.quarter_amax:
         quarters.append(max(amax or 0.0, quarters[-1] if quarters else 0.0))
@@ -59,20 +76,32 @@ def is_unsettled(entry: Mapping[str, Any]) -> bool:
     if not entry["held_out_values"] or entry["estimated"]:
         return False
     before, after = entry["amax_quarters"][-2:]
-    return after > before * (1 + UNSETTLED_GROWTH) or entry["held_out_above"] > UNSETTLED_SHARE * entry["held_out_values"]
+    return (
+        after > before * (1 + UNSETTLED_GROWTH)
+        or entry["held_out_above"] > UNSETTLED_SHARE * entry["held_out_values"]
+    )
 
 
-def _estimate_starved_experts(inputs: dict[str, dict[str, Any]], recorder: Any) -> dict[str, dict[str, Any]]:
-    """Give each expert that saw fewer than MIN_EXPERT_TOKENS an amax that is neither zero nor NaN, in place; returns the starved ones by module.
+def _estimate_starved_experts(
+    inputs: dict[str, dict[str, Any]], recorder: Any
+) -> dict[str, dict[str, Any]]:
+    """Give each expert that saw fewer than MIN_EXPERT_TOKENS an amax that is neither zero nor NaN,
+    in place; returns the starved ones by module.
 
-    All experts of a layer read the same hidden states (Llama 4's scaled by at most 1), so the largest amax of the others serves their first input. Their second input
-    is act(g·x)·(u·x), which grows with the norms of their weights' rows: the largest of the others' amax ÷ gain, times their own gain.
+    All experts of a layer read the same hidden states (Llama 4's scaled by at most 1), so the
+    largest amax of the others serves their first input. Their second input is act(g·x)·(u·x), which
+    grows with the norms of their weights' rows: the largest of the others' amax ÷ gain, times their
+    own gain.
     """
     starved: dict[str, dict[str, Any]] = {}
     for module, members in _expert_groups(inputs, recorder).items():
         entries = [(number, inputs[name], gain) for number, name, gain in members if name in inputs]
-        fed = [entry for entry in entries if entry[1]["tokens"] >= MIN_EXPERT_TOKENS] or [entry for entry in entries if entry[1]["tokens"]]
-        per_gain = max((statistics["amax"] / gain for _, statistics, gain in fed if gain > 0), default=0.0)
+        fed = [entry for entry in entries if entry[1]["tokens"] >= MIN_EXPERT_TOKENS] or [
+            entry for entry in entries if entry[1]["tokens"]
+        ]
+        per_gain = max(
+            (statistics["amax"] / gain for _, statistics, gain in fed if gain > 0), default=0.0
+        )
         listed = starved.setdefault(module[0], {"module": module[0], "starved": []})
         for number, statistics, gain in entries:
             if statistics["tokens"] < MIN_EXPERT_TOKENS:
@@ -83,18 +112,29 @@ def _estimate_starved_experts(inputs: dict[str, dict[str, Any]], recorder: Any) 
     return starved
 
 
-def _expert_groups(inputs: Mapping[str, Any], recorder: Any) -> dict[tuple[str, str], list[tuple[int, str, float]]]:
-    """Inputs that differ only by their expert: (experts' module, which input) → (expert, input's name, gain of its weights)."""
+def _expert_groups(
+    inputs: Mapping[str, Any], recorder: Any
+) -> dict[tuple[str, str], list[tuple[int, str, float]]]:
+    """Inputs that differ only by their expert: (experts' module, which input) → (expert, input's
+    name, gain of its weights).
+    """
     groups: dict[tuple[str, str], list[tuple[int, str, float]]] = {}
     known = set()
     for experts in recorder.experts.values():
-        for which, linears, gains in (("first", experts.first, [1.0] * experts.count), ("down", experts.down, experts.gains.tolist())):
-            groups[experts.name, which] = [(number, names[0], gain) for number, (names, gain) in enumerate(zip(linears, gains))]
+        for which, linears, gains in (
+            ("first", experts.first, [1.0] * experts.count),
+            ("down", experts.down, experts.gains.tolist()),
+        ):
+            groups[experts.name, which] = [
+                (number, names[0], gain) for number, (names, gain) in enumerate(zip(linears, gains))
+            ]
             known |= {names[0] for names in linears}
     for name in inputs:
         found = re.match(r"(?P<module>.*\.experts)\.(?P<number>\d+)\.(?P<leaf>.*)$", name)
         if found and name not in known:
-            groups.setdefault((found["module"], found["leaf"]), []).append((int(found["number"]), name, 1.0))
+            groups.setdefault((found["module"], found["leaf"]), []).append(
+                (int(found["number"]), name, 1.0)
+            )
     return groups
 
 
@@ -105,11 +145,20 @@ def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
         return
     names = [algorithm.name for algorithm in Recipe.from_mapping(recipe, "recipe").algorithms]
     if "rotation" in names:
-        rotated, heads = chosen["rotations"], sum(len(entry["heads"]) for entry in chosen["rotations"])
+        rotated, heads = (
+            chosen["rotations"],
+            sum(len(entry["heads"]) for entry in chosen["rotations"]),
+        )
         stream = any(entry["norms"] for entry in rotated)
-        what = [*(["the residual stream"] if stream else []), *([f"{counted(heads, 'projection')} of values"] if heads else [])]
+        what = [
+            *(["the residual stream"] if stream else []),
+            *([f"{counted(heads, 'projection')} of values"] if heads else []),
+        ]
         worst = max((entry["change"] for entry in rotated), default=0.0)
-        yield f"rotation: {' and '.join(what) or 'nothing'} rotated; every block returns what it did, up to {worst:.1e} of what it adds to its input"
+        yield (
+            f"rotation: {' and '.join(what) or 'nothing'} rotated; every block returns what it did,"
+            f" up to {worst:.1e} of what it adds to its input"
+        )
         for name, source in chosen["untied"].items():
             yield f"rotation: {name} is no longer {source}, so the checkpoint grows by one of them"
     if "smoothquant" in names:
@@ -118,16 +167,27 @@ def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
         yield f"smoothquant: {counted(len(folds), 'scale')} folded into what comes before{span}"
         by_reason = Counter(entry["reason"] for entry in chosen["refused"])
         for reason, count in by_reason.items():
-            first = next(entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason)
-            yield f"smoothquant left the inputs of {first}{f' and {count - 1} others' if count > 1 else ''} alone: {reason}"
+            first = next(
+                entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason
+            )
+            yield (
+                "smoothquant left the inputs of"
+                f" {first}{f' and {count - 1} others' if count > 1 else ''} alone: {reason}"
+            )
     if "scale_search" in names:
         yield f"scale_search: scales of {counted(len(chosen['linears']), 'Linear')}"
     if "bias_correction" in names:
         corrected = sum(entry.get("bias_corrected", False) for entry in chosen["linears"])
-        yield f"bias_correction: biases of {counted(corrected, 'Linear')}{'' if corrected else '; none here has one'}"
+        yield (
+            "bias_correction: biases of"
+            f" {counted(corrected, 'Linear')}{'' if corrected else '; none here has one'}"
+        )
     if "gptq" in names:
         rounded = [entry for entry in chosen["linears"] if entry["algorithm"] == "rtn"]
         yield f"gptq: codes of {counted(len(chosen['linears']) - len(rounded), 'Linear')}"
         for reason, count in Counter(entry.get("reason", "") for entry in rounded).items():
             first = next(entry["name"] for entry in rounded if entry.get("reason", "") == reason)
-            yield f"gptq rounded {first}{f' and {count - 1} others' if count > 1 else ''} to nearest: {reason}"
+            yield (
+                f"gptq rounded {first}{f' and {count - 1} others' if count > 1 else ''} to nearest:"
+                f" {reason}"
+            )

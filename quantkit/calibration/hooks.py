@@ -1,7 +1,9 @@
-"""What is measured while a decoder block runs: the inputs of its Linears and experts, its keys and values, and how its tokens spread over experts.
+"""What is measured while a decoder block runs: the inputs of its Linears and experts, its keys and
+values, and how its tokens spread over experts.
 
-A `BlockRecorder` hooks one block. Each batch is recorded by itself, in the thread that runs it, into a `BlockStatistics`; those merge.
-Linears that are handed the same tensor (q, k and v; gate and up) are observed once.
+A `BlockRecorder` hooks one block. Each batch is recorded by itself, in the thread that runs it,
+into a `BlockStatistics`; those merge. Linears that are handed the same tensor (q, k and v; gate and
+up) are observed once.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from torch import Tensor, nn
 from quantkit.calibration.observers import HELD_OUT, BlockStatistics, GramObserver, HeadObserver
 from quantkit.errors import CheckpointError
 from quantkit.models.blockwise import BlockwiseModel
-from quantkit.models.experts import each_expert, expert_linear, first_and_down, intermediate, is_experts, register_experts, runs_as_told
+from quantkit.models.experts import (
+    each_expert,
+    expert_linear,
+    first_and_down,
+    intermediate,
+    is_experts,
+    register_experts,
+    runs_as_told,
+)
 from quantkit.models.linear_views import DOWN, GATE_UP, experts_module
 from quantkit.models.null_cache import PassingCache
 from quantkit.models.weight_map import ParameterSource, names_on_disk
@@ -44,10 +54,13 @@ class _Batch:
     quarter: int
     earlier: Mapping[str, float]
     seen: dict[tuple[int, int], str] = field(default_factory=dict)
-    alive: list[Tensor] = field(default_factory=list)  # as long as they live, no other tensor gets their address
+    # as long as they live, no other tensor gets their address
+    alive: list[Tensor] = field(default_factory=list)
 
     def observe(self, linears: Sequence[str], inputs: Tensor, first: Tensor | None = None) -> None:
-        """inputs: [windows, positions, in_features], or tokens [n, in_features] of which `first`, [n] bool, are first positions."""
+        """inputs: [windows, positions, in_features], or tokens [n, in_features] of which `first`,
+        [n] bool, are first positions.
+        """
         name = linears[0]
         observer = self.statistics.input(linears, inputs.shape[-1], inputs.device)
         earlier = self.earlier.get(name, torch.inf) if self.quarter == HELD_OUT else torch.inf
@@ -57,7 +70,10 @@ class _Batch:
         else:
             observer.update(inputs, self.quarter, earlier)
         if self.recorder.wants_gram(name):
-            self.statistics.grams.setdefault(name, GramObserver(torch.zeros(inputs.shape[-1], inputs.shape[-1], device=inputs.device))).update(inputs)
+            self.statistics.grams.setdefault(
+                name,
+                GramObserver(torch.zeros(inputs.shape[-1], inputs.shape[-1], device=inputs.device)),
+            ).update(inputs)
 
 
 _here = threading.local()
@@ -68,10 +84,17 @@ def _current() -> _Batch | None:
 
 
 class BlockRecorder:
-    """The hooks of one block. all_experts: show every token to every expert (its output stays the router's choice)."""
+    """The hooks of one block. all_experts: show every token to every expert (its output stays the
+    router's choice).
+    """
 
     def __init__(
-        self, model: BlockwiseModel, number: int, block: nn.Module, all_experts: bool = False, wants_gram: Callable[[str], bool] = lambda name: False
+        self,
+        model: BlockwiseModel,
+        number: int,
+        block: nn.Module,
+        all_experts: bool = False,
+        wants_gram: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.all_experts, self.wants_gram = all_experts, wants_gram
         prefix = model.block_name(number)
@@ -91,17 +114,27 @@ class BlockRecorder:
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
             else:
                 names = []
-            self._order |= {name: len(self._order) + position for position, name in enumerate(names)}
+            self._order |= {
+                name: len(self._order) + position for position, name in enumerate(names)
+            }
         for path, module in block.named_modules():
             index = getattr(module, "layer_idx", None)
-            linears = [leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)]
+            linears = [
+                leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)
+            ]
             if isinstance(index, int) and linears:
                 child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
-                self.heads_of[index] = names_on_disk(model.sources(f"{child}.weight"), child)[0].rpartition(".")[0]
+                self.heads_of[index] = names_on_disk(model.sources(f"{child}.weight"), child)[
+                    0
+                ].rpartition(".")[0]
 
     @contextmanager
-    def batch(self, shape: Sequence[int], quarter: int, earlier: Mapping[str, float]) -> Iterator[BlockStatistics]:
-        """Record what this thread runs. shape: windows and positions of the batch; earlier: see `InputObserver.update`."""
+    def batch(
+        self, shape: Sequence[int], quarter: int, earlier: Mapping[str, float]
+    ) -> Iterator[BlockStatistics]:
+        """Record what this thread runs. shape: windows and positions of the batch; earlier: see
+        `InputObserver.update`.
+        """
         statistics = BlockStatistics()
         _here.batch = _Batch(statistics, self, shape[1], shape[0], quarter, earlier)
         try:
@@ -110,18 +143,28 @@ class BlockRecorder:
             _here.batch = None
 
     def complete(self, statistics: BlockStatistics) -> BlockStatistics:
-        """The same with an empty observer for each Linear and expert that no token reached, and all in the order of the block."""
+        """The same with an empty observer for each Linear and expert that no token reached, and all
+        in the order of the block.
+        """
         reached = {linear for linears in statistics.linears.values() for linear in linears}
         for experts in self.experts.values():
             for linears, in_features in experts.inputs():
                 statistics.input(linears, in_features)
-            statistics.experts.setdefault(experts.name, torch.zeros(experts.count, dtype=torch.int64))
+            statistics.experts.setdefault(
+                experts.name, torch.zeros(experts.count, dtype=torch.int64)
+            )
             reached.update(linear for linears, _ in experts.inputs() for linear in linears)
         for name, in_features in self._linears.items():
             if name not in reached:
                 statistics.input([name], in_features)
         for part in ("inputs", "linears"):
-            setattr(statistics, part, dict(sorted(getattr(statistics, part).items(), key=lambda item: self._order[item[0]])))
+            setattr(
+                statistics,
+                part,
+                dict(
+                    sorted(getattr(statistics, part).items(), key=lambda item: self._order[item[0]])
+                ),
+            )
         return statistics
 
     def close(self) -> None:
@@ -130,14 +173,21 @@ class BlockRecorder:
 
 
 def require_linears(model: BlockwiseModel) -> None:
-    """Refuse a model in whose decoder blocks there is nothing to measure, before hours are spent on it."""
+    """Refuse a model in whose decoder blocks there is nothing to measure, before hours are spent on
+    it.
+    """
     modules = [module for _, module in model.model.get_submodule(model.blocks_name).named_modules()]
     if any(isinstance(module, nn.Linear) or is_experts(module) for module in modules):
         return
-    kinds = dict.fromkeys(type(module).__name__ for module in modules if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False)))
+    kinds = dict.fromkeys(
+        type(module).__name__
+        for module in modules
+        if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
+    )
     raise CheckpointError(
-        f"the decoder blocks of {model.where} are made of {', '.join(kinds) or 'no matrices'} and hold no torch.nn.Linear, which is what quantkit measures "
-        "and quantizes; choose another model"
+        f"the decoder blocks of {model.where} are made of {', '.join(kinds) or 'no matrices'} and"
+        " hold no torch.nn.Linear, which is what quantkit measures and quantizes; choose another"
+        " model"
     )
 
 
@@ -157,7 +207,8 @@ def _linear_hook(names: Sequence[str]) -> Callable[..., None]:
         batch.seen[key] = names[0]
         batch.alive.append(inputs)
         if inputs.shape[:-1].numel() == batch.windows * batch.positions:
-            inputs = inputs.reshape(batch.windows, batch.positions, -1)  # also where a dimension of one head stands between
+            # also where a dimension of one head stands between
+            inputs = inputs.reshape(batch.windows, batch.positions, -1)
         else:
             inputs = inputs.flatten(0, -2)
         batch.observe(names, inputs)
@@ -166,17 +217,24 @@ def _linear_hook(names: Sequence[str]) -> Callable[..., None]:
 
 
 class ObservingCache(PassingCache):
-    """Stands for a KV cache: measures keys and values after rotary embedding and hands them back; keeps nothing."""
+    """Stands for a KV cache: measures keys and values after rotary embedding and hands them back;
+    keeps nothing.
+    """
 
     may_be_left_out = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         batch = _current()
         module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None
         if module is not None:
             for which, states in (("k", key_states), ("v", value_states)):
                 heads = batch.statistics.heads
-                heads.setdefault((module, which), HeadObserver(torch.zeros(states.shape[1], device=states.device))).update(states)
+                heads.setdefault(
+                    (module, which),
+                    HeadObserver(torch.zeros(states.shape[1], device=states.device)),
+                ).update(states)
         return key_states, value_states
 
 
@@ -187,7 +245,8 @@ class ObservingCache(PassingCache):
 class _Experts:
     """An experts' module: how many, and what their Linears are called on disk.
 
-    first, down: for each expert the Linears that read the layer's hidden states, and those that read what comes of it.
+    first, down: for each expert the Linears that read the layer's hidden states, and those that
+    read what comes of it.
     """
 
     name: str
@@ -196,47 +255,86 @@ class _Experts:
     down: list[list[str]]
     in_features: int
     intermediate: int
-    gains: Tensor  # [experts]: how large an expert's second input grows for the same hidden states, by its weights
+    # [experts]: how large an expert's second input grows for the same hidden states, by its weights
+    gains: Tensor
 
     @classmethod
     def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _Experts:
         leaf, down = first_and_down(module)
         weight, transposed = getattr(module, leaf), getattr(module, "is_transposed", False)
         count = weight.shape[0]
-        on_disk = [_expert_linears(model.sources(f"{name}.{part}"), f"{name}.{part}", count) for part in (leaf, down)]
+        on_disk = [
+            _expert_linears(model.sources(f"{name}.{part}"), f"{name}.{part}", count)
+            for part in (leaf, down)
+        ]
         stored = on_disk[0][0][0]
-        name_on_disk = stored[: stored.index(".experts") + len(".experts")] if ".experts" in stored else name
+        name_on_disk = (
+            stored[: stored.index(".experts") + len(".experts")] if ".experts" in stored else name
+        )
         in_features = weight.shape[1] if transposed else weight.shape[2]
         down_weight = getattr(module, down)
-        return cls(name_on_disk, count, *on_disk, in_features, down_weight.shape[1] if transposed else down_weight.shape[2], _expert_gains(module, weight))
+        return cls(
+            name_on_disk,
+            count,
+            *on_disk,
+            in_features,
+            down_weight.shape[1] if transposed else down_weight.shape[2],
+            _expert_gains(module, weight),
+        )
 
     def inputs(self) -> list[tuple[list[str], int]]:
         """Each input's Linears and features."""
-        return [pair for first, down in zip(self.first, self.down) for pair in ((first, self.in_features), (down, self.intermediate))]
+        return [
+            pair
+            for first, down in zip(self.first, self.down)
+            for pair in ((first, self.in_features), (down, self.intermediate))
+        ]
 
 
 def _expert_linears(source: ParameterSource | None, name: str, count: int) -> list[list[str]]:
-    """For each expert the Linears on disk that make its part of a stacked parameter; named as `export` names them where they are stacked on disk too."""
-    if source is not None and all(len(tensors) == count for tensors in source.lists) and count * len(source.lists) > 1:
-        return [[tensors[expert].removesuffix(".weight") for tensors in source.lists] for expert in range(count)]
+    """For each expert the Linears on disk that make its part of a stacked parameter; named as
+    `export` names them where they are stacked on disk too.
+    """
+    if (
+        source is not None
+        and all(len(tensors) == count for tensors in source.lists)
+        and count * len(source.lists) > 1
+    ):
+        return [
+            [tensors[expert].removesuffix(".weight") for tensors in source.lists]
+            for expert in range(count)
+        ]
     module = experts_module(source.lists[0][0] if source is not None else name)
-    leaves = {"gate_up_proj": GATE_UP, "down_proj": DOWN}.get(name.rpartition(".")[2], (name.rpartition(".")[2],))
+    leaves = {"gate_up_proj": GATE_UP, "down_proj": DOWN}.get(
+        name.rpartition(".")[2], (name.rpartition(".")[2],)
+    )
     return [[f"{module}.{expert}.{leaf}" for leaf in leaves] for expert in range(count)]
 
 
 def _expert_gains(module: nn.Module, weight: Tensor) -> Tensor:
-    """For each expert the largest, over the features of its second input, of the product of the row norms of gate and up: act(g·x)·(u·x) grows with it."""
-    rows = weight.float().norm(dim=1 if getattr(module, "is_transposed", False) else 2)  # [experts, rows]
+    """For each expert the largest, over the features of its second input, of the product of the row
+    norms of gate and up: act(g·x)·(u·x) grows with it.
+    """
+    # [experts, rows]
+    rows = weight.float().norm(dim=1 if getattr(module, "is_transposed", False) else 2)
     if getattr(module, "has_gate", True):
-        gate, up = rows.chunk(2, dim=1) if getattr(module, "is_concatenated", True) else (rows[:, ::2], rows[:, 1::2])
+        gate, up = (
+            rows.chunk(2, dim=1)
+            if getattr(module, "is_concatenated", True)
+            else (rows[:, ::2], rows[:, 1::2])
+        )
         rows = gate * up
     return rows.amax(1).cpu()
 
 
-def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of stacked experts that observes each expert's two inputs; see `experts.each_expert`.
+def observing_experts(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The forward of stacked experts that observes each expert's two inputs; see
+    `experts.each_expert`.
 
-    hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An index beyond the experts is none's.
+    hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An
+    index beyond the experts is none's.
     """
     batch, down = _current(), first_and_down(module)[1]
     experts = batch.recorder.experts.get(module) if batch is not None else None
@@ -245,9 +343,16 @@ def observing_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     if experts is not None:
         # Also where all tokens come once for each expert.
         if hidden_states.shape[0] % (batch.windows * batch.positions) == 0:
-            first_position = torch.arange(hidden_states.shape[0], device=hidden_states.device) % batch.positions == 0
-        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)[: experts.count].cpu()
-        batch.statistics.experts[experts.name] = batch.statistics.experts.get(experts.name, torch.zeros_like(counts)) + counts
+            first_position = (
+                torch.arange(hidden_states.shape[0], device=hidden_states.device) % batch.positions
+                == 0
+            )
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)[
+            : experts.count
+        ].cpu()
+        batch.statistics.experts[experts.name] = (
+            batch.statistics.experts.get(experts.name, torch.zeros_like(counts)) + counts
+        )
 
     def observe(expert: int, states: Tensor, between: Tensor, token: Tensor) -> None:
         first = None if first_position is None else first_position[token]

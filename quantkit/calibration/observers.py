@@ -1,7 +1,8 @@
 """Running statistics in bounded memory.
 
-Two observers of the same input merge by adding counts and sums and taking maxima, so batches, resumed runs and processes combine to the
-same result. Sums are float64, counts int64. What is measured in one pass over the values is `torch.ops.quantkit.observe_rows`.
+Two observers of the same input merge by adding counts and sums and taking maxima, so batches,
+resumed runs and processes combine to the same result. Sums are float64, counts int64. What is
+measured in one pass over the values is `torch.ops.quantkit.observe_rows`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from quantkit.ops.reference import encode_codes
 from quantkit.schemes.recipe import ObserverChoice
 from quantkit.schemes.scheme import QuantSpec
 
-# The data come in quarters, by batches. The last one is held out: how far it goes beyond the others says whether there was enough.
+# The data come in quarters, by batches. The last one is held out: how far it goes beyond the others
+# says whether there was enough.
 QUARTERS = 4
 HELD_OUT = QUARTERS - 1
 
@@ -30,8 +32,8 @@ HELD_OUT = QUARTERS - 1
 class InputObserver:
     """Statistics of the inputs of one Linear, or of several that share their input.
 
-    The first position of each window is kept apart: many models put one enormous token there, and a static scale made with it
-    would leave the others no codes.
+    The first position of each window is kept apart: many models put one enormous token there, and a
+    static scale made with it would leave the others no codes.
 
     channel_amax: [in_features] float32, without the first positions.
     channel_sum_of_squares: [in_features] float64, likewise.
@@ -39,7 +41,8 @@ class InputObserver:
     token_histogram: [HISTOGRAM_BINS] int64 of each token's largest |x|, likewise.
     extremes: [QUARTERS, 2] float32: minimum and maximum in each quarter of the data, likewise.
     first_extremes: [2] float32: the same of the first positions.
-    counts: [4] int64: tokens without, and of, the first positions; values held out; how many of these exceed every earlier magnitude.
+    counts: [4] int64: tokens without, and of, the first positions; values held out; how many of
+    these exceed every earlier magnitude.
     """
 
     channel_amax: Tensor
@@ -67,9 +70,11 @@ class InputObserver:
         )
 
     def update(self, inputs: Tensor, quarter: int = 0, earlier_amax: float = math.inf) -> None:
-        """Add a batch. inputs: [windows, positions, in_features], or [tokens, in_features] where positions are unknown.
+        """Add a batch. inputs: [windows, positions, in_features], or [tokens, in_features] where
+        positions are unknown.
 
-        quarter: which of the data this belongs to. earlier_amax: in the held-out quarter, the largest magnitude of the others.
+        quarter: which of the data this belongs to. earlier_amax: in the held-out quarter, the
+        largest magnitude of the others.
         """
         if inputs.dim() == 2:
             self.update_rows(inputs, quarter, earlier_amax)
@@ -84,7 +89,14 @@ class InputObserver:
             return
         counts = torch.zeros(2, dtype=torch.int64, device=rows.device)
         torch.ops.quantkit.observe_rows(
-            rows, earlier_amax, self.channel_amax, self.channel_sum_of_squares, self.histogram, self.token_histogram, self.extremes[quarter], counts
+            rows,
+            earlier_amax,
+            self.channel_amax,
+            self.channel_sum_of_squares,
+            self.histogram,
+            self.token_histogram,
+            self.extremes[quarter],
+            counts,
         )
         self.counts[0] += counts[0]
         if quarter == HELD_OUT:
@@ -96,7 +108,12 @@ class InputObserver:
         if not rows.numel():
             return
         low, high = (bound.float() for bound in rows.aminmax())
-        self.first_extremes = torch.stack([torch.minimum(self.first_extremes[0], low), torch.maximum(self.first_extremes[1], high)])
+        self.first_extremes = torch.stack(
+            [
+                torch.minimum(self.first_extremes[0], low),
+                torch.maximum(self.first_extremes[1], high),
+            ]
+        )
         self.counts[1] += rows.shape[0]
 
     def merge(self, other: InputObserver) -> None:
@@ -105,11 +122,23 @@ class InputObserver:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("extremes", "first_extremes"):
             ours, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, torch.stack([torch.minimum(ours[..., 0], theirs[..., 0]), torch.maximum(ours[..., 1], theirs[..., 1])], dim=-1))
+            setattr(
+                self,
+                name,
+                torch.stack(
+                    [
+                        torch.minimum(ours[..., 0], theirs[..., 0]),
+                        torch.maximum(ours[..., 1], theirs[..., 1]),
+                    ],
+                    dim=-1,
+                ),
+            )
 
     def is_finite(self) -> bool:
         """Whether no NaN and no infinity was seen."""
-        return bool(torch.isfinite(self.channel_amax).all()) and not (self.counts[1] and not bool(torch.isfinite(self.first_extremes).all()))
+        return bool(torch.isfinite(self.channel_amax).all()) and not (
+            self.counts[1] and not bool(torch.isfinite(self.first_extremes).all())
+        )
 
     @property
     def amax(self) -> float:
@@ -124,19 +153,28 @@ class InputObserver:
     @property
     def quarter_amax(self) -> list[float | None]:
         """Largest magnitude in each quarter of the data by itself; None where it had no tokens."""
-        return [float(pair.abs().max()) if torch.isfinite(pair).all() else None for pair in self.extremes]
+        return [
+            float(pair.abs().max()) if torch.isfinite(pair).all() else None
+            for pair in self.extremes
+        ]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return {f"{name}.{field}": getattr(self, field).cpu() for field in self.__dataclass_fields__}
+        return {
+            f"{name}.{field}": getattr(self, field).cpu() for field in self.__dataclass_fields__
+        }
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> InputObserver:
-        return cls(**{field: tensors[f"{name}.{field}"].clone() for field in cls.__dataclass_fields__})
+        return cls(
+            **{field: tensors[f"{name}.{field}"].clone() for field in cls.__dataclass_fields__}
+        )
 
 
 @dataclass
 class HeadObserver:
-    """Largest magnitudes of keys or values per head, after rotary embedding. amax: [heads] float32."""
+    """Largest magnitudes of keys or values per head, after rotary embedding. amax: [heads]
+    float32.
+    """
 
     amax: Tensor
 
@@ -150,7 +188,8 @@ class HeadObserver:
 
 @dataclass
 class GramObserver:
-    """Sum of x xᵀ over the tokens of an input, what GPTQ calls the Hessian up to a factor. gram: [in_features, in_features] float32.
+    """Sum of x xᵀ over the tokens of an input, what GPTQ calls the Hessian up to a factor. gram:
+    [in_features, in_features] float32.
 
     It needs in_features² numbers, so it is kept only for the inputs that are asked for.
     """
@@ -168,20 +207,29 @@ class GramObserver:
 
 # ---- How far a static scale should reach, from what was observed.
 
-# Points per bin of the histogram; and how far below the largest magnitude clipping is tried: 2^-5, in steps of a bin.
+# Points per bin of the histogram; and how far below the largest magnitude clipping is tried: 2^-5,
+# in steps of a bin.
 _POINTS_PER_BIN = 32
 _CLIPPING_STEPS = 80
 
 
 def observed_amax(observer: InputObserver, choice: ObserverChoice, spec: QuantSpec) -> float:
-    """The magnitude that a static scale maps to the largest code, from the tokens outside the first positions."""
+    """The magnitude that a static scale maps to the largest code, from the tokens outside the first
+    positions.
+    """
     if choice.kind == "absmax" or not observer.counts[0]:
         return observer.amax
-    return percentile_amax(observer, choice.percentile) if choice.kind == "percentile" else least_error_amax(observer, spec)
+    return (
+        percentile_amax(observer, choice.percentile)
+        if choice.kind == "percentile"
+        else least_error_amax(observer, spec)
+    )
 
 
 def percentile_amax(observer: InputObserver, percentile: float) -> float:
-    """The magnitude that this share of the values doesn't exceed, from the histogram: exact to its bin, which is 1/16 of an octave."""
+    """The magnitude that this share of the values doesn't exceed, from the histogram: exact to its
+    bin, which is 1/16 of an octave.
+    """
     counts = observer.histogram.double().cumsum(0)
     wanted = counts[-1] * percentile / 100
     position = int(torch.searchsorted(counts, wanted))
@@ -195,7 +243,9 @@ def percentile_amax(observer: InputObserver, percentile: float) -> float:
 
 
 def least_error_amax(observer: InputObserver, spec: QuantSpec) -> float:
-    """The magnitude whose scale gives the least squared error over the histogram, clipping counted; at most the amax."""
+    """The magnitude whose scale gives the least squared error over the histogram, clipping counted;
+    at most the amax.
+    """
     filled = observer.histogram.nonzero().reshape(-1)
     amax = observer.amax
     if not len(filled) or not amax:
@@ -219,8 +269,10 @@ def least_error_amax(observer: InputObserver, spec: QuantSpec) -> float:
 class BlockStatistics:
     """All observers of one block.
 
-    inputs: by the name, on disk, of the first Linear that reads the input. linears: the same name → all Linears that read it.
-    heads: (attention module, "k" or "v") → observer. experts: experts' module → tokens per expert, [experts] int64.
+    inputs: by the name, on disk, of the first Linear that reads the input. linears: the same name →
+    all Linears that read it.
+    heads: (attention module, "k" or "v") → observer. experts: experts' module → tokens per expert,
+    [experts] int64.
     grams: by the name of the first Linear, where they are asked for.
     """
 
@@ -230,7 +282,9 @@ class BlockStatistics:
     experts: dict[str, Tensor] = field(default_factory=dict)
     grams: dict[str, GramObserver] = field(default_factory=dict)
 
-    def input(self, linears: Sequence[str], in_features: int, device: torch.device | str = "cpu") -> InputObserver:
+    def input(
+        self, linears: Sequence[str], in_features: int, device: torch.device | str = "cpu"
+    ) -> InputObserver:
         """The observer of the input that these Linears read, made when it is first asked for."""
         name = linears[0]
         if name not in self.inputs:
@@ -242,7 +296,11 @@ class BlockStatistics:
         for name, linears in other.linears.items():
             known = self.linears.setdefault(name, [])
             known += [linear for linear in linears if linear not in known]
-        for ours, theirs in ((self.inputs, other.inputs), (self.heads, other.heads), (self.grams, other.grams)):
+        for ours, theirs in (
+            (self.inputs, other.inputs),
+            (self.heads, other.heads),
+            (self.grams, other.grams),
+        ):
             for name, observer in theirs.items():
                 if name in ours:
                     ours[name].merge(observer)
@@ -255,30 +313,53 @@ class BlockStatistics:
         """Raise CalibrationError that names the first Linear whose input holds NaN or infinity."""
         for name, observer in self.inputs.items():
             if not observer.is_finite():
-                raise CalibrationError(f"the input of {name} holds NaN or infinity; the model overflows on this text or its weights are damaged")
+                raise CalibrationError(
+                    f"the input of {name} holds NaN or infinity; the model overflows on this text"
+                    " or its weights are damaged"
+                )
         for (module, which), observer in self.heads.items():
             if not torch.isfinite(observer.amax).all():
-                raise CalibrationError(f"the {'keys' if which == 'k' else 'values'} of {module} hold NaN or infinity; the model overflows on this text")
+                raise CalibrationError(
+                    f"the {'keys' if which == 'k' else 'values'} of {module} hold NaN or infinity;"
+                    " the model overflows on this text"
+                )
 
     def reduced(self, ranks: Ranks) -> BlockStatistics:
-        """The statistics of all ranks together, on every rank: counts and maxima as one process gets them, to the last bit."""
+        """The statistics of all ranks together, on every rank: counts and maxima as one process
+        gets them, to the last bit.
+        """
         if ranks.count == 1:
             return self
         whole = self._structure_of_all(ranks)
         whole.merge(self)
         tensors = whole.reducible()
-        for dtype, operation in {(tensor.dtype, operation): None for tensor, operation, _ in tensors}:
-            chosen = [(tensor, put) for tensor, kind, put in tensors if (tensor.dtype, kind) == (dtype, operation)]
-            for (_, put), reduced in zip(chosen, ranks.reduce([tensor for tensor, _ in chosen], operation)):
+        for dtype, operation in {
+            (tensor.dtype, operation): None for tensor, operation, _ in tensors
+        }:
+            chosen = [
+                (tensor, put)
+                for tensor, kind, put in tensors
+                if (tensor.dtype, kind) == (dtype, operation)
+            ]
+            for (_, put), reduced in zip(
+                chosen, ranks.reduce([tensor for tensor, _ in chosen], operation)
+            ):
                 put(reduced)
         return whole
 
     def _structure_of_all(self, ranks: Ranks) -> BlockStatistics:
-        """Empty observers for whatever any rank has seen, in the same order everywhere: a rank may have met experts that another hasn't."""
+        """Empty observers for whatever any rank has seen, in the same order everywhere: a rank may
+        have met experts that another hasn't.
+        """
         whole = BlockStatistics()
-        device = next((observer.channel_amax.device for observer in self.inputs.values()), ranks.device)
+        device = next(
+            (observer.channel_amax.device for observer in self.inputs.values()), ranks.device
+        )
         described = (
-            [(self.linears[name], observer.channel_amax.numel()) for name, observer in self.inputs.items()],
+            [
+                (self.linears[name], observer.channel_amax.numel())
+                for name, observer in self.inputs.items()
+            ],
             [(key, observer.amax.numel()) for key, observer in self.heads.items()],
             [(name, counts.numel()) for name, counts in self.experts.items()],
             [(name, observer.gram.shape[0]) for name, observer in self.grams.items()],
@@ -299,30 +380,55 @@ class BlockStatistics:
         found: list[tuple[Tensor, str, Callable[[Tensor], None]]] = []
 
         def add(place: Any, name: str, operation: str) -> None:
-            found.append((getattr(place, name), operation, lambda value: setattr(place, name, value)))
+            found.append(
+                (getattr(place, name), operation, lambda value: setattr(place, name, value))
+            )
 
         for observer in self.inputs.values():
             add(observer, "channel_amax", "max")
             for name in InputObserver.SUMS:
                 add(observer, name, "sum")
             for name in ("extremes", "first_extremes"):
-                found.append((_upward(getattr(observer, name)), "max", lambda value, place=observer, name=name: setattr(place, name, _upward(value))))
+                found.append(
+                    (
+                        _upward(getattr(observer, name)),
+                        "max",
+                        lambda value, place=observer, name=name: setattr(
+                            place, name, _upward(value)
+                        ),
+                    )
+                )
         for head in self.heads.values():
             add(head, "amax", "max")
         for name in self.experts:
-            found.append((self.experts[name], "sum", lambda value, name=name: self.experts.__setitem__(name, value)))
+            found.append(
+                (
+                    self.experts[name],
+                    "sum",
+                    lambda value, name=name: self.experts.__setitem__(name, value),
+                )
+            )
         for gram in self.grams.values():
             add(gram, "gram", "sum")
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything as it is stored: NAME.FIELD of inputs, MODULE.k_amax and .v_amax per head, MODULE.expert_tokens, NAME.gram."""
+        """Everything as it is stored: NAME.FIELD of inputs, MODULE.k_amax and .v_amax per head,
+        MODULE.expert_tokens, NAME.gram.
+        """
         tensors: dict[str, Tensor] = {}
         for name, observer in self.inputs.items():
             tensors |= observer.tensors(name)
-        tensors |= {f"{module}.{which}_amax": observer.amax.cpu() for (module, which), observer in self.heads.items()}
-        tensors |= {f"{module}.expert_tokens": counts.cpu() for module, counts in self.experts.items()}
-        return tensors | {f"{name}.gram": observer.gram.cpu() for name, observer in self.grams.items()}
+        tensors |= {
+            f"{module}.{which}_amax": observer.amax.cpu()
+            for (module, which), observer in self.heads.items()
+        }
+        tensors |= {
+            f"{module}.expert_tokens": counts.cpu() for module, counts in self.experts.items()
+        }
+        return tensors | {
+            f"{name}.gram": observer.gram.cpu() for name, observer in self.grams.items()
+        }
 
 
 def _upward(extremes: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from quantkit.schemes.recipe import Recipe
 class CalibrationOptions:
     """What to calibrate and how.
 
-    memory: bytes that hidden states may hold before they go to a file; None is half of what the machine has to spare.
-    all_experts: show every token to every expert. gram: patterns of the Linears whose inputs' Gram matrix is kept.
+    memory: bytes that hidden states may hold before they go to a file; None is half of what the
+    machine has to spare.
+    all_experts: show every token to every expert. gram: patterns of the Linears whose inputs' Gram
+    matrix is kept.
     """
 
     model: Path

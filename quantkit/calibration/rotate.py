@@ -1,7 +1,10 @@
-"""A model's rotation: what reads and what writes its residual stream, found by running its blocks and not by a table of architectures, and each rotated block checked.
+"""A model's rotation: what reads and what writes its residual stream, found by running its blocks
+and not by a table of architectures, and each rotated block checked.
 
-A norm reads the stream where its input is the block's input plus what Linears have put out so far; these Linears write to it. Every rotated block, on rotated hidden
-states, must return the original's output, rotated, up to float32's rounding. All blocks are tried on one short window before a calibration begins.
+A norm reads the stream where its input is the block's input plus what Linears have put out so far;
+these Linears write to it. Every rotated block, on rotated hidden states, must return the original's
+output, rotated, up to float32's rounding. All blocks are tried on one short window before a
+calibration begins.
 """
 
 from __future__ import annotations
@@ -15,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.algorithms.rotation import rotated_reader, rotated_writer, rotation_matrix
-from quantkit.calibration.scale_folding import STORED_TOLERANCE, TOLERANCE, BlockProbe, Fold, find_linear_folds, find_norm_folds, is_scaled_by_vector
+from quantkit.calibration.scale_folding import (
+    STORED_TOLERANCE,
+    TOLERANCE,
+    BlockProbe,
+    Fold,
+    find_linear_folds,
+    find_norm_folds,
+    is_scaled_by_vector,
+)
 from quantkit.checkpoint.units import format_bytes
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.models.blockwise import BlockwiseModel
@@ -30,9 +41,11 @@ ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Rotation:
-    """stream: R of the residual stream, [hidden size, hidden size], or None to leave it. head: of each head of values, [head size, head size], or None.
+    """stream: R of the residual stream, [hidden size, hidden size], or None to leave it. head: of
+    each head of values, [head size, head size], or None.
 
-    untied: the output head's tensor and the embedding's, by their names on disk, where they were one until now.
+    untied: the output head's tensor and the embedding's, by their names on disk, where they were
+    one until now.
     """
 
     stream: Tensor | None
@@ -45,24 +58,35 @@ class _Refusal(Exception):
 
 
 def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rotation:
-    """The matrices that a recipe's entry asks for. Raises RecipeError where embeddings would have to be untied and the recipe doesn't accept that."""
+    """The matrices that a recipe's entry asks for. Raises RecipeError where embeddings would have
+    to be untied and the recipe doesn't accept that.
+    """
     config = model.model.config.get_text_config()
     untied: dict[str, str] = {}
     stream = head = None
     if settings["residual"]:
-        embedding, output = (_name_of(model.model, module()) for module in (model.model.get_input_embeddings, model.model.get_output_embeddings))
+        embedding, output = (
+            _name_of(model.model, module())
+            for module in (model.model.get_input_embeddings, model.model.get_output_embeddings)
+        )
         if f"{output}.weight" in (getattr(model.model, "all_tied_weights_keys", None) or {}):
             if not settings["untie"]:
                 weight = model.model.get_input_embeddings().weight
                 extra = format_bytes(weight.numel() * weight.element_size())
                 raise RecipeError(
-                    f"rotation gives {embedding} and {output}, which are one tensor here, values of their own: {extra} more; "
-                    "accept that with rotation: {untie: true}, or rotate only heads with rotation: {residual: false}"
+                    f"rotation gives {embedding} and {output}, which are one tensor here, values of"
+                    f" their own: {extra} more; accept that with rotation: {{untie: true}}, or"
+                    " rotate only heads with rotation: {residual: false}"
                 )
             untied = {_on_disk(model, f"{output}.weight"): _on_disk(model, f"{embedding}.weight")}
-        stream = rotation_matrix(config.hidden_size, torch.Generator().manual_seed(seed)).to(model.device)
+        stream = rotation_matrix(config.hidden_size, torch.Generator().manual_seed(seed)).to(
+            model.device
+        )
     if settings["heads"]:
-        size = next((size for name in ("v_head_dim", "head_dim") if (size := getattr(config, name, None))), None)
+        size = next(
+            (size for name in ("v_head_dim", "head_dim") if (size := getattr(config, name, None))),
+            None,
+        )
         size = size or config.hidden_size // getattr(config, "num_attention_heads", 1)
         head = rotation_matrix(size, torch.Generator().manual_seed(seed + 1)).to(model.device)
     return Rotation(stream, head, untied)
@@ -71,7 +95,10 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:
     name = next((name for name, found in model.named_modules() if found is module), None)
     if name is None:
-        raise CalibrationError(f"rotation: {type(model).__name__} has no embedding and output head of its own; leave rotation out of the recipe")
+        raise CalibrationError(
+            f"rotation: {type(model).__name__} has no embedding and output head of its own; leave"
+            " rotation out of the recipe"
+        )
     return name
 
 
@@ -86,7 +113,9 @@ def _on_disk(model: BlockwiseModel, parameter: str) -> str:
 
 @dataclass(frozen=True)
 class _Outer:
-    """Names of the embedding, the last norm and the output head in the module tree. norm_weight: what the norm multiplies by; neutral: its weight that does nothing."""
+    """Names of the embedding, the last norm and the output head in the module tree. norm_weight:
+    what the norm multiplies by; neutral: its weight that does nothing.
+    """
 
     embedding: str
     norm: str
@@ -96,9 +125,11 @@ class _Outer:
 
 
 def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> dict[str, Tensor]:
-    """The embedding, the last norm's weight and the output head as they will be stored, by their names on disk; the embedding is put in place.
+    """The embedding, the last norm's weight and the output head as they will be stored, by their
+    names on disk; the embedding is put in place.
 
-    Needs `load_outer(with_head=True)`. tokens: [windows, positions], for the check. Raises CalibrationError.
+    Needs `load_outer(with_head=True)`. tokens: [windows, positions], for the check. Raises
+    CalibrationError.
     """
     tokens = tokens[:1, :TRIAL_POSITIONS]
     states = HiddenStates(device=model.device)
@@ -108,10 +139,15 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
         outer = _find_outer(model, tokens.to(model.device), rotation.stream)
     except _Refusal as refusal:
         raise _error("what stands around the blocks", refusal) from None
-    embedding, head = model.model.get_submodule(outer.embedding).weight, model.model.get_submodule(outer.head).weight
+    embedding, head = (
+        model.model.get_submodule(outer.embedding).weight,
+        model.model.get_submodule(outer.head).weight,
+    )
     norm = model.model.get_submodule(outer.norm).weight
     tensors = {
-        _on_disk(model, f"{outer.head}.weight"): _rotated_rows(head, rotation.stream, outer.norm_weight),
+        _on_disk(model, f"{outer.head}.weight"): _rotated_rows(
+            head, rotation.stream, outer.norm_weight
+        ),
         _on_disk(model, f"{outer.norm}.weight"): torch.full_like(norm, outer.neutral),
         _on_disk(model, f"{outer.embedding}.weight"): _rotated_rows(embedding, rotation.stream),
     }
@@ -122,17 +158,29 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
 def put_outer(model: BlockwiseModel, tensors: Mapping[str, Tensor]) -> None:
     """Put in place the embedding that an earlier run rotated."""
     module = model.model.get_input_embeddings()
-    module.weight.data = tensors[_on_disk(model, f"{_name_of(model.model, module)}.weight")].to(model.device)
+    module.weight.data = tensors[_on_disk(model, f"{_name_of(model.model, module)}.weight")].to(
+        model.device
+    )
 
 
 def _rotated_rows(weight: Tensor, rotation: Tensor, norm: Tensor | None = None) -> Tensor:
-    return torch.cat([rotated_reader(rows, rotation, norm).to(weight.dtype) for rows in weight.data.split(ROWS_AT_ONCE)])
+    return torch.cat(
+        [
+            rotated_reader(rows, rotation, norm).to(weight.dtype)
+            for rows in weight.data.split(ROWS_AT_ONCE)
+        ]
+    )
 
 
 def _find_outer(model: BlockwiseModel, tokens: Tensor, rotation: Tensor) -> _Outer:
-    """Which norm feeds the output head; run with rotated embeddings and that norm without weights, the head must get the same, rotated."""
+    """Which norm feeds the output head; run with rotated embeddings and that norm without weights,
+    the head must get the same, rotated.
+    """
     whole = model.model
-    embedding, head = _name_of(whole, whole.get_input_embeddings()), _name_of(whole, whole.get_output_embeddings())
+    embedding, head = (
+        _name_of(whole, whole.get_input_embeddings()),
+        _name_of(whole, whole.get_output_embeddings()),
+    )
     size = len(rotation)
     with _small_in_float32(model):
         norm, before = _run_to_head(model, tokens, embedding, head)
@@ -153,13 +201,20 @@ def _find_outer(model: BlockwiseModel, tokens: Tensor, rotation: Tensor) -> _Out
             multiplies_by = original + 1 if adds_one else original
             if _differs(after @ rotation.T * multiplies_by, before) < TOLERANCE:
                 return _Outer(embedding, norm, head, multiplies_by, 0.0 if adds_one else 1.0)
-    raise _Refusal(f"with rotated embeddings {head} isn't given the same, rotated: {norm} subtracts a mean, or more than embeddings is added before the blocks")
+    raise _Refusal(
+        f"with rotated embeddings {head} isn't given the same, rotated: {norm} subtracts a mean, or"
+        " more than embeddings is added before the blocks"
+    )
 
 
 @contextmanager
 def _small_in_float32(model: BlockwiseModel) -> Iterator[None]:
     """What stands around the blocks with its vectors in float32, so that hidden states can be."""
-    small = [parameter for _, parameter in model.outer_parameters() if parameter.dim() == 1 and not parameter.is_meta]
+    small = [
+        parameter
+        for _, parameter in model.outer_parameters()
+        if parameter.dim() == 1 and not parameter.is_meta
+    ]
     stored = [parameter.data for parameter in small]
     try:
         for parameter in small:
@@ -174,8 +229,12 @@ class _EnoughSeen(Exception):
     """Ends a forward whose rest nobody needs."""
 
 
-def _run_to_head(model: BlockwiseModel, tokens: Tensor, embedding: str, head: str, rotation: Tensor | None = None) -> tuple[str | None, Tensor]:
-    """The module that returned what the output head is given, and that, [positions, hidden size] float32; blocks hand on what they are given."""
+def _run_to_head(
+    model: BlockwiseModel, tokens: Tensor, embedding: str, head: str, rotation: Tensor | None = None
+) -> tuple[str | None, Tensor]:
+    """The module that returned what the output head is given, and that, [positions, hidden size]
+    float32; blocks hand on what they are given.
+    """
     returned: dict[tuple[int, int], tuple[str, Tensor]] = {}
     given: list[Tensor] = []
 
@@ -183,15 +242,24 @@ def _run_to_head(model: BlockwiseModel, tokens: Tensor, embedding: str, head: st
         return output.float() if rotation is None else output.float() @ rotation
 
     def normed(name: str) -> Callable[..., None]:
-        return lambda _module, _arguments, output: returned.update({(output.data_ptr(), output.numel()): (name, output)})
+        return lambda _module, _arguments, output: returned.update(
+            {(output.data_ptr(), output.numel()): (name, output)}
+        )
 
     def arrive(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
         given.append(arguments[0])
         raise _EnoughSeen
 
     modules = dict(model.model.named_modules())
-    hooks = [modules[embedding].register_forward_hook(embedded), modules[head].register_forward_pre_hook(arrive)]
-    hooks += [module.register_forward_hook(normed(name)) for name, module in modules.items() if is_scaled_by_vector(module)]
+    hooks = [
+        modules[embedding].register_forward_hook(embedded),
+        modules[head].register_forward_pre_hook(arrive),
+    ]
+    hooks += [
+        module.register_forward_hook(normed(name))
+        for name, module in modules.items()
+        if is_scaled_by_vector(module)
+    ]
     try:
         with model.bypassed(), suppress(_EnoughSeen), torch.inference_mode():
             model.model(input_ids=tokens)
@@ -214,9 +282,11 @@ def _differs(found: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class RotatedLinear:
-    """What is done to a Linear's weight. norm: whose weight goes into it, with its inputs rotated as the stream is; adds_one: that norm multiplies by 1 + weight.
+    """What is done to a Linear's weight. norm: whose weight goes into it, with its inputs rotated
+    as the stream is; adds_one: that norm multiplies by 1 + weight.
 
-    writes: whether its outputs are rotated as the stream is. reads_heads, writes_heads: whether its inputs, or outputs, are rotated head by head.
+    writes: whether its outputs are rotated as the stream is. reads_heads, writes_heads: whether its
+    inputs, or outputs, are rotated head by head.
     """
 
     norm: str = ""
@@ -226,7 +296,9 @@ class RotatedLinear:
     writes_heads: bool = False
 
     def apply(self, weight: Tensor, rotation: Rotation, norm_weight: Tensor | None) -> Tensor:
-        """weight: [out_features, in_features]; norm_weight: the norm's, as the unrotated model has it. Returns float32."""
+        """weight: [out_features, in_features]; norm_weight: the norm's, as the unrotated model has
+        it. Returns float32.
+        """
         weight = weight.float()
         if self.norm:
             multiplies_by = norm_weight.float() + 1 if self.adds_one else norm_weight.float()
@@ -240,7 +312,8 @@ class RotatedLinear:
 
 @dataclass(frozen=True)
 class RotatedBlock:
-    """parameters: those that change, float32, by their paths in the block. norms, writers, heads: paths of modules, for CALIB. change: of the block's output, as stored.
+    """parameters: those that change, float32, by their paths in the block. norms, writers, heads:
+    paths of modules, for CALIB. change: of the block's output, as stored.
 
     linears: how each Linear that changes is rotated.
     """
@@ -253,10 +326,14 @@ class RotatedBlock:
     change: float
 
 
-def rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype], name: str) -> RotatedBlock:
-    """A block's parameters for a rotated residual stream and rotated heads, checked. probe: the original on hidden states that aren't rotated.
+def rotate_block(
+    probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype], name: str
+) -> RotatedBlock:
+    """A block's parameters for a rotated residual stream and rotated heads, checked. probe: the
+    original on hidden states that aren't rotated.
 
-    dtypes: of parameters that are stored as they are, not quantized. name: of the block, for errors. Raises CalibrationError.
+    dtypes: of parameters that are stored as they are, not quantized. name: of the block, for
+    errors. Raises CalibrationError.
     """
     try:
         return _rotate_block(probe, rotation, dtypes)
@@ -264,7 +341,9 @@ def rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, tor
         raise _error(name, refusal) from None
 
 
-def _rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype]) -> RotatedBlock:
+def _rotate_block(
+    probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype]
+) -> RotatedBlock:
     parameters = dict(probe.block.named_parameters())
     norms: dict[str, Fold] = {}
     writers: tuple[str, ...] = ()
@@ -275,23 +354,38 @@ def _rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, to
         with probe.changed(changed):
             change = probe.change(rotation.stream)
         if not change < TOLERANCE:
-            raise _Refusal(f"rotated, it returns something else (what it adds to its input changes by {change:.1%}); more reads or writes the residual stream")
+            raise _Refusal(
+                "rotated, it returns something else (what it adds to its input changes by"
+                f" {change:.1%}); more reads or writes the residual stream"
+            )
     heads = []
     for fold in find_linear_folds(probe) if rotation.head is not None else ():
-        rotated = _rotated_heads(fold.producer, fold.consumers[0], fold.channels, {**parameters, **changed}, rotation.head)
+        rotated = _rotated_heads(
+            fold.producer,
+            fold.consumers[0],
+            fold.channels,
+            {**parameters, **changed},
+            rotation.head,
+        )
         if rotated is None:
             continue
         with probe.changed(changed | rotated):
-            # What multiplies each channel by a number of its own, as a gate does, can't be rotated; attention can.
+            # What multiplies each channel by a number of its own, as a gate does, can't be rotated;
+            # attention can.
             if probe.change(rotation.stream) < TOLERANCE:
                 changed |= rotated
                 heads.append(fold.producer)
                 readers_of_heads.append(fold.consumers[0])
-    changed = {path: tensor.to(dtypes.get(path, torch.float32)).float() for path, tensor in changed.items()}
+    changed = {
+        path: tensor.to(dtypes.get(path, torch.float32)).float() for path, tensor in changed.items()
+    }
     with probe.changed(changed):
         change = probe.change(rotation.stream)
     if not change < STORED_TOLERANCE:
-        raise _Refusal(f"with the weights as they are stored, what it adds to its input changes by {change:.1%}")
+        raise _Refusal(
+            "with the weights as they are stored, what it adds to its input changes by"
+            f" {change:.1%}"
+        )
     fold_of = {linear: fold for fold in norms.values() for linear in fold.consumers}
     linears = {
         path: RotatedLinear(
@@ -306,8 +400,12 @@ def _rotate_block(probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, to
     return RotatedBlock(changed, linears, tuple(norms), writers, tuple(heads), change)
 
 
-def _rotated_stream(probe: BlockProbe, parameters: Mapping[str, Tensor], rotation: Tensor) -> tuple[dict[str, Fold], tuple[str, ...], dict[str, Tensor]]:
-    """The norms that read the stream, each with the fold into the Linears behind it, the Linears that write to it, and all their parameters, rotated."""
+def _rotated_stream(
+    probe: BlockProbe, parameters: Mapping[str, Tensor], rotation: Tensor
+) -> tuple[dict[str, Fold], tuple[str, ...], dict[str, Tensor]]:
+    """The norms that read the stream, each with the fold into the Linears behind it, the Linears
+    that write to it, and all their parameters, rotated.
+    """
     reading, writers = _readers_and_writers(probe)
     folds, reasons = find_norm_folds(probe)
     by_norm = {fold.producer: fold for fold in folds}
@@ -316,7 +414,10 @@ def _rotated_stream(probe: BlockProbe, parameters: Mapping[str, Tensor], rotatio
         fold = by_norm.get(norm)
         if fold is None:
             raise _Refusal(
-                next((reason for reason in reasons.values() if f" {norm} " in reason), f"{norm} reads the residual stream, and no Linear reads what it returns")
+                next(
+                    (reason for reason in reasons.values() if f" {norm} " in reason),
+                    f"{norm} reads the residual stream, and no Linear reads what it returns",
+                )
             )
         if f"{norm}.bias" in parameters:
             raise _Refusal(f"{norm} adds a bias")
@@ -325,10 +426,15 @@ def _rotated_stream(probe: BlockProbe, parameters: Mapping[str, Tensor], rotatio
         module = probe.block.get_submodule(norm)
         with probe.changed({f"{norm}.weight": neutral}):
             if not _differs(module(given @ rotation), module(given) @ rotation) < TOLERANCE:
-                raise _Refusal(f"{norm} is no root-mean-square norm (LayerNorm subtracts the mean), so a rotation changes what it returns")
+                raise _Refusal(
+                    f"{norm} is no root-mean-square norm (LayerNorm subtracts the mean), so a"
+                    " rotation changes what it returns"
+                )
         changed[f"{norm}.weight"] = neutral
         for linear in fold.consumers:
-            changed[f"{linear}.weight"] = rotated_reader(parameters[f"{linear}.weight"], rotation, weight + 1 if fold.adds_one else weight)
+            changed[f"{linear}.weight"] = rotated_reader(
+                parameters[f"{linear}.weight"], rotation, weight + 1 if fold.adds_one else weight
+            )
     if not changed:
         raise _Refusal("no norm reads the residual stream before its Linears")
     for linear in writers:
@@ -339,10 +445,13 @@ def _rotated_stream(probe: BlockProbe, parameters: Mapping[str, Tensor], rotatio
 
 
 def _readers_and_writers(probe: BlockProbe) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Norms that are given the block's input plus outputs of Linears, with what they are given; and the Linears whose outputs are in what the block returns."""
+    """Norms that are given the block's input plus outputs of Linears, with what they are given; and
+    the Linears whose outputs are in what the block returns.
+    """
     size = probe.hidden.shape[-1]
     outputs: dict[str, Tensor] = {}
-    given: list[tuple[str, Tensor, int]] = []  # norm, its input, how many outputs there were before it
+    # norm, its input, how many outputs there were before it
+    given: list[tuple[str, Tensor, int]] = []
 
     def put_out(name: str) -> Callable[..., None]:
         return lambda _module, _arguments, output: outputs.update({name: output})
@@ -361,21 +470,40 @@ def _readers_and_writers(probe: BlockProbe) -> tuple[dict[str, Tensor], tuple[st
     finally:
         for hook in hooks:
             hook.remove()
-    shaped = {name: output for name, output in outputs.items() if output.numel() == probe.hidden.numel()}
+    shaped = {
+        name: output for name, output in outputs.items() if output.numel() == probe.hidden.numel()
+    }
     reading = {}
     for name, tensor, count in given:
         before = [output for output in list(outputs)[:count] if output in shaped]
-        if tensor.shape == probe.hidden.shape and _shares(tensor - probe.hidden, [shaped[output] for output in before], tensor) is not None:
+        if (
+            tensor.shape == probe.hidden.shape
+            and _shares(tensor - probe.hidden, [shaped[output] for output in before], tensor)
+            is not None
+        ):
             reading[name] = tensor
     shares = _shares(probe.output - probe.hidden, list(shaped.values()), probe.output)
     if shares is None:
-        between = next((f"{norm} stands between {linear} and it" for norm, tensor, _ in reversed(given) for linear in shaped if tensor is outputs[linear]), "")
-        raise _Refusal(f"what it adds to the residual stream is no sum of what its Linears put out{f': {between}' if between else ''}")
+        between = next(
+            (
+                f"{norm} stands between {linear} and it"
+                for norm, tensor, _ in reversed(given)
+                for linear in shaped
+                if tensor is outputs[linear]
+            ),
+            "",
+        )
+        raise _Refusal(
+            "what it adds to the residual stream is no sum of what its Linears put"
+            f" out{f': {between}' if between else ''}"
+        )
     return reading, tuple(name for name, share in zip(shaped, shares) if abs(share) > TOLERANCE)
 
 
 def _shares(difference: Tensor, outputs: Sequence[Tensor], whole: Tensor) -> list[float] | None:
-    """How often each output is in the difference, by least squares; None where they don't make it up. whole: what the difference was taken from, for its rounding."""
+    """How often each output is in the difference, by least squares; None where they don't make it
+    up. whole: what the difference was taken from, for its rounding.
+    """
     left = difference.flatten().double()
     shares: list[float] = []
     if outputs:
@@ -383,18 +511,31 @@ def _shares(difference: Tensor, outputs: Sequence[Tensor], whole: Tensor) -> lis
         gram = columns @ columns.T
         shares = (torch.linalg.pinv(gram) @ (columns @ left)).tolist()
         left = left - torch.tensor(shares, dtype=left.dtype, device=left.device) @ columns
-    bound = 0.1 * TOLERANCE * float(difference.double().norm()) + 1e-6 * float(whole.double().norm())
+    bound = 0.1 * TOLERANCE * float(difference.double().norm()) + 1e-6 * float(
+        whole.double().norm()
+    )
     return shares if float(left.norm()) <= bound else None
 
 
-def _rotated_heads(producer: str, consumer: str, channels: Tensor, parameters: Mapping[str, Tensor], rotation: Tensor) -> dict[str, Tensor] | None:
-    """Both weights with each head rotated; None where the channels don't come in heads. channels: the producer's for each of the consumer's, [in_features]."""
+def _rotated_heads(
+    producer: str,
+    consumer: str,
+    channels: Tensor,
+    parameters: Mapping[str, Tensor],
+    rotation: Tensor,
+) -> dict[str, Tensor] | None:
+    """Both weights with each head rotated; None where the channels don't come in heads. channels:
+    the producer's for each of the consumer's, [in_features].
+    """
     size = len(rotation)
     weight = parameters[f"{producer}.weight"]
     if weight.shape[0] % size or len(channels) % size:
         return None
     heads = channels.unflatten(0, (-1, size))
-    if not torch.equal(heads, heads[:, :1] + torch.arange(size, device=heads.device)) or (heads[:, 0] % size).any():
+    if (
+        not torch.equal(heads, heads[:, :1] + torch.arange(size, device=heads.device))
+        or (heads[:, 0] % size).any()
+    ):
         return None
     changed = {f"{consumer}.weight": rotated_reader(parameters[f"{consumer}.weight"], rotation)}
     for path in (f"{producer}.weight", f"{producer}.bias"):
@@ -412,16 +553,26 @@ def require_on_disk(model: BlockwiseModel, prefix: str, paths: Sequence[str]) ->
 
 
 def _error(where: str, refusal: _Refusal) -> CalibrationError:
-    return CalibrationError(f"rotation can't be done in {where}: {refusal}; leave rotation out of the recipe")
+    return CalibrationError(
+        f"rotation can't be done in {where}: {refusal}; leave rotation out of the recipe"
+    )
 
 
 # ---- Before hours are spent.
 
 
-def try_rotation(model: BlockwiseModel, tokens: Tensor, rotation: Rotation, shapes: Mapping[str, tuple[int, ...]], on_block: Callable[[int], None]) -> None:
-    """Rotate every block on one short window and throw the result away: what can't be rotated is refused now. The model can't be used afterwards.
+def try_rotation(
+    model: BlockwiseModel,
+    tokens: Tensor,
+    rotation: Rotation,
+    shapes: Mapping[str, tuple[int, ...]],
+    on_block: Callable[[int], None],
+) -> None:
+    """Rotate every block on one short window and throw the result away: what can't be rotated is
+    refused now. The model can't be used afterwards.
 
-    tokens: [windows, positions]. shapes: of the checkpoint's tensors. on_block(number) is called before each block.
+    tokens: [windows, positions]. shapes: of the checkpoint's tensors. on_block(number) is called
+    before each block.
     """
     tokens = tokens[:1, :TRIAL_POSITIONS]
     states = HiddenStates(device=model.device)
@@ -429,16 +580,31 @@ def try_rotation(model: BlockwiseModel, tokens: Tensor, rotation: Rotation, shap
         model.load_outer(with_head=True)
         calls = model.record([tokens], states)[0]
         if rotation.stream is not None:
-            strangers = [name for name in model.unexpected if len(shapes[name]) > 1 and len(rotation.stream) in shapes[name]]
+            strangers = [
+                name
+                for name in model.unexpected
+                if len(shapes[name]) > 1 and len(rotation.stream) in shapes[name]
+            ]
             if strangers:
-                raise _error(strangers[0], _Refusal("transformers doesn't run it, so nobody knows whether it reads what is rotated"))
+                raise _error(
+                    strangers[0],
+                    _Refusal(
+                        "transformers doesn't run it, so nobody knows whether it reads what is"
+                        " rotated"
+                    ),
+                )
             rotated_outer(model, tokens, rotation)
         model.free_outer()
         for number in range(model.block_count):
             on_block(number)
             with model.block(number) as block, torch.inference_mode():
                 hidden = states.get(0).to(model.device)
-                found = rotate_block(BlockProbe(model, block, calls[number], hidden), rotation, {}, model.block_name(number))
+                found = rotate_block(
+                    BlockProbe(model, block, calls[number], hidden),
+                    rotation,
+                    {},
+                    model.block_name(number),
+                )
                 require_on_disk(model, model.block_name(number), list(found.parameters))
                 states.put(0, model.run_block(block, calls[number], hidden))
             states.turn()

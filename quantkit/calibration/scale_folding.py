@@ -1,10 +1,14 @@
-"""Where a scale per channel can be folded into what comes before a Linear, found by running the block and not by a table of architectures.
+"""Where a scale per channel can be folded into what comes before a Linear, found by running the
+block and not by a table of architectures.
 
-A norm feeds the Linears that are handed the very tensor that it returned. A Linear feeds another where scaling its outputs, each channel by a
-number of its own, scales the other's inputs, each by one of these numbers: so it is with values and the output projection (whatever attention does
-between, and however many query heads read one head of values), and with up and down, but not with gate and down.
+A norm feeds the Linears that are handed the very tensor that it returned. A Linear feeds another
+where scaling its outputs, each channel by a number of its own, scales the other's inputs, each by
+one of these numbers: so it is with values and the output projection (whatever attention does
+between, and however many query heads read one head of values), and with up and down, but not with
+gate and down.
 
-Whatever is folded is tried on a float32 copy of the block, with scales that are powers of two, and must leave its output as it was.
+Whatever is folded is tried on a float32 copy of the block, with scales that are powers of two, and
+must leave its output as it was.
 """
 
 from __future__ import annotations
@@ -21,17 +25,21 @@ from torch import Tensor, nn
 from quantkit.models.block_calls import Call
 from quantkit.models.blockwise import BlockwiseModel
 
-# How much of what a block adds to its input may change when only float32's rounding differs: algebra that doesn't hold changes a tenth and more.
+# How much of what a block adds to its input may change when only float32's rounding differs:
+# algebra that doesn't hold changes a tenth and more.
 TOLERANCE = 1e-3
-# The same for scales as they are stored, where a norm or a Linear that isn't quantized is rounded to bfloat16.
+# The same for scales as they are stored, where a norm or a Linear that isn't quantized is rounded
+# to bfloat16.
 STORED_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
 class Fold:
-    """producer: a norm, or the Linear whose outputs are scaled. consumers: the Linears whose inputs are. All are paths inside of the block.
+    """producer: a norm, or the Linear whose outputs are scaled. consumers: the Linears whose inputs
+    are. All are paths inside of the block.
 
-    adds_one: the norm multiplies by 1 + weight. channels: of a Linear, its output channel that scales each of the consumer's input channels, [in_features].
+    adds_one: the norm multiplies by 1 + weight. channels: of a Linear, its output channel that
+    scales each of the consumer's input channels, [in_features].
     """
 
     producer: str
@@ -41,26 +49,39 @@ class Fold:
 
 
 class BlockProbe:
-    """A float32 copy of a block with one batch of its inputs. hidden: [windows, positions, hidden size]."""
+    """A float32 copy of a block with one batch of its inputs. hidden: [windows, positions, hidden
+    size].
+    """
 
     def __init__(self, model: BlockwiseModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
         self._model = model
         self.block = copy.deepcopy(block).float()
         call = call.given()
-        self._call = replace(call, arguments=_in_float32(call.arguments), keywords=_in_float32(call.keywords), hands_on=())
+        self._call = replace(
+            call,
+            arguments=_in_float32(call.arguments),
+            keywords=_in_float32(call.keywords),
+            hands_on=(),
+        )
         self.hidden = hidden.float()
         self.output = self.run()
 
     def run(self, hidden: Tensor | None = None) -> Tensor:
-        return self._model.run_block(self.block, self._call, self.hidden if hidden is None else hidden).float()
+        return self._model.run_block(
+            self.block, self._call, self.hidden if hidden is None else hidden
+        ).float()
 
     def change(self, rotation: Tensor | None = None) -> float:
-        """How far the block's output now is from what it was, over what the block adds to its input: of nine tokens in ten it is less.
+        """How far the block's output now is from what it was, over what the block adds to its
+        input: of nine tokens in ten it is less.
 
-        rotation: of the hidden states, where the parameters that the copy has now expect and return them rotated, [hidden size, hidden size].
+        rotation: of the hidden states, where the parameters that the copy has now expect and return
+        them rotated, [hidden size, hidden size].
         """
         output = self.run() if rotation is None else self.run(self.hidden @ rotation) @ rotation.T
-        moved = (output - self.output).norm(dim=-1) / (self.output - self.hidden).norm(dim=-1).clamp(min=1e-30)
+        moved = (output - self.output).norm(dim=-1) / (self.output - self.hidden).norm(
+            dim=-1
+        ).clamp(min=1e-30)
         return float(moved.flatten().quantile(0.9)) if torch.isfinite(output).all() else torch.inf
 
     @contextmanager
@@ -95,20 +116,34 @@ def find_linear_folds(probe: BlockProbe) -> list[Fold]:
     return _linear_folds(probe, *_norm_of_linears(probe))[0]
 
 
-def _norm_folds(probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]) -> tuple[list[Fold], dict[str, str]]:
+def _norm_folds(
+    probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]
+) -> tuple[list[Fold], dict[str, str]]:
     folds: list[Fold] = []
     reasons: dict[str, str] = {}
     for norm in dict.fromkeys(fed.values()):
         consumers = tuple(name for name in order if fed.get(name) == norm)
-        fold = next((fold for adds_one in (False, True) if holds(probe, fold := Fold(norm, consumers, adds_one))), None)
+        fold = next(
+            (
+                fold
+                for adds_one in (False, True)
+                if holds(probe, fold := Fold(norm, consumers, adds_one))
+            ),
+            None,
+        )
         if fold is not None:
             folds.append(fold)
         else:
-            reasons |= dict.fromkeys(consumers, f"more than Linears reads what {norm} returns, or it isn't scaled by its weight")
+            reasons |= dict.fromkeys(
+                consumers,
+                f"more than Linears reads what {norm} returns, or it isn't scaled by its weight",
+            )
     return folds, reasons
 
 
-def _linear_folds(probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]) -> tuple[list[Fold], dict[str, str]]:
+def _linear_folds(
+    probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]
+) -> tuple[list[Fold], dict[str, str]]:
     folds: list[Fold] = []
     reasons: dict[str, str] = {}
     for number, consumer in enumerate(order):
@@ -125,26 +160,40 @@ def _linear_folds(probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str
 
 
 def holds(probe: BlockProbe, fold: Fold) -> bool:
-    """Whether the fold leaves the output as it was, tried with scales ½, 1 and 2, which round nothing."""
+    """Whether the fold leaves the output as it was, tried with scales ½, 1 and 2, which round
+    nothing.
+    """
     parameters = dict(probe.block.named_parameters())
     size = parameters[f"{fold.producer}.weight"].shape[0]
-    scale = torch.exp2(torch.arange(size, device=parameters[f"{fold.producer}.weight"].device) % 3 - 1.0)
+    scale = torch.exp2(
+        torch.arange(size, device=parameters[f"{fold.producer}.weight"].device) % 3 - 1.0
+    )
     with probe.changed(folded(fold, parameters, scale)):
         return probe.change() < TOLERANCE
 
 
-def folded(fold: Fold, parameters: Mapping[str, Tensor], scale: Tensor, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
-    """The parameters that a fold changes: float32, or rounded to `dtypes` where a parameter is stored so.
+def folded(
+    fold: Fold,
+    parameters: Mapping[str, Tensor],
+    scale: Tensor,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, Tensor]:
+    """The parameters that a fold changes: float32, or rounded to `dtypes` where a parameter is
+    stored so.
 
-    scale: what the consumers' inputs are divided by, for each channel of the producer. Where the producer is rounded, the consumers take up just what it became, so
-    that nothing is lost.
+    scale: what the consumers' inputs are divided by, for each channel of the producer. Where the
+    producer is rounded, the consumers take up just what it became, so that nothing is lost.
     """
     dtypes = dtypes or {}
     weight = parameters[f"{fold.producer}.weight"].float()
     changed: dict[str, Tensor] = {}
     if fold.channels is None:
         one = 1.0 if fold.adds_one else 0.0
-        stored = ((weight + one) / scale - one).to(dtypes.get(f"{fold.producer}.weight", torch.float32)).float()
+        stored = (
+            ((weight + one) / scale - one)
+            .to(dtypes.get(f"{fold.producer}.weight", torch.float32))
+            .float()
+        )
         scale = (weight + one) / (stored + one)
         sound = torch.isfinite(scale) & (scale > 0)
         scale, stored = torch.where(sound, scale, 1.0), torch.where(sound, stored, weight)
@@ -157,14 +206,18 @@ def folded(fold: Fold, parameters: Mapping[str, Tensor], scale: Tensor, dtypes: 
     columns = scale if fold.channels is None else scale[fold.channels]
     for consumer in fold.consumers:
         changed[f"{consumer}.weight"] = parameters[f"{consumer}.weight"].float() * columns
-    return {name: tensor.to(dtypes.get(name, torch.float32)).float() for name, tensor in changed.items()}
+    return {
+        name: tensor.to(dtypes.get(name, torch.float32)).float() for name, tensor in changed.items()
+    }
 
 
 # ---- Who feeds whom.
 
 
 def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
-    """Linear → the module that returned the tensor that it is handed, for modules with a vector of weights; and all Linears in the order of their calls."""
+    """Linear → the module that returned the tensor that it is handed, for modules with a vector of
+    weights; and all Linears in the order of their calls.
+    """
     returned: dict[tuple[int, int], str] = {}
     fed: dict[str, str] = {}
     order: dict[str, None] = {}
@@ -184,7 +237,10 @@ def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
             alive.append(arguments[0])
             norm = returned.get((arguments[0].data_ptr(), arguments[0].numel()))
             # A norm of each head by itself has a weight for the head's channels only.
-            if norm is not None and probe.block.get_submodule(norm).weight.numel() == module.in_features:
+            if (
+                norm is not None
+                and probe.block.get_submodule(norm).weight.numel() == module.in_features
+            ):
                 fed[name] = norm
 
         return hook
@@ -204,18 +260,25 @@ def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
 
 
 def is_scaled_by_vector(module: nn.Module) -> bool:
-    """Whether all that a module has is a vector of weights, and maybe a bias: a norm, most likely."""
+    """Whether all that a module has is a vector of weights, and maybe a bias: a norm, most
+    likely.
+    """
     parameters = dict(module.named_parameters())
-    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(parameter.dim() == 1 for parameter in parameters.values())
+    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(
+        parameter.dim() == 1 for parameter in parameters.values()
+    )
 
 
 def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None:
-    """The fold of one Linear into another, if each input channel of the consumer follows the scale of one output channel of the producer."""
+    """The fold of one Linear into another, if each input channel of the consumer follows the scale
+    of one output channel of the producer.
+    """
     first, second = probe.block.get_submodule(producer), probe.block.get_submodule(consumer)
     if second.in_features % first.out_features:
         return None
     size = first.out_features
-    scale = 1 + torch.arange(1, size + 1, device=first.weight.device) / size  # all different, between 1 and 2
+    # all different, between 1 and 2
+    scale = 1 + torch.arange(1, size + 1, device=first.weight.device) / size
     before, after = _inputs(probe, consumer), None
     handle = first.register_forward_hook(lambda module, arguments, output: output * scale)
     try:
@@ -236,7 +299,9 @@ def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None
 
 def _inputs(probe: BlockProbe, linear: str) -> Tensor:
     seen: list[Tensor] = []
-    handle = probe.block.get_submodule(linear).register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].flatten(0, -2)))
+    handle = probe.block.get_submodule(linear).register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0].flatten(0, -2))
+    )
     try:
         probe.run()
     finally:

@@ -1,6 +1,8 @@
-"""What algorithms chose, as files of CALIB: `weights-NNNNN.safetensors` for each block, and `weights-outer.safetensors` for what a rotation changes around them.
+"""What algorithms chose, as files of CALIB: `weights-NNNNN.safetensors` for each block, and
+`weights-outer.safetensors` for what a rotation changes around them.
 
-A file is written when what it holds is final, and recorded with its hash; a later run puts in place what an earlier one wrote.
+A file is written when what it holds is final, and recorded with its hash; a later run puts in place
+what an earlier one wrote.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def weights_file(number: int) -> str:
 
 @dataclass(frozen=True)
 class ChosenFiles:
-    """The files of one run, and the chooser whose work they hold. output: on the first rank, which reads and writes them for all."""
+    """The files of one run, and the chooser whose work they hold. output: on the first rank, which
+    reads and writes them for all.
+    """
 
     chooser: BlockChooser
     output: OutputDirectory | None
@@ -44,8 +48,16 @@ class ChosenFiles:
     def rotates_outer(self) -> bool:
         return self.chooser.rotation is not None and self.chooser.rotation.stream is not None
 
-    def try_rotation(self, build: Callable[[], BlockwiseModel], tokens: Tensor, shapes: Mapping[str, tuple[int, ...]], on_block: Callable[[int], None]) -> None:
-        """Refuse now a rotation that couldn't be finished. build: makes a model of its own for that. tokens: [windows, positions]."""
+    def try_rotation(
+        self,
+        build: Callable[[], BlockwiseModel],
+        tokens: Tensor,
+        shapes: Mapping[str, tuple[int, ...]],
+        on_block: Callable[[int], None],
+    ) -> None:
+        """Refuse now a rotation that couldn't be finished. build: makes a model of its own for
+        that. tokens: [windows, positions].
+        """
         if self.chooser.rotation is None:
             return
 
@@ -59,7 +71,9 @@ class ChosenFiles:
         self.ranks.first_decides(attempt)
 
     def load_outer(self, tokens: Tensor) -> None:
-        """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on which a rotation is checked."""
+        """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on
+        which a rotation is checked.
+        """
         model = self.chooser.model
         if not self.rotates_outer:
             model.load_outer(with_head=False)
@@ -79,30 +93,55 @@ class ChosenFiles:
 
     def install(self, number: int, block: nn.Module) -> None:
         """Make a block what an earlier run chose."""
-        self.chooser.install(number, block, self.ranks.from_first(self._read(weights_file(number)) if self.ranks.is_first else None))
+        self.chooser.install(
+            number,
+            block,
+            self.ranks.from_first(
+                self._read(weights_file(number)) if self.ranks.is_first else None
+            ),
+        )
 
-    def choose(self, number: int, block: nn.Module, batches: Sequence[int], calls: Mapping[int, Any], states: HiddenStates) -> None:
+    def choose(
+        self,
+        number: int,
+        block: nn.Module,
+        batches: Sequence[int],
+        calls: Mapping[int, Any],
+        states: HiddenStates,
+    ) -> None:
         """Choose a block's weights, put them in place and write them."""
         chosen = self.chooser.choose(number, block, batches, calls, states)
         if self.ranks.is_first:
             self._write(weights_file(number), chosen.to_tensors(), chosen.described)
 
     def _read(self, name: str) -> dict[str, Tensor]:
-        return {tensor: read_tensor(info) for tensor, info in read_header(self.output.partial / name).items()}
+        return {
+            tensor: read_tensor(info)
+            for tensor, info in read_header(self.output.partial / name).items()
+        }
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], description: Any) -> None:
         path = self.output.partial / name
         write_tensors(path, {tensor: content.cpu() for tensor, content in tensors.items()})
-        self.output.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": description})
+        self.output.record(
+            name,
+            {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": description},
+        )
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What CALIB says of it, and the record of each file."""
         names = [weights_file(number) for number in range(self.chooser.model.block_count)]
         described = [self.output.done[name]["description"] for name in names]
-        found: dict[str, Any] = {key: [item for block in described for item in block[key]] for key in described[0]}
+        found: dict[str, Any] = {
+            key: [item for block in described for item in block[key]] for key in described[0]
+        }
         done = {entry["name"] for entry in found["linears"]}
         reason = "transformers has no Linear of that name in a decoder block"
-        found["linears"] += [{"name": name, "algorithm": "rtn", "reason": reason} for name in self.chooser.schemes if name not in done]
+        found["linears"] += [
+            {"name": name, "algorithm": "rtn", "reason": reason}
+            for name in self.chooser.schemes
+            if name not in done
+        ]
         if self.rotates_outer:
             names.append(OUTER_FILE)
         found["untied"] = dict(self.chooser.rotation.untied) if self.chooser.rotation else {}

@@ -1,1 +1,3 @@
-"""Files: checkpoints read and written, file formats, the hub, GGUF, and what is kept between runs."""
+"""Files: checkpoints read and written, file formats, the hub, GGUF, and what is kept between
+runs.
+"""

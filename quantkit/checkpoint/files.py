@@ -16,7 +16,9 @@ from blake3 import blake3
 
 
 def new_file(path: Path) -> Any:
-    """A file made anew for reading and writing, unbuffered: what lies there under its name, a link above all, is removed and not written to."""
+    """A file made anew for reading and writing, unbuffered: what lies there under its name, a link
+    above all, is removed and not written to.
+    """
     path.unlink(missing_ok=True)
     return open(path, "x+b", buffering=0)
 
@@ -52,12 +54,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """A file made anew, flushed. Where the disk fills, nothing of it stays, and the error names it."""
+    """A file made anew, flushed. Where the disk fills, nothing of it stays, and the error names
+    it.
+    """
     try:
         with new_file(path) as file:
             view = memoryview(content)
             while view:
-                view = view[file.write(view) :]  # a system takes less than all of it, without an error, where that is the last that fits
+                # a system takes less than all of it, without an error, where that is the last that
+                # fits
+                view = view[file.write(view) :]
             os.fsync(file.fileno())
     except OSError as error:
         error.filename = str(path)
@@ -81,7 +87,11 @@ def blake3_file(path: Path) -> str:
 
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_stream(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256_stream(file)
+        )
 
 
 def _sha256_stream(file: Any) -> str:
@@ -98,11 +108,22 @@ def c_function(name: str) -> Any:
 
 
 def exchange_names(first: Path, second: Path) -> bool:
-    """Exchange two files or directories in one step; False, with nothing done, where this system can't (Linux can, on most file systems)."""
+    """Exchange two files or directories in one step; False, with nothing done, where this system
+    can't (Linux can, on most file systems).
+    """
     function, current_directory, rename_exchange = c_function("renameat2"), -100, 2
     if function is None or sys.platform != "linux":
         return False
-    return function(current_directory, os.fsencode(first), current_directory, os.fsencode(second), ctypes.c_uint(rename_exchange)) == 0
+    return (
+        function(
+            current_directory,
+            os.fsencode(first),
+            current_directory,
+            os.fsencode(second),
+            ctypes.c_uint(rename_exchange),
+        )
+        == 0
+    )
 
 
 def cores() -> int:

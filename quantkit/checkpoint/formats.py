@@ -1,10 +1,12 @@
-"""How a quantized Linear lies in a checkpoint: its tensors and the `quantization_config`, written and read.
+"""How a quantized Linear lies in a checkpoint: its tensors and the `quantization_config`, written
+and read.
 
 compressed-tensors   every scheme; vLLM, SGLang, TensorRT-LLM and transformers read it
 fp8                  128×128 blocks of E4M3, as DeepSeek ships them
 modelopt             static per-tensor E4M3, for TensorRT-LLM
 
-Shapes are exact, because transformers compares them (`[1]` not `[]`, `[O, 1]` not `[O]`) and ModelOpt's scales are scalars.
+Shapes are exact, because transformers compares them (`[1]` not `[]`, `[O, 1]` not `[O]`) and
+ModelOpt's scales are scalars.
 """
 
 from __future__ import annotations
@@ -45,11 +47,21 @@ def layout_name(scheme: QuantScheme) -> str:
 def format_obstacle(layout: str, schemes: Iterable[QuantScheme], kv_cache: bool) -> str | None:
     """Why a checkpoint of these schemes can't be written in this format, or None."""
     only = _ONLY_SCHEME.get(layout)
-    others = [scheme for scheme in schemes if only is not None and scheme.same_arithmetic != only.same_arithmetic]
+    others = [
+        scheme
+        for scheme in schemes
+        if only is not None and scheme.same_arithmetic != only.same_arithmetic
+    ]
     if others:
-        return f"--format {layout} holds {only.name} only, not {others[0].name}; use --scheme {only.name}, or --format compressed-tensors"
+        return (
+            f"--format {layout} holds {only.name} only, not {others[0].name}; use --scheme"
+            f" {only.name}, or --format compressed-tensors"
+        )
     if layout == "fp8" and kv_cache:
-        return "--format fp8 has no place for the scales of a KV cache; leave out --kv-cache, or use --format compressed-tensors"
+        return (
+            "--format fp8 has no place for the scales of a KV cache; leave out --kv-cache, or use"
+            " --format compressed-tensors"
+        )
     return None
 
 
@@ -57,13 +69,20 @@ def shape_obstacle(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
     """Why a Linear of this shape can't be stored under the scheme, or None."""
     columns = shape[1]
     if scheme.weight.granularity.name == "group" and columns % scheme.weight.granularity.columns:
-        return f"in_features {columns} is no multiple of the group size {scheme.weight.granularity.columns}"
+        return (
+            f"in_features {columns} is no multiple of the group size"
+            f" {scheme.weight.granularity.columns}"
+        )
     if layout_name(scheme) == "pack-quantized" and columns % CODES_PER_WORD:
-        return f"in_features {columns} is no multiple of {CODES_PER_WORD}, the codes of a packed word"
+        return (
+            f"in_features {columns} is no multiple of {CODES_PER_WORD}, the codes of a packed word"
+        )
     return None
 
 
-def linear_tensors(scheme: QuantScheme, shape: tuple[int, int], layout: str = "compressed-tensors") -> dict[str, tuple[str, tuple[int, ...]]]:
+def linear_tensors(
+    scheme: QuantScheme, shape: tuple[int, int], layout: str = "compressed-tensors"
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The tensors of one Linear: suffix → (safetensors dtype, shape)."""
     rows, columns = shape
     weight = scheme.weight
@@ -74,15 +93,24 @@ def linear_tensors(scheme: QuantScheme, shape: tuple[int, int], layout: str = "c
         tensors["weight_shape"] = ("I64", (2,))
     else:
         tensors["weight"] = (weight.format.safetensors_name, (rows, columns))
-    scale_shape = one if weight.granularity == TENSOR else weight.granularity.scale_shape(rows, columns)
-    tensors[FP8_BLOCK_SUFFIX if layout == "fp8" else "weight_scale"] = ("U8" if weight.scale_format is E8M0 else "F32", scale_shape)
+    scale_shape = (
+        one if weight.granularity == TENSOR else weight.granularity.scale_shape(rows, columns)
+    )
+    tensors[FP8_BLOCK_SUFFIX if layout == "fp8" else "weight_scale"] = (
+        "U8" if weight.scale_format is E8M0 else "F32",
+        scale_shape,
+    )
     if scheme.needs_calibration:
         tensors["input_scale"] = ("F32", one)
     return tensors
 
 
-def encode_rows(quantized: QuantizedTensor, scheme: QuantScheme, layout: str = "compressed-tensors") -> dict[str, Tensor]:
-    """Some whole block rows of a quantized weight as rows of its tensors: the codes, and the scales unless all rows share one."""
+def encode_rows(
+    quantized: QuantizedTensor, scheme: QuantScheme, layout: str = "compressed-tensors"
+) -> dict[str, Tensor]:
+    """Some whole block rows of a quantized weight as rows of its tensors: the codes, and the scales
+    unless all rows share one.
+    """
     from quantkit.ops.packing import pack_int8
 
     tensors = {}
@@ -92,14 +120,24 @@ def encode_rows(quantized: QuantizedTensor, scheme: QuantScheme, layout: str = "
         elif suffix == "weight_packed":
             tensors[suffix] = pack_int8(quantized.qdata)
         elif suffix in ("weight_scale", FP8_BLOCK_SUFFIX) and scheme.weight.granularity != TENSOR:
-            tensors[suffix] = _exponent_bytes(quantized.scale) if scheme.weight.scale_format is E8M0 else quantized.scale
+            tensors[suffix] = (
+                _exponent_bytes(quantized.scale)
+                if scheme.weight.scale_format is E8M0
+                else quantized.scale
+            )
     return tensors
 
 
 def encode_constants(
-    scheme: QuantScheme, shape: tuple[int, int], layout: str = "compressed-tensors", weight_scale: Tensor | None = None, input_scale: Tensor | None = None
+    scheme: QuantScheme,
+    shape: tuple[int, int],
+    layout: str = "compressed-tensors",
+    weight_scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What a Linear stores once: its shape if the codes are packed, one scale of all its weights, its static input scale."""
+    """What a Linear stores once: its shape if the codes are packed, one scale of all its weights,
+    its static input scale.
+    """
     import torch
 
     tensors = {}
@@ -115,19 +153,33 @@ def encode_constants(
     return tensors
 
 
-def decode_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str) -> tuple[QuantizedTensor, Tensor | None]:
-    """Read back one Linear, whoever wrote it: the quantized weight and its static input scale [1], if it has one."""
+def decode_linear(
+    tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str
+) -> tuple[QuantizedTensor, Tensor | None]:
+    """Read back one Linear, whoever wrote it: the quantized weight and its static input scale [1],
+    if it has one.
+    """
     import torch
 
     from quantkit.ops.packing import unpack_int8
     from quantkit.ops.reference import QuantizedTensor
 
     for suffix, tensor in tensors.items():
-        wanted = {"weight": scheme.weight.format.torch_name, "weight_packed": "int32", "weight_shape": "int64"}.get(suffix)
+        wanted = {
+            "weight": scheme.weight.format.torch_name,
+            "weight_packed": "int32",
+            "weight_shape": "int64",
+        }.get(suffix)
         if wanted is not None and str(tensor.dtype) != f"torch.{wanted}":
-            raise CheckpointError(f"{name}.{suffix} is stored as {str(tensor.dtype).removeprefix('torch.')}; {scheme.name} has {wanted}")
+            raise CheckpointError(
+                f"{name}.{suffix} is stored as {str(tensor.dtype).removeprefix('torch.')};"
+                f" {scheme.name} has {wanted}"
+            )
         if suffix in ("weight", "weight_packed") and tensor.dim() != 2:
-            raise CheckpointError(f"{name}.{suffix} has the shape {list(tensor.shape)}; a Linear's weight has two dimensions")
+            raise CheckpointError(
+                f"{name}.{suffix} has the shape {list(tensor.shape)}; a Linear's weight has two"
+                " dimensions"
+            )
     if layout_name(scheme) == "pack-quantized":
         rows, columns = map(int, _required(tensors, "weight_shape", name))
         codes = unpack_int8(_required(tensors, "weight_packed", name))[:rows, :columns]
@@ -136,21 +188,39 @@ def decode_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str)
     scale_name = FP8_BLOCK_SUFFIX if FP8_BLOCK_SUFFIX in tensors else "weight_scale"
     stored = _required(tensors, scale_name, name)
     expected = scheme.weight.granularity.scale_shape(*codes.shape)
-    # Others write [O] for [O, 1] and [] for [1]; anything else that differs would scale the wrong weights.
+    # Others write [O] for [O, 1] and [] for [1]; anything else that differs would scale the wrong
+    # weights.
     if [size for size in stored.shape if size != 1] != [size for size in expected if size != 1]:
-        raise CheckpointError(f"{name}.{scale_name} has the shape {list(stored.shape)}; {scheme.weight} of {list(codes.shape)} needs {list(expected)}")
-    if (stored.dtype == torch.uint8) != (scheme.weight.scale_format is E8M0) or not (stored.is_floating_point() or stored.dtype == torch.uint8):
-        raise CheckpointError(f"{name}.{scale_name} is stored as {str(stored.dtype).removeprefix('torch.')}, which is not how {scheme.name} keeps its scales")
+        raise CheckpointError(
+            f"{name}.{scale_name} has the shape {list(stored.shape)}; {scheme.weight} of"
+            f" {list(codes.shape)} needs {list(expected)}"
+        )
+    if (stored.dtype == torch.uint8) != (scheme.weight.scale_format is E8M0) or not (
+        stored.is_floating_point() or stored.dtype == torch.uint8
+    ):
+        raise CheckpointError(
+            f"{name}.{scale_name} is stored as {str(stored.dtype).removeprefix('torch.')}, which is"
+            f" not how {scheme.name} keeps its scales"
+        )
     scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
-    input_scale = _required(tensors, "input_scale", name).float().reshape(-1) if scheme.needs_calibration else None
+    input_scale = (
+        _required(tensors, "input_scale", name).float().reshape(-1)
+        if scheme.needs_calibration
+        else None
+    )
     if input_scale is not None and input_scale.numel() != 1:
-        raise CheckpointError(f"{name}.input_scale holds {input_scale.numel()} values; a static scale is one")
+        raise CheckpointError(
+            f"{name}.input_scale holds {input_scale.numel()} values; a static scale is one"
+        )
     return QuantizedTensor(codes, scale.reshape(expected), scheme.weight), input_scale
 
 
 def _required(tensors: Mapping[str, Tensor], suffix: str, name: str) -> Tensor:
     if suffix not in tensors:
-        raise CheckpointError(f"the tensor {name}.{suffix} is missing from the checkpoint; `quantkit verify` lists all faults")
+        raise CheckpointError(
+            f"the tensor {name}.{suffix} is missing from the checkpoint; `quantkit verify` lists"
+            " all faults"
+        )
     return tensors[suffix]
 
 
@@ -161,32 +231,54 @@ def _exponent_bytes(scale: Tensor) -> Tensor:
 
 
 def quantization_config(
-    layout: str, schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool, by_name: bool = False
+    layout: str,
+    schemes: Mapping[str, QuantScheme],
+    left: Sequence[str],
+    default: QuantScheme,
+    kv_cache: bool,
+    by_name: bool = False,
 ) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint in this format; arguments as for `compressed_tensors_config`."""
+    """The `quantization_config` of a checkpoint in this format; arguments as for
+    `compressed_tensors_config`.
+    """
     if layout == "compressed-tensors":
         return compressed_tensors_config(schemes, left, default, kv_cache, by_name)
     if layout == "fp8":
         granularity = _ONLY_SCHEME["fp8"].weight.granularity
         block_size = [granularity.rows, granularity.columns]
-        # Full names, each member of a fused set: runtimes match prefixes, patterns or names, and these mean the same to all of them.
-        return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": block_size, "modules_to_not_convert": list(left)}
+        # Full names, each member of a fused set: runtimes match prefixes, patterns or names, and
+        # these mean the same to all of them.
+        return {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": block_size,
+            "modules_to_not_convert": list(left),
+        }
     tensor = {"num_bits": 8, "type": "float", "dynamic": False}
     config = {
         "quant_method": "modelopt",
         "quant_algo": "FP8",
         "producer": _PRODUCER,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": tensor, "input_activations": tensor}},
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": tensor, "input_activations": tensor}
+        },
         "ignore": list(left),
     }
     return config | ({"kv_cache_scheme": tensor} if kv_cache else {})
 
 
 def modelopt_file(left: Sequence[str], kv_cache: bool) -> dict[str, Any]:
-    """hf_quant_config.json, the same facts again: TensorRT-LLM prefers it, vLLM and SGLang prefer config.json."""
+    """hf_quant_config.json, the same facts again: TensorRT-LLM prefers it, vLLM and SGLang prefer
+    config.json.
+    """
     return {
         "producer": _PRODUCER,
-        "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8" if kv_cache else None, "exclude_modules": list(left)},
+        "quantization": {
+            "quant_algo": "FP8",
+            "kv_cache_quant_algo": "FP8" if kv_cache else None,
+            "exclude_modules": list(left),
+        },
     }
 
 
@@ -195,12 +287,16 @@ _PRODUCER = {"name": "modelopt", "version": f"written by quantkit {__version__}"
 
 
 def kv_scale_name(module: str, suffix: str, layout: str = "compressed-tensors") -> str:
-    """The tensor with the scale of an attention module's keys (suffix "k_scale") or values ("v_scale")."""
+    """The tensor with the scale of an attention module's keys (suffix "k_scale") or values
+    ("v_scale").
+    """
     return f"{module}.{suffix[0]}_proj.{suffix}" if layout == "modelopt" else f"{module}.{suffix}"
 
 
 def kv_scale_module(name: str) -> str | None:
-    """The attention module whose KV scale this tensor is, in any format's spelling; None for other tensors."""
+    """The attention module whose KV scale this tensor is, in any format's spelling; None for other
+    tensors.
+    """
     module, _, suffix = name.rpartition(".")
     if suffix not in ("k_scale", "v_scale"):
         return None
@@ -208,13 +304,19 @@ def kv_scale_module(name: str) -> str | None:
 
 
 def compressed_tensors_config(
-    schemes: Mapping[str, QuantScheme], left: Sequence[str], default: QuantScheme, kv_cache: bool, by_name: bool = False
+    schemes: Mapping[str, QuantScheme],
+    left: Sequence[str],
+    default: QuantScheme,
+    kv_cache: bool,
+    by_name: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint.
 
-    schemes: Linear → scheme, of every quantized one; left: Linears that stay; default: the scheme that most have.
-    One group targets the class name, which every runtime takes; several name their modules, because TensorRT-LLM matches
-    names only and no class name. by_name: name them even so, where a model has Linears that no tensor tells of (a tied output head).
+    schemes: Linear → scheme, of every quantized one; left: Linears that stay; default: the scheme
+    that most have.
+    One group targets the class name, which every runtime takes; several name their modules, because
+    TensorRT-LLM matches names only and no class name. by_name: name them even so, where a model has
+    Linears that no tensor tells of (a tied output head).
     """
     groups: dict[QuantScheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -222,7 +324,10 @@ def compressed_tensors_config(
     ordered = sorted(groups, key=lambda scheme: (scheme != default, -len(groups[scheme])))
     config_groups = {}
     for number, scheme in enumerate(ordered):
-        entry: dict[str, Any] = {"targets": ["Linear"] if len(groups) == 1 and not by_name else groups[scheme], "weights": scheme.weight.to_arguments()}
+        entry: dict[str, Any] = {
+            "targets": ["Linear"] if len(groups) == 1 and not by_name else groups[scheme],
+            "weights": scheme.weight.to_arguments(),
+        }
         if scheme.input is not None:
             entry["input_activations"] = scheme.input.to_arguments()
         if len(groups) > 1:
@@ -268,50 +373,96 @@ class QuantizationLayout:
         except (RecipeError, KeyError, TypeError, ValueError, AttributeError, re.error) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(
-                f"config.json's quantization_config ({method}) can't be used: {reason}; give the original model, or fetch this one again"
+                f"config.json's quantization_config ({method}) can't be used: {reason}; give the"
+                " original model, or fetch this one again"
             ) from None
         raise CheckpointError(
-            f"the checkpoint is quantized with '{method}', which quantkit doesn't read; it reads compressed-tensors, block fp8 and modelopt FP8"
+            f"the checkpoint is quantized with '{method}', which quantkit doesn't read; it reads"
+            " compressed-tensors, block fp8 and modelopt FP8"
         )
 
     @classmethod
     def _compressed_tensors(cls, stored: Mapping[str, Any]) -> QuantizationLayout:
         groups = []
-        for target in [*(stored.get("ignore") or ()), *(target for entry in stored["config_groups"].values() for target in entry["targets"])]:
+        for target in [
+            *(stored.get("ignore") or ()),
+            *(target for entry in stored["config_groups"].values() for target in entry["targets"]),
+        ]:
             if target.startswith("re:"):
                 re.compile(target[3:])
         for name, entry in stored["config_groups"].items():
-            description = {"weights": entry["weights"], "input_activations": entry.get("input_activations")}
+            description = {
+                "weights": entry["weights"],
+                "input_activations": entry.get("input_activations"),
+            }
             groups.append((tuple(entry["targets"]), QuantScheme.parse(description, name)))
         kv_scheme = stored.get("kv_cache_scheme")
-        if kv_scheme is not None and QuantSpec.from_arguments(kv_scheme, "kv_cache_scheme") != KV_SPEC:
-            raise CheckpointError("the kv_cache_scheme is not static FP8 per tensor, the one that quantkit reads")
-        return cls("compressed-tensors", tuple(groups), tuple(stored.get("ignore") or ()), kv_scheme is not None)
+        if (
+            kv_scheme is not None
+            and QuantSpec.from_arguments(kv_scheme, "kv_cache_scheme") != KV_SPEC
+        ):
+            raise CheckpointError(
+                "the kv_cache_scheme is not static FP8 per tensor, the one that quantkit reads"
+            )
+        return cls(
+            "compressed-tensors",
+            tuple(groups),
+            tuple(stored.get("ignore") or ()),
+            kv_scheme is not None,
+        )
 
     @classmethod
     def _fp8_block(cls, stored: Mapping[str, Any]) -> QuantizationLayout:
         if not stored.get("weight_block_size") or stored.get("activation_scheme") != "dynamic":
-            raise CheckpointError("the 'fp8' checkpoint is not in blocks with dynamic inputs, the only such form that quantkit reads")
-        if not isinstance(stored["weight_block_size"], list) or len(stored["weight_block_size"]) != 2:
             raise CheckpointError(
-                f"the fp8 checkpoint's weight_block_size is {stored['weight_block_size']!r}, not [rows, columns]; fetch its config.json again"
+                "the 'fp8' checkpoint is not in blocks with dynamic inputs, the only such form that"
+                " quantkit reads"
+            )
+        if (
+            not isinstance(stored["weight_block_size"], list)
+            or len(stored["weight_block_size"]) != 2
+        ):
+            raise CheckpointError(
+                f"the fp8 checkpoint's weight_block_size is {stored['weight_block_size']!r}, not"
+                " [rows, columns]; fetch its config.json again"
             )
         rows, columns = stored["weight_block_size"]
-        weight = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [rows, columns]}
-        inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": columns, "dynamic": True}
+        weight = {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "block",
+            "block_structure": [rows, columns],
+        }
+        inputs = {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "group",
+            "group_size": columns,
+            "dynamic": True,
+        }
         scheme = QuantScheme.parse({"weights": weight, "input_activations": inputs})
         # A name leaves the module and all below it, wherever its path begins.
-        ignore = tuple(rf"re:(.*\.)?{re.escape(part)}(\.|\Z)" for part in stored.get("modules_to_not_convert") or stored.get("ignored_layers") or ())
+        ignore = tuple(
+            rf"re:(.*\.)?{re.escape(part)}(\.|\Z)"
+            for part in stored.get("modules_to_not_convert") or stored.get("ignored_layers") or ()
+        )
         return cls("fp8", ((("Linear",), scheme),), ignore, False)
 
     @classmethod
     def _modelopt(cls, stored: Mapping[str, Any]) -> QuantizationLayout:
         if stored.get("quant_algo") != "FP8":
-            raise CheckpointError(f"the ModelOpt checkpoint is in {stored.get('quant_algo')!r}; quantkit reads its static per-tensor FP8 only")
+            raise CheckpointError(
+                f"the ModelOpt checkpoint is in {stored.get('quant_algo')!r}; quantkit reads its"
+                " static per-tensor FP8 only"
+            )
         left = stored.get("exclude_modules") or stored.get("ignore") or ()
         # A pattern leaves also what lies below the module that it names.
-        ignore = tuple("re:" + fnmatch.translate(entry).removesuffix(r"\Z") + r"(\.|\Z)" for entry in left)
-        kv_cache = stored.get("kv_cache_quant_algo") == "FP8" or isinstance(stored.get("kv_cache_scheme"), Mapping)
+        ignore = tuple(
+            "re:" + fnmatch.translate(entry).removesuffix(r"\Z") + r"(\.|\Z)" for entry in left
+        )
+        kv_cache = stored.get("kv_cache_quant_algo") == "FP8" or isinstance(
+            stored.get("kv_cache_scheme"), Mapping
+        )
         return cls("modelopt", ((("Linear",), _ONLY_SCHEME["modelopt"]),), ignore, kv_cache)
 
     @property
@@ -319,7 +470,9 @@ class QuantizationLayout:
         return [scheme for _, scheme in self.groups]
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> QuantScheme | None:
-        """The scheme of a module, or None where it is ignored or no group targets it. Exact names win over patterns, patterns over classes."""
+        """The scheme of a module, or None where it is ignored or no group targets it. Exact names
+        win over patterns, patterns over classes.
+        """
         if any(_matches(entry, module, class_name) for entry in self.ignore):
             return None
         for rank in (_is_exact, _is_pattern, _is_class):
@@ -349,7 +502,9 @@ def stored_linears(tensor_names: Iterable[str]) -> dict[str, list[str]]:
     """Modules that hold quantized tensors: module → the suffixes of its tensors."""
     marks = ("weight_scale", FP8_BLOCK_SUFFIX, "weight_packed")
     tensor_names = list(tensor_names)
-    modules = {name.rpartition(".")[0]: [] for name in tensor_names if name.rpartition(".")[2] in marks}
+    modules = {
+        name.rpartition(".")[0]: [] for name in tensor_names if name.rpartition(".")[2] in marks
+    }
     for name in tensor_names:
         module, _, suffix = name.rpartition(".")
         if module in modules:

@@ -1,7 +1,9 @@
-"""A GGUF file as MODEL: transformers reads it, its weights are dequantized to bfloat16, and what comes of it is an ordinary checkpoint in the cache.
+"""A GGUF file as MODEL: transformers reads it, its weights are dequantized to bfloat16, and what
+comes of it is an ordinary checkpoint in the cache.
 
-Made once for a file (its name, size and time); the whole model is in memory meanwhile. A checkpoint made from 4-bit weights can be no better than these.
-When another is made, those that weren't used for longest make room for it.
+Made once for a file (its name, size and time); the whole model is in memory meanwhile. A checkpoint
+made from 4-bit weights can be no better than these. When another is made, those that weren't used
+for longest make room for it.
 """
 
 from __future__ import annotations
@@ -27,13 +29,20 @@ def is_gguf(model: str | Path) -> bool:
 
 def require_file(path: Path) -> None:
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}; check the name, or give a model directory or a hub id such as org/name")
+        raise CheckpointError(
+            f"there is no file {path}; check the name, or give a model directory or a hub id such"
+            " as org/name"
+        )
 
 
 def checkpoint_of_gguf(path: Path) -> Path:
-    """The directory of the bfloat16 checkpoint that a GGUF file stands for, made on the first call."""
+    """The directory of the bfloat16 checkpoint that a GGUF file stands for, made on the first
+    call.
+    """
     state = path.stat()
-    named = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    named = hashlib.sha256(
+        f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+    ).hexdigest()[:16]
     target = cache_directory() / "gguf" / f"{path.stem}-{named}"
     if (target / "config.json").is_file():
         with suppress(OSError):  # a cache of another user's is read all the same
@@ -59,16 +68,22 @@ def keep_converted(path: Path, target: Path) -> None:
 
 
 def require_readers(what: str, extra: str) -> None:
-    """what: the sentence's subject; extra: of quantkit's optional dependencies, the one that brings them."""
+    """what: the sentence's subject; extra: of quantkit's optional dependencies, the one that brings
+    them.
+    """
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
-        raise CheckpointError(f"{what} with {error.name}, which is not installed; pip install 'quantkit[{extra}]'") from None
+        raise CheckpointError(
+            f"{what} with {error.name}, which is not installed; pip install 'quantkit[{extra}]'"
+        ) from None
 
 
 def convert_gguf(gguf_file: Path, target: Path) -> None:
-    """Write what transformers reads from a GGUF file, tokenizer included, as a bfloat16 checkpoint."""
+    """Write what transformers reads from a GGUF file, tokenizer included, as a bfloat16
+    checkpoint.
+    """
     require_readers(f"{gguf_file.name} is read", "gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -77,12 +92,18 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
         settings = GgufConfig(gguf_file=name, dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16, quantization_config=settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, dtype=torch.bfloat16, quantization_config=settings
+        )
     except Exception as error:  # transformers and the reader raise every kind
-        raise CheckpointError(f"transformers can't read {gguf_file}: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(
+            f"transformers can't read {gguf_file}: {' '.join(str(error).split())[:300]}"
+        ) from None
     # It is an ordinary model now; transformers would otherwise write down how it came.
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized, model.hf_quantizer = False, None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    (target / "README.md").write_text(f"Made from {name}, whose weights were dequantized to bfloat16.\n")
+    (target / "README.md").write_text(
+        f"Made from {name}, whose weights were dequantized to bfloat16.\n"
+    )

@@ -1,4 +1,6 @@
-"""Stopping where it is safe: the first SIGINT or SIGTERM asks, and the work stops at its next whole step."""
+"""Stopping where it is safe: the first SIGINT or SIGTERM asks, and the work stops at its next whole
+step.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,17 @@ class StopRequest:
     def check(self, where: str) -> None:
         """Raise Interrupted (exit 75) if a signal has come. where: what is done and kept."""
         if self.signal_name:
-            raise Interrupted(f"stopped by {self.signal_name} {where}; run the same command with --resume to continue")
+            raise Interrupted(
+                f"stopped by {self.signal_name} {where}; run the same command with --resume to"
+                " continue"
+            )
 
 
 @contextmanager
 def stop_between_steps() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM for the duration; the work calls `check` between its steps. A second signal ends the process at once."""
+    """Catch SIGINT and SIGTERM for the duration; the work calls `check` between its steps. A second
+    signal ends the process at once.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

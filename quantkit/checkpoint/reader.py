@@ -1,8 +1,11 @@
-"""Safetensors directories, read: headers that are checked before they are believed, tensors one at a time, shards mapped into memory.
+"""Safetensors directories, read: headers that are checked before they are believed, tensors one at
+a time, shards mapped into memory.
 
-A shard's header is checked against its size; an index can't name a file outside of the directory, nor can a link lead there. Two ways to read:
-`Checkpoint.read` gives one whole tensor, `MappedShard` shows some of its rows where they lie in the page cache. Both end with an error where a
-file ends too early. Format: 8 bytes little-endian header length, a JSON header, then the tensors without gaps.
+A shard's header is checked against its size; an index can't name a file outside of the directory,
+nor can a link lead there. Two ways to read: `Checkpoint.read` gives one whole tensor, `MappedShard`
+shows some of its rows where they lie in the page cache. Both end with an error where a file ends
+too early. Format: 8 bytes little-endian header length, a JSON header, then the tensors without
+gaps.
 """
 
 from __future__ import annotations
@@ -26,11 +29,20 @@ if TYPE_CHECKING:
 
 # Bytes per element, and torch's name, of each safetensors dtype that is read or written here.
 DTYPES: dict[str, tuple[int, str]] = {
-    "F64": (8, "float64"), "F32": (4, "float32"), "F16": (2, "float16"), "BF16": (2, "bfloat16"),
-    "F8_E4M3": (1, "float8_e4m3fn"), "F8_E5M2": (1, "float8_e5m2"), "F8_E8M0": (1, "float8_e8m0fnu"),
-    "I64": (8, "int64"), "I32": (4, "int32"), "I16": (2, "int16"), "I8": (1, "int8"),
-    "U8": (1, "uint8"), "BOOL": (1, "bool"),
-}  # fmt: skip
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
 # The reference implementation refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -44,7 +56,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 class TensorInfo:
     """A tensor in a file: where it is and what it is. `start` counts from the file's first byte.
 
-    strides: of a matrix that isn't stored row after row, the steps from a row and from a column to the next, in elements (`models/linear_views.py` makes such).
+    strides: of a matrix that isn't stored row after row, the steps from a row and from a column to
+    the next, in elements (`models/linear_views.py` makes such).
     """
 
     name: str
@@ -64,16 +77,25 @@ class TensorInfo:
         return self.strides is None or self.strides == (self.shape[1], 1)
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        """Where in the file rows first to last (exclusive) begin, and over how many bytes they extend."""
+        """Where in the file rows first to last (exclusive) begin, and over how many bytes they
+        extend.
+        """
         size = DTYPES[self.dtype][0]
         if self.is_dense:
-            return self.start + first * row_elements(self) * size, (last - first) * row_elements(self) * size
+            return (
+                self.start + first * row_elements(self) * size,
+                (last - first) * row_elements(self) * size,
+            )
         extent = (last - first - 1) * self.strides[0] + (self.shape[1] - 1) * self.strides[1] + 1
-        return self.start + first * self.strides[0] * size, extent * size if last > first and self.shape[1] else 0
+        return self.start + first * self.strides[0] * size, (
+            extent * size if last > first and self.shape[1] else 0
+        )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, by name, after checking that the file holds what its header says."""
+    """The tensors of one safetensors file, by name, after checking that the file holds what its
+    header says.
+    """
     try:
         with open(path, "rb") as file:
             return parse_header(file, os.fstat(file.fileno()).st_size, path)
@@ -82,49 +104,85 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]:
-    """The same from an open file of `size` bytes, which need not lie on this machine; path: where its tensors will be read from."""
+    """The same from an open file of `size` bytes, which need not lie on this machine; path: where
+    its tensors will be read from.
+    """
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise CheckpointError(f"{path} is {size} bytes long, too short for a safetensors file; fetch or copy it again")
+        raise CheckpointError(
+            f"{path} is {size} bytes long, too short for a safetensors file; fetch or copy it again"
+        )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES or 8 + length > size:
-        raise CheckpointError(f"{path} claims a header of {length} bytes but is {size} bytes long; fetch or copy it again")
+        raise CheckpointError(
+            f"{path} claims a header of {length} bytes but is {size} bytes long; fetch or copy it"
+            " again"
+        )
     raw = file.read(length)
     try:
-        # Strict where Python's reader is generous: other readers refuse what is not UTF-8, and numbers that are no sizes.
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_size, parse_float=_no_size, parse_constant=_no_size)
+        # Strict where Python's reader is generous: other readers refuse what is not UTF-8, and
+        # numbers that are no sizes.
+        header = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_int=_size,
+            parse_float=_no_size,
+            parse_constant=_no_size,
+        )
         _require_metadata(header.pop("__metadata__", None))
         tensors, spans = {}, []
         for name, entry in header.items():
             name.encode()  # half of a surrogate pair can be escaped in JSON but is no text
-            if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["shape"], list):
+            if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(
+                entry["shape"], list
+            ):
                 raise ValueError("a tensor has a dtype, a shape and data_offsets")
             begin, end = entry["data_offsets"]
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             if dtype not in DTYPES:
-                raise CheckpointError(f"{path}: tensor '{name}' has the dtype {dtype!r}; quantkit reads {', '.join(DTYPES)}")
-            if not all(isinstance(n, int) and not isinstance(n, bool) for n in (*shape, begin, end)):
-                raise CheckpointError(f"{path}: tensor '{name}' has a size that is no whole number; fetch or copy it again")
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' has the dtype {dtype!r}; quantkit reads"
+                    f" {', '.join(DTYPES)}"
+                )
+            if not all(
+                isinstance(n, int) and not isinstance(n, bool) for n in (*shape, begin, end)
+            ):
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' has a size that is no whole number; fetch or copy it"
+                    " again"
+                )
             if not name:
                 raise CheckpointError(f"{path} has a tensor without a name; fetch or copy it again")
             if not _is_countable(shape, dtype):
-                raise CheckpointError(f"{path}: tensor '{name}' has a shape that no memory holds; fetch or copy it again")
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' has a shape that no memory holds; fetch or copy it"
+                    " again"
+                )
             info = TensorInfo(name, dtype, shape, path, 8 + length + begin)
             if end - begin != info.nbytes or 8 + length + end > size:
                 raise CheckpointError(
-                    f"{path}: tensor '{name}' doesn't fit its place in the file ({info.nbytes} bytes at {begin}–{end} of {size - 8 - length}); fetch or copy it again"
+                    f"{path}: tensor '{name}' doesn't fit its place in the file ({info.nbytes}"
+                    f" bytes at {begin}–{end} of {size - 8 - length}); fetch or copy it again"
                 )
             tensors[name] = info
             spans.append((begin, end, name))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a broken safetensors header ({type(error).__name__}); fetch or copy it again") from None
+        raise CheckpointError(
+            f"{path} has a broken safetensors header ({type(error).__name__}); fetch or copy it"
+            " again"
+        ) from None
     spans.sort()
     for (_, previous_end, previous), (begin, _, name) in zip(spans, spans[1:]):
         if begin < previous_end:
-            raise CheckpointError(f"{path}: the tensors '{previous}' and '{name}' overlap; fetch or copy it again")
+            raise CheckpointError(
+                f"{path}: the tensors '{previous}' and '{name}' overlap; fetch or copy it again"
+            )
     # Without overlap, the tensors fill the file exactly when their sizes add up to it.
     if sum(info.nbytes for info in tensors.values()) != size - 8 - length:
-        raise CheckpointError(f"{path} has bytes that belong to no tensor, which other readers refuse; fetch or copy it again")
+        raise CheckpointError(
+            f"{path} has bytes that belong to no tensor, which other readers refuse; fetch or copy"
+            " it again"
+        )
     return tensors
 
 
@@ -147,7 +205,9 @@ def _require_metadata(metadata: Any) -> None:
 
 
 def _is_countable(shape: Sequence[int], dtype: str) -> bool:
-    """Whether sizes and strides of a tensor fit into 63 bits, also where a dimension is zero; stops at the first product that doesn't."""
+    """Whether sizes and strides of a tensor fit into 63 bits, also where a dimension is zero; stops
+    at the first product that doesn't.
+    """
     nbytes = DTYPES[dtype][0]
     for size in shape:
         nbytes *= max(1, size)
@@ -176,12 +236,18 @@ def read_tensor(info: TensorInfo) -> Tensor:
         while position < len(buffer):
             read = file.readinto(view[position:])
             if not read:
-                raise CheckpointError(f"{info.path} ends inside the tensor '{info.name}'; fetch or copy it again")
+                raise CheckpointError(
+                    f"{info.path} ends inside the tensor '{info.name}'; fetch or copy it again"
+                )
             position += read
     if not buffer:
         return torch.empty(info.shape, dtype=torch_dtype(info))
     values = torch.frombuffer(buffer, dtype=torch_dtype(info))
-    return values.reshape(info.shape) if info.is_dense else values.as_strided(info.shape, info.strides).contiguous()
+    return (
+        values.reshape(info.shape)
+        if info.is_dense
+        else values.as_strided(info.shape, info.strides).contiguous()
+    )
 
 
 def torch_dtype(info: TensorInfo) -> Any:
@@ -195,24 +261,33 @@ def _open_to_read(path: Path) -> Any:
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}; it was there when the checkpoint was opened") from None
+        raise CheckpointError(
+            f"can't read {path}: {error.strerror}; it was there when the checkpoint was opened"
+        ) from None
 
 
-# Linux: fill the page tables for reading, or say that the file can't be read, where touching the memory would end the process (SIGBUS).
+# Linux: fill the page tables for reading, or say that the file can't be read, where touching the
+# memory would end the process (SIGBUS).
 MADV_POPULATE_READ = 22
 MAP_NORESERVE = 0x4000
 
 
 class MappedShard:
-    """A shard in this process's address space. Its pages are the page cache's own; `release` takes those that were looked at out of this process again."""
+    """A shard in this process's address space. Its pages are the page cache's own; `release` takes
+    those that were looked at out of this process again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = _open_to_read(path)
         size = self._size()
         if not size:
-            raise CheckpointError(f"{path} is empty, though it wasn't when the checkpoint was opened; fetch or copy it again")
-        # Private, so that no one can write to the file through it; writable, because torch wants its memory so.
+            raise CheckpointError(
+                f"{path} is empty, though it wasn't when the checkpoint was opened; fetch or copy"
+                " it again"
+            )
+        # Private, so that no one can write to the file through it; writable, because torch wants
+        # its memory so.
         protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_NORESERVE
         self._map = mmap.mmap(self._file.fileno(), size, flags=flags, prot=protection)
         self._can_populate = True
@@ -221,7 +296,9 @@ class MappedShard:
         return os.fstat(self._file.fileno()).st_size
 
     def rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a copy if they are dense. Valid until released."""
+        """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a
+        copy if they are dense. Valid until released.
+        """
         import torch
 
         start, length = info.span(first, last)
@@ -229,18 +306,28 @@ class MappedShard:
         if not length:
             return torch.empty(last - first, row_elements(info), dtype=dtype)
         self._require_readable(info, start, length)
-        values = torch.frombuffer(self._map, dtype=dtype, count=length // DTYPES[info.dtype][0], offset=start)
-        return values.reshape(last - first, -1) if info.is_dense else values.as_strided((last - first, info.shape[1]), info.strides).contiguous()
+        values = torch.frombuffer(
+            self._map, dtype=dtype, count=length // DTYPES[info.dtype][0], offset=start
+        )
+        return (
+            values.reshape(last - first, -1)
+            if info.is_dense
+            else values.as_strided((last - first, info.shape[1]), info.strides).contiguous()
+        )
 
     def release(self, info: TensorInfo, first: int, last: int) -> None:
         start, length = info.span(first, last)
         # Whole pages only: the outer two may hold a neighbour's values, which another thread reads.
-        begin, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        begin, end = (
+            -(-start // mmap.PAGESIZE) * mmap.PAGESIZE,
+            (start + length) // mmap.PAGESIZE * mmap.PAGESIZE,
+        )
         if end > begin:
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _require_readable(self, info: TensorInfo, start: int, length: int) -> None:
-        # Behind a file's end its last page reads as zeros, and the pages after that end the process.
+        # Behind a file's end its last page reads as zeros, and the pages after that end the
+        # process.
         if start + length > min(self._size(), len(self._map)):
             raise self._cut_short(info)
         if not self._can_populate:
@@ -254,13 +341,18 @@ class MappedShard:
             self._can_populate = False  # a kernel before 5.14
 
     def _cut_short(self, info: TensorInfo) -> CheckpointError:
-        return CheckpointError(f"{self.path} can't be read at the tensor '{info.name}': it was cut short meanwhile, or its disk fails; fetch or copy it again")
+        return CheckpointError(
+            f"{self.path} can't be read at the tensor '{info.name}': it was cut short meanwhile, or"
+            " its disk fails; fetch or copy it again"
+        )
 
     def close(self) -> None:
         try:
             self._file.close()
             self._map.close()
-        except BufferError:  # a tensor still looks at it, as when an error is on its way; it goes with that tensor
+        except (
+            BufferError
+        ):  # a tensor still looks at it, as when an error is on its way; it goes with that tensor
             del self._map
 
 
@@ -290,8 +382,9 @@ class ShardSource(Protocol):
 class Checkpoint:
     """A model directory opened for reading: its config, and each tensor's place by name.
 
-    source: brings the shards that are still elsewhere; None where all are here. identity: what tells its weights from another model's without reading
-    them (the hashes that a hub keeps); None where they have to be read.
+    source: brings the shards that are still elsewhere; None where all are here. identity: what
+    tells its weights from another model's without reading them (the hashes that a hub keeps); None
+    where they have to be read.
     """
 
     path: Path
@@ -304,14 +397,26 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         path = Path(path)
         if not path.exists():
-            raise CheckpointError(f"there is no directory {path}; give a model directory or a hub id such as org/name")
+            raise CheckpointError(
+                f"there is no directory {path}; give a model directory or a hub id such as org/name"
+            )
         if not path.is_dir():
-            raise CheckpointError(f"{path} is a file; give the model's directory, with config.json and *.safetensors")
+            raise CheckpointError(
+                f"{path} is a file; give the model's directory, with config.json and *.safetensors"
+            )
         if (path / "calibration.json").is_file():
-            raise CheckpointError(f"{path} is a calibration, not a model; `quantkit inspect {shlex.quote(str(path))}` shows it")
-        weights = [shard for shard in path.glob("*.safetensors") if not shard.name.startswith("adapter_")]
+            raise CheckpointError(
+                f"{path} is a calibration, not a model; `quantkit inspect {shlex.quote(str(path))}`"
+                " shows it"
+            )
+        weights = [
+            shard for shard in path.glob("*.safetensors") if not shard.name.startswith("adapter_")
+        ]
         if (path / "adapter_config.json").is_file() and not weights:
-            raise CheckpointError(f"{path} is an adapter, not a model; merge it first, with peft: model.merge_and_unload().save_pretrained(OUT)")
+            raise CheckpointError(
+                f"{path} is an adapter, not a model; merge it first, with peft:"
+                " model.merge_and_unload().save_pretrained(OUT)"
+            )
         config = read_config(path)
         headers = {shard: read_header(require_inside(shard, path)) for shard in _shard_paths(path)}
         index = read_json(path / INDEX_FILE, "") if (path / INDEX_FILE).is_file() else None
@@ -330,13 +435,17 @@ class Checkpoint:
         return sorted({info.path for info in self.tensors.values()})
 
     def fingerprint(self) -> str:
-        """A hash that tells this model's files from another's: config, headers, and samples of every tensor.
+        """A hash that tells this model's files from another's: config, headers, and samples of
+        every tensor.
 
-        Of each shard: its size, its header, 64 stretches of 4 KB spread over the file, and one of each tensor, at a place that follows from its
-        name: one layer that was trained further is seen, a few changed values may not be. Reading all of a large model would cost minutes.
+        Of each shard: its size, its header, 64 stretches of 4 KB spread over the file, and one of
+        each tensor, at a place that follows from its name: one layer that was trained further is
+        seen, a few changed values may not be. Reading all of a large model would cost minutes.
         """
         if self.identity is not None:
-            return hashlib.sha256((json.dumps(self.config, sort_keys=True) + self.identity).encode()).hexdigest()
+            return hashlib.sha256(
+                (json.dumps(self.config, sort_keys=True) + self.identity).encode()
+            ).hexdigest()
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         tensors: dict[Path, list[TensorInfo]] = {}
         for name in sorted(self.tensors):
@@ -354,18 +463,31 @@ class Checkpoint:
         return digest.hexdigest()
 
     def other_files(self) -> list[Path]:
-        """What an export carries over: tokenizer, templates, generation config, licence, card; no weights, no config.json."""
-        files = [path for path in sorted(self.path.iterdir()) if path.is_file() and is_carried_over(path.name)]
+        """What an export carries over: tokenizer, templates, generation config, licence, card; no
+        weights, no config.json.
+        """
+        files = [
+            path
+            for path in sorted(self.path.iterdir())
+            if path.is_file() and is_carried_over(path.name)
+        ]
         templates = self.path / "additional_chat_templates"
         if templates.is_dir():
-            files += sorted(path for path in require_inside(templates, self.path).iterdir() if path.is_file())
+            files += sorted(
+                path for path in require_inside(templates, self.path).iterdir() if path.is_file()
+            )
         return [require_inside(path, self.path) for path in files]
 
 
 def _sample_place(info: TensorInfo) -> int:
-    """Where in its file a tensor is looked at: somewhere else in each, so that no pattern of the model is missed in all of them."""
+    """Where in its file a tensor is looked at: somewhere else in each, so that no pattern of the
+    model is missed in all of them.
+    """
     room = max(1, info.nbytes - SAMPLE_BYTES + 1)
-    return info.start + int.from_bytes(hashlib.sha256(info.name.encode()).digest()[:8], "little") % room
+    return (
+        info.start
+        + int.from_bytes(hashlib.sha256(info.name.encode()).digest()[:8], "little") % room
+    )
 
 
 def is_carried_over(name: str) -> bool:
@@ -376,42 +498,66 @@ def is_carried_over(name: str) -> bool:
 
 
 def require_inside(path: Path, directory: Path) -> Path:
-    """`path`, unless it is a link that leads out of the directory: a checkpoint from elsewhere must not make us read this machine's own files.
+    """`path`, unless it is a link that leads out of the directory: a checkpoint from elsewhere must
+    not make us read this machine's own files.
 
-    The hub's cache is made of links from snapshots/REVISION to blobs beside snapshots; those are inside.
+    The hub's cache is made of links from snapshots/REVISION to blobs beside snapshots; those are
+    inside.
     """
     try:
         root, target = directory.resolve(), path.resolve()
     except (OSError, RuntimeError):
-        raise CheckpointError(f"{path} is a link to itself; put a copy of the file in its place") from None
+        raise CheckpointError(
+            f"{path} is a link to itself; put a copy of the file in its place"
+        ) from None
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(allowed) for allowed in roots):
-        raise CheckpointError(f"{path} is a link to {target}, out of its directory; put a copy in its place if you trust it")
+        raise CheckpointError(
+            f"{path} is a link to {target}, out of its directory; put a copy in its place if you"
+            " trust it"
+        )
     return path
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory; a ModelOpt checkpoint may keep its quantization_config in a file of its own."""
+    """config.json of a model directory; a ModelOpt checkpoint may keep its quantization_config in a
+    file of its own.
+    """
     require_inside(path / "config.json", path)
-    config = read_json(path / "config.json", "every Hugging Face checkpoint has one; copy it from where the model comes from")
+    config = read_json(
+        path / "config.json",
+        "every Hugging Face checkpoint has one; copy it from where the model comes from",
+    )
     if config.get("quantization_config") is None and (path / MODELOPT_FILE).is_file():
         require_inside(path / MODELOPT_FILE, path)
         stored = read_json(path / MODELOPT_FILE, "").get("quantization")
-        config = config | {"quantization_config": {"quant_method": "modelopt"} | (stored if isinstance(stored, dict) else {})}
+        config = config | {
+            "quantization_config": (
+                {"quant_method": "modelopt"} | (stored if isinstance(stored, dict) else {})
+            )
+        }
     return config
 
 
-def merge_headers(path: Path, headers: Mapping[Path, Mapping[str, TensorInfo]], index: Mapping[str, Any] | None) -> dict[str, TensorInfo]:
+def merge_headers(
+    path: Path, headers: Mapping[Path, Mapping[str, TensorInfo]], index: Mapping[str, Any] | None
+) -> dict[str, TensorInfo]:
     """The tensors of all shards, each in one of them, and all that the index lists."""
     tensors: dict[str, TensorInfo] = {}
     for shard, infos in headers.items():
         for name, info in infos.items():
             if name in tensors:
-                raise CheckpointError(f"the tensor '{name}' is in both {tensors[name].path.name} and {shard.name} of {path}; remove the stale shard")
+                raise CheckpointError(
+                    f"the tensor '{name}' is in both {tensors[name].path.name} and {shard.name} of"
+                    f" {path}; remove the stale shard"
+                )
             tensors[name] = info
     missing = [name for name in (index or {}).get("weight_map", ()) if name not in tensors]
     if missing:
-        raise CheckpointError(f"{INDEX_FILE} lists the tensor '{missing[0]}'{_and_more(missing)}, which no shard of {path} holds; fetch the model again")
+        raise CheckpointError(
+            f"{INDEX_FILE} lists the tensor '{missing[0]}'{_and_more(missing)}, which no shard of"
+            f" {path} holds; fetch the model again"
+        )
     if not tensors:
         raise CheckpointError(f"the safetensors files of {path} hold no tensor")
     return tensors
@@ -427,12 +573,17 @@ def _is_file(path: Path) -> bool:
 def indexed_shards(index: Path, content: Mapping[str, Any]) -> list[str]:
     """The shards that an index names: files beside it, and nothing else."""
     weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
         raise CheckpointError(f"{index} has no usable 'weight_map'; fetch the model again")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-            raise CheckpointError(f"{index} names the shard {name[:200]!r}, which is not a .safetensors file beside it; don't use this checkpoint")
+            raise CheckpointError(
+                f"{index} names the shard {name[:200]!r}, which is not a .safetensors file beside"
+                " it; don't use this checkpoint"
+            )
     return names
 
 
@@ -443,25 +594,39 @@ def _shard_paths(path: Path) -> list[Path]:
         names = indexed_shards(index, read_json(index, ""))
         for name in names:
             if not _is_file(path / name):
-                raise CheckpointError(f"{index} names the shard {name[:200]!r}, which is not there; fetch the model again")
+                raise CheckpointError(
+                    f"{index} names the shard {name[:200]!r}, which is not there; fetch the model"
+                    " again"
+                )
         return [path / name for name in names]
-    shards = [p for p in sorted(path.glob("*.safetensors")) if not p.name.startswith("adapter_") and p.is_file()]
+    shards = [
+        p
+        for p in sorted(path.glob("*.safetensors"))
+        if not p.name.startswith("adapter_") and p.is_file()
+    ]
     if len(shards) > 1 and (path / SINGLE_FILE) in shards:
-        # Some publishers keep a second copy beside it (consolidated.safetensors); transformers reads this one too.
+        # Some publishers keep a second copy beside it (consolidated.safetensors); transformers
+        # reads this one too.
         shards = [path / SINGLE_FILE]
     if shards:
         return shards
     pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLE_SUFFIXES]
     if pickles:
         raise CheckpointError(
-            f"{path} holds only pickle weights ({pickles[0]}), which can run code when loaded; if you trust them, convert with: "
-            f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}', dtype='auto').save_pretrained('OUT')\""
+            f"{path} holds only pickle weights ({pickles[0]}), which can run code when loaded; if"
+            ' you trust them, convert with: python -c "from transformers import'
+            f" AutoModelForCausalLM as M; M.from_pretrained('{path}',"
+            " dtype='auto').save_pretrained('OUT')\""
         )
-    raise CheckpointError(f"{path} holds no *.safetensors file; give the directory of a Hugging Face checkpoint")
+    raise CheckpointError(
+        f"{path} holds no *.safetensors file; give the directory of a Hugging Face checkpoint"
+    )
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError; `advice` ends the sentence where the file is missing."""
+    """A JSON object from a file, or a CheckpointError; `advice` ends the sentence where the file is
+    missing.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing{'; ' + advice if advice else ''}")
     try:

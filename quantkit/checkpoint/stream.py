@@ -1,6 +1,8 @@
-"""Rows of a checkpoint's tensors, a few megabytes at a time, where they lie in the page cache; FP8 blocks are dequantized on the way.
+"""Rows of a checkpoint's tensors, a few megabytes at a time, where they lie in the page cache; FP8
+blocks are dequantized on the way.
 
-Several threads may read at once. What has been read is let go of at once, so a process holds a few steps of rows however large the model is.
+Several threads may read at once. What has been read is let go of at once, so a process holds a few
+steps of rows however large the model is.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ from quantkit.schemes.scheme import QuantSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of the source, in bytes: small enough to stay in a core's second-level cache with its codes, large enough that Python's part of a step doesn't count.
+# Of the source, in bytes: small enough to stay in a core's second-level cache with its codes, large
+# enough that Python's part of a step doesn't count.
 STEP_BYTES = 2 << 20
 
 
 class WeightStream:
     """The tensors of a checkpoint as rows of numbers.
 
-    block_scales: weight → its tensor of block scales, in a checkpoint that is FP8 block already; its weights read as float32. Empty with
-    dequantizing=False, which takes every checkpoint as it is.
+    block_scales: weight → its tensor of block scales, in a checkpoint that is FP8 block already;
+    its weights read as float32. Empty with dequantizing=False, which takes every checkpoint as it
+    is.
     """
 
     def __init__(self, checkpoint: Checkpoint, dequantizing: bool = True) -> None:
@@ -42,7 +46,9 @@ class WeightStream:
         self._fetching: dict[Path, threading.Lock] = {}
 
     def steps(self, name: str, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """The rows [first, last) of a tensor in steps of about STEP_BYTES and of whole multiples of `multiple` rows."""
+        """The rows [first, last) of a tensor in steps of about STEP_BYTES and of whole multiples of
+        `multiple` rows.
+        """
         info = self.checkpoint.tensors[name]
         if name in self.block_scales:
             multiple = math.lcm(multiple, self.source_spec.granularity.rows)
@@ -56,18 +62,24 @@ class WeightStream:
 
     @contextmanager
     def rows(self, name: str, first: int, last: int) -> Iterator[Tensor]:
-        """Rows first to last of a tensor, [last - first, elements per row], as stored; weights in FP8 blocks as float32. Not to be kept."""
+        """Rows first to last of a tensor, [last - first, elements per row], as stored; weights in
+        FP8 blocks as float32. Not to be kept.
+        """
         with self.stored_rows(name, first, last) as stored:
             if name not in self.block_scales:
                 yield stored
                 return
             block = self.source_spec.granularity
-            with self.stored_rows(self.block_scales[name], first // block.rows, -(-last // block.rows)) as scale:
+            with self.stored_rows(
+                self.block_scales[name], first // block.rows, -(-last // block.rows)
+            ) as scale:
                 import torch
 
                 import quantkit.ops  # noqa: F401 (declares the op)
 
-                values = torch.ops.quantkit.dequantize_blocks(stored, scale.float(), block.rows, block.columns)
+                values = torch.ops.quantkit.dequantize_blocks(
+                    stored, scale.float(), block.rows, block.columns
+                )
             yield values
 
     @contextmanager
@@ -127,7 +139,8 @@ class WeightStream:
 
 
 def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Weight → the tensor of its block scales, for a checkpoint in the `fp8` format; empty for others.
+    """Weight → the tensor of its block scales, for a checkpoint in the `fp8` format; empty for
+    others.
 
     Raises CheckpointError where codes lack their scales, or scales their codes.
     """
@@ -140,16 +153,23 @@ def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
         if suffix == FP8_BLOCK_SUFFIX:
             weight = checkpoint.tensors.get(f"{module}.weight")
             if weight is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
-                raise CheckpointError(f"{name} scales no matrix of FP8 codes called {module}.weight; fetch the model again")
+                raise CheckpointError(
+                    f"{name} scales no matrix of FP8 codes called {module}.weight; fetch the model"
+                    " again"
+                )
             expected = spec.granularity.scale_shape(*weight.shape)
             if info.shape != expected or info.dtype not in ("F32", "BF16", "F16"):
                 raise CheckpointError(
-                    f"{name} is {info.dtype} {list(info.shape)}: blocks of {list(weight.shape)} need floating-point scales {list(expected)}; fetch the model again"
+                    f"{name} is {info.dtype} {list(info.shape)}: blocks of {list(weight.shape)}"
+                    f" need floating-point scales {list(expected)}; fetch the model again"
                 )
             scales[f"{module}.weight"] = name
     for name, info in checkpoint.tensors.items():
         if info.dtype.startswith("F8_") and name not in scales:
-            raise CheckpointError(f"{name} holds FP8 codes without {FP8_BLOCK_SUFFIX}, the scales of their blocks; fetch the model again")
+            raise CheckpointError(
+                f"{name} holds FP8 codes without {FP8_BLOCK_SUFFIX}, the scales of their blocks;"
+                " fetch the model again"
+            )
     return scales
 
 

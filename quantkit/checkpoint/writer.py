@@ -21,6 +21,7 @@ from quantkit.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 @dataclass(frozen=True)
 class TensorPlan:
     """A tensor to be written: known before its values are."""
@@ -51,10 +52,12 @@ class _Piece:
 
 
 class ShardWriter:
-    """One safetensors file whose tensors are known beforehand; complete and re-read, or not there at all.
+    """One safetensors file whose tensors are known beforehand; complete and re-read, or not there
+    at all.
 
-    Threads `write` tensors, or parts of them, at their final places in `PATH.tmp`. `finish` reads the file back from its beginning as far as
-    it has come, compares each piece with what was made, flushes and renames; it may run in a thread of its own while others write.
+    Threads `write` tensors, or parts of them, at their final places in `PATH.tmp`. `finish` reads
+    the file back from its beginning as far as it has come, compares each piece with what was made,
+    flushes and renames; it may run in a thread of its own while others write.
     """
 
     def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
@@ -67,7 +70,11 @@ class ShardWriter:
         self._offsets: dict[str, int] = {}
         offset = 0
         for plan in _in_file_order(plans):
-            header[plan.name] = {"dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": [offset, offset + plan.nbytes]}
+            header[plan.name] = {
+                "dtype": plan.dtype,
+                "shape": list(plan.shape),
+                "data_offsets": [offset, offset + plan.nbytes],
+            }
             self._offsets[plan.name] = offset
             offset += plan.nbytes
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -92,15 +99,28 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """A whole tensor."""
         plan = self._plans[name]
-        if tuple(tensor.shape) != plan.shape or str(tensor.dtype) != f"torch.{DTYPES[plan.dtype][1]}":
-            raise AssertionError(f"{name}: planned {plan.dtype} {plan.shape}, made {tensor.dtype} {tuple(tensor.shape)}")
+        if (
+            tuple(tensor.shape) != plan.shape
+            or str(tensor.dtype) != f"torch.{DTYPES[plan.dtype][1]}"
+        ):
+            raise AssertionError(
+                f"{name}: planned {plan.dtype} {plan.shape}, made {tensor.dtype}"
+                f" {tuple(tensor.shape)}"
+            )
         self.write_part(name, tensor_bytes(tensor), 0)
 
     def write_part(self, name: str, content: memoryview, offset: int) -> None:
         """Bytes of a tensor, `offset` bytes from its beginning; each byte comes once."""
         plan, start = self._plans[name], self._start + self._offsets[name] + offset
-        if offset < 0 or offset + len(content) > plan.nbytes or len(content) > self._left.get(name, 0):
-            raise AssertionError(f"{name}: {len(content)} bytes at {offset} of {plan.nbytes} don't fit, or were written before")
+        if (
+            offset < 0
+            or offset + len(content) > plan.nbytes
+            or len(content) > self._left.get(name, 0)
+        ):
+            raise AssertionError(
+                f"{name}: {len(content)} bytes at {offset} of {plan.nbytes} don't fit, or were"
+                " written before"
+            )
         if content:
             self._put(content, start)
             with self._changed:
@@ -124,7 +144,9 @@ class ShardWriter:
             self._changed.notify_all()
 
     def finish(self) -> str | None:
-        """Wait for what is missing, re-read everything, flush, rename. Returns the file's BLAKE3 hash, or None if it was abandoned."""
+        """Wait for what is missing, re-read everything, flush, rename. Returns the file's BLAKE3
+        hash, or None if it was abandoned.
+        """
         digest, position, flushed, buffer = blake3(), 0, 0, bytearray()
         while position < self._size:
             with self._changed:
@@ -137,7 +159,10 @@ class ShardWriter:
             content = memoryview(buffer)[: piece.nbytes]
             self._read_back(content, position)
             if checksum(content) != piece.checksum:
-                raise OutputError(f"{self.path.name} holds other bytes at {position} than were written there; its disk fails, so choose another -o")
+                raise OutputError(
+                    f"{self.path.name} holds other bytes at {position} than were written there; its"
+                    " disk fails, so choose another -o"
+                )
             digest.update(content)
             position += piece.nbytes
             if position - flushed >= _FLUSH_BYTES:
@@ -154,15 +179,26 @@ class ShardWriter:
         while content:
             count = os.preadv(self._file.fileno(), [content], position)
             if not count:
-                raise OutputError(f"{self.path.name} ends at byte {position}, though more was written; its disk fails, so choose another -o")
+                raise OutputError(
+                    f"{self.path.name} ends at byte {position}, though more was written; its disk"
+                    " fails, so choose another -o"
+                )
             content, position = content[count:], position + count
 
     def _check_header(self) -> None:
-        """Every planned tensor stands in the file once, with its dtype and shape, and no other does."""
-        found = {name: (info.dtype, info.shape) for name, info in read_header(self._partial).items()}
+        """Every planned tensor stands in the file once, with its dtype and shape, and no other
+        does.
+        """
+        found = {
+            name: (info.dtype, info.shape) for name, info in read_header(self._partial).items()
+        }
         planned = {plan.name: (plan.dtype, plan.shape) for plan in self._plans.values()}
         if found != planned:
-            names = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
+            names = sorted(
+                name
+                for name in found.keys() | planned.keys()
+                if found.get(name) != planned.get(name)
+            )
             raise AssertionError(f"{self.path.name}: {names[0]} is not in the file as planned")
 
     def close(self) -> str:
@@ -172,7 +208,9 @@ class ShardWriter:
         return self.finish()
 
     def abandon(self) -> None:
-        """Give up the file: `finish` returns None. The `.tmp` stays for whoever cleans the directory."""
+        """Give up the file: `finish` returns None. The `.tmp` stays for whoever cleans the
+        directory.
+        """
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
@@ -182,19 +220,26 @@ class ShardWriter:
         self._file.close()
 
 
-# As much is handed to the disk at a time while a file grows, so that the last flush has little left to do.
+# As much is handed to the disk at a time while a file grows, so that the last flush has little left
+# to do.
 _FLUSH_BYTES = 32_000_000
 
 
 def _in_file_order(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Tensors whose size is a multiple of 8 bytes keep their order, so that a reader goes through a model from front to back; after them the others,
-    larger elements first: every tensor starts aligned for its elements."""
+    """Tensors whose size is a multiple of 8 bytes keep their order, so that a reader goes through a
+    model from front to back; after them the others, larger elements first: every tensor starts
+    aligned for its elements.
+    """
     even = [plan for plan in plans if plan.nbytes % 8 == 0]
-    return even + sorted((plan for plan in plans if plan.nbytes % 8), key=lambda plan: -DTYPES[plan.dtype][0])
+    return even + sorted(
+        (plan for plan in plans if plan.nbytes % 8), key=lambda plan: -DTYPES[plan.dtype][0]
+    )
 
 
 def checksum(content: memoryview) -> int:
-    """A sum over 8-byte words modulo 2^64 and their count: tells what was put in a place from whatever else may be found there."""
+    """A sum over 8-byte words modulo 2^64 and their count: tells what was put in a place from
+    whatever else may be found there.
+    """
     import torch
 
     whole = len(content) // 8
@@ -203,17 +248,32 @@ def checksum(content: memoryview) -> int:
 
 
 def start_flush(descriptor: int, start: int, nbytes: int) -> None:
-    """Have the kernel begin to write these bytes out, without waiting; a hint, so its errors are left to fsync."""
+    """Have the kernel begin to write these bytes out, without waiting; a hint, so its errors are
+    left to fsync.
+    """
     begin_writing = 2  # SYNC_FILE_RANGE_WRITE
     function = c_function("sync_file_range")
     if function is not None:
-        function(ctypes.c_int(descriptor), ctypes.c_int64(start), ctypes.c_int64(nbytes), ctypes.c_uint(begin_writing))
+        function(
+            ctypes.c_int(descriptor),
+            ctypes.c_int64(start),
+            ctypes.c_int64(nbytes),
+            ctypes.c_uint(begin_writing),
+        )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A whole safetensors file at once, durable and atomic. What the mapping makes of a name is asked for twice: for its shape, and when its turn comes to be written."""
+    """A whole safetensors file at once, durable and atomic. What the mapping makes of a name is
+    asked for twice: for its shape, and when its turn comes to be written.
+    """
     names = {f"torch.{torch_name}": name for name, (_, torch_name) in DTYPES.items()}
-    writer = ShardWriter(path, [TensorPlan(name, names[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in tensors.items()])
+    writer = ShardWriter(
+        path,
+        [
+            TensorPlan(name, names[str(tensor.dtype)], tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ],
+    )
     try:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
@@ -223,7 +283,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def plan_shards(groups: Iterable[Sequence[TensorPlan]], max_bytes: int) -> list[list[TensorPlan]]:
-    """Fill shards up to `max_bytes`, keeping each group (a Linear's weight and scales) in one shard, in the given order."""
+    """Fill shards up to `max_bytes`, keeping each group (a Linear's weight and scales) in one
+    shard, in the given order.
+    """
     shards: list[list[TensorPlan]] = []
     used = 0
     for group in groups:

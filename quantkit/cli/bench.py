@@ -1,7 +1,7 @@
 """`bench`: the compiled kernels beside torch's own ops, on one thread.
 
-Of each case kernel and rivals run in turns; a figure is the median of the turns' thread CPU times, a ratio the median of the ratios within a turn, so
-that what else the machine does falls on both.
+Of each case kernel and rivals run in turns; a figure is the median of the turns' thread CPU times,
+a ratio the median of the ratios within a turn, so that what else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ SHAPES = ((576, 1536), (2048, 2048), (4096, 4096))
 TOKENS = (1, 16, 128, 512)
 # torch multiplies FP8 with a loop of 0.4 GFLOP/s: no more than this is asked of it.
 MOST_SCALED_MM = 3e8
-COLD_BYTES = 256 << 20  # weights of one token's case, together: they come from memory, as they do while a server decodes
+# weights of one token's case, together: they come from memory, as they do while a server decodes
+COLD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One kernel on one shape. gops: 10⁹ multiplications and additions per second of CPU time; gb_per_s: weight bytes read, or bytes converted.
+    """One kernel on one shape. gops: 10⁹ multiplications and additions per second of CPU time;
+    gb_per_s: weight bytes read, or bytes converted.
 
     times: rival → how many times as fast as it the kernel is.
     """
@@ -49,15 +51,23 @@ class Figure:
 
 
 def benchmark(
-    kinds: Sequence[str] = KINDS, shapes: Sequence[tuple[int, int]] = SHAPES, tokens: Sequence[int] = TOKENS, turns: int = 5, seconds: float = 0.03
+    kinds: Sequence[str] = KINDS,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+    turns: int = 5,
+    seconds: float = 0.03,
 ) -> Iterator[Figure]:
-    """Figures of each kind, shape (in_features, out_features) and number of tokens. seconds: how long each side of a turn runs at least."""
+    """Figures of each kind, shape (in_features, out_features) and number of tokens. seconds: how
+    long each side of a turn runs at least.
+    """
     import torch
 
     from quantkit import ops  # noqa: F401  (declares them)
 
     if cpu_kernels() is None:
-        raise QuantkitError("there are no compiled kernels here to measure; `quantkit doctor` says why")
+        raise QuantkitError(
+            "there are no compiled kernels here to measure; `quantkit doctor` says why"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -90,17 +100,27 @@ def processor() -> str:
     """The processor's name, as the system has it."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def describe() -> dict[str, Any]:
     """The machine and versions that figures depend on."""
     import torch
 
-    return {"processor": processor(), "kernels": cpu_level(), "torch": torch.__version__, "torch_capability": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "processor": processor(),
+        "kernels": cpu_level(),
+        "torch": torch.__version__,
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
-def _multiplication(kind: str, in_features: int, out_features: int, tokens: int, turns: int, seconds: float) -> Figure:
+def _multiplication(
+    kind: str, in_features: int, out_features: int, tokens: int, turns: int, seconds: float
+) -> Figure:
     import torch
 
     ops = torch.ops.quantkit
@@ -111,7 +131,9 @@ def _multiplication(kind: str, in_features: int, out_features: int, tokens: int,
     sides: dict[str, Callable[[], Any]] = {}
     if kind == "bf16":
         rotated = _cold(ops.pack_weight(weight, "bf16"), tokens)
-        sides["kernel"] = lambda: ops.matmul_bf16(inputs, rotated(), out_features, None, torch.float32)
+        sides["kernel"] = lambda: ops.matmul_bf16(
+            inputs, rotated(), out_features, None, torch.float32
+        )
         float_inputs, float_weight = inputs.float(), _cold(weight.float(), tokens)
         sides["float32 linear"] = lambda: torch.nn.functional.linear(float_inputs, float_weight())
     elif kind == "int8":
@@ -136,18 +158,35 @@ def _multiplication(kind: str, in_features: int, out_features: int, tokens: int,
         if 2 * tokens * in_features * out_features <= MOST_SCALED_MM:
             quantized, one = inputs.to(torch.float8_e4m3fn), torch.ones(())
             with suppress(RuntimeError):  # oneDNN has it for some instruction sets only
-                sides["torch._scaled_mm"] = _tried(lambda: torch._scaled_mm(quantized, codes.t(), one, one, out_dtype=torch.bfloat16))
+                sides["torch._scaled_mm"] = _tried(
+                    lambda: torch._scaled_mm(
+                        quantized, codes.t(), one, one, out_dtype=torch.bfloat16
+                    )
+                )
     else:
         codes = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
         rotated = _cold(ops.pack_weight(codes, "int8"), tokens)
-        sides["kernel"] = lambda: ops.matmul_weight_only(inputs, rotated(), "int8", scale, group, False, *end)
+        sides["kernel"] = lambda: ops.matmul_weight_only(
+            inputs, rotated(), "int8", scale, group, False, *end
+        )
     weights = _cold(weight, tokens)
     sides["bfloat16 linear"] = lambda: torch.nn.functional.linear(inputs, weights())
     taken = _turns(sides, turns, seconds)
     own = statistics.median(taken["kernel"])
-    operations, read = 2 * tokens * in_features * out_features, in_features * out_features * (2 if kind == "bf16" else 1)
+    operations, read = (
+        2 * tokens * in_features * out_features,
+        in_features * out_features * (2 if kind == "bf16" else 1),
+    )
     return Figure(
-        kind, f"matmul_{kind.replace('-', '_')}", in_features, out_features, tokens, own * 1e6, operations / own / 1e9, read / own / 1e9, _ratios(taken)
+        kind,
+        f"matmul_{kind.replace('-', '_')}",
+        in_features,
+        out_features,
+        tokens,
+        own * 1e6,
+        operations / own / 1e9,
+        read / own / 1e9,
+        _ratios(taken),
     )
 
 
@@ -157,7 +196,9 @@ def _tried(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _qlinear(codes: Tensor, scale: Tensor, inputs: Tensor, tokens: int) -> Callable[[], Any]:
-    """torch's INT8 Linear as its own quantization runs it: activations to unsigned bytes with one scale, then the prepacked product to bfloat16."""
+    """torch's INT8 Linear as its own quantization runs it: activations to unsigned bytes with one
+    scale, then the prepacked product to bfloat16.
+    """
     import torch
 
     packed = _cold(torch.ops.onednn.qlinear_prepack(codes, None), tokens)
@@ -165,40 +206,85 @@ def _qlinear(codes: Tensor, scale: Tensor, inputs: Tensor, tokens: int) -> Calla
 
     def run() -> Tensor:
         quantized = torch.quantize_per_tensor(inputs.float(), 0.02, 128, torch.quint8).int_repr()
-        return torch.ops.onednn.qlinear_pointwise(quantized, 0.02, 128, packed(), scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise(
+            quantized,
+            0.02,
+            128,
+            packed(),
+            scales,
+            zeros,
+            None,
+            1.0,
+            0,
+            torch.bfloat16,
+            "none",
+            [],
+            "",
+        )
 
     return run
 
 
-def _conversions(in_features: int, out_features: int, turns: int, seconds: float) -> Iterator[Figure]:
+def _conversions(
+    in_features: int, out_features: int, turns: int, seconds: float
+) -> Iterator[Figure]:
     import torch
 
     ops, shape = torch.ops.quantkit, (out_features, in_features)
     codes, one = torch.randn(shape).to(torch.float8_e4m3fn), torch.ones(1, 1)
     for what, kernel, rival, read in (
-        ("E4M3 → bfloat16", lambda: ops.dequantize_blocks(codes, one, *shape, torch.bfloat16), lambda: codes.to(torch.bfloat16), 3),
-        ("E4M3 → float32", lambda: ops.dequantize_blocks(codes, one, *shape), lambda: codes.to(torch.float32), 5),
+        (
+            "E4M3 → bfloat16",
+            lambda: ops.dequantize_blocks(codes, one, *shape, torch.bfloat16),
+            lambda: codes.to(torch.bfloat16),
+            3,
+        ),
+        (
+            "E4M3 → float32",
+            lambda: ops.dequantize_blocks(codes, one, *shape),
+            lambda: codes.to(torch.float32),
+            5,
+        ),
         *(
-            (f"{str(dtype).removeprefix('torch.')} → E4M3", *_encoding(torch.randn(shape).to(dtype), one), size)
+            (
+                f"{str(dtype).removeprefix('torch.')} → E4M3",
+                *_encoding(torch.randn(shape).to(dtype), one),
+                size,
+            )
             for dtype, size in ((torch.bfloat16, 3), (torch.float32, 5))
         ),
     ):
         taken = _turns({"kernel": kernel, "torch's .to": rival}, turns, seconds)
         own = statistics.median(taken["kernel"])
-        yield Figure("convert", what, in_features, out_features, 0, own * 1e6, None, codes.numel() * read / own / 1e9, _ratios(taken))
+        yield Figure(
+            "convert",
+            what,
+            in_features,
+            out_features,
+            0,
+            own * 1e6,
+            None,
+            codes.numel() * read / own / 1e9,
+            _ratios(taken),
+        )
 
 
 def _encoding(values: Tensor, one: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
     import torch
 
-    return lambda: torch.ops.quantkit.encode_blocks(values, one, *values.shape, "FP8_E4M3"), lambda: values.to(torch.float8_e4m3fn)
+    return lambda: torch.ops.quantkit.encode_blocks(
+        values, one, *values.shape, "FP8_E4M3"
+    ), lambda: values.to(torch.float8_e4m3fn)
 
 
 def _cold(weight: Tensor, tokens: int) -> Callable[[], Tensor]:
     """A weight; for one token one of so many copies, in turn, that it comes from memory."""
     if tokens > 1:
         return lambda: weight
-    copies = [weight, *(weight.clone() for _ in range(min(COLD_BYTES // max(weight.nbytes, 1), 400)))]
+    copies = [
+        weight,
+        *(weight.clone() for _ in range(min(COLD_BYTES // max(weight.nbytes, 1), 400))),
+    ]
     at = [0]
 
     def following() -> Tensor:
@@ -208,7 +294,9 @@ def _cold(weight: Tensor, tokens: int) -> Callable[[], Tensor]:
     return following
 
 
-def _turns(sides: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, list[float]]:
+def _turns(
+    sides: dict[str, Callable[[], Any]], turns: int, seconds: float
+) -> dict[str, list[float]]:
     """Thread CPU seconds of one call, of each side in each turn."""
     for run in sides.values():
         run()
@@ -227,4 +315,8 @@ def _turns(sides: dict[str, Callable[[], Any]], turns: int, seconds: float) -> d
 
 
 def _ratios(taken: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(rival / own for rival, own in zip(rivals, taken["kernel"])) for name, rivals in taken.items() if name != "kernel"}
+    return {
+        name: statistics.median(rival / own for rival, own in zip(rivals, taken["kernel"]))
+        for name, rivals in taken.items()
+        if name != "kernel"
+    }

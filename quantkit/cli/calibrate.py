@@ -10,17 +10,35 @@ from typing import Any
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.cli.options import UserPath, calibration_options, data_option, directory_output, model_argument, resume_options
+from quantkit.cli.options import (
+    UserPath,
+    calibration_options,
+    data_option,
+    directory_output,
+    model_argument,
+    resume_options,
+)
 
 
 @command("calibrate")
 @model_argument
 @directory_output
 @data_option
-@click.option("--recipe", type=UserPath(), help="Run its algorithms, and serve it alone; without, the statistics serve every scheme.")
+@click.option(
+    "--recipe",
+    type=UserPath(),
+    help="Run its algorithms, and serve it alone; without, the statistics serve every scheme.",
+)
 @calibration_options
 @resume_options
-def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ...], recipe: Path | None, **options: Any) -> None:
+def calibrate_command(
+    out: Output,
+    model: str,
+    output: Path,
+    data: tuple[str, ...],
+    recipe: Path | None,
+    **options: Any,
+) -> None:
     """Run text through MODEL, block by block, and record the statistics of every Linear's input.
 
     Without --data a small text that comes with quantkit is used. Several processes share the work:
@@ -36,11 +54,20 @@ def calibrate_command(out: Output, model: str, output: Path, data: tuple[str, ..
         from quantkit.cli.tables import print_json
 
         print_json(summary.to_json())
-    ignore = "".join(f" --ignore {shlex.quote(pattern)}" for patterns in summary.ignore.values() for pattern in patterns)
-    out.note(f"Next: quantkit export {shlex.quote(model)} -o OUT {chosen} --calibration {shlex.quote(str(output))}{ignore}")
+    ignore = "".join(
+        f" --ignore {shlex.quote(pattern)}"
+        for patterns in summary.ignore.values()
+        for pattern in patterns
+    )
+    out.note(
+        f"Next: quantkit export {shlex.quote(model)} -o OUT {chosen} --calibration"
+        f" {shlex.quote(str(output))}{ignore}"
+    )
 
 
-def run_calibration(out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any) -> Any:
+def run_calibration(
+    out: Output, model: Path, output: Path, data: tuple[str, ...], recipe: Any, **options: Any
+) -> Any:
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
     from quantkit.checkpoint.units import counted, format_bytes
@@ -50,18 +77,24 @@ def run_calibration(out: Output, model: Path, output: Path, data: tuple[str, ...
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
     with Progress("calibrate", out.quiet) as progress:
-        summary = calibrate(CalibrationOptions(model, output, data, recipe, **options), progress.update)
+        summary = calibrate(
+            CalibrationOptions(model, output, data, recipe, **options), progress.update
+        )
     if summary.was_finished:
-        out.note(f"{output} was finished already, and its files are as they were written; nothing was measured")
+        out.note(
+            f"{output} was finished already, and its files are as they were written; nothing was"
+            " measured"
+        )
         return summary
     if rank_of_environment() == 0:
         _warn_of_calibration(out, summary)
         for remark in summary.chosen:
             out.note(remark)
     out.note(
-        f"{output}: statistics of {counted(summary.inputs, 'input')} ({counted(summary.linears, 'Linear')}) "
-        f"from {counted(summary.windows, 'window')} of {summary.seq_len} tokens, "
-        f"{summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s, peak memory {format_bytes(summary.peak_memory_bytes)}"
+        f"{output}: statistics of {counted(summary.inputs, 'input')}"
+        f" ({counted(summary.linears, 'Linear')}) from {counted(summary.windows, 'window')} of"
+        f" {summary.seq_len} tokens, {summary.seconds:.1f} s, {summary.tokens_per_second:.0f}"
+        f" tokens/s, peak memory {format_bytes(summary.peak_memory_bytes)}"
     )
     return summary
 
@@ -72,33 +105,44 @@ def _warn_of_calibration(out: Output, summary: Any) -> None:
     has_run_out = summary.windows < summary.requested
     if has_run_out:
         out.warn(
-            f"the text holds {counted(summary.windows, 'window')} of {summary.seq_len} tokens, fewer than the {summary.requested} asked for; "
-            "give more with --data"
+            f"the text holds {counted(summary.windows, 'window')} of {summary.seq_len} tokens,"
+            f" fewer than the {summary.requested} asked for; give more with --data"
         )
     if summary.unsettled:
         count, name = len(summary.unsettled), summary.unsettled[0]
         out.warn(
-            f"{count} of {counted(summary.inputs, 'input')} still grew in the last quarter of the data ({name}{' and others' if count > 1 else ''}); "
-            f"static scales want more text: {'give it with --data' if has_run_out else 'raise --num-samples'}. "
-            f"`quantkit inspect {shlex.quote(str(summary.path))}` shows them"
+            f"{count} of {counted(summary.inputs, 'input')} still grew in the last quarter of the"
+            f" data ({name}{' and others' if count > 1 else ''}); static scales want more text:"
+            f" {'give it with --data' if has_run_out else 'raise --num-samples'}. `quantkit inspect"
+            f" {shlex.quote(str(summary.path))}` shows them"
         )
     if summary.starved:
         out.warn(
-            f"{counted(len(summary.starved), 'expert')} saw too few tokens ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); "
-            "their scales are estimated from their weights and the other experts: give more text, or --all-experts"
+            f"{counted(len(summary.starved), 'expert')} saw too few tokens"
+            f" ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); their"
+            " scales are estimated from their weights and the other experts: give more text, or"
+            " --all-experts"
         )
 
     if summary.unread:
         out.warn(
-            f"no token reached {_named(summary.unread, 'Linear')}, which transformers runs in another way or not at all, so they have no static scale: "
-            f"a static scheme needs {_ignoring(summary, 'unread')}"
+            f"no token reached {_named(summary.unread, 'Linear')}, which transformers runs in"
+            " another way or not at all, so they have no static scale: a static scheme needs"
+            f" {_ignoring(summary, 'unread')}"
         )
     if summary.refused:
-        out.warn(f"export can't quantize {_named(summary.refused, 'parameter')} and refuses the model unless they are left: {_ignoring(summary, 'refused')}")
+        out.warn(
+            f"export can't quantize {_named(summary.refused, 'parameter')} and refuses the model"
+            f" unless they are left: {_ignoring(summary, 'refused')}"
+        )
 
 
 def _named(names: Sequence[str], what: str) -> str:
-    return f"the {what} {names[0]}" if len(names) == 1 else f"{len(names)} {what}s ({names[0]} and others)"
+    return (
+        f"the {what} {names[0]}"
+        if len(names) == 1
+        else f"{len(names)} {what}s ({names[0]} and others)"
+    )
 
 
 def _ignoring(summary: Any, which: str) -> str:

@@ -14,18 +14,29 @@ from quantkit.cli.options import UserPath
 @click.argument("first", metavar="A.json", type=UserPath(dir_okay=False))
 @click.argument("second", metavar="B.json", type=UserPath(dir_okay=False))
 def compare_command(out: Output, first: Path, second: Path) -> None:
-    """Quant against quant, paired: two results of `eval -o` against the same base, on the same text.
+    """Quant against quant, paired: two results of `eval -o` against the same base, on the same
+    text.
 
     Exit code 5 where they can't be compared.
     """
     from quantkit.cli.tables import print_json, print_table
     from quantkit.evaluation.compare import compare
-    from quantkit.evaluation.report import COMPARISON_COLUMNS, comparison_remarks, comparison_rows, comparison_title
+    from quantkit.evaluation.report import (
+        COMPARISON_COLUMNS,
+        comparison_remarks,
+        comparison_rows,
+        comparison_title,
+    )
 
     comparison = compare(first, second)
     if out.as_json:
         print_json(comparison)
     else:
-        print_table(COMPARISON_COLUMNS, comparison_rows(comparison), comparison_title(comparison), right=range(2, len(COMPARISON_COLUMNS)))
+        print_table(
+            COMPARISON_COLUMNS,
+            comparison_rows(comparison),
+            comparison_title(comparison),
+            right=range(2, len(COMPARISON_COLUMNS)),
+        )
     for remark in comparison_remarks(comparison):
         out.note(remark)

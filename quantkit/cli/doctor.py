@@ -10,9 +10,25 @@ from typing import Any
 
 from quantkit import __version__
 
-# The least version that quantkit works with; optional ones give features and are no fault when missing.
-REQUIRED = {"torch": (2, 10), "transformers": (5,), "safetensors": (), "click": (), "numpy": (), "PyYAML": (), "rich": (), "blake3": ()}
-OPTIONAL = {"gguf": "demo", "accelerate": "demo", "matplotlib": "report", "pyarrow": "hub", "datasets": "hub"}
+# The least version that quantkit works with; optional ones give features and are no fault when
+# missing.
+REQUIRED = {
+    "torch": (2, 10),
+    "transformers": (5,),
+    "safetensors": (),
+    "click": (),
+    "numpy": (),
+    "PyYAML": (),
+    "rich": (),
+    "blake3": (),
+}
+OPTIONAL = {
+    "gguf": "demo",
+    "accelerate": "demo",
+    "matplotlib": "report",
+    "pyarrow": "hub",
+    "datasets": "hub",
+}
 
 
 def examine() -> dict[str, Any]:
@@ -22,7 +38,11 @@ def examine() -> dict[str, Any]:
         checks.append(_package(package, least))
     for package, extra in OPTIONAL.items():
         found = _version(package)
-        checks.append(_check(package, found) if found else _check(package, f"not installed (pip install 'quantkit[{extra}]')", "note"))
+        checks.append(
+            _check(package, found)
+            if found
+            else _check(package, f"not installed (pip install 'quantkit[{extra}]')", "note")
+        )
     if _version("torch"):
         checks += [_check_arithmetic(), _check_kernels(), _check_cuda_kernels(), *_devices()]
     return {"ok": all(check["status"] != "broken" for check in checks), "checks": checks}
@@ -56,12 +76,19 @@ def _check_arithmetic() -> dict[str, str]:
     from quantkit.ops.reference import encode_codes
     from quantkit.schemes.number_formats import FP8_E4M3, INT8
 
-    # 17 lies halfway between the E4M3 neighbours 16 and 18; the tie goes to 16, whose last mantissa bit is even.
-    fp8 = encode_codes(torch.tensor([448.0, 1000.0, -1000.0, 17.0, 0.001]), FP8_E4M3).float().tolist()
+    # 17 lies halfway between the E4M3 neighbours 16 and 18; the tie goes to 16, whose last mantissa
+    # bit is even.
+    fp8 = (
+        encode_codes(torch.tensor([448.0, 1000.0, -1000.0, 17.0, 0.001]), FP8_E4M3).float().tolist()
+    )
     int8 = encode_codes(torch.tensor([0.5, 1.5, 200.0, -200.0]), INT8).tolist()
     if fp8 == [448.0, 448.0, -448.0, 16.0, 0.001953125] and int8 == [0, 2, 127, -128]:
         return _check("FP8 and INT8 rounding", "right")
-    return _check("FP8 and INT8 rounding", f"wrong with this torch: {fp8} {int8}; install another version", "broken")
+    return _check(
+        "FP8 and INT8 rounding",
+        f"wrong with this torch: {fp8} {int8}; install another version",
+        "broken",
+    )
 
 
 def _check_kernels() -> dict[str, str]:
@@ -75,21 +102,45 @@ def _check_kernels() -> dict[str, str]:
     level = native.cpu_level()
     if level == "reference":
         asked = os.environ.get("QUANTKIT_KERNELS") == "reference"
-        why = "switched off by QUANTKIT_KERNELS" if asked else "not built: install quantkit again where there is a C++ compiler"
+        why = (
+            "switched off by QUANTKIT_KERNELS"
+            if asked
+            else "not built: install quantkit again where there is a C++ compiler"
+        )
         return _check("CPU kernels", f"none ({why}); the reference arithmetic runs, slower", "note")
     values = torch.linspace(-3, 3, 257 * 33).reshape(257, 33).bfloat16()
     for scheme in SCHEMES.values():
-        ours, expected = ops.quantize(values, scheme.weight), reference.quantize(values, scheme.weight)
-        if not torch.equal(ours.qdata.view(torch.uint8), expected.qdata.view(torch.uint8)) or not torch.equal(ours.scale, expected.scale):
-            return _check("CPU kernels", f"{level} gives other codes than the reference for {scheme.name}; set QUANTKIT_KERNELS=reference", "broken")
+        ours, expected = (
+            ops.quantize(values, scheme.weight),
+            reference.quantize(values, scheme.weight),
+        )
+        if not torch.equal(
+            ours.qdata.view(torch.uint8), expected.qdata.view(torch.uint8)
+        ) or not torch.equal(ours.scale, expected.scale):
+            return _check(
+                "CPU kernels",
+                f"{level} gives other codes than the reference for {scheme.name}; set"
+                " QUANTKIT_KERNELS=reference",
+                "broken",
+            )
     fault = _multiplication_fault()
     if fault:
-        return _check("CPU kernels", f"{level} multiplies {fault} otherwise than the reference; set QUANTKIT_KERNELS=reference", "broken")
-    return _check("CPU kernels", f"{level}: quantize, dequantize, multiply INT8, FP8, bfloat16; equal to the reference")
+        return _check(
+            "CPU kernels",
+            f"{level} multiplies {fault} otherwise than the reference; set"
+            " QUANTKIT_KERNELS=reference",
+            "broken",
+        )
+    return _check(
+        "CPU kernels",
+        f"{level}: quantize, dequantize, multiply INT8, FP8, bfloat16; equal to the reference",
+    )
 
 
 def _check_cuda_kernels() -> dict[str, str]:
-    """Which CUDA kernels there are, what this machine's device runs of them, and whether they give the reference's outputs."""
+    """Which CUDA kernels there are, what this machine's device runs of them, and whether they give
+    the reference's outputs.
+    """
     import torch
 
     from quantkit.ops import cuda, native
@@ -97,7 +148,14 @@ def _check_cuda_kernels() -> dict[str, str]:
     architectures = native.cuda_architectures()
     if not architectures:
         asked = os.environ.get("QUANTKIT_KERNELS") == "reference"
-        why = "switched off by QUANTKIT_KERNELS" if asked else "not built: install quantkit again where there is nvcc, or beside its extra cuda-build"
+        why = (
+            "switched off by QUANTKIT_KERNELS"
+            if asked
+            else (
+                "not built: install quantkit again where there is nvcc, or beside its extra"
+                " cuda-build"
+            )
+        )
         return _check("CUDA kernels", f"none ({why}); on a GPU torch's own ops run, slower", "note")
     built = f"built for {', '.join(f'sm_{name}' for name in architectures)}"
     if not torch.cuda.is_available():
@@ -108,10 +166,23 @@ def _check_cuda_kernels() -> dict[str, str]:
     try:
         fault = _multiplication_fault("cuda")
     except RuntimeError as error:
-        return _check("CUDA kernels", f"{built}; {str(error).splitlines()[0]}; set QUANTKIT_KERNELS=reference", "broken")
+        return _check(
+            "CUDA kernels",
+            f"{built}; {str(error).splitlines()[0]}; set QUANTKIT_KERNELS=reference",
+            "broken",
+        )
     if fault:
-        return _check("CUDA kernels", f"{built}; {fault} is multiplied otherwise than by the reference; set QUANTKIT_KERNELS=reference", "broken")
-    return _check("CUDA kernels", f"{built}; here {cuda.what_runs(torch.cuda.get_device_capability())}; agree with the reference")
+        return _check(
+            "CUDA kernels",
+            f"{built}; {fault} is multiplied otherwise than by the reference; set"
+            " QUANTKIT_KERNELS=reference",
+            "broken",
+        )
+    return _check(
+        "CUDA kernels",
+        f"{built}; here {cuda.what_runs(torch.cuda.get_device_capability())}; agree with the"
+        " reference",
+    )
 
 
 def _multiplication_fault(device: str = "cpu") -> str | None:
@@ -123,15 +194,39 @@ def _multiplication_fault(device: str = "cpu") -> str | None:
     from quantkit.schemes.number_formats import INT8
     from quantkit.schemes.scheme import SCHEMES
 
-    values, inputs = torch.linspace(-3, 3, 48 * 256).sin().reshape(48, 256).bfloat16(), torch.linspace(-2, 2, 33 * 256).cos().reshape(33, 256).bfloat16()
+    values, inputs = (
+        torch.linspace(-3, 3, 48 * 256).sin().reshape(48, 256).bfloat16(),
+        torch.linspace(-2, 2, 33 * 256).cos().reshape(33, 256).bfloat16(),
+    )
     for scheme in SCHEMES.values():
-        weight, scale = ops.quantize(values, scheme.weight), torch.tensor([0.0156]) if scheme.needs_calibration else None
-        moved, moved_scale = replace(weight, qdata=weight.qdata.to(device), scale=weight.scale.to(device)), None if scale is None else scale.to(device)
-        ours = QuantizedLinear(moved, scheme, moved_scale, None, torch.bfloat16)(inputs.to(device)).float().cpu()
-        expected = QuantizedLinear(weight, scheme, scale, None, torch.bfloat16, False)(inputs).float()
+        weight, scale = (
+            ops.quantize(values, scheme.weight),
+            torch.tensor([0.0156]) if scheme.needs_calibration else None,
+        )
+        moved, moved_scale = (
+            replace(weight, qdata=weight.qdata.to(device), scale=weight.scale.to(device)),
+            None if scale is None else scale.to(device),
+        )
+        ours = (
+            QuantizedLinear(moved, scheme, moved_scale, None, torch.bfloat16)(inputs.to(device))
+            .float()
+            .cpu()
+        )
+        expected = QuantizedLinear(weight, scheme, scale, None, torch.bfloat16, False)(
+            inputs
+        ).float()
         exact = scheme.weight.format is INT8 and scheme.input is not None
-        # INT8 sums are exact; others differ by float32's rounding of 256 products (on Hopper FP8 sums have fewer bits), and then by one step of bfloat16 at most.
-        if not torch.allclose(ours, expected, **({"rtol": 0, "atol": 0} if exact else {"rtol": 2.0**-7, "atol": 1e-4 if device == "cpu" else 0.05})):
+        # INT8 sums are exact; others differ by float32's rounding of 256 products (on Hopper FP8
+        # sums have fewer bits), and then by one step of bfloat16 at most.
+        if not torch.allclose(
+            ours,
+            expected,
+            **(
+                {"rtol": 0, "atol": 0}
+                if exact
+                else {"rtol": 2.0**-7, "atol": 1e-4 if device == "cpu" else 0.05}
+            ),
+        ):
             return scheme.name
     return None
 
@@ -141,10 +236,23 @@ def _devices() -> list[dict[str, str]]:
 
     threads = torch.get_num_threads()
     capability = torch.backends.cpu.get_cpu_capability()
-    checks = [_check("CPU", f"{platform.machine()}, {capability}, {threads} of {os.cpu_count()} cores used")]
+    checks = [
+        _check(
+            "CPU", f"{platform.machine()}, {capability}, {threads} of {os.cpu_count()} cores used"
+        )
+    ]
     if not torch.cuda.is_available():
-        return [*checks, _check("CUDA device", "none found; calibrate and eval run on the CPU", "note")]
+        return [
+            *checks,
+            _check("CUDA device", "none found; calibrate and eval run on the CPU", "note"),
+        ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        checks.append(_check(f"CUDA device {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB"))
+        checks.append(
+            _check(
+                f"CUDA device {index}",
+                f"{properties.name}, sm_{properties.major}{properties.minor},"
+                f" {properties.total_memory / 1e9:.0f} GB",
+            )
+        )
     return checks

@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.cli.options import HARDWARE_NAMES, PROTOCOL_NAMES, UserPath, device_option, different_sources, remote_code_option
+from quantkit.cli.options import (
+    HARDWARE_NAMES,
+    PROTOCOL_NAMES,
+    UserPath,
+    device_option,
+    different_sources,
+    remote_code_option,
+)
 from quantkit.errors import FaultsFound, Inconclusive, OutputError
 
 
@@ -17,15 +24,38 @@ from quantkit.errors import FaultsFound, Inconclusive, OutputError
 @click.argument("base")
 @click.argument("quants", nargs=-1, metavar="[QUANT]...")
 @click.option(
-    "--data", multiple=True, required=True, callback=different_sources, metavar="FILE", help=".txt, .jsonl, .parquet, or dataset:NAME[:CONFIG[:SPLIT]]."
+    "--data",
+    multiple=True,
+    required=True,
+    callback=different_sources,
+    metavar="FILE",
+    help=".txt, .jsonl, .parquet, or dataset:NAME[:CONFIG[:SPLIT]].",
 )
-@click.option("--seq-len", type=click.IntRange(2), help="Tokens per window.  [default: 2048, or the model's positions; 64 of a masked model]")
-@click.option("--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many.")
-@click.option("--protocol", type=click.Choice(PROTOCOL_NAMES), default="gptq", show_default=True, help="How windows are cut and scored.")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(2),
+    help="Tokens per window.  [default: 2048, or the model's positions; 64 of a masked model]",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many."
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOL_NAMES),
+    default="gptq",
+    show_default=True,
+    help="How windows are cut and scored.",
+)
 @click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
 @click.option("--html", type=UserPath(dir_okay=False), help="Write a self-contained page.")
 @click.option("--markdown", type=UserPath(dir_okay=False), help="Write a section for a model card.")
-@click.option("--gate", "gates", multiple=True, metavar="EXPR", help="Exit 3 unless e.g. 'ppl_delta_pct<=1.0' holds; also kld_mean, top1, size_ratio.")
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="EXPR",
+    help="Exit 3 unless e.g. 'ppl_delta_pct<=1.0' holds; also kld_mean, top1, size_ratio.",
+)
 @click.option("--strict", is_flag=True, help="Exit 4 when the text can't decide a gate.")
 @click.option(
     "--exec",
@@ -33,20 +63,42 @@ from quantkit.errors import FaultsFound, Inconclusive, OutputError
     type=click.Choice(["auto", "kernel", "reference"]),
     default="auto",
     show_default=True,
-    help="Compiled kernels (refused where a Linear has none), the reference arithmetic, or kernels where there are any.",
+    help=(
+        "Compiled kernels (refused where a Linear has none), the reference arithmetic, or kernels"
+        " where there are any."
+    ),
 )
-@click.option("--hardware", type=click.Choice(HARDWARE_NAMES), help="Compute what this hardware computes.")
-@click.option("--noise-floor", is_flag=True, help="Measure too what rounding noise alone would change.")
-@click.option("--no-cache", is_flag=True, help="Neither take the base's hidden states from an earlier run nor keep them.")
+@click.option(
+    "--hardware", type=click.Choice(HARDWARE_NAMES), help="Compute what this hardware computes."
+)
+@click.option(
+    "--noise-floor", is_flag=True, help="Measure too what rounding noise alone would change."
+)
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Neither take the base's hidden states from an earlier run nor keep them.",
+)
 @device_option
 @remote_code_option
 def eval_command(
-    out: Output, base: str, quants: tuple[str, ...], data: tuple[str, ...], output: Path | None, html: Path | None, markdown: Path | None,
-    gates: tuple[str, ...], strict: bool, exec_: str, no_cache: bool, **options: Any,
-) -> None:  # fmt: skip
+    out: Output,
+    base: str,
+    quants: tuple[str, ...],
+    data: tuple[str, ...],
+    output: Path | None,
+    html: Path | None,
+    markdown: Path | None,
+    gates: tuple[str, ...],
+    strict: bool,
+    exec_: str,
+    no_cache: bool,
+    **options: Any,
+) -> None:
     """Compare quantized checkpoints with BASE on the same text, from the files as exported.
 
-    With BASE alone: its perplexity. Several processes share the windows: torchrun --nproc-per-node N
+    With BASE alone: its perplexity. Several processes share the windows: torchrun --nproc-per-node
+    N
     -m quantkit eval ...
     """
     from quantkit.checkpoint.files import finite, write_json, write_text
@@ -66,7 +118,15 @@ def eval_command(
     out.quiet_libraries()
     with Progress("eval", out.quiet) as progress:
         result = evaluate(
-            EvaluationOptions(paths[0], tuple(paths[1:]), data, gates=gates, exec=exec_, cache=not no_cache, **options),
+            EvaluationOptions(
+                paths[0],
+                tuple(paths[1:]),
+                data,
+                gates=gates,
+                exec=exec_,
+                cache=not no_cache,
+                **options,
+            ),
             lambda name, done, total: progress.update(done, total, f"eval {name}"),
         )
     if rank_of_environment() > 0:
@@ -89,21 +149,38 @@ def eval_command(
 
 
 def require_places(**files: Path | None) -> None:
-    """Refuse files that are one, or that lie where nothing can be written; before anything has run. files: by the option."""
+    """Refuse files that are one, or that lie where nothing can be written; before anything has run.
+    files: by the option.
+    """
     given = {name: path for name, path in files.items() if path is not None}
     if len({path.resolve() for path in given.values()}) < len(given):
         *first, last = (f"--{name.replace('_', '-')}" for name in files)
         raise click.UsageError(f"give {', '.join(first)} and {last} different files")
     for path in given.values():
         if not path.absolute().parent.is_dir():
-            raise OutputError(f"there is no directory {path.absolute().parent} to write {path.name} to; make it first")
+            raise OutputError(
+                f"there is no directory {path.absolute().parent} to write {path.name} to; make it"
+                " first"
+            )
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:
     from quantkit.cli.tables import print_table
-    from quantkit.evaluation.report import EVALUATION_COLUMNS, LAYER_COLUMNS, evaluation_rows, evaluation_title, figure_rows, layer_rows
+    from quantkit.evaluation.report import (
+        EVALUATION_COLUMNS,
+        LAYER_COLUMNS,
+        evaluation_rows,
+        evaluation_title,
+        figure_rows,
+        layer_rows,
+    )
 
-    print_table(EVALUATION_COLUMNS, evaluation_rows(result), evaluation_title(result), right=(2, 3, 4, 5, 6, 7, 8, 9, 11))
+    print_table(
+        EVALUATION_COLUMNS,
+        evaluation_rows(result),
+        evaluation_title(result),
+        right=(2, 3, 4, 5, 6, 7, 8, 9, 11),
+    )
     if result["quants"]:
         columns, rows = figure_rows(result)
         print_table(columns, rows, right=range(1, len(columns)))
@@ -116,9 +193,12 @@ def _raise_gates(result: dict[str, Any], strict: bool) -> None:
     failed = [gate for gate in result["gates"] if gate["result"] == "fail"]
     undecided = [gate for gate in result["gates"] if gate["result"] == "inconclusive"]
     if failed:
-        raise FaultsFound(f"the gate {failed[0]['expr']} failed on {failed[0]['path']}: {failed[0]['value']:.4g}")
+        raise FaultsFound(
+            f"the gate {failed[0]['expr']} failed on {failed[0]['path']}: {failed[0]['value']:.4g}"
+        )
     if undecided and strict:
         more = undecided[0].get("more_tokens_needed")
         raise Inconclusive(
-            f"the gate {undecided[0]['expr']} is undecided on this text" + (f"; it needs about {more} more tokens" if more else "; give more text")
+            f"the gate {undecided[0]['expr']} is undecided on this text"
+            + (f"; it needs about {more} more tokens" if more else "; give more text")
         )

@@ -10,16 +10,42 @@ from typing import Any
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.cli.options import directory_output, export_options, model_argument, recipe_of_options, recipe_options, resume_options
+from quantkit.cli.options import (
+    directory_output,
+    export_options,
+    model_argument,
+    recipe_of_options,
+    recipe_options,
+    resume_options,
+)
 
 
 def make_export_options(
-    model: Path, output: Path, recipe: Any, calibration: Path | None, runtime: str | None, layout: str, max_shard_size: int, resume: bool, overwrite: bool,
+    model: Path,
+    output: Path,
+    recipe: Any,
+    calibration: Path | None,
+    runtime: str | None,
+    layout: str,
+    max_shard_size: int,
+    resume: bool,
+    overwrite: bool,
     allow_unreached: bool,
-) -> Any:  # fmt: skip
+) -> Any:
     from quantkit.exporter.plan import ExportOptions
 
-    return ExportOptions(model, output, recipe, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
+    return ExportOptions(
+        model,
+        output,
+        recipe,
+        calibration,
+        runtime,
+        layout,
+        max_shard_size,
+        resume,
+        overwrite,
+        allow_unreached,
+    )
 
 
 @command("export")
@@ -27,12 +53,29 @@ def make_export_options(
 @directory_output
 @recipe_options
 @export_options
-@click.option("--stream-download", is_flag=True, help="Of a hub id, keep only the shards in work on the disk.")
+@click.option(
+    "--stream-download", is_flag=True, help="Of a hub id, keep only the shards in work on the disk."
+)
 @resume_options
 def export_command(
-    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, allow_unreached: bool, dry_run: bool, stream_download: bool, resume: bool, overwrite: bool,
-) -> None:  # fmt: skip
+    out: Output,
+    model: str,
+    output: Path,
+    scheme: str | None,
+    recipe: Path | None,
+    calibration: Path | None,
+    ignore: tuple[str, ...],
+    observer: str | None,
+    kv_cache: str | None,
+    runtime: str | None,
+    layout: str,
+    max_shard_size: int,
+    allow_unreached: bool,
+    dry_run: bool,
+    stream_download: bool,
+    resume: bool,
+    overwrite: bool,
+) -> None:
     """Write MODEL's quantized checkpoint, a few rows at a time.
 
     A hub id's shards are fetched as they are needed.
@@ -41,7 +84,18 @@ def export_command(
 
     chosen = recipe_of_options(scheme, recipe, ignore, kv_cache, observer)
     path, checkpoint = _open_for_export(model, output, calibration, stream_download)
-    options = make_export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
+    options = make_export_options(
+        path,
+        output,
+        chosen,
+        calibration,
+        runtime,
+        layout,
+        max_shard_size,
+        resume,
+        overwrite,
+        allow_unreached,
+    )
     plan = plan_export(options, checkpoint=checkpoint)
     if dry_run:
         print_plan(out, plan)
@@ -54,12 +108,19 @@ def export_command(
     out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE")
 
 
-def _open_for_export(model: str, output: Path, calibration: Path | None, stream_download: bool) -> tuple[Path, Any]:
-    """Where MODEL is, and the checkpoint if it is opened already: a hub id from its headers, unless a calibration has to be compared with its files."""
+def _open_for_export(
+    model: str, output: Path, calibration: Path | None, stream_download: bool
+) -> tuple[Path, Any]:
+    """Where MODEL is, and the checkpoint if it is opened already: a hub id from its headers, unless
+    a calibration has to be compared with its files.
+    """
     from quantkit.checkpoint.hub import is_hub_id, open_hub_model, resolve_model
 
     if stream_download and (calibration is not None or not is_hub_id(model)):
-        raise click.UsageError("--stream-download is for a hub id" + (", without --calibration: that was made from a local copy" if calibration else ""))
+        raise click.UsageError(
+            "--stream-download is for a hub id"
+            + (", without --calibration: that was made from a local copy" if calibration else "")
+        )
     if calibration is not None or not is_hub_id(model):
         return resolve_model(model), None
     partial = output.resolve().with_name(output.name + ".partial")
@@ -81,13 +142,18 @@ def run_export(out: Output, plan: Any) -> tuple[Any, float]:
         for row in plan.parameters:
             out.note(f"  {row.status:9} {row.name}: {row.reason}")
     if summary.was_finished:
-        out.note(f"{summary.path} was finished already, and its files are as they were exported; nothing was written")
+        out.note(
+            f"{summary.path} was finished already, and its files are as they were exported; nothing"
+            " was written"
+        )
         return summary, seconds
     ratio = summary.bytes_after / summary.bytes_before
     schemes = {linear.scheme.name for linear in plan.linears.values()}
     out.note(
-        f"{summary.path}: {counted(summary.quantized, 'Linear')} in {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, "
-        f"{summary.left} left; {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)} ({100 * ratio:.0f} %), {seconds:.1f} s"
+        f"{summary.path}: {counted(summary.quantized, 'Linear')} in"
+        f" {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, {summary.left} left;"
+        f" {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)}"
+        f" ({100 * ratio:.0f} %), {seconds:.1f} s"
     )
     return summary, seconds
 

@@ -18,18 +18,40 @@ from quantkit.models.tensor_roles import linears_of
 def inspect_path(path: Path) -> dict[str, Any]:
     """A description of whatever lies there; `kind` is "checkpoint" or "calibration"."""
     if not path.exists():
-        raise CheckpointError(f"there is nothing at {path}; give a model directory or a calibration directory")
+        raise CheckpointError(
+            f"there is nothing at {path}; give a model directory or a calibration directory"
+        )
     if (path / CALIBRATION_FILE).is_file():
         return {"kind": "calibration"} | _describe_calibration(Calibration.open(path))
     return {"kind": "checkpoint"} | _describe_checkpoint(Checkpoint.open(path))
 
 
 def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
-    keys = ("model", "data", "windows", "windows_requested", "seq_len", "tokens", "seed", "recipe", "all_experts", "quantkit_version", "kv", "experts")
-    description = {"path": str(calibration.path)} | {key: calibration.description.get(key) for key in keys}
+    keys = (
+        "model",
+        "data",
+        "windows",
+        "windows_requested",
+        "seq_len",
+        "tokens",
+        "seed",
+        "recipe",
+        "all_experts",
+        "quantkit_version",
+        "kv",
+        "experts",
+    )
+    description = {"path": str(calibration.path)} | {
+        key: calibration.description.get(key) for key in keys
+    }
     if calibration.description.get("chosen"):
         description["chosen"] = calibration.description["chosen"]
-    return description | {"inputs": [entry | {"unsettled": is_unsettled(entry)} for entry in calibration.description["inputs"]]}
+    return description | {
+        "inputs": [
+            entry | {"unsettled": is_unsettled(entry)}
+            for entry in calibration.description["inputs"]
+        ]
+    }
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -47,17 +69,27 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     left = [name for name in tensors.modules("linear") if name not in stored]
     return {
         "path": str(checkpoint.path),
-        "architecture": (checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")])[0],
+        "architecture": (
+            checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")]
+        )[0],
         "shards": len(checkpoint.shard_paths),
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,
         "dtypes": by_dtype,
-        "quantization": {"method": layout.method, "kv_cache": "fp8" if layout.kv_cache else None} if layout else None,
+        "quantization": (
+            {"method": layout.method, "kv_cache": "fp8" if layout.kv_cache else None}
+            if layout
+            else None
+        ),
         "schemes": dict(schemes),
         "linears_quantized": len(stored),
         "linears_left": left,
         "linears": [
-            {"name": module, "scheme": layout.scheme_of(module).name, "shape": list(_weight_shape(tensors.checkpoint, module))}
+            {
+                "name": module,
+                "scheme": layout.scheme_of(module).name,
+                "shape": list(_weight_shape(tensors.checkpoint, module)),
+            }
             for module in stored
             if layout and layout.scheme_of(module)
         ],
@@ -69,4 +101,8 @@ def _weight_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
     if weight is not None:
         return weight.shape
     packed = checkpoint.tensors.get(f"{module}.weight_packed")
-    return (packed.shape[0], packed.shape[1] * 4) if packed is not None and len(packed.shape) == 2 else ()
+    return (
+        (packed.shape[0], packed.shape[1] * 4)
+        if packed is not None and len(packed.shape) == 2
+        else ()
+    )

@@ -1,4 +1,6 @@
-"""The command line: the group, and the commands that only show something. torch and transformers are imported inside commands, so that `--help` answers at once."""
+"""The command line: the group, and the commands that only show something. torch and transformers
+are imported inside commands, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -73,17 +75,42 @@ def doctor_command(out: Output) -> None:
     if out.as_json:
         print_json(examination)
     else:
-        print_table(("check", "found", "status"), [(check["name"], check["found"], check["status"]) for check in examination["checks"]])
+        print_table(
+            ("check", "found", "status"),
+            [(check["name"], check["found"], check["status"]) for check in examination["checks"]],
+        )
     if not examination["ok"]:
         broken = [check for check in examination["checks"] if check["status"] == "broken"]
         raise QuantkitError(f"{broken[0]['name']} is broken: {broken[0]['found']}")
 
 
 @command("bench")
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(BENCHMARK_KINDS), help="What to measure.  [default: all]")
-@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Input × output features, e.g. 4096x4096.  [default: three of small models]")
-@click.option("--tokens", multiple=True, type=click.IntRange(1), help="Tokens at a time.  [default: 1, 16, 128, 512]")
-def bench_command(out: Output, kinds: tuple[str, ...], shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...]) -> None:
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice(BENCHMARK_KINDS),
+    help="What to measure.  [default: all]",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    type=Shape(),
+    help="Input × output features, e.g. 4096x4096.  [default: three of small models]",
+)
+@click.option(
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Tokens at a time.  [default: 1, 16, 128, 512]",
+)
+def bench_command(
+    out: Output,
+    kinds: tuple[str, ...],
+    shapes: tuple[tuple[int, int], ...],
+    tokens: tuple[int, ...],
+) -> None:
     """The compiled kernels beside torch's own ops, on one thread."""
     from dataclasses import asdict
 
@@ -101,13 +128,23 @@ def bench_command(out: Output, kinds: tuple[str, ...], shapes: tuple[tuple[int, 
     if out.as_json:
         print_json({"machine": machine, "figures": [asdict(figure) for figure in figures]})
         return
-    out.note(f"{machine['processor']}, kernels {machine['kernels']}, torch {machine['torch']}; one thread, which reads memory at {bandwidth:.1f} GB/s")
+    out.note(
+        f"{machine['processor']}, kernels {machine['kernels']}, torch {machine['torch']}; one"
+        f" thread, which reads memory at {bandwidth:.1f} GB/s"
+    )
     headings, rows = benchmark_rows(figures)
     print_table(headings, rows, right=range(1, len(headings)))
 
 
 @command("demo")
-@click.option("-o", "--output", type=UserPath(), default=Path("quantkit-demo"), show_default=True, help="Directory for the results.")
+@click.option(
+    "-o",
+    "--output",
+    type=UserPath(),
+    default=Path("quantkit-demo"),
+    show_default=True,
+    help="Directory for the results.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo's results.")
 def demo_command(out: Output, output: Path, overwrite: bool) -> None:
     """The whole story on a real small model (SmolLM2-135M), in minutes."""
@@ -124,7 +161,17 @@ def demo_command(out: Output, output: Path, overwrite: bool) -> None:
 
 
 for _command in (
-    calibrate_command, export_command, eval_command, compare_command, quantize_command, verify_command, sensitivity_command, inspect_command,
-    schemes_command, doctor_command, bench_command, demo_command,
-):  # fmt: skip
+    calibrate_command,
+    export_command,
+    eval_command,
+    compare_command,
+    quantize_command,
+    verify_command,
+    sensitivity_command,
+    inspect_command,
+    schemes_command,
+    doctor_command,
+    bench_command,
+    demo_command,
+):
     main.add_command(_command)

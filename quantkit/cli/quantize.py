@@ -35,15 +35,43 @@ from quantkit.errors import DataError, FaultsFound, OutputError, QuantkitError
 @data_option
 @calibration_options
 @export_options
-@click.option("--hardware", type=click.Choice(HARDWARE_NAMES), help="Where it will be served: decides the default scheme, and what the judge computes.")
-@click.option("--judge-tokens", type=click.IntRange(2), default=4096, show_default=True, help="How much text the result is judged on.")
+@click.option(
+    "--hardware",
+    type=click.Choice(HARDWARE_NAMES),
+    help="Where it will be served: decides the default scheme, and what the judge computes.",
+)
+@click.option(
+    "--judge-tokens",
+    type=click.IntRange(2),
+    default=4096,
+    show_default=True,
+    help="How much text the result is judged on.",
+)
 @click.option("--no-judge", is_flag=True, help="Don't run the result.")
 @resume_options
 def quantize_command(
-    out: Output, model: str, output: Path, scheme: str | None, recipe: Path | None, data: tuple[str, ...], calibration: Path | None, ignore: tuple[str, ...],
-    observer: str | None, kv_cache: str | None, runtime: str | None, layout: str, max_shard_size: int, allow_unreached: bool, dry_run: bool, hardware: str | None,
-    judge_tokens: int, no_judge: bool, resume: bool, overwrite: bool, **calibrating: Any,
-) -> None:  # fmt: skip
+    out: Output,
+    model: str,
+    output: Path,
+    scheme: str | None,
+    recipe: Path | None,
+    data: tuple[str, ...],
+    calibration: Path | None,
+    ignore: tuple[str, ...],
+    observer: str | None,
+    kv_cache: str | None,
+    runtime: str | None,
+    layout: str,
+    max_shard_size: int,
+    allow_unreached: bool,
+    dry_run: bool,
+    hardware: str | None,
+    judge_tokens: int,
+    no_judge: bool,
+    resume: bool,
+    overwrite: bool,
+    **calibrating: Any,
+) -> None:
     """Calibrate where the recipe needs it, export, verify, judge: MODEL to a checked checkpoint.
 
     Without --scheme and --recipe it takes the scheme that is served in the most places, and says
@@ -64,8 +92,21 @@ def quantize_command(
     chosen = recipe_of_options(scheme, recipe, ignore, kv_cache, observer)
     for each in chosen.schemes:
         as_computed(each, hardware)
-    options = make_export_options(path, output, chosen, calibration, runtime, layout, max_shard_size, resume, overwrite, allow_unreached)
-    plan = plan_export(options, calibration_follows=chosen.needs_calibration and calibration is None)
+    options = make_export_options(
+        path,
+        output,
+        chosen,
+        calibration,
+        runtime,
+        layout,
+        max_shard_size,
+        resume,
+        overwrite,
+        allow_unreached,
+    )
+    plan = plan_export(
+        options, calibration_follows=chosen.needs_calibration and calibration is None
+    )
     if dry_run:
         print_plan(out, plan)
         return
@@ -73,7 +114,14 @@ def quantize_command(
     if data and not calibrates:
         _require_files(data)
         if no_judge:
-            out.warn("--data is not read: " + ("--calibration is given" if calibration is not None else "this recipe needs no calibration"))
+            out.warn(
+                "--data is not read: "
+                + (
+                    "--calibration is given"
+                    if calibration is not None
+                    else "this recipe needs no calibration"
+                )
+            )
     if calibrates:
         from quantkit.checkpoint.output_dir import MANIFEST_FILE, check_output
 
@@ -85,25 +133,59 @@ def quantize_command(
             _require_same_calibration(directory, data, calibrating)
         else:
             # Statistics alone serve every recipe; weights that algorithms choose serve theirs.
-            run_calibration(out, options.model, directory, data, chosen if chosen.chooses_weights else None, resume=resume, overwrite=overwrite, **calibrating)
+            run_calibration(
+                out,
+                options.model,
+                directory,
+                data,
+                chosen if chosen.chooses_weights else None,
+                resume=resume,
+                overwrite=overwrite,
+                **calibrating,
+            )
         plan = plan_export(replace(options, calibration=directory))
     summary, seconds = run_export(out, plan)
     found = verified(out, output, options.model, runtime)
     judged = None
     if not found.faults and not no_judge:
-        judged = _judged(out, path, output, () if calibrates else data, judge_tokens, hardware, calibrating["device"], calibrating["trust_remote_code"])
+        judged = _judged(
+            out,
+            path,
+            output,
+            () if calibrates else data,
+            judge_tokens,
+            hardware,
+            calibrating["device"],
+            calibrating["trust_remote_code"],
+        )
     if out.as_json:
         from quantkit.cli.tables import print_json
 
-        print_json(summary.to_json() | {"seconds": seconds, "scheme": chosen.scheme.name, "verify": found.to_json(), "judgement": judged})
+        print_json(
+            summary.to_json()
+            | {
+                "seconds": seconds,
+                "scheme": chosen.scheme.name,
+                "verify": found.to_json(),
+                "judgement": judged,
+            }
+        )
     raise_faults(found)
     if judged is not None and judged["sane"] is False:
         again = f"quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE"
-        raise FaultsFound(f"{output} is ruined, and kept for you to look at: {judged['problem']}. `{again}` shows more")
-    out.note(f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n      vllm serve {shlex.quote(str(output))}")
+        raise FaultsFound(
+            f"{output} is ruined, and kept for you to look at: {judged['problem']}. `{again}` shows"
+            " more"
+        )
+    out.note(
+        f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n     "
+        f" vllm serve {shlex.quote(str(output))}"
+    )
 
 
-def _default_scheme(out: Output, model: Path, runtime: str | None, hardware: str | None, layout: str) -> str:
+def _default_scheme(
+    out: Output, model: Path, runtime: str | None, hardware: str | None, layout: str
+) -> str:
     from quantkit.checkpoint.reader import Checkpoint
     from quantkit.exporter.default_scheme import default_scheme
 
@@ -116,11 +198,21 @@ def _require_files(data: Sequence[str]) -> None:
     """Before an hour's work: what is judged at its end must be there."""
     for name in data:
         if not name.startswith("dataset:") and not Path(name).expanduser().is_file():
-            raise DataError(f"there is no data file {name}; give a .txt, .jsonl or .parquet file, or dataset:NAME[:CONFIG[:SPLIT]]")
+            raise DataError(
+                f"there is no data file {name}; give a .txt, .jsonl or .parquet file, or"
+                " dataset:NAME[:CONFIG[:SPLIT]]"
+            )
 
 
 def _judged(
-    out: Output, model: Path, output: Path, data: tuple[str, ...], tokens: int, hardware: str | None, device: str, trust_remote_code: bool
+    out: Output,
+    model: Path,
+    output: Path,
+    data: tuple[str, ...],
+    tokens: int,
+    hardware: str | None,
+    device: str,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """The judgement as JSON; where the two can't be run, "sane" is null, and a warning says why."""
     from quantkit.cli.tables import Progress
@@ -131,7 +223,14 @@ def _judged(
     try:
         with Progress("judge", out.quiet) as progress:
             judgement = judge(
-                model, output, data, tokens, hardware, device, trust_remote_code, lambda name, done, total: progress.update(done, total, f"judge {name}")
+                model,
+                output,
+                data,
+                tokens,
+                hardware,
+                device,
+                trust_remote_code,
+                lambda name, done, total: progress.update(done, total, f"judge {name}"),
             )
     except QuantkitError as error:
         out.warn(f"{output} is not judged: {error}")
@@ -140,7 +239,9 @@ def _judged(
     return judgement.to_json()
 
 
-def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dict[str, Any]) -> None:
+def _require_same_calibration(
+    directory: Path, data: tuple[str, ...], asked: dict[str, Any]
+) -> None:
     """`quantize --resume` goes on from a finished calibration only if the same one is asked for."""
     from quantkit.calibration.results import Calibration
 
@@ -154,4 +255,7 @@ def _require_same_calibration(directory: Path, data: tuple[str, ...], asked: dic
     }
     differing = [option for option, equal in same.items() if not equal]
     if differing:
-        raise OutputError(f"{directory} was made with a different {', '.join(differing)}; use the same, or start again with --overwrite")
+        raise OutputError(
+            f"{directory} was made with a different {', '.join(differing)}; use the same, or start"
+            " again with --overwrite"
+        )

@@ -9,27 +9,44 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.files import finite
 from quantkit.checkpoint.units import counted, format_bytes
-from quantkit.exporter.runtimes import FORMAT_SCHEMES, FORMAT_SUPPORT, HARDWARE, RUNTIMES, SUPPORT, Support, hardware_mode
+from quantkit.exporter.runtimes import (
+    FORMAT_SCHEMES,
+    FORMAT_SUPPORT,
+    HARDWARE,
+    RUNTIMES,
+    SUPPORT,
+    Support,
+    hardware_mode,
+)
 from quantkit.schemes.scheme import ALIASES, SCHEMES
 
 if TYPE_CHECKING:
     from quantkit.cli.bench import Figure
     from quantkit.exporter.plan import ExportPlan
 
+
 def print_json(content: Any) -> None:
     """JSON on stdout. NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: Sequence[int] = ()) -> None:
-    """A table on stdout; as wide as it needs where stdout is no terminal, so that nothing is cut. right: columns of numbers."""
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    title: str | None = None,
+    right: Sequence[int] = (),
+) -> None:
+    """A table on stdout; as wide as it needs where stdout is no terminal, so that nothing is cut.
+    right: columns of numbers.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 4000, highlight=False)
     if title:
-        console.print(_escape(title), style="bold", soft_wrap=True)  # a table's own title would be wrapped to its columns
+        # a table's own title would be wrapped to its columns
+        console.print(_escape(title), style="bold", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number in right else "left", overflow="fold")
@@ -50,10 +67,20 @@ PLAN_COLUMNS = ("parameter", "status", "how, or why not", "scheme", "before", "a
 def plan_rows(plan: ExportPlan) -> list[tuple[str, ...]]:
     """The table of `export --dry-run`: a row for each parameter and their total."""
     rows = [
-        (row.name, row.status, row.reason, row.scheme.name if row.scheme else "", format_bytes(row.bytes_before), format_bytes(row.bytes_after))
+        (
+            row.name,
+            row.status,
+            row.reason,
+            row.scheme.name if row.scheme else "",
+            format_bytes(row.bytes_before),
+            format_bytes(row.bytes_after),
+        )
         for row in plan.parameters
     ]
-    return [*rows, ("total", "", "", "", format_bytes(plan.bytes_before), format_bytes(plan.bytes_after))]
+    return [
+        *rows,
+        ("total", "", "", "", format_bytes(plan.bytes_before), format_bytes(plan.bytes_after)),
+    ]
 
 
 def schemes_description() -> list[dict[str, Any]]:
@@ -68,7 +95,11 @@ def schemes_description() -> list[dict[str, Any]]:
                 "input": str(scheme.input) if scheme.input else None,
                 "needs_calibration": scheme.needs_calibration,
                 "runtimes": _support(SUPPORT[name]),
-                "formats": {layout: _support(FORMAT_SUPPORT[layout]) for layout, only in FORMAT_SCHEMES.items() if only == name},
+                "formats": {
+                    layout: _support(FORMAT_SUPPORT[layout])
+                    for layout, only in FORMAT_SCHEMES.items()
+                    if only == name
+                },
                 "hardware": {hardware: hardware_mode(scheme, hardware) for hardware in HARDWARE},
             }
         )
@@ -76,7 +107,10 @@ def schemes_description() -> list[dict[str, Any]]:
 
 
 def _support(by_runtime: Mapping[str, Support]) -> dict[str, dict[str, Any]]:
-    return {runtime: {"loads": by_runtime[runtime].loads, "note": by_runtime[runtime].note} for runtime in RUNTIMES}
+    return {
+        runtime: {"loads": by_runtime[runtime].loads, "note": by_runtime[runtime].note}
+        for runtime in RUNTIMES
+    }
 
 
 def benchmark_rows(figures: Sequence[Figure]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
@@ -94,27 +128,72 @@ def benchmark_rows(figures: Sequence[Figure]) -> tuple[Sequence[str], list[tuple
         )
         for figure in figures
     ]
-    return ("kernel", "in × out", "tokens", "µs", "GOP/s", "GB/s", *(f"against {name}" for name in rivals)), rows
+    return (
+        "kernel",
+        "in × out",
+        "tokens",
+        "µs",
+        "GOP/s",
+        "GB/s",
+        *(f"against {name}" for name in rivals),
+    ), rows
 
 
 def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
     """The tables of `quantkit schemes`: (title, columns, rows)."""
     described = schemes_description()
-    what = [[e["scheme"], ", ".join(e["aliases"]), e["weight"], e["input"] or "as they are", "needed" if e["needs_calibration"] else ""] for e in described]
+    what = [
+        [
+            e["scheme"],
+            ", ".join(e["aliases"]),
+            e["weight"],
+            e["input"] or "as they are",
+            "needed" if e["needs_calibration"] else "",
+        ]
+        for e in described
+    ]
     where, notes = [], []
     for entry in described:
         loads = ["yes" if support["loads"] else "no" for support in entry["runtimes"].values()]
-        modes = [{"native": "yes", "weights": "W8A16"}.get(mode, "no") for mode in entry["hardware"].values()]
+        modes = [
+            {"native": "yes", "weights": "W8A16"}.get(mode, "no")
+            for mode in entry["hardware"].values()
+        ]
         where.append([entry["scheme"], *loads, *modes])
         for layout, runtimes in entry["formats"].items():
             name = f"{entry['scheme']}, --format {layout}"
-            where.append([name, *("yes" if support["loads"] else "no" for support in runtimes.values()), *modes])
-            notes += [[name, runtime, support["note"]] for runtime, support in runtimes.items() if support["note"]]
-        notes += [[entry["scheme"], runtime, support["note"]] for runtime, support in entry["runtimes"].items() if support["note"]]
-        notes += [[entry["scheme"], hardware, mode] for hardware, mode in entry["hardware"].items() if mode not in ("native", "weights")]
+            where.append(
+                [
+                    name,
+                    *("yes" if support["loads"] else "no" for support in runtimes.values()),
+                    *modes,
+                ]
+            )
+            notes += [
+                [name, runtime, support["note"]]
+                for runtime, support in runtimes.items()
+                if support["note"]
+            ]
+        notes += [
+            [entry["scheme"], runtime, support["note"]]
+            for runtime, support in entry["runtimes"].items()
+            if support["note"]
+        ]
+        notes += [
+            [entry["scheme"], hardware, mode]
+            for hardware, mode in entry["hardware"].items()
+            if mode not in ("native", "weights")
+        ]
     return [
         ("schemes", ("scheme", "alias", "weights", "input activations", "calibration"), what),
-        ("which runtime loads it; how vLLM serves it on which hardware (W8A16: inputs stay in bfloat16)", ("scheme", *RUNTIMES, *HARDWARE), where),
+        (
+            (
+                "which runtime loads it; how vLLM serves it on which hardware (W8A16: inputs stay"
+                " in bfloat16)"
+            ),
+            ("scheme", *RUNTIMES, *HARDWARE),
+            where,
+        ),
         ("conditions and reasons", ("scheme", "where", "note"), notes),
     ]
 
@@ -124,33 +203,83 @@ def _chosen_tables(chosen: Any) -> list[tuple[str, Sequence[str], list[list[str]
     tables = []
     if chosen and chosen["rotations"]:
         rows = [
-            [entry["block"], str(len(entry["norms"])), str(len(entry["writers"])), str(len(entry["heads"])), f"{entry['change']:.1e}"]
+            [
+                entry["block"],
+                str(len(entry["norms"])),
+                str(len(entry["writers"])),
+                str(len(entry["heads"])),
+                f"{entry['change']:.1e}",
+            ]
             for entry in chosen["rotations"]
         ]
-        columns = ("block", "norms that read the stream", "Linears that write to it", "projections of values", "change of what it adds")
+        columns = (
+            "block",
+            "norms that read the stream",
+            "Linears that write to it",
+            "projections of values",
+            "change of what it adds",
+        )
         tables.append(("rotated", columns, rows, (1, 2, 3, 4)))
     if chosen and chosen["folds"]:
         rows = [
-            [fold["into"], str(len(fold["linears"])), f"{fold['strength']:g} ({fold['measure']})", f"{fold['plain_error']:.3g}", f"{fold['error']:.3g}"]
+            [
+                fold["into"],
+                str(len(fold["linears"])),
+                f"{fold['strength']:g} ({fold['measure']})",
+                f"{fold['plain_error']:.3g}",
+                f"{fold['error']:.3g}",
+            ]
             for fold in chosen["folds"]
         ]
         columns = ("folded into", "Linears", "strength", "squared error without", "with")
-        tables.append(("scales folded by smoothquant; errors of the Linears' outputs, over their squares", columns, rows, (1, 3, 4)))
+        tables.append(
+            (
+                "scales folded by smoothquant; errors of the Linears' outputs, over their squares",
+                columns,
+                rows,
+                (1, 3, 4),
+            )
+        )
     if chosen and chosen["refused"]:
-        tables.append(("inputs that smoothquant left alone", ("input of", "why"), [[entry["linear"], entry["reason"]] for entry in chosen["refused"]], ()))
+        tables.append(
+            (
+                "inputs that smoothquant left alone",
+                ("input of", "why"),
+                [[entry["linear"], entry["reason"]] for entry in chosen["refused"]],
+                (),
+            )
+        )
     if chosen:
         rows = [
-            [entry["name"], entry["algorithm"], f"{entry['error'] / entry['plain_error']:.3f}" if entry.get("plain_error") else "", entry.get("reason", "")]
+            [
+                entry["name"],
+                entry["algorithm"],
+                f"{entry['error'] / entry['plain_error']:.3f}" if entry.get("plain_error") else "",
+                entry.get("reason", ""),
+            ]
             for entry in chosen["linears"]
         ]
-        tables.append(("codes", ("Linear", "chosen by", "squared error beside rounding's", "why rounded"), rows, (2,)))
+        tables.append(
+            (
+                "codes",
+                ("Linear", "chosen by", "squared error beside rounding's", "why rounded"),
+                rows,
+                (2,),
+            )
+        )
     return tables
 
 
-def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
+def inspection_tables(
+    description: dict[str, Any],
+) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
     """Tables of `quantkit inspect`: (title, columns, rows, columns of numbers)."""
     if description["kind"] == "calibration":
-        title = f"{description['path']}: {description['tokens']} tokens in {counted(description['windows'], 'window')} of {description['seq_len']}, from {', '.join(description['data']['sources'])}"
+        title = (
+            f"{description['path']}: {description['tokens']} tokens in"
+            f" {counted(description['windows'], 'window')} of {description['seq_len']}, from"
+            f" {', '.join(description['data']['sources'])}"
+        )
         rows = [
             [
                 entry["name"],
@@ -159,35 +288,82 @@ def inspection_tables(description: dict[str, Any]) -> list[tuple[str, Sequence[s
                 str(entry["tokens"]),
                 f"{entry['amax']:.4g}" + (" (estimated)" if entry["estimated"] else ""),
                 " ".join(f"{amax:.4g}" for amax in entry["amax_quarters"]),
-                f"{1e6 * entry['held_out_above'] / entry['held_out_values']:.3g}" if entry["held_out_values"] else "",
+                (
+                    f"{1e6 * entry['held_out_above'] / entry['held_out_values']:.3g}"
+                    if entry["held_out_values"]
+                    else ""
+                ),
                 "no" if entry["unsettled"] else "yes" if entry["held_out_values"] else "",
                 f"{entry['first_position_amax']:.4g}",
             ]
             for entry in description["inputs"]
         ]
-        columns = ("input of", "Linears", "features", "tokens", "amax", "after each quarter", "held out above, ppm", "settled", "amax, first position")
+        columns = (
+            "input of",
+            "Linears",
+            "features",
+            "tokens",
+            "amax",
+            "after each quarter",
+            "held out above, ppm",
+            "settled",
+            "amax, first position",
+        )
         tables = [(title, columns, rows, (1, 2, 3, 4, 5, 6, 8))]
         if description["experts"]:
             rows = [
                 [
                     entry["module"],
-                    *([str(len(entry["tokens"])), *map(str, _spread(entry["tokens"]))] if entry.get("tokens") else [""] * 4),
+                    *(
+                        [str(len(entry["tokens"])), *map(str, _spread(entry["tokens"]))]
+                        if entry.get("tokens")
+                        else [""] * 4
+                    ),
                     " ".join(map(str, entry["starved"])),
                 ]
                 for entry in description["experts"]
             ]
-            tables.append(("tokens per expert", ("experts", "count", "least", "median", "most", "too few tokens"), rows, (1, 2, 3, 4)))
+            tables.append(
+                (
+                    "tokens per expert",
+                    ("experts", "count", "least", "median", "most", "too few tokens"),
+                    rows,
+                    (1, 2, 3, 4),
+                )
+            )
         if description["kv"]:
-            rows = [[entry["module"], f"{entry['k_amax']:.4g}", f"{entry['v_amax']:.4g}"] for entry in description["kv"]]
-            tables.append(("keys and values, after rotary embedding", ("attention", "key amax", "value amax"), rows, (1, 2)))
+            rows = [
+                [entry["module"], f"{entry['k_amax']:.4g}", f"{entry['v_amax']:.4g}"]
+                for entry in description["kv"]
+            ]
+            tables.append(
+                (
+                    "keys and values, after rotary embedding",
+                    ("attention", "key amax", "value amax"),
+                    rows,
+                    (1, 2),
+                )
+            )
         return tables + _chosen_tables(description.get("chosen"))
     quantization = description["quantization"]
-    method = f"{quantization['method']}, KV cache {quantization['kv_cache'] or 'as it is'}" if quantization else "not quantized"
-    title = f"{description['path']}: {description['architecture']}, {method}, {format_bytes(description['bytes'])} in {description['shards']} shards"
-    rows = [[dtype, str(entry["tensors"]), format_bytes(entry["bytes"])] for dtype, entry in sorted(description["dtypes"].items())]
+    method = (
+        f"{quantization['method']}, KV cache {quantization['kv_cache'] or 'as it is'}"
+        if quantization
+        else "not quantized"
+    )
+    title = (
+        f"{description['path']}: {description['architecture']}, {method},"
+        f" {format_bytes(description['bytes'])} in {description['shards']} shards"
+    )
+    rows = [
+        [dtype, str(entry["tensors"]), format_bytes(entry["bytes"])]
+        for dtype, entry in sorted(description["dtypes"].items())
+    ]
     tables = [(title, ("dtype", "tensors", "size"), rows, (1, 2))]
     counts = [[scheme, str(count)] for scheme, count in description["schemes"].items()] + (
-        [["left as they are", str(len(description["linears_left"]))]] if description["linears_left"] else []
+        [["left as they are", str(len(description["linears_left"]))]]
+        if description["linears_left"]
+        else []
     )
     if counts:
         tables.append(("Linears in the decoder blocks", ("scheme", "Linears"), counts, (1,)))
@@ -200,7 +376,9 @@ def _spread(counts: Sequence[int]) -> tuple[int, int, int]:
 
 
 class Progress:
-    """A progress bar on stderr where that is a terminal, else nothing. `update(done, total)` may be handed to any engine."""
+    """A progress bar on stderr where that is a terminal, else nothing. `update(done, total)` may be
+    handed to any engine.
+    """
 
     def __init__(self, description: str, quiet: bool = False) -> None:
         self._bar: Any = None
@@ -223,7 +401,12 @@ class Progress:
 
     def update(self, done: float, total: float, description: str | None = None) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, **({"description": description} if description else {}))
+            self._bar.update(
+                self._task,
+                completed=done,
+                total=total,
+                **({"description": description} if description else {}),
+            )
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

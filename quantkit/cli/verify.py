@@ -19,9 +19,15 @@ WORST_SHOWN = 5  # of the layers that `verify --base` compares
 @command("verify")
 @click.argument("checkpoint")
 @click.option("--base", help="The original model: compare every weight with it.")
-@click.option("--runtime", type=click.Choice(RUNTIME_NAMES), help="Count what this runtime can't load as a fault.")
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIME_NAMES),
+    help="Count what this runtime can't load as a fault.",
+)
 def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str | None) -> None:
-    """Is CHECKPOINT whole, finite and consistent, and will a runtime load it? Exit code 3 on a fault."""
+    """Is CHECKPOINT whole, finite and consistent, and will a runtime load it? Exit code 3 on a
+    fault.
+    """
     from quantkit.checkpoint.hub import resolve_model
     from quantkit.cli.tables import print_json, print_table
 
@@ -32,8 +38,17 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
         print_table(("tensor", "fault"), found.faults)
     if not out.as_json and found.sqnr_db:
         shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
-        title = "worst first" + ("" if len(shown) == len(found.sqnr_db) else f", {len(shown)} of {len(found.sqnr_db)} (all with -v)")
-        print_table(("Linear", "weight SQNR dB"), [(name, f"{value:.1f}" if math.isfinite(value) else "exact") for name, value in shown], title, right=(1,))
+        title = "worst first" + (
+            ""
+            if len(shown) == len(found.sqnr_db)
+            else f", {len(shown)} of {len(found.sqnr_db)} (all with -v)"
+        )
+        print_table(
+            ("Linear", "weight SQNR dB"),
+            [(name, f"{value:.1f}" if math.isfinite(value) else "exact") for name, value in shown],
+            title,
+            right=(1,),
+        )
     if not out.as_json and out.verbose and found.left:
         print_table(("left unquantized", "why"), list(found.left.items()))
     raise_faults(found)
@@ -51,10 +66,20 @@ def verified(out: Output, path: Path, base: Path | None, runtime: str | None) ->
         for warning in found.warnings:
             out.warn(warning)
     if not found.faults:
-        worst = f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB" if found.sqnr_db and math.isfinite(min(found.sqnr_db.values())) else ""
-        worst += f", {len(found.changed)} tensors not the base's because algorithms changed them" if base and found.changed else ""
+        worst = (
+            f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB"
+            if found.sqnr_db and math.isfinite(min(found.sqnr_db.values()))
+            else ""
+        )
+        worst += (
+            f", {len(found.changed)} tensors not the base's because algorithms changed them"
+            if base and found.changed
+            else ""
+        )
         out.note(
-            f"{path}: sound; {counted(found.tensors, 'tensor')}, {counted(found.quantized, 'Linear')} quantized, {len(found.left)} left{worst}, {time.monotonic() - started:.1f} s"
+            f"{path}: sound; {counted(found.tensors, 'tensor')},"
+            f" {counted(found.quantized, 'Linear')} quantized, {len(found.left)} left{worst},"
+            f" {time.monotonic() - started:.1f} s"
         )
     return found
 
@@ -63,4 +88,6 @@ def raise_faults(found: Any) -> None:
     if found.faults:
         tensor, message = found.faults[0]
         more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
-        raise FaultsFound(f"{found.path} has faults: {f'{tensor} ' if tensor else ''}{message}{more}")
+        raise FaultsFound(
+            f"{found.path} has faults: {f'{tensor} ' if tensor else ''}{message}{more}"
+        )

@@ -1,6 +1,8 @@
-"""A model's final hidden states over windows of text: made block by block, or taken from the cache. The judge needs nothing else of a model but its head.
+"""A model's final hidden states over windows of text: made block by block, or taken from the cache.
+The judge needs nothing else of a model but its head.
 
-They lie in memory while they fit half of what is spare, else in a file, or where the cache keeps them: tokens × hidden size, never tokens × vocabulary.
+They lie in memory while they fit half of what is spare, else in a file, or where the cache keeps
+them: tokens × hidden size, never tokens × vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from quantkit.models.threads import each_batch
 
 @dataclass(frozen=True)
 class FinalStates:
-    """Of one model. windows: what went through, by number; seconds: what making them took without a watch's own work (or took then, where they come from the cache)."""
+    """Of one model. windows: what went through, by number; seconds: what making them took without a
+    watch's own work (or took then, where they come from the cache).
+    """
 
     windows: Mapping[int, Window]
     states: HiddenStates | KeptStates
@@ -54,49 +58,75 @@ class FinalStates:
 class Watch:
     """What an observer may do while a model runs; nothing, as it stands.
 
-    block: called with a block's number and the block before its windows, returns what is called after them. batch: around each window. change: what becomes of a
-    block's output, from the block's number, the window's and the output.
+    block: called with a block's number and the block before its windows, returns what is called
+    after them. batch: around each window. change: what becomes of a block's output, from the
+    block's number, the window's and the output.
     """
 
-    block: Callable[[int, nn.Module], Callable[[], None]] = field(default=lambda number, block: lambda: None)
+    block: Callable[[int, nn.Module], Callable[[], None]] = field(
+        default=lambda number, block: lambda: None
+    )
     batch: Callable[[int], Any] | None = None
     change: Callable[[int, int, Tensor], Tensor] | None = None
 
 
 def make_final_states(
-    served: ServedModel, windows: Mapping[int, Window], seq_len: int, on_progress: Callable[[float, float], None] = lambda done, total: None,
-    watch: Watch | None = None, masking: Masking | None = None,
-) -> FinalStates:  # fmt: skip
-    """Run the windows through the blocks, with `masking` each as many times as it has tokens. Leaves the model with its output head in memory and without its blocks. on_progress(blocks done, blocks)."""
+    served: ServedModel,
+    windows: Mapping[int, Window],
+    seq_len: int,
+    on_progress: Callable[[float, float], None] = lambda done, total: None,
+    watch: Watch | None = None,
+    masking: Masking | None = None,
+) -> FinalStates:
+    """Run the windows through the blocks, with `masking` each as many times as it has tokens.
+    Leaves the model with its output head in memory and without its blocks. on_progress(blocks done,
+    blocks).
+    """
     started, watched, blocks = time.perf_counter(), 0.0, served.blocks
     watch = watch or Watch()
     numbers = list(windows)
     # lmeval's windows carry one token more, which is predicted but not read.
-    batches = {number: torch.tensor([window.tokens[:seq_len]]) if masking is None else masking.inputs(window) for number, window in windows.items()}
+    batches = {
+        number: (
+            torch.tensor([window.tokens[:seq_len]]) if masking is None else masking.inputs(window)
+        )
+        for number, window in windows.items()
+    }
     _require_head(blocks.model)
     states = HiddenStates(device=blocks.device)
     try:
         blocks.load_outer(with_head=False)
-        states.expect({number: blocks.states_shape(tokens) for number, tokens in batches.items()}, blocks.states_dtype)
-        calls = dict(zip(numbers, blocks.record(list(batches.values()), states, served.new_cache(), numbers)))
+        states.expect(
+            {number: blocks.states_shape(tokens) for number, tokens in batches.items()},
+            blocks.states_dtype,
+        )
+        calls = dict(
+            zip(numbers, blocks.record(list(batches.values()), states, served.new_cache(), numbers))
+        )
         blocks.free_outer()
         for block_number in range(blocks.block_count):
             with blocks.block(block_number) as block:
                 finish = watch.block(block_number, block)
 
-                def work(number: int, block: nn.Module = block, block_number: int = block_number) -> None:
+                def work(
+                    number: int, block: nn.Module = block, block_number: int = block_number
+                ) -> None:
                     call, hidden = calls[number][block_number], states.get(number).to(blocks.device)
                     if watch.batch is None:
                         output = blocks.run_block(block, call, hidden)
                     else:
                         with watch.batch(number):
                             output = blocks.run_block(block, call, hidden)
-                    _require_finite(output, served, number, f"first behind {blocks.block_name(block_number)}")
+                    _require_finite(
+                        output, served, number, f"first behind {blocks.block_name(block_number)}"
+                    )
                     if watch.change is not None:
                         output = watch.change(block_number, number, output)
                     states.put(number, output)
 
-                for done, _ in enumerate(each_batch(work, numbers, blocks.device, torch.get_num_threads()), 1):
+                for done, _ in enumerate(
+                    each_batch(work, numbers, blocks.device, torch.get_num_threads()), 1
+                ):
                     on_progress(block_number + done / len(numbers), blocks.block_count)
                 ran = time.perf_counter()
                 finish()
@@ -116,19 +146,39 @@ def make_final_states(
         raise
     finally:
         blocks.close()
-    return FinalStates(dict(windows), states, time.perf_counter() - started - watched, masking=masking, task=blocks.task)
+    return FinalStates(
+        dict(windows),
+        states,
+        time.perf_counter() - started - watched,
+        masking=masking,
+        task=blocks.task,
+    )
 
 
-def kept_or_made(cache: StateCache | None, made_from: Mapping[str, Any], windows: Mapping[int, Window], make: Callable[[], FinalStates]) -> FinalStates:
+def kept_or_made(
+    cache: StateCache | None,
+    made_from: Mapping[str, Any],
+    windows: Mapping[int, Window],
+    make: Callable[[], FinalStates],
+) -> FinalStates:
     """From the cache where they are there, else made and put there."""
     if cache is None:
         return make()
     kept = cache.find(made_from)
     if kept is not None and {str(number) for number in windows} == set(kept.tensors):
-        return FinalStates(dict(windows), kept, float(kept.description.get("seconds", 0.0)), is_from_cache=True)
+        return FinalStates(
+            dict(windows), kept, float(kept.description.get("seconds", 0.0)), is_from_cache=True
+        )
     made = make()
-    problem = cache.keep(made_from, list(windows), made.states.get, {"seconds": made.seconds, "made_from": dict(made_from)})
-    remarks = (f"the base's hidden states weren't kept for another time: {problem}",) if problem else ()
+    problem = cache.keep(
+        made_from,
+        list(windows),
+        made.states.get,
+        {"seconds": made.seconds, "made_from": dict(made_from)},
+    )
+    remarks = (
+        (f"the base's hidden states weren't kept for another time: {problem}",) if problem else ()
+    )
     return FinalStates(made.windows, made.states, made.seconds, remarks=remarks)
 
 
@@ -136,34 +186,50 @@ def _require_finite(hidden: Tensor, served: ServedModel, number: int, where: str
     # A sum costs a tenth of asking each value; it may overflow where no value does.
     if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
         path = str(served.checkpoint.path)
-        raise NonFiniteError(f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify` tells whether its files are sound", path)
+        raise NonFiniteError(
+            f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify` tells"
+            " whether its files are sound",
+            path,
+        )
 
 
 def _require_head(model: nn.Module) -> None:
     if body_name(model) is None or model.get_output_embeddings() is None:
-        raise EvaluationError(f"{type(model).__name__} is no causal language model with an output head, which is what eval judges")
+        raise EvaluationError(
+            f"{type(model).__name__} is no causal language model with an output head, which is what"
+            " eval judges"
+        )
 
 
 # ---- The noise floor.
 
 
 def rounding_noise(seed: int = 0) -> Watch:
-    """What one more rounding to bfloat16 behind each block would change: the measure of what a KL means on this model and text.
+    """What one more rounding to bfloat16 behind each block would change: the measure of what a KL
+    means on this model and text.
 
-    A value that is stored in 16 bits goes one step up or down with a probability of 1/24 each, which has the variance of a rounding (a twelfth of a step squared);
-    a float32 value is rounded to bfloat16.
+    A value that is stored in 16 bits goes one step up or down with a probability of 1/24 each,
+    which has the variance of a rounding (a twelfth of a step squared); a float32 value is rounded
+    to bfloat16.
     """
 
     def change(block: int, window: int, output: Tensor) -> Tensor:
         if output.dtype == torch.float32:
             return output.bfloat16().float()
         generator = torch.Generator().manual_seed(seed + 1_000_003 * block + 7919 * window)
-        draws = torch.randint(0, 24, output.shape, generator=generator, dtype=torch.uint8).to(output.device)
+        draws = torch.randint(0, 24, output.shape, generator=generator, dtype=torch.uint8).to(
+            output.device
+        )
         steps = (draws == 0).to(torch.int16) - (draws == 1).to(torch.int16)
         bits = output.contiguous().view(torch.int16)
         magnitude = bits & 0x7FFF
         # Zero has no step below it, and the largest finite values none above.
-        movable = (magnitude > 0) & (magnitude < torch.tensor(torch.finfo(output.dtype).max, dtype=output.dtype).view(torch.int16).item())
+        movable = (magnitude > 0) & (
+            magnitude
+            < torch.tensor(torch.finfo(output.dtype).max, dtype=output.dtype)
+            .view(torch.int16)
+            .item()
+        )
         return torch.where(movable, bits + steps, bits).view(output.dtype)
 
     return Watch(change=change)

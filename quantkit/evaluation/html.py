@@ -1,7 +1,9 @@
-"""`eval --html` and `sensitivity --html`: a result as one page that needs no network, drawn as SVG by matplotlib (extra `report`).
+"""`eval --html` and `sensitivity --html`: a result as one page that needs no network, drawn as SVG
+by matplotlib (extra `report`).
 
-Of `eval` five plots: the difference window by window with its band, the estimate as the text grows, the distribution of KL beside the noise floor, KL against
-size, and layers. They are narrow, and stand one below the other on a telephone. Everything that is drawn stands in the JSON too.
+Of `eval` five plots: the difference window by window with its band, the estimate as the text grows,
+the distribution of KL beside the noise floor, KL against size, and layers. They are narrow, and
+stand one below the other on a telephone. Everything that is drawn stands in the JSON too.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ GROUPS = {
 _STYLE = """
 :root{color-scheme:light}
 *{box-sizing:border-box}
-body{font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;margin:0 auto;max-width:75rem;padding:1rem;color:#1c1e21;background:#fff}
+body{font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;margin:0 auto;
+max-width:75rem;padding:1rem;color:#1c1e21;background:#fff}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}p{margin:.4rem 0}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
@@ -63,8 +66,10 @@ th,td{padding:.3rem .7rem;border-bottom:1px solid #d8dbe0;text-align:right;white
 th:first-child,td:first-child{text-align:left;min-width:7rem;max-width:18rem;white-space:normal;overflow-wrap:anywhere;position:sticky;left:0;background:#fff}
 table.facts th,table.facts td{white-space:normal;min-width:8.5rem}
 thead th{border-bottom:2px solid #8a8f98}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1.5rem 2rem}
-figure{margin:0;min-width:0}figure svg{width:100%;height:auto;display:block}figcaption{font-size:.9rem;color:#4a4e55}
+.plots{display:grid;gap:1.5rem 2rem;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr))}
+figure{margin:0;min-width:0}
+figure svg{width:100%;height:auto;display:block}figcaption{font-size:.9rem;color:#4a4e55}
 ul{padding-left:1.2rem}li{overflow-wrap:anywhere;margin:.2rem 0}
 .pass{color:#1a7f4b}.fail{color:#b42318}.inconclusive{color:#8a6100}
 """
@@ -73,17 +78,24 @@ ul{padding-left:1.2rem}li{overflow-wrap:anywhere;margin:.2rem 0}
 def evaluation_html(result: dict[str, Any]) -> str:
     """The page."""
     require_matplotlib()
-    parts = [f"<h1>What quantization cost</h1><p>{escape(evaluation_title(result))}; {escape(', '.join(result['data']['sources']))}.</p>"]
+    parts = [
+        f"<h1>What quantization cost</h1><p>{escape(evaluation_title(result))};"
+        f" {escape(', '.join(result['data']['sources']))}.</p>"
+    ]
     parts += [f"<p>{_verdict(quant)}</p>" for quant in result["quants"]]
     if result["gates"]:
         items = "".join(
-            f'<li class="{gate["result"]}"><code>{escape(gate["expr"])}</code> on {escape(gate["path"])}: <b>{escape(gate_text(gate))}</b></li>'
+            f'<li class="{gate["result"]}"><code>{escape(gate["expr"])}</code> on'
+            f" {escape(gate['path'])}: <b>{escape(gate_text(gate))}</b></li>"
             for gate in result["gates"]
         )
         parts.append(f"<h2>Gates</h2><ul>{items}</ul>")
     parts.append(table_html(EVALUATION_COLUMNS, evaluation_rows(result)))
     if result["quants"]:
-        plots = "".join(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>" for drawing, caption in _plots(result))
+        plots = "".join(
+            f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
+            for drawing, caption in _plots(result)
+        )
         parts.append(f'<h2>Plots</h2><div class="plots">{plots}</div>')
         parts.append("<h2>All figures</h2>" + table_html(*figure_rows(result), kind="facts"))
     if layer_rows(result):
@@ -93,13 +105,20 @@ def evaluation_html(result: dict[str, Any]) -> str:
 
 
 def remarks_html(remarks: Iterable[str]) -> str:
-    return "<h2>Remarks</h2><ul>" + "".join(f"<li>{escape(remark)}</li>" for remark in remarks) + "</ul>"
+    return (
+        "<h2>Remarks</h2><ul>"
+        + "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
+        + "</ul>"
+    )
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width,initial-scale=1"><link rel="icon"'
+        f' href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
     )
 
 
@@ -108,16 +127,22 @@ def _verdict(quant: dict[str, Any]) -> str:
     delta = quant["ppl_delta_pct"]
     share = 100 * quant["size_ratio"]
     return (
-        f"<b>{escape(quant['path'])}</b> ({escape(quant['scheme'])}) has {share:.0f} % of the base's size; its perplexity is "
-        f"<b>{escape(interval_text(delta))}</b>, and it finds the same next token likeliest in {100 * quant['top1_agreement']:.1f} % of places."
+        f"<b>{escape(quant['path'])}</b> ({escape(quant['scheme'])}) has {share:.0f} % of the"
+        f" base's size; its perplexity is <b>{escape(interval_text(delta))}</b>, and it finds the"
+        f" same next token likeliest in {100 * quant['top1_agreement']:.1f} % of places."
     )
 
 
 def table_html(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     named = f' class="{kind}"' if kind else ""
-    return f'<div class="scroll"><table{named}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table{named}><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 # ---- Plots.
@@ -128,7 +153,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise EvaluationError("--html draws with matplotlib, which is not installed; pip install 'quantkit[report]'") from None
+        raise EvaluationError(
+            "--html draws with matplotlib, which is not installed; pip install 'quantkit[report]'"
+        ) from None
 
 
 def _plots(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -136,21 +163,47 @@ def _plots(result: dict[str, Any]) -> list[tuple[str, str]]:
     plots = [
         (
             drawn_as_svg("windows", lambda axes: _draw_windows(axes, result)),
-            "Difference to the base in each window, nats per token; the band is the mean's 95 % interval.",
+            (
+                "Difference to the base in each window, nats per token; the band is the mean's 95 %"
+                " interval."
+            ),
         ),
-        (drawn_as_svg("kld", lambda axes: _draw_divergence(axes, result)), _divergence_caption(result)),
+        (
+            drawn_as_svg("kld", lambda axes: _draw_divergence(axes, result)),
+            _divergence_caption(result),
+        ),
     ]
     if len(result["window_tokens"]) > 2:
-        caption = "The estimate as the text grows: what is inside the band can't be told apart with so much text."
-        plots.insert(1, (drawn_as_svg("running", lambda axes: _draw_running(axes, result)), caption))
+        caption = (
+            "The estimate as the text grows: what is inside the band can't be told apart with so"
+            " much text."
+        )
+        plots.insert(
+            1, (drawn_as_svg("running", lambda axes: _draw_running(axes, result)), caption)
+        )
     if len(result["quants"]) > 1:
-        plots.append((drawn_as_svg("size", lambda axes: _draw_size(axes, result)), "Mean KL (95 % interval) against size: lower left is better."))
+        plots.append(
+            (
+                drawn_as_svg("size", lambda axes: _draw_size(axes, result)),
+                "Mean KL (95 % interval) against size: lower left is better.",
+            )
+        )
     for number, quant in enumerate(result["quants"]):
         grid, key = _layer_grid(quant["layers"])
         if grid:
             what = "output" if key == "output_sqnr_db" else "weight"
-            caption = f"{_label(quant)}: signal to noise of each layer's {what} in dB, the worst of each kind; darker is worse."
-            plots.append((drawn_as_svg(f"layers{number}", lambda axes, grid=grid: _draw_layers(axes, grid), 2.4), caption))
+            caption = (
+                f"{_label(quant)}: signal to noise of each layer's {what} in dB, the worst of each"
+                " kind; darker is worse."
+            )
+            plots.append(
+                (
+                    drawn_as_svg(
+                        f"layers{number}", lambda axes, grid=grid: _draw_layers(axes, grid), 2.4
+                    ),
+                    caption,
+                )
+            )
     return plots
 
 
@@ -176,13 +229,19 @@ def drawn_as_svg(name: str, draw: Any, height: float = HEIGHT) -> str:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.subplots())
         drawing = io.StringIO()
-        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            drawing,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     text = drawing.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # matplotlib numbers its groups from 1 in each drawing.
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(href="#|url\(#)([^")]+)', rf"\1{name}-\2", text)
-    return text.replace("font: ", "font-family: system-ui, sans-serif; font: ").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    return text.replace("font: ", "font-family: system-ui, sans-serif; font: ").replace(
+        "<svg ", f'<svg role="img" aria-label="{name}" ', 1
+    )
 
 
 def _label(quant: dict[str, Any]) -> str:
@@ -205,9 +264,19 @@ def _draw_windows(axes: Axes, result: dict[str, Any]) -> None:
     axes.axhline(0, color="0.5", linewidth=1)
     per_unit = result["tokens_per_unit"]
     for color, quant in _colored(result):
-        per_token = [difference / count for difference, count in zip(_differences(result, quant), counts)]
+        per_token = [
+            difference / count for difference, count in zip(_differences(result, quant), counts)
+        ]
         places = range(1, len(per_token) + 1)
-        axes.plot(places, per_token, marker="o", markersize=3, linewidth=0.8 if len(per_token) < 60 else 0, color=color, label=_label(quant))
+        axes.plot(
+            places,
+            per_token,
+            marker="o",
+            markersize=3,
+            linewidth=0.8 if len(per_token) < 60 else 0,
+            color=color,
+            label=_label(quant),
+        )
         delta = quant["ppl_delta_pct"]
         if delta["low"] is not None:
             low, high = (math.log1p(delta[bound] / 100) / per_unit for bound in ("low", "high"))
@@ -222,10 +291,25 @@ def _draw_running(axes: Axes, result: dict[str, Any]) -> None:
     axes.axhline(0, color="0.5", linewidth=1)
     shown: list[float] = []
     for color, quant in _colored(result):
-        points = running_estimate(_differences(result, quant), result["window_tokens"], result["tokens_per_unit"])
+        points = running_estimate(
+            _differences(result, quant), result["window_tokens"], result["tokens_per_unit"]
+        )
         places = [point["windows"] for point in points]
-        axes.plot(places, [point["value"] for point in points], color=color, linewidth=1.5, label=_label(quant))
-        axes.fill_between(places, [point["low"] for point in points], [point["high"] for point in points], color=color, alpha=0.18, linewidth=0)
+        axes.plot(
+            places,
+            [point["value"] for point in points],
+            color=color,
+            linewidth=1.5,
+            label=_label(quant),
+        )
+        axes.fill_between(
+            places,
+            [point["low"] for point in points],
+            [point["high"] for point in points],
+            color=color,
+            alpha=0.18,
+            linewidth=0,
+        )
         settled = points[len(points) // 4 :]
         shown += [point[bound] for point in settled for bound in ("low", "high")]
     # The first intervals, of two and three windows, would flatten all others.
@@ -250,7 +334,14 @@ def _draw_divergence(axes: Axes, result: dict[str, Any]) -> None:
     for color, label, figures in drawn:
         edges, heights = shares(figures)
         used += [edge for edge, height in zip(edges, heights) if height]
-        axes.stairs(heights, [10**edge for edge in edges], color=color, fill=label == "noise floor", alpha=0.5 if label == "noise floor" else 1, label=label)
+        axes.stairs(
+            heights,
+            [10**edge for edge in edges],
+            color=color,
+            fill=label == "noise floor",
+            alpha=0.5 if label == "noise floor" else 1,
+            label=label,
+        )
         if figures["kld"]["mean"] > 0:
             axes.axvline(figures["kld"]["mean"], color=color, linestyle="--", linewidth=1)
     axes.set_xscale("log")
@@ -268,7 +359,13 @@ def _draw_size(axes: Axes, result: dict[str, Any]) -> None:
             axes.vlines(size, kld["mean_low"], kld["mean_high"], color=color, linewidth=1.5)
         axes.plot([size], [kld["mean"]], marker="o", color=color, linestyle="", label=_label(quant))
     if result.get("noise_floor"):
-        axes.axhline(result["noise_floor"]["kld"]["mean"], color="0.5", linestyle=":", linewidth=1, label="noise floor")
+        axes.axhline(
+            result["noise_floor"]["kld"]["mean"],
+            color="0.5",
+            linestyle=":",
+            linewidth=1,
+            label="noise floor",
+        )
     axes.set_ylim(bottom=0)
     axes.margins(x=0.2)
     axes.set_xlabel("size, GB")
@@ -277,8 +374,14 @@ def _draw_size(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _layer_grid(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, list[float]], str]:
-    """Rows of the heat map by kind: for each block the least signal-to-noise ratio of its Linears of that kind, NaN where it has none."""
-    key = "output_sqnr_db" if any(layer.get("output_sqnr_db") is not None for layer in layers) else "weight_sqnr_db"
+    """Rows of the heat map by kind: for each block the least signal-to-noise ratio of its Linears
+    of that kind, NaN where it has none.
+    """
+    key = (
+        "output_sqnr_db"
+        if any(layer.get("output_sqnr_db") is not None for layer in layers)
+        else "weight_sqnr_db"
+    )
     found: dict[tuple[str, int], float] = {}
     for layer in layers:
         number = re.search(r"\.(\d+)\.", layer["name"])
@@ -293,7 +396,11 @@ def _layer_grid(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, list[float]
         return {}, key
     blocks = range(max(number for _, number in found) + 1)
     # What is exact has no colour of its own; 60 dB is as good as exact.
-    return {kind: [min(found.get((kind, block), math.nan), 60.0) for block in blocks] for kind in GROUPS if any(place[0] == kind for place in found)}, key
+    return {
+        kind: [min(found.get((kind, block), math.nan), 60.0) for block in blocks]
+        for kind in GROUPS
+        if any(place[0] == kind for place in found)
+    }, key
 
 
 def _draw_layers(axes: Axes, grid: dict[str, list[float]]) -> None:

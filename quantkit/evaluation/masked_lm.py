@@ -1,7 +1,9 @@
-"""Masked language models judged: every token of a window is hidden in turn and predicted from all the others.
+"""Masked language models judged: every token of a window is hidden in turn and predicted from all
+the others.
 
-The figure is a pseudo-perplexity (Salazar et al. 2020, Masked Language Model Scoring): exp of the mean of −log p(token | the rest of its window). A window
-of L tokens is L inputs of the model, so windows are short.
+The figure is a pseudo-perplexity (Salazar et al. 2020, Masked Language Model Scoring): exp of the
+mean of −log p(token | the rest of its window). A window of L tokens is L inputs of the model, so
+windows are short.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ RESERVED_POSITIONS = 4
 
 @dataclass(frozen=True)
 class Masking:
-    """mask: the token in place of the hidden one. before, after: what the tokenizer puts around a text."""
+    """mask: the token in place of the hidden one. before, after: what the tokenizer puts around a
+    text.
+    """
 
     mask: int
     before: tuple[int, ...]
@@ -31,23 +35,35 @@ class Masking:
     @classmethod
     def of(cls, tokenizer: Any) -> Masking:
         if tokenizer.mask_token_id is None:
-            raise EvaluationError("the tokenizer has no mask token, by which a masked language model is judged; copy the model's own tokenizer beside it")
-        around = [() if token is None else (token,) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+            raise EvaluationError(
+                "the tokenizer has no mask token, by which a masked language model is judged; copy"
+                " the model's own tokenizer beside it"
+            )
+        around = [
+            () if token is None else (token,)
+            for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        ]
         return cls(tokenizer.mask_token_id, *around)
 
     @staticmethod
     def windows(windows: Windows) -> Windows:
         """The same windows with every token scored, the first too."""
-        return Windows(tuple(Window(window.tokens, 0) for window in windows.windows), windows.source_sha256)
+        return Windows(
+            tuple(Window(window.tokens, 0) for window in windows.windows), windows.source_sha256
+        )
 
     def inputs(self, window: Window) -> Tensor:
         """[tokens, tokens and what stands around them]: row i has token i hidden."""
-        rows = torch.tensor([[*self.before, *window.tokens, *self.after]]).repeat(len(window.tokens), 1)
+        rows = torch.tensor([[*self.before, *window.tokens, *self.after]]).repeat(
+            len(window.tokens), 1
+        )
         places = torch.arange(len(window.tokens))
         rows[places, places + len(self.before)] = self.mask
         return rows
 
     def scored(self, states: Tensor) -> Tensor:
-        """The hidden states of the hidden tokens, [tokens, hidden size]. states: of all inputs of a window."""
+        """The hidden states of the hidden tokens, [tokens, hidden size]. states: of all inputs of a
+        window.
+        """
         places = torch.arange(states.shape[0])
         return states[places, places + len(self.before)]

@@ -1,4 +1,6 @@
-"""What `eval` is asked, and what is refused before a model runs: unsound files, another tokenizer, another model."""
+"""What `eval` is asked, and what is refused before a model runs: unsound files, another tokenizer,
+another model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.formats import QuantizationLayout
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.data.windows import Windows, evaluation_windows, load_tokenizer, targets_of, window_length
+from quantkit.data.windows import (
+    Windows,
+    evaluation_windows,
+    load_tokenizer,
+    targets_of,
+    window_length,
+)
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.exporter.runtimes import as_computed
 from quantkit.models.task import CAUSAL, MASKED, TARGET, task_of
@@ -22,7 +30,9 @@ SAMPLE_WINDOWS = 4  # that tokenizers are compared on
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """noise_floor: measure what rounding noise alone would change. cache: take the base's hidden states from the cache, and keep them there."""
+    """noise_floor: measure what rounding noise alone would change. cache: take the base's hidden
+    states from the cache, and keep them there.
+    """
 
     base: Path
     quants: tuple[Path, ...]
@@ -39,8 +49,12 @@ class EvaluationOptions:
     cache: bool = True
 
 
-def prepare_evaluation(options: EvaluationOptions, processes: int) -> tuple[Windows, int, list[str]]:
-    """Refuse what can't be judged before the base has run for an hour; cut the windows. Returns them, their length and remarks."""
+def prepare_evaluation(
+    options: EvaluationOptions, processes: int
+) -> tuple[Windows, int, list[str]]:
+    """Refuse what can't be judged before the base has run for an hour; cut the windows. Returns
+    them, their length and remarks.
+    """
     from quantkit.models.skeleton import auto_config
 
     base = _check_candidate(options.base, Checkpoint.open(options.base), options.hardware)
@@ -49,28 +63,46 @@ def prepare_evaluation(options: EvaluationOptions, processes: int) -> tuple[Wind
     tokenizer = load_tokenizer(options.base, options.trust_remote_code)
     task = task_of(base.config, options.base)
     if task != CAUSAL and options.protocol != "gptq":
-        raise EvaluationError(f"--protocol {options.protocol} is for models that predict the next token of a text, which {options.base} doesn't; leave it out")
+        raise EvaluationError(
+            f"--protocol {options.protocol} is for models that predict the next token of a text,"
+            f" which {options.base} doesn't; leave it out"
+        )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if task == MASKED:
         from quantkit.evaluation.masked_lm import DEFAULT_LENGTH, RESERVED_POSITIONS, Masking
 
-        seq_len = window_length(options.seq_len, positions and positions - RESERVED_POSITIONS, DEFAULT_LENGTH)
+        seq_len = window_length(
+            options.seq_len, positions and positions - RESERVED_POSITIONS, DEFAULT_LENGTH
+        )
     else:
         seq_len = window_length(options.seq_len, positions)
     if seq_len < 2:
-        raise EvaluationError("--seq-len must be at least 2: a window's first token is not predicted")
-    windows = evaluation_windows(options.data, tokenizer, options.protocol, seq_len, options.max_tokens)
+        raise EvaluationError(
+            "--seq-len must be at least 2: a window's first token is not predicted"
+        )
+    windows = evaluation_windows(
+        options.data, tokenizer, options.protocol, seq_len, options.max_tokens
+    )
     if task == MASKED:
         Masking.of(tokenizer)
         windows = Masking.windows(windows)
     elif task == TARGET:
         windows = targets_of(windows)
     if len(windows.windows) < processes:
-        raise EvaluationError(f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer, or give more text")
-    sample = tokenizer.decode([token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens])
+        raise EvaluationError(
+            f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer,"
+            " or give more text"
+        )
+    sample = tokenizer.decode(
+        [token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens]
+    )
     for checkpoint in candidates:
         _require_same_tokenizer(tokenizer, checkpoint.path, options, sample)
-    return windows, seq_len, [remark for checkpoint in candidates for remark in _require_sound(checkpoint)]
+    return (
+        windows,
+        seq_len,
+        [remark for checkpoint in candidates for remark in _require_sound(checkpoint)],
+    )
 
 
 def _require_sound(checkpoint: Checkpoint) -> list[str]:
@@ -84,20 +116,31 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
         tensor, message = found.faults[0]
         more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
         where = f"{tensor} " if tensor else ""
-        raise CheckpointError(f"{path} has faults: {where}{message}{more}; `quantkit verify {shlex.quote(str(path))}` lists them")
+        raise CheckpointError(
+            f"{path} has faults: {where}{message}{more}; `quantkit verify {shlex.quote(str(path))}`"
+            " lists them"
+        )
     if found.unequal:
         tensor, message = found.unequal[0]
-        return [f"Warning: {path} is judged as it is stored, but {tensor} {message}: they round again, and serve something else"]
+        return [
+            f"Warning: {path} is judged as it is stored, but {tensor} {message}: they round again,"
+            " and serve something else"
+        ]
     return []
 
 
 def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Checkpoint:
     checkpoint = Checkpoint.open(path)
     layout = QuantizationLayout.read(checkpoint.config)
-    codes = [name for name, info in checkpoint.tensors.items() if info.dtype in ("I8", "F8_E4M3", "F8_E5M2")]
+    codes = [
+        name
+        for name, info in checkpoint.tensors.items()
+        if info.dtype in ("I8", "F8_E4M3", "F8_E5M2")
+    ]
     if layout is None and codes:
         raise CheckpointError(
-            f"{codes[0]} of {path} holds codes, but config.json has no quantization_config; `quantkit verify {shlex.quote(str(path))}` lists all faults"
+            f"{codes[0]} of {path} holds codes, but config.json has no quantization_config;"
+            f" `quantkit verify {shlex.quote(str(path))}` lists all faults"
         )
     if hardware is not None:
         for scheme in layout.schemes if layout else ():
@@ -105,16 +148,29 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
     for key in ("vocab_size", "hidden_size"):
         ours, theirs = base.config.get(key), checkpoint.config.get(key)
         if ours != theirs:
-            raise NotComparableError(f"{path} has {key} {theirs} and the base {ours}: it is not the same model, quantized; give its own base")
+            raise NotComparableError(
+                f"{path} has {key} {theirs} and the base {ours}: it is not the same model,"
+                " quantized; give its own base"
+            )
     return checkpoint
 
 
-def _require_same_tokenizer(tokenizer: Any, path: Path, options: EvaluationOptions, sample: str) -> None:
-    """The same vocabulary, and the same tokens of some of the text: merges may differ where vocabularies don't."""
+def _require_same_tokenizer(
+    tokenizer: Any, path: Path, options: EvaluationOptions, sample: str
+) -> None:
+    """The same vocabulary, and the same tokens of some of the text: merges may differ where
+    vocabularies don't.
+    """
     try:
         other = load_tokenizer(path, options.trust_remote_code)
     except QuantkitError:
         return  # a checkpoint without one is judged with the base's
-    tokens, others = (each(sample, add_special_tokens=False, verbose=False).input_ids for each in (tokenizer, other))
+    tokens, others = (
+        each(sample, add_special_tokens=False, verbose=False).input_ids
+        for each in (tokenizer, other)
+    )
     if other.get_vocab() != tokenizer.get_vocab() or tokens != others:
-        raise NotComparableError(f"the tokenizer of {path} differs from the base's, so their perplexities can't be compared; copy the base's tokenizer into it")
+        raise NotComparableError(
+            f"the tokenizer of {path} differs from the base's, so their perplexities can't be"
+            " compared; copy the base's tokenizer into it"
+        )

@@ -1,7 +1,8 @@
-"""Experts that transformers stacks into one tensor, as a server runs them: each expert's two inputs are quantized as the scheme says.
+"""Experts that transformers stacks into one tensor, as a server runs them: each expert's two inputs
+are quantized as the scheme says.
 
-Their weights lie in the stack dequantized, in the model's dtype. All of eval runs experts one after the other, base and candidates alike, so that
-nothing but quantization tells them apart.
+Their weights lie in the stack dequantized, in the model's dtype. All of eval runs experts one after
+the other, base and candidates alike, so that nothing but quantization tells them apart.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.models.blockwise import BlockwiseModel
-from quantkit.models.experts import each_expert, expert_linear, first_and_down, gated, is_experts, register_experts, runs_as_told
+from quantkit.models.experts import (
+    each_expert,
+    expert_linear,
+    first_and_down,
+    gated,
+    is_experts,
+    register_experts,
+    runs_as_told,
+)
 from quantkit.ops.reference import quantize
 from quantkit.schemes.scheme import QuantScheme, QuantSpec
 
@@ -35,13 +44,16 @@ class ExpertInput:
 
 
 def quantize_expert_inputs(
-    model: BlockwiseModel, schemes: Mapping[str, QuantScheme], input_scale: Callable[[str], Tensor], names: Callable[[str], list[str]]
+    model: BlockwiseModel,
+    schemes: Mapping[str, QuantScheme],
+    input_scale: Callable[[str], Tensor],
+    names: Callable[[str], list[str]],
 ) -> set[str]:
-    """Have stacked experts quantize their inputs. schemes: of each quantized Linear, by its name on disk; input_scale: reads a static scale;
-    names: the Linears that a tensor stands for.
+    """Have stacked experts quantize their inputs. schemes: of each quantized Linear, by its name on
+    disk; input_scale: reads a static scale; names: the Linears that a tensor stands for.
 
-    Returns the Linears whose inputs are quantized now: an input that all experts of a layer quantize alike. Static scales of a layer's experts are merged
-    into the largest, as vLLM does.
+    Returns the Linears whose inputs are quantized now: an input that all experts of a layer
+    quantize alike. Static scales of a layer's experts are merged into the largest, as vLLM does.
     """
     reached: set[str] = set()
     for name, module in model.model.named_modules():
@@ -50,20 +62,38 @@ def quantize_expert_inputs(
         inputs = {}
         for leaf in first_and_down(module):
             source = model.sources(f"{name}.{leaf}")
-            linears = [linear for tensors in source.lists for tensor in tensors for linear in names(tensor)] if source else []
+            linears = (
+                [
+                    linear
+                    for tensors in source.lists
+                    for tensor in tensors
+                    for linear in names(tensor)
+                ]
+                if source
+                else []
+            )
             specs = {schemes[linear].input if linear in schemes else None for linear in linears}
             if len(specs) != 1 or None in specs:
                 continue
             spec = specs.pop()
-            scales = None if spec.dynamic else torch.stack([input_scale(linear).reshape(()) for linear in linears]).max().reshape(1)
+            scales = (
+                None
+                if spec.dynamic
+                else torch.stack([input_scale(linear).reshape(()) for linear in linears])
+                .max()
+                .reshape(1)
+            )
             inputs[leaf] = ExpertInput(spec, scales)
             reached.update(linears)
         module.quantkit_inputs = inputs
     return reached
 
 
-def serving_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of stacked experts, as transformers' `eager` computes it where no input is quantized; see `experts.each_expert`.
+def serving_experts(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The forward of stacked experts, as transformers' `eager` computes it where no input is
+    quantized; see `experts.each_expert`.
 
     hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token].
     """

@@ -27,7 +27,9 @@ HEADER_BYTES = 128  # of one tensor, about
 
 @dataclass(frozen=True)
 class KeptStates:
-    """Hidden states in the cache, by window. description: what was said of them when they were put there."""
+    """Hidden states in the cache, by window. description: what was said of them when they were put
+    there.
+    """
 
     description: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
@@ -52,7 +54,9 @@ class StateCache:
         path, description_path = self._paths(made_from)
         try:
             description = json.loads(description_path.read_text())
-            if description["bytes"] != path.stat().st_size or description["blake3"] != blake3_file(path):
+            if description["bytes"] != path.stat().st_size or description["blake3"] != blake3_file(
+                path
+            ):
                 return None
             tensors = read_header(path)
             os.utime(path)
@@ -60,8 +64,16 @@ class StateCache:
             return None
         return KeptStates(description, tensors)
 
-    def keep(self, made_from: Mapping[str, Any], numbers: Sequence[int], get: Callable[[int], Tensor], description: Mapping[str, Any]) -> str | None:
-        """Put hidden states there, one after the other; returns why they weren't, if so. Nothing that goes wrong here spoils a result."""
+    def keep(
+        self,
+        made_from: Mapping[str, Any],
+        numbers: Sequence[int],
+        get: Callable[[int], Tensor],
+        description: Mapping[str, Any],
+    ) -> str | None:
+        """Put hidden states there, one after the other; returns why they weren't, if so. Nothing
+        that goes wrong here spoils a result.
+        """
         names = {f"torch.{torch_name}": name for name, (_, torch_name) in DTYPES.items()}
         plans = []
         for number in numbers:
@@ -84,14 +96,23 @@ class StateCache:
                 writer.close()
             finally:
                 writer.release()
-            write_json(description_path, dict(description) | {"bytes": path.stat().st_size, "blake3": blake3_file(path)})
+            write_json(
+                description_path,
+                dict(description) | {"bytes": path.stat().st_size, "blake3": blake3_file(path)},
+            )
         except (OSError, QuantkitError) as error:
             return f"{self.directory} can't be written to ({error})"
         return None
 
     def _make_room(self, needed: int) -> None:
-        """Remove what was used longest ago until so much fits, and what a killed process left unfinished a day ago."""
-        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in self.directory.iterdir() if file.is_file())
+        """Remove what was used longest ago until so much fits, and what a killed process left
+        unfinished a day ago.
+        """
+        files = sorted(
+            (file.stat().st_mtime, file.stat().st_size, file)
+            for file in self.directory.iterdir()
+            if file.is_file()
+        )
         held = sum(size for _, size, file in files if file.suffix == ".safetensors")
         newest = max((used for used, _, _ in files), default=0.0)
         for used, size, file in files:

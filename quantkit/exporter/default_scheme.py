@@ -1,7 +1,10 @@
-"""The scheme that `quantize` takes where none is named: the one that can be served in the most places, by `runtimes`' tables and this model's shapes.
+"""The scheme that `quantize` takes where none is named: the one that can be served in the most
+places, by `runtimes`' tables and this model's shapes.
 
-Only schemes without static scales are asked, since those want no data. Without a runtime or hardware in mind, what counts is how many runtimes load the
-checkpoint, then on how much hardware it is served, then on how much of that natively; with hardware in mind, whether that is native comes first.
+Only schemes without static scales are asked, since those want no data. Without a runtime or
+hardware in mind, what counts is how many runtimes load the checkpoint, then on how much hardware it
+is served, then on how much of that natively; with hardware in mind, whether that is native comes
+first.
 """
 
 from __future__ import annotations
@@ -13,13 +16,27 @@ from quantkit.checkpoint.formats import format_obstacle, shape_obstacle
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import RecipeError
-from quantkit.exporter.runtimes import FORMAT_SCHEMES, HARDWARE, RUNTIMES, hardware_mode, runtime_problems
+from quantkit.exporter.runtimes import (
+    FORMAT_SCHEMES,
+    HARDWARE,
+    RUNTIMES,
+    hardware_mode,
+    runtime_problems,
+)
 from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.models.tensor_roles import linears_of
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
 
-# What decides between schemes that are served in as many places: speed and size before loss, and no condition on shapes that tensor parallelism may break.
-_PREFERENCE = ("fp8-dynamic", "int8-dynamic", "fp8-block", "int8-weight-only", "fp8-weight-only", "mxfp8")
+# What decides between schemes that are served in as many places: speed and size before loss, and no
+# condition on shapes that tensor parallelism may break.
+_PREFERENCE = (
+    "fp8-dynamic",
+    "int8-dynamic",
+    "fp8-block",
+    "int8-weight-only",
+    "fp8-weight-only",
+    "mxfp8",
+)
 
 
 @dataclass(frozen=True)
@@ -41,20 +58,43 @@ class _Reach:
     unfit: int
 
     def key(self, hardware: str | None) -> tuple[int, ...]:
-        wide = (-self.unfit, len(self.runtimes), len(self.native) + len(self.weights_only), len(self.native))
+        wide = (
+            -self.unfit,
+            len(self.runtimes),
+            len(self.native) + len(self.weights_only),
+            len(self.native),
+        )
         # Weights alone save memory and no time, so that being native makes them no better.
-        return (hardware in self.native and self.scheme.input is not None, *wide) if hardware else wide
+        return (
+            (hardware in self.native and self.scheme.input is not None, *wide) if hardware else wide
+        )
 
 
-def default_scheme(checkpoint: Checkpoint, runtime: str | None = None, hardware: str | None = None, layout: str = "compressed-tensors") -> DefaultChoice:
+def default_scheme(
+    checkpoint: Checkpoint,
+    runtime: str | None = None,
+    hardware: str | None = None,
+    layout: str = "compressed-tensors",
+) -> DefaultChoice:
     """Raises RecipeError where nothing that needs no data can be served so."""
     if layout in FORMAT_SCHEMES:
-        return DefaultChoice(SCHEMES[FORMAT_SCHEMES[layout]], f"the one scheme that --format {layout} holds")
+        return DefaultChoice(
+            SCHEMES[FORMAT_SCHEMES[layout]], f"the one scheme that --format {layout} holds"
+        )
     if block_scales(checkpoint):
-        return DefaultChoice(SCHEMES["fp8-block"], "the model is in FP8 blocks already, whose codes stay as they are")
+        return DefaultChoice(
+            SCHEMES["fp8-block"], "the model is in FP8 blocks already, whose codes stay as they are"
+        )
     tensors = linears_of(checkpoint)
-    linears = {name: (role.shape, tensors.is_transposed(name)) for name, role in tensors.modules("linear").items()}
-    reaches = [_reach(SCHEMES[name], linears, layout) for name in _PREFERENCE if format_obstacle(layout, [SCHEMES[name]], False) is None]
+    linears = {
+        name: (role.shape, tensors.is_transposed(name))
+        for name, role in tensors.modules("linear").items()
+    }
+    reaches = [
+        _reach(SCHEMES[name], linears, layout)
+        for name in _PREFERENCE
+        if format_obstacle(layout, [SCHEMES[name]], False) is None
+    ]
     fitting = [
         reach
         for reach in reaches
@@ -64,29 +104,52 @@ def default_scheme(checkpoint: Checkpoint, runtime: str | None = None, hardware:
     ]
     if not fitting:
         where = " on ".join(name for name in (runtime, hardware) if name)
-        raise RecipeError(f"no scheme that needs no calibration is known to serve this model{f' with {where}' if where else ''}; name one with --scheme")
+        raise RecipeError(
+            "no scheme that needs no calibration is known to serve this"
+            f" model{f' with {where}' if where else ''}; name one with --scheme"
+        )
     best = max(fitting, key=lambda reach: reach.key(hardware))  # of equals the first
     return DefaultChoice(best.scheme, _reason(best, hardware))
 
 
-def _reach(scheme: QuantScheme, shapes: dict[str, tuple[tuple[int, ...], bool]], layout: str) -> _Reach:
+def _reach(
+    scheme: QuantScheme, shapes: dict[str, tuple[tuple[int, ...], bool]], layout: str
+) -> _Reach:
     """shapes: Linear → its shape, and whether it is stored transposed."""
     linears = [
-        QuantizedLinearInfo(name, shape, scheme, is_transposed) for name, (shape, is_transposed) in shapes.items() if shape_obstacle(scheme, shape) is None
+        QuantizedLinearInfo(name, shape, scheme, is_transposed)
+        for name, (shape, is_transposed) in shapes.items()
+        if shape_obstacle(scheme, shape) is None
     ]
-    runtimes = tuple(runtime for runtime in RUNTIMES if not runtime_problems(runtime, linears, (), layout))
+    runtimes = tuple(
+        runtime for runtime in RUNTIMES if not runtime_problems(runtime, linears, (), layout)
+    )
     modes = {hardware: hardware_mode(scheme, hardware) for hardware in HARDWARE}
-    native, weights_only = (tuple(hardware for hardware, mode in modes.items() if mode == wanted) for wanted in ("native", "weights"))
+    native, weights_only = (
+        tuple(hardware for hardware, mode in modes.items() if mode == wanted)
+        for wanted in ("native", "weights")
+    )
     return _Reach(scheme, runtimes, native, weights_only, len(shapes) - len(linears))
 
 
 def _reason(reach: _Reach, hardware: str | None) -> str:
-    loads = f"{_listed(reach.runtimes)} {'loads' if len(reach.runtimes) == 1 else 'load'} it with these shapes"
+    loads = (
+        f"{_listed(reach.runtimes)} {'loads' if len(reach.runtimes) == 1 else 'load'} it with these"
+        " shapes"
+    )
     if hardware:
-        return f"{loads}; {hardware} computes {'it natively' if hardware in reach.native else 'with its weights, inputs as they are'}; it needs no calibration"
+        is_native = hardware in reach.native
+        how = "it natively" if is_native else "with its weights, inputs as they are"
+        return f"{loads}; {hardware} computes {how}; it needs no calibration"
     rest = f", {_listed(reach.weights_only)} as W8A16" if reach.weights_only else ""
     return f"{loads}; {_listed(reach.native)} compute it natively{rest}; it needs no calibration"
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0] if names else "no runtime"
+    return (
+        " and ".join((", ".join(names[:-1]), names[-1]))
+        if len(names) > 1
+        else names[0]
+        if names
+        else "no runtime"
+    )

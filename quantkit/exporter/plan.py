@@ -1,6 +1,8 @@
-"""The plan of an export: what becomes of every parameter, decided and checked before a byte is written.
+"""The plan of an export: what becomes of every parameter, decided and checked before a byte is
+written.
 
-It is made from names, shapes and dtypes alone, and against the recipe, the calibration, the format and the runtime.
+It is made from names, shapes and dtypes alone, and against the recipe, the calibration, the format
+and the runtime.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import TensorPlan
 from quantkit.errors import CalibrationError, RuntimeLimitError
 from quantkit.exporter.runtimes import RUNTIMES, runtime_problems
-from quantkit.models.assignment import IGNORED, SHAPE, Assignment, QuantizedLinearInfo, assign_layers, more, refuse_taken_names
+from quantkit.models.assignment import (
+    IGNORED,
+    SHAPE,
+    Assignment,
+    QuantizedLinearInfo,
+    assign_layers,
+    more,
+    refuse_taken_names,
+)
 from quantkit.models.linear_views import experts_module
 from quantkit.models.tensor_roles import fused_sets, is_of_other_tower
 from quantkit.schemes.pattern import BLOCK
@@ -34,7 +44,9 @@ from quantkit.schemes.scheme import QuantScheme
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """layout: the format of the files, one of `formats.FORMATS`. allow_unreached: leave what should be quantized but can't be, instead of refusing the model."""
+    """layout: the format of the files, one of `formats.FORMATS`. allow_unreached: leave what should
+    be quantized but can't be, instead of refusing the model.
+    """
 
     model: Path
     output: Path
@@ -50,7 +62,9 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What becomes of one parameter: a row of `export --dry-run`. status: "quantized", "left" or "unreached"."""
+    """What becomes of one parameter: a row of `export --dry-run`. status: "quantized", "left" or
+    "unreached".
+    """
 
     name: str
     status: str
@@ -61,9 +75,13 @@ class ParameterPlan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "name": self.name, "status": self.status, "reason": self.reason, "scheme": self.scheme.name if self.scheme else None,
-            "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
-        }  # fmt: skip
+            "name": self.name,
+            "status": self.status,
+            "reason": self.reason,
+            "scheme": self.scheme.name if self.scheme else None,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
 
 
 @dataclass(frozen=True)
@@ -71,8 +89,8 @@ class ExportPlan:
     """Everything that decides the output, before its first byte.
 
     checkpoint: with each Linear as one matrix (`linear_views.as_matrices`).
-    block_scales: weight → the tensor of its block scales, where the input is FP8 block already. dense_dtype: what such weights become if they
-    are left.
+    block_scales: weight → the tensor of its block scales, where the input is FP8 block already.
+    dense_dtype: what such weights become if they are left.
     """
 
     options: ExportOptions
@@ -88,23 +106,54 @@ class ExportPlan:
 
     @property
     def changed(self) -> list[str]:
-        """Tensors of the checkpoint that algorithms changed, and Linears whose codes they chose, by the names that they have there."""
-        return [name for name in self.calibration.weights if name in self.checkpoint.tensors or name in self.added] if self.calibration else []
+        """Tensors of the checkpoint that algorithms changed, and Linears whose codes they chose, by
+        the names that they have there.
+        """
+        return (
+            [
+                name
+                for name in self.calibration.weights
+                if name in self.checkpoint.tensors or name in self.added
+            ]
+            if self.calibration
+            else []
+        )
 
     @property
     def added(self) -> dict[str, str]:
-        """Tensors that the checkpoint doesn't have, and whose dtype and shape they get: an output head that was tied to the embedding."""
-        return {name: source for name, source in self.calibration.untied.items() if name not in self.checkpoint.tensors} if self.calibration else {}
+        """Tensors that the checkpoint doesn't have, and whose dtype and shape they get: an output
+        head that was tied to the embedding.
+        """
+        return (
+            {
+                name: source
+                for name, source in self.calibration.untied.items()
+                if name not in self.checkpoint.tensors
+            }
+            if self.calibration
+            else {}
+        )
 
     @property
     def left_elsewhere(self) -> list[str]:
-        """Patterns for Linears that stay beside the decoder blocks: a runtime may have them in another module (vLLM keeps Gemma 3n's projections in its `self_decoder`)."""
+        """Patterns for Linears that stay beside the decoder blocks: a runtime may have them in
+        another module (vLLM keeps Gemma 3n's projections in its `self_decoder`).
+        """
         block = next(filter(None, map(BLOCK.match, self.linears)), None)
         if block is None:
             return []
         parent = block["prefix"][: block["prefix"].rfind(".") + 1]
-        beside = [name for name in self.left if name.startswith(parent) and not name.startswith((f"{block['prefix']}.", "re:", "lm_head"))]
-        return [rf"re:.*\.{re.escape(name.removeprefix(parent))}$" for name in beside if not is_of_other_tower(name)]
+        beside = [
+            name
+            for name in self.left
+            if name.startswith(parent)
+            and not name.startswith((f"{block['prefix']}.", "re:", "lm_head"))
+        ]
+        return [
+            rf"re:.*\.{re.escape(name.removeprefix(parent))}$"
+            for name in beside
+            if not is_of_other_tower(name)
+        ]
 
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
@@ -114,9 +163,11 @@ class ExportPlan:
     def to_json(self) -> dict[str, Any]:
         """What `export --dry-run --json` prints."""
         return {
-            "parameters": [row.to_json() for row in self.parameters], "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
+            "parameters": [row.to_json() for row in self.parameters],
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
             "warnings": list(self.warnings),
-        }  # fmt: skip
+        }
 
     @property
     def bytes_before(self) -> int:
@@ -127,20 +178,35 @@ class ExportPlan:
         return sum(row.bytes_after for row in self.parameters)
 
 
-def plan_export(options: ExportOptions, calibration_follows: bool = False, checkpoint: Checkpoint | None = None) -> ExportPlan:
+def plan_export(
+    options: ExportOptions, calibration_follows: bool = False, checkpoint: Checkpoint | None = None
+) -> ExportPlan:
     """Decide what becomes of every parameter, and refuse what can't be done.
 
-    calibration_follows: the plan is looked at before the calibration that it will need is made. checkpoint: options.model where it is open already.
-    Raises CheckpointError, RecipeError, CalibrationError or RuntimeLimitError with one sentence.
+    calibration_follows: the plan is looked at before the calibration that it will need is made.
+    checkpoint: options.model where it is open already. Raises CheckpointError, RecipeError,
+    CalibrationError or RuntimeLimitError with one sentence.
     """
     checkpoint = checkpoint or Checkpoint.open(options.model)
     assignment = assign_layers(checkpoint, options.recipe, options.layout, options.allow_unreached)
     linears, left = assignment.linears, _left_linears(assignment)
-    warnings = _shape_warnings(assignment.reasons) + _runtime_warnings(options, assignment, left) + _observer_warnings(options.recipe, linears)
+    warnings = (
+        _shape_warnings(assignment.reasons)
+        + _runtime_warnings(options, assignment, left)
+        + _observer_warnings(options.recipe, linears)
+    )
     model = checkpoint.fingerprint()
-    calibration = None if calibration_follows else _calibration_for(options, assignment.checkpoint, model, linears)
+    calibration = (
+        None
+        if calibration_follows
+        else _calibration_for(options, assignment.checkpoint, model, linears)
+    )
     if options.recipe.kv_cache and calibration:
-        made = {kv_scale_name(module, suffix, options.layout) for module in calibration.kv_amax for suffix in ("k_scale", "v_scale")}
+        made = {
+            kv_scale_name(module, suffix, options.layout)
+            for module in calibration.kv_amax
+            for suffix in ("k_scale", "v_scale")
+        }
         refuse_taken_names(assignment, made)
     fingerprint = {
         "model": model,
@@ -155,26 +221,46 @@ def plan_export(options: ExportOptions, calibration_follows: bool = False, check
     dense_dtype = _dense_dtype(checkpoint)
     parameters = _parameter_plans(assignment, options.layout, dense_dtype)
     plan = ExportPlan(
-        options, assignment.checkpoint, calibration, fingerprint, tuple(parameters), dict(linears), tuple(left), tuple(warnings),
-        assignment.block_scales, dense_dtype,
-    )  # fmt: skip
+        options,
+        assignment.checkpoint,
+        calibration,
+        fingerprint,
+        tuple(parameters),
+        dict(linears),
+        tuple(left),
+        tuple(warnings),
+        assignment.block_scales,
+        dense_dtype,
+    )
     untied = [
-        ParameterPlan(name, "left", f"no longer {source}", None, 0, plan.checkpoint.tensors[source].nbytes) for name, source in plan.added.items()
+        ParameterPlan(
+            name, "left", f"no longer {source}", None, 0, plan.checkpoint.tensors[source].nbytes
+        )
+        for name, source in plan.added.items()
     ]
     return replace(plan, parameters=(*plan.parameters, *untied))
 
 
 def file_times(checkpoint: Checkpoint) -> str:
-    """Sizes and times of the shards: the fingerprint of their contents is taken from samples, and an edit in place may lie between them."""
+    """Sizes and times of the shards: the fingerprint of their contents is taken from samples, and
+    an edit in place may lie between them.
+    """
     if checkpoint.identity is not None:
         return ""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.shard_paths]
+    stats = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.shard_paths
+    ]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _dense_dtype(checkpoint: Checkpoint) -> str:
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    return names.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix("torch."), "BF16")
+    return names.get(
+        str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix(
+            "torch."
+        ),
+        "BF16",
+    )
 
 
 def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
@@ -184,29 +270,63 @@ def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
 
 
 def _left_linears(assignment: Assignment) -> list[str]:
-    """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not quantized."""
+    """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not
+    quantized.
+    """
     roles, linears = assignment.roles.values(), assignment.linears
-    kinds = ("linear", "lm_head", "router", "outside the blocks", "other tower", "used directly", "unreached")
-    left = [role.name for role in roles if role.kind in kinds and len(role.shape) >= 2 and role.tensor.endswith(".weight") and role.name not in linears]
-    # Runtimes have experts as modules, whatever they are stored in: one pattern for all of a layer's.
-    stacks = dict.fromkeys(experts_module(role.tensor) for role in roles if len(role.shape) == 3 and role.kind in ("linear", "unreached"))
-    left += [rf"re:{re.escape(module)}\..*" for module in stacks if not any(name.startswith(f"{module}.") for name in linears)]
+    kinds = (
+        "linear",
+        "lm_head",
+        "router",
+        "outside the blocks",
+        "other tower",
+        "used directly",
+        "unreached",
+    )
+    left = [
+        role.name
+        for role in roles
+        if role.kind in kinds
+        and len(role.shape) >= 2
+        and role.tensor.endswith(".weight")
+        and role.name not in linears
+    ]
+    # Runtimes have experts as modules, whatever they are stored in: one pattern for all of a
+    # layer's.
+    stacks = dict.fromkeys(
+        experts_module(role.tensor)
+        for role in roles
+        if len(role.shape) == 3 and role.kind in ("linear", "unreached")
+    )
+    left += [
+        rf"re:{re.escape(module)}\..*"
+        for module in stacks
+        if not any(name.startswith(f"{module}.") for name in linears)
+    ]
     # A tied lm_head has no tensor, yet runtimes have the module.
     return left if "lm_head" in left or "lm_head" in linears else [*left, "lm_head"]
 
 
-def _runtime_warnings(options: ExportOptions, assignment: Assignment, left: Sequence[str]) -> list[str]:
+def _runtime_warnings(
+    options: ExportOptions, assignment: Assignment, left: Sequence[str]
+) -> list[str]:
     linears = assignment.linears
     if options.runtime is not None:
         problems = runtime_problems(options.runtime, linears.values(), left, options.layout)
         if options.runtime == "transformers" and not problems:
             from quantkit.exporter.runtimes import not_found_by_transformers
 
-            problems = list(filter(None, [not_found_by_transformers(assignment.checkpoint, linears)]))
+            problems = list(
+                filter(None, [not_found_by_transformers(assignment.checkpoint, linears)])
+            )
         if problems:
             raise RuntimeLimitError(problems[0] + more(len(problems)))
         return []
-    return [problem for name in RUNTIMES for problem in runtime_problems(name, linears.values(), left, options.layout)]
+    return [
+        problem
+        for name in RUNTIMES
+        for problem in runtime_problems(name, linears.values(), left, options.layout)
+    ]
 
 
 def _observer_warnings(recipe: Recipe, linears: Mapping[str, QuantizedLinearInfo]) -> list[str]:
@@ -214,40 +334,69 @@ def _observer_warnings(recipe: Recipe, linears: Mapping[str, QuantizedLinearInfo
         return []
     static = [linear.scheme for linear in linears.values() if linear.scheme.needs_calibration]
     if not static:
-        return [f"the observer {recipe.observer} changes nothing: no scheme here has static input scales"]
-    if recipe.observer.kind == "percentile" and any(scheme.input.format.kind == "float" for scheme in static):
-        return [f"the observer {recipe.observer} clips inputs that FP8 has range for; absmax or mse usually loses less"]
+        return [
+            f"the observer {recipe.observer} changes nothing: no scheme here has static input"
+            " scales"
+        ]
+    if recipe.observer.kind == "percentile" and any(
+        scheme.input.format.kind == "float" for scheme in static
+    ):
+        return [
+            f"the observer {recipe.observer} clips inputs that FP8 has range for; absmax or mse"
+            " usually loses less"
+        ]
     return []
 
 
-def _calibration_for(options: ExportOptions, checkpoint: Checkpoint, model: str, linears: Mapping[str, QuantizedLinearInfo]) -> Calibration | None:
+def _calibration_for(
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    model: str,
+    linears: Mapping[str, QuantizedLinearInfo],
+) -> Calibration | None:
     static = [linear for linear in linears.values() if linear.scheme.needs_calibration]
     if options.calibration is None:
         if options.recipe.chooses_weights:
             names = " and ".join(algorithm.name for algorithm in options.recipe.algorithms)
             raise CalibrationError(
-                f"{names} choose weights with data; first: quantkit calibrate {shlex.quote(str(options.model))} -o CALIB --recipe RECIPE, then pass --calibration CALIB"
+                f"{names} choose weights with data; first: quantkit calibrate"
+                f" {shlex.quote(str(options.model))} -o CALIB --recipe RECIPE, then pass"
+                " --calibration CALIB"
             )
         if static or options.recipe.kv_cache:
-            what = f"{static[0].scheme.name} has static input scales, which" if static else "an FP8 KV cache has scales, which"
+            what = (
+                f"{static[0].scheme.name} has static input scales, which"
+                if static
+                else "an FP8 KV cache has scales, which"
+            )
             raise CalibrationError(
-                f"{what} have to be measured; first: quantkit calibrate {shlex.quote(str(options.model))} -o CALIB, then pass --calibration CALIB"
+                f"{what} have to be measured; first: quantkit calibrate"
+                f" {shlex.quote(str(options.model))} -o CALIB, then pass --calibration CALIB"
             )
         return None
     calibration = Calibration.open(options.calibration)
     calibration.require_same_model(checkpoint, model)
     calibration.require_same_recipe(options.recipe)
-    calibration.require_weights({name: (linear.shape, linear.scheme.weight) for name, linear in linears.items()}, checkpoint)
+    calibration.require_weights(
+        {name: (linear.shape, linear.scheme.weight) for name, linear in linears.items()}, checkpoint
+    )
     for linear in static:
         statistics = calibration.inputs.get(linear.name)
         if statistics is None or not (statistics.tokens or statistics.amax):
-            raise CalibrationError(f"{calibration.path} has no statistics of {linear.name}'s input; leave it with --ignore, or give it a dynamic scheme")
+            raise CalibrationError(
+                f"{calibration.path} has no statistics of {linear.name}'s input; leave it with"
+                " --ignore, or give it a dynamic scheme"
+            )
         if statistics.in_features != linear.shape[1]:
             raise CalibrationError(
-                f"{calibration.path} saw {statistics.in_features} input features at {linear.name}, which has {linear.shape[1]}; calibrate again"
+                f"{calibration.path} saw {statistics.in_features} input features at {linear.name},"
+                f" which has {linear.shape[1]}; calibrate again"
             )
     if options.recipe.kv_cache and not calibration.kv_amax:
-        raise CalibrationError(f"{calibration.path} has no statistics of keys and values; this model keeps no ordinary KV cache, so leave out --kv-cache")
+        raise CalibrationError(
+            f"{calibration.path} has no statistics of keys and values; this model keeps no ordinary"
+            " KV cache, so leave out --kv-cache"
+        )
     return calibration
 
 
@@ -263,8 +412,16 @@ def _parameter_plans(assignment: Assignment, layout: str, dense_dtype: str) -> l
         linear = assignment.linears.get(role.name) if tensor.endswith(".weight") else None
         if linear is not None:
             after = sum(plan.nbytes for plan in linear.tensors(layout))
-            rows.append(ParameterPlan(tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after))
+            rows.append(
+                ParameterPlan(
+                    tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after
+                )
+            )
         else:
             is_unreached = role.kind == "unreached" and not reason.startswith(IGNORED)
-            rows.append(ParameterPlan(tensor, "unreached" if is_unreached else "left", reason, None, before, after))
+            rows.append(
+                ParameterPlan(
+                    tensor, "unreached" if is_unreached else "left", reason, None, before, after
+                )
+            )
     return rows

@@ -1,4 +1,6 @@
-"""What stands beside the shards: the index, the configuration, the model card, the manifest, and the model's other files."""
+"""What stands beside the shards: the index, the configuration, the model card, the manifest, and
+the model's other files.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from quantkit.exporter.plan import ExportPlan
 from quantkit.models.task import MASKED, task_of
 
 
-def write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]) -> None:
+def write_index(
+    partial: Path, names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]
+) -> None:
     if len(names) == 1:
         return
     weight_map = {tensor.name: name for name, tensors in zip(names, shards) for tensor in tensors}
@@ -30,10 +34,13 @@ def write_index(partial: Path, names: Sequence[str], shards: Sequence[Sequence[T
 def write_config(partial: Path, plan: ExportPlan) -> None:
     recipe, layout = plan.options.recipe, plan.options.layout
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
-    # The output head of a masked model has no tensor where it is tied, and a name of its own in every architecture.
+    # The output head of a masked model has no tensor where it is tied, and a name of its own in
+    # every architecture.
     by_name = task_of(plan.checkpoint.config, plan.checkpoint.path) == MASKED
     left = [*plan.left, *plan.left_elsewhere] if layout == "compressed-tensors" else plan.left
-    stored = quantization_config(layout, schemes, left, recipe.scheme, recipe.kv_cache is not None, by_name)
+    stored = quantization_config(
+        layout, schemes, left, recipe.scheme, recipe.kv_cache is not None, by_name
+    )
     config = dict(plan.checkpoint.config) | {"quantization_config": stored}
     if plan.calibration and plan.calibration.untied:
         config["tie_word_embeddings"] = False
@@ -48,26 +55,42 @@ def copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None
     for path in others:
         target = partial / path.relative_to(plan.checkpoint.path)
         if target.parent.is_symlink():
-            raise OutputError(f"{target.parent} is a link; nothing is written through it, so remove it")
+            raise OutputError(
+                f"{target.parent} is a link; nothing is written through it, so remove it"
+            )
         target.parent.mkdir(exist_ok=True)
         if path.name != "README.md":
             write_bytes(target, path.read_bytes())
     card = plan.checkpoint.path / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card in others else ""
     # What an earlier export says of its own files is not true of these.
-    text = re.sub(r"(?ms)^## Quantization\n\nQuantized with quantkit .*?(?=^#|\Z)", "", text).rstrip()
+    text = re.sub(
+        r"(?ms)^## Quantization\n\nQuantized with quantkit .*?(?=^#|\Z)", "", text
+    ).rstrip()
     text += "\n\n" if text else ""
     write_text(partial / "README.md", text + model_card_section(plan))
 
 
 def write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
-    """What lies here and from what it was made, for `verify` and for `--resume` of a run that was finished already."""
+    """What lies here and from what it was made, for `verify` and for `--resume` of a run that was
+    finished already.
+    """
     files = {name: entry for name, entry in output.done.items() if name.endswith(".safetensors")}
     for path in sorted(output.partial.rglob("*")):
         name = path.relative_to(output.partial).as_posix()
-        if path.is_file() and name not in files and path.name not in (PROGRESS_FILE, MANIFEST_FILE) and not name.endswith(".tmp"):
+        if (
+            path.is_file()
+            and name not in files
+            and path.name not in (PROGRESS_FILE, MANIFEST_FILE)
+            and not name.endswith(".tmp")
+        ):
             files[name] = {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
-    content = {"schema_version": 1, "quantkit_version": __version__, "fingerprint": plan.fingerprint, "files": dict(sorted(files.items()))}
+    content = {
+        "schema_version": 1,
+        "quantkit_version": __version__,
+        "fingerprint": plan.fingerprint,
+        "files": dict(sorted(files.items())),
+    }
     if plan.calibration:
         # So that `eval` can say when it judges on the text that the scales were made with.
         described = plan.calibration.description
@@ -82,18 +105,36 @@ def model_card_section(plan: ExportPlan) -> str:
     """What was done to the model, for its card."""
     counts = Counter(linear.scheme for linear in plan.linears.values())
     lines = [
-        f"- {counted(count, 'Linear')} in {scheme.name} (weights {scheme.weight}, inputs {scheme.input or 'as they are'})" for scheme, count in counts.items()
+        f"- {counted(count, 'Linear')} in {scheme.name} (weights {scheme.weight}, inputs"
+        f" {scheme.input or 'as they are'})"
+        for scheme, count in counts.items()
     ]
     if plan.block_scales:
-        lines.append(f"- made from FP8 blocks ({len(plan.block_scales)} weights), not from the original floating-point weights")
+        lines.append(
+            f"- made from FP8 blocks ({len(plan.block_scales)} weights), not from the original"
+            " floating-point weights"
+        )
     if plan.calibration:
         described = plan.calibration.description
         what = "static scales measured"
         if described.get("chosen"):
-            what = f"weights chosen by {' and '.join(algorithm.name for algorithm in plan.options.recipe.algorithms)}"
-        lines.append(f"- {what} on {described['tokens']} tokens ({', '.join(described['data']['sources'])})")
+            what = (
+                "weights chosen by"
+                f" {' and '.join(algorithm.name for algorithm in plan.options.recipe.algorithms)}"
+            )
+        lines.append(
+            f"- {what} on {described['tokens']} tokens ({', '.join(described['data']['sources'])})"
+        )
     if plan.options.recipe.kv_cache:
         lines.append("- scales for an FP8 KV cache")
-    unchanged = "; embeddings, norms and lm_head are not quantized" if "lm_head" in plan.left else ""
-    lines.append(f"- {format_bytes(plan.bytes_before)} of weights became {format_bytes(plan.bytes_after)}{unchanged}")
-    return f"## Quantization\n\nQuantized with quantkit {__version__} (format {plan.options.layout}):\n\n" + "\n".join(lines) + "\n"
+    unchanged = (
+        "; embeddings, norms and lm_head are not quantized" if "lm_head" in plan.left else ""
+    )
+    lines.append(
+        f"- {format_bytes(plan.bytes_before)} of weights became"
+        f" {format_bytes(plan.bytes_after)}{unchanged}"
+    )
+    return (
+        f"## Quantization\n\nQuantized with quantkit {__version__} (format"
+        f" {plan.options.layout}):\n\n" + "\n".join(lines) + "\n"
+    )

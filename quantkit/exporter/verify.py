@@ -1,7 +1,8 @@
 """`verify`: is a checkpoint whole, finite and consistent, and will a runtime load it?
 
-A fault is something that a runtime would refuse or, worse, wouldn't notice: a missing scale, a NaN code, two scales in one fused set.
-A warning names a runtime that can't load a checkpoint which is sound in itself.
+A fault is something that a runtime would refuse or, worse, wouldn't notice: a missing scale, a NaN
+code, two scales in one fused set. A warning names a runtime that can't load a checkpoint which is
+sound in itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.checkpoint.files import blake3_file, cores
-from quantkit.checkpoint.formats import FP8_BLOCK_SUFFIX, QuantizationLayout, kv_scale_module, layout_name, linear_tensors, stored_linears
+from quantkit.checkpoint.formats import (
+    FP8_BLOCK_SUFFIX,
+    QuantizationLayout,
+    kv_scale_module,
+    layout_name,
+    linear_tensors,
+    stored_linears,
+)
 from quantkit.checkpoint.output_dir import MANIFEST_FILE, changed_tensors
 from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.checkpoint.stream import WeightStream
@@ -35,14 +43,26 @@ from quantkit.schemes.scheme import TENSOR, QuantScheme
 LEAST_PLAUSIBLE_SQNR_DB = 15.0
 CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 # What formats call the scales of weights, inputs, keys and values, queries and probabilities.
-_SCALES = ("weight_scale", "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale", "prob_scale", FP8_BLOCK_SUFFIX)
+_SCALES = (
+    "weight_scale",
+    "input_scale",
+    "activation_scale",
+    "output_scale",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "prob_scale",
+    FP8_BLOCK_SUFFIX,
+)
 
 
 @dataclass
 class Verification:
-    """What `verify` found. left: Linear that isn't quantized → why. sqnr_db: Linear → weight SQNR against the base, where one was given.
+    """What `verify` found. left: Linear that isn't quantized → why. sqnr_db: Linear → weight SQNR
+    against the base, where one was given.
 
-    changed: tensors that algorithms changed, by the manifest; they differ from the base's on purpose and aren't compared with it.
+    changed: tensors that algorithms changed, by the manifest; they differ from the base's on
+    purpose and aren't compared with it.
     """
 
     path: Path
@@ -51,7 +71,8 @@ class Verification:
     left: dict[str, str] = field(default_factory=dict)
     faults: list[tuple[str, str]] = field(default_factory=list)  # (tensor, message)
     warnings: list[str] = field(default_factory=list)
-    unequal: list[tuple[str, str]] = field(default_factory=list)  # fused sets with several scales, as faults are written
+    # fused sets with several scales, as faults are written
+    unequal: list[tuple[str, str]] = field(default_factory=list)
     sqnr_db: dict[str, float] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
 
@@ -89,8 +110,8 @@ def verify(
 ) -> Verification:
     """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all).
 
-    as_stored: ask only whether it can be computed as it is stored; that its files were changed since they were exported, or that a fused set has
-    several scales, is no fault then.
+    as_stored: ask only whether it can be computed as it is stored; that its files were changed
+    since they were exported, or that a fused set has several scales, is no fault then.
     """
     try:
         checkpoint = Checkpoint.open(path)
@@ -112,7 +133,11 @@ def verify(
         _check_formats(found, checkpoint.config["quantization_config"])
     if layout is None:
         for module in stored:
-            found.fault(module, "has quantized tensors but config.json has no quantization_config: a runtime would read the codes as weights")
+            found.fault(
+                module,
+                "has quantized tensors but config.json has no quantization_config: a runtime would"
+                " read the codes as weights",
+            )
         if not stored:
             found.warnings.append("the checkpoint is not quantized")
     found.quantized = len(linears)
@@ -128,9 +153,14 @@ def verify(
     if not as_stored:
         found.faults += found.unequal
     turned = {name for name, info in checkpoint.tensors.items() if not info.is_dense}
-    infos = [QuantizedLinearInfo(name, shape, scheme, f"{name}.weight" in turned) for name, (scheme, shape) in linears.items()]
+    infos = [
+        QuantizedLinearInfo(name, shape, scheme, f"{name}.weight" in turned)
+        for name, (scheme, shape) in linears.items()
+    ]
     for name in [runtime] if runtime else RUNTIMES:
-        for problem in runtime_problems(name, infos, found.left, layout.method if layout else "compressed-tensors"):
+        for problem in runtime_problems(
+            name, infos, found.left, layout.method if layout else "compressed-tensors"
+        ):
             if runtime:
                 found.fault("", problem)
             else:
@@ -141,15 +171,24 @@ def verify(
 
 
 def _check_names(
-    found: Verification, model_tensors: ModelTensors, layout: QuantizationLayout, stored: Mapping[str, list[str]]
+    found: Verification,
+    model_tensors: ModelTensors,
+    layout: QuantizationLayout,
+    stored: Mapping[str, list[str]],
 ) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
-    """Every Linear is either quantized with all its tensors in the right shapes, or ignored by the config. Returns the former."""
+    """Every Linear is either quantized with all its tensors in the right shapes, or ignored by the
+    config. Returns the former.
+    """
     checkpoint = model_tensors.checkpoint
     linears: dict[str, tuple[QuantScheme, tuple[int, int]]] = {}
     for module, suffixes in stored.items():
         scheme = layout.scheme_of(module)
         if scheme is None:
-            found.fault(module, "has quantized tensors, but quantization_config doesn't target it: a runtime would read the codes as weights")
+            found.fault(
+                module,
+                "has quantized tensors, but quantization_config doesn't target it: a runtime would"
+                " read the codes as weights",
+            )
             continue
         shape = _logical_shape(checkpoint, module)
         if shape is None:
@@ -173,8 +212,14 @@ def _check_names(
             ):
                 found.fault(name, f"is stored as {info.dtype}; {scheme.name} has {dtype}")
                 whole = False
-            elif info.shape != expected and not (layout.method == "modelopt" and (info.shape, expected) == ((1,), ())):
-                found.fault(name, f"has the shape {list(info.shape)}; transformers expects exactly {list(expected)}")
+            elif info.shape != expected and not (
+                layout.method == "modelopt" and (info.shape, expected) == ((1,), ())
+            ):
+                found.fault(
+                    name,
+                    f"has the shape {list(info.shape)}; transformers expects exactly"
+                    f" {list(expected)}",
+                )
                 whole = False
         if whole:
             linears[module] = (scheme, shape)
@@ -186,11 +231,26 @@ def _check_names(
             left[info.name] = info.reason or "ignored in quantization_config"
         elif checkpoint.tensors[info.tensor].dtype in CODES:
             found.fault(info.tensor, "holds codes, but their scales are missing")
-        elif info.kind == "linear" or checkpoint.tensors[info.tensor].dtype not in ("BF16", "F16", "F32"):
-            found.fault(info.tensor, "is neither quantized nor ignored in quantization_config: vLLM would use scales that were never loaded")
+        elif info.kind == "linear" or checkpoint.tensors[info.tensor].dtype not in (
+            "BF16",
+            "F16",
+            "F32",
+        ):
+            found.fault(
+                info.tensor,
+                "is neither quantized nor ignored in quantization_config: vLLM would use scales"
+                " that were never loaded",
+            )
         else:
-            found.fault(info.tensor, "is not quantized but quantization_config targets it; add it to 'ignore'")
-    if "lm_head" not in left and checkpoint.config.get("tie_word_embeddings") and layout.scheme_of("lm_head") is None:
+            found.fault(
+                info.tensor,
+                "is not quantized but quantization_config targets it; add it to 'ignore'",
+            )
+    if (
+        "lm_head" not in left
+        and checkpoint.config.get("tie_word_embeddings")
+        and layout.scheme_of("lm_head") is None
+    ):
         left["lm_head"] = "tied to the embedding"  # the module is there, the tensor is not
     found.left = left
     return linears
@@ -199,13 +259,24 @@ def _check_names(
 def _check_formats(found: Verification, stored: Mapping[str, Any]) -> None:
     """Each group's `format` is one that runtimes decompress this scheme with."""
     for name, entry in stored["config_groups"].items():
-        description = {"weights": entry["weights"], "input_activations": entry.get("input_activations")}
+        description = {
+            "weights": entry["weights"],
+            "input_activations": entry.get("input_activations"),
+        }
         scheme = QuantScheme.parse(description, name)
         plain = {"naive-quantized", f"{scheme.weight.format.kind}-quantized"}
-        allowed = {layout_name(scheme)} if layout_name(scheme) in ("pack-quantized", "mxfp8-quantized") else plain
+        allowed = (
+            {layout_name(scheme)}
+            if layout_name(scheme) in ("pack-quantized", "mxfp8-quantized")
+            else plain
+        )
         declared = entry.get("format") or stored.get("format")
         if declared not in allowed:
-            found.fault(f"quantization_config.{name}", f"declares the format {declared!r}; {scheme.name} is stored as {' or '.join(sorted(allowed))}")
+            found.fault(
+                f"quantization_config.{name}",
+                f"declares the format {declared!r}; {scheme.name} is stored as"
+                f" {' or '.join(sorted(allowed))}",
+            )
 
 
 def _logical_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
@@ -221,15 +292,29 @@ def _logical_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | Non
 
 
 def _check_values(
-    found: Verification, checkpoint: Checkpoint, base: Checkpoint | None, stored: Mapping[str, list[str]],
-    linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]], on_progress: Callable[[int, int], None],
-) -> None:  # fmt: skip
-    """No NaN, no infinity, no scale that is zero or negative, and what the base has; some rows in memory for each of as many threads as there are cores."""
-    reader = _ValueReader(found, WeightStream(checkpoint, dequantizing=False), WeightStream(base) if base else None, stored, linears)
+    found: Verification,
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    stored: Mapping[str, list[str]],
+    linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """No NaN, no infinity, no scale that is zero or negative, and what the base has; some rows in
+    memory for each of as many threads as there are cores.
+    """
+    reader = _ValueReader(
+        found,
+        WeightStream(checkpoint, dequantizing=False),
+        WeightStream(base) if base else None,
+        stored,
+        linears,
+    )
     threads_before = torch.get_num_threads()
     done = 0
     with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        units = [[f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()]
+        units = [
+            [f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()
+        ]
         units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
         futures = {pool.submit(reader.check, unit): unit for unit in units}
         try:
@@ -246,20 +331,26 @@ def _check_values(
     found.faults.sort(key=lambda fault: order.get(fault[0], -1))
     if reader.differing:
         others = f" (and {len(reader.differing) - 1} more)" if len(reader.differing) > 1 else ""
-        found.warnings.append(f"{min(reader.differing, key=order.get)} differs from the base's, though it isn't quantized{others}")
+        found.warnings.append(
+            f"{min(reader.differing, key=order.get)} differs from the base's, though it isn't"
+            f" quantized{others}"
+        )
     found.warnings.sort()
 
 
 @dataclass
 class _ValueReader:
-    """Checks the values of a Linear's tensors, or of one tensor, against rules and against the base."""
+    """Checks the values of a Linear's tensors, or of one tensor, against rules and against the
+    base.
+    """
 
     found: Verification
     stream: WeightStream
     base: WeightStream | None
     stored: Mapping[str, list[str]]
     linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]]
-    differing: list[str] = field(default_factory=list)  # tensors that aren't quantized, and a little other than the base's
+    # tensors that aren't quantized, and a little other than the base's
+    differing: list[str] = field(default_factory=list)
 
     def check(self, names: list[str]) -> list[tuple[str, str]]:
         faults = []
@@ -269,7 +360,11 @@ class _ValueReader:
                 faults.append((name, message))
         module = names[0].rpartition(".")[0]
         if self.base is not None and module in self.stored:
-            faults += self._against_base(module, f"{module}.weight") if not faults and module in self.linears else []
+            faults += (
+                self._against_base(module, f"{module}.weight")
+                if not faults and module in self.linears
+                else []
+            )
         elif self.base is not None and names[0] in self.base.checkpoint.tensors and not faults:
             faults += self._left_against_base(names[0])
         return faults
@@ -296,22 +391,34 @@ class _ValueReader:
         return None
 
     def _left_against_base(self, name: str) -> list[tuple[str, str]]:
-        """A tensor that isn't quantized is the base's; one that some algorithm has changed a little is worth a warning."""
+        """A tensor that isn't quantized is the base's; one that some algorithm has changed a little
+        is worth a warning.
+        """
         ours, theirs = self.stream.checkpoint.tensors[name], self.base.checkpoint.tensors[name]
         if ours.shape != theirs.shape:
             return [(name, f"has the shape {list(ours.shape)}; the base has {list(theirs.shape)}")]
         if ours.dtype in CODES or name in self.found.changed:
-            return []  # codes without their scales are a fault already; what algorithms changed is no longer the base's
+            # codes without their scales are a fault already; what algorithms changed is no longer
+            # the base's
+            return []
         signal = noise = 0.0
         for first, last in self.base.steps(name):
-            with self.stream.stored_rows(name, first, last) as rows, self.base.rows(name, first, last) as expected:
+            with (
+                self.stream.stored_rows(name, first, last) as rows,
+                self.base.rows(name, first, last) as expected,
+            ):
                 if not torch.equal(rows, expected.to(rows.dtype)):
                     expected, difference = expected.double(), rows.double() - expected.double()
                     noise += float(difference.square().sum())
                 signal += float(expected.double().square().sum())
         sqnr = _decibels(signal, noise)
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
-            return [(name, f"isn't quantized but is {sqnr:.1f} dB from the base's: it is another tensor")]
+            return [
+                (
+                    name,
+                    f"isn't quantized but is {sqnr:.1f} dB from the base's: it is another tensor",
+                )
+            ]
         if noise or ours.dtype != theirs.dtype and name not in self.base.block_scales:
             self.differing.append(name)
         return []
@@ -322,61 +429,110 @@ class _ValueReader:
         if original is None:
             return []
         if original.shape != shape:
-            return [(name, f"stands for the shape {list(shape)}; the base has {list(original.shape)}")]
+            return [
+                (name, f"stands for the shape {list(shape)}; the base has {list(original.shape)}")
+            ]
         if name in self.found.changed:
             return []
         signal = noise = 0.0
         block_rows = scheme.weight.granularity.rows or 1
         # The scales are a few kilobytes to a megabyte; the codes come in steps.
         scales = self._scales(module, scheme, shape)
-        codes_name = f"{module}.weight_packed" if f"{module}.weight_packed" in self.stream.checkpoint.tensors else name
+        codes_name = (
+            f"{module}.weight_packed"
+            if f"{module}.weight_packed" in self.stream.checkpoint.tensors
+            else name
+        )
         for first, last in self.base.steps(name, block_rows):
-            scale = scales if scales.shape[0] == 1 and scheme.weight.granularity == TENSOR else scales[first // block_rows : -(-last // block_rows)]
-            with self.stream.stored_rows(codes_name, first, last) as stored, self.base.rows(name, first, last) as expected:
+            scale = (
+                scales
+                if scales.shape[0] == 1 and scheme.weight.granularity == TENSOR
+                else scales[first // block_rows : -(-last // block_rows)]
+            )
+            with (
+                self.stream.stored_rows(codes_name, first, last) as stored,
+                self.base.rows(name, first, last) as expected,
+            ):
                 codes = unpack_int8(stored)[:, : shape[1]] if codes_name != name else stored
                 values = expected.float()
                 rounded = ops.dequantize(QuantizedTensor(codes, scale, scheme.weight))
                 # float32 within a step, float64 over the steps: good to 0.001 dB.
                 signal += float(torch.dot(values.flatten(), values.flatten()))
-                difference = values.sub_(rounded).flatten() if values is not expected else (values - rounded).flatten()
+                difference = (
+                    values.sub_(rounded).flatten()
+                    if values is not expected
+                    else (values - rounded).flatten()
+                )
                 noise += float(torch.dot(difference, difference))
         sqnr = self.found.sqnr_db[module] = _decibels(signal, noise)
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
-            return [(name, f"is {sqnr:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB or more")]
+            return [
+                (
+                    name,
+                    (
+                        f"is {sqnr:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB"
+                        " or more"
+                    ),
+                )
+            ]
         return []
 
     def _scales(self, module: str, scheme: QuantScheme, shape: tuple[int, int]) -> Tensor:
-        """The weight's scales in float32, [block rows, block columns], however the checkpoint stores them."""
-        suffix = FP8_BLOCK_SUFFIX if f"{module}.{FP8_BLOCK_SUFFIX}" in self.stream.checkpoint.tensors else "weight_scale"
+        """The weight's scales in float32, [block rows, block columns], however the checkpoint
+        stores them.
+        """
+        suffix = (
+            FP8_BLOCK_SUFFIX
+            if f"{module}.{FP8_BLOCK_SUFFIX}" in self.stream.checkpoint.tensors
+            else "weight_scale"
+        )
         stored = self.stream.checkpoint.read(f"{module}.{suffix}")
         scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
         return scale.reshape(scheme.weight.granularity.scale_shape(*shape))
 
 
 def _decibels(signal: float, noise: float) -> float:
-    """Signal to noise of two sums of squares: infinite for no noise, minus infinity for noise alone."""
+    """Signal to noise of two sums of squares: infinite for no noise, minus infinity for noise
+    alone.
+    """
     return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
 
 
 def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
-    """Files that quantkit wrote are the ones that lie here now. Weights must be; a config, tokenizer or card may have been edited since."""
+    """Files that quantkit wrote are the ones that lie here now. Weights must be; a config,
+    tokenizer or card may have been edited since.
+    """
     path = checkpoint.path / MANIFEST_FILE
     if not path.is_file():
         return
     files = read_json(path, "").get("files")
-    if not isinstance(files, Mapping) or not all(isinstance(entry, Mapping) for entry in files.values()):
-        found.warnings.append(f"{MANIFEST_FILE} is damaged, so files can't be compared with what was exported")
+    if not isinstance(files, Mapping) or not all(
+        isinstance(entry, Mapping) for entry in files.values()
+    ):
+        found.warnings.append(
+            f"{MANIFEST_FILE} is damaged, so files can't be compared with what was exported"
+        )
         return
     present = {
-        name: entry for name, entry in files.items() if name == Path(name).as_posix() and ".." not in Path(name).parts and (checkpoint.path / name).is_file()
+        name: entry
+        for name, entry in files.items()
+        if name == Path(name).as_posix()
+        and ".." not in Path(name).parts
+        and (checkpoint.path / name).is_file()
     }
     digests = {name: blake3_file(checkpoint.path / name) for name in present}
     for name, entry in files.items():
         if digests.get(name) == entry.get("blake3"):
             continue
-        message = "is not the file that was exported" if name in digests else "was exported but is not here"
+        message = (
+            "is not the file that was exported"
+            if name in digests
+            else "was exported but is not here"
+        )
         if name.endswith((".safetensors", ".index.json")):
-            found.fault(name, f"{message} (its hash in {MANIFEST_FILE} differs); export or copy it again")
+            found.fault(
+                name, f"{message} (its hash in {MANIFEST_FILE} differs); export or copy it again"
+            )
         else:
             found.warnings.append(f"{name} {message}")
 
@@ -396,13 +552,24 @@ def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
     keys, values = by_suffix.values()
     for module in sorted(keys ^ values):
         found.fault(module, "has only one of k_scale and v_scale")
-    attentions = {name.rpartition(".")[0].rpartition(".")[0] for name in checkpoint.tensors if ".k_proj." in name}
+    attentions = {
+        name.rpartition(".")[0].rpartition(".")[0]
+        for name in checkpoint.tensors
+        if ".k_proj." in name
+    }
     for module in sorted(attentions - keys - values) or ([""] if not keys else []):
-        found.fault(f"{module}.k_scale" if module else "", "is missing, though there is a kv_cache_scheme: a server would use the scale 1")
+        found.fault(
+            f"{module}.k_scale" if module else "",
+            "is missing, though there is a kv_cache_scheme: a server would use the scale 1",
+        )
 
 
-def _check_fused_sets(found: Verification, checkpoint: Checkpoint, linears: Mapping[str, tuple[QuantScheme, Any]]) -> None:
-    """Where a runtime merges Linears and a scale is per tensor, all members must carry the same one."""
+def _check_fused_sets(
+    found: Verification, checkpoint: Checkpoint, linears: Mapping[str, tuple[QuantScheme, Any]]
+) -> None:
+    """Where a runtime merges Linears and a scale is per tensor, all members must carry the same
+    one.
+    """
     for members in fused_sets(linears):
         schemes = [linears[member][0] for member in members]
         suffixes = []
@@ -411,36 +578,81 @@ def _check_fused_sets(found: Verification, checkpoint: Checkpoint, linears: Mapp
         if all(scheme.needs_calibration for scheme in schemes):
             suffixes.append("input_scale")
         for suffix in suffixes:
-            scales = [float(checkpoint.read(f"{member}.{suffix}").float().reshape(-1)[0]) for member in members]
+            scales = [
+                float(checkpoint.read(f"{member}.{suffix}").float().reshape(-1)[0])
+                for member in members
+            ]
             if len(set(scales)) > 1:
                 names = ", ".join(member.rpartition(".")[2] for member in members)
-                found.unequal.append((f"{members[0]}.{suffix}", f"differs among {names}, which runtimes merge under one scale"))
+                found.unequal.append(
+                    (
+                        f"{members[0]}.{suffix}",
+                        f"differs among {names}, which runtimes merge under one scale",
+                    )
+                )
 
 
-def _check_config_against_base(found: Verification, checkpoint: Checkpoint, base: Checkpoint) -> None:
-    """The model is the base's: what decides its shapes is the same, and what else differs is said."""
+def _check_config_against_base(
+    found: Verification, checkpoint: Checkpoint, base: Checkpoint
+) -> None:
+    """The model is the base's: what decides its shapes is the same, and what else differs is
+    said.
+    """
     quiet = {"quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
-    shaping = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    shaping = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     for key in sorted((checkpoint.config.keys() | base.config.keys()) - quiet):
         ours, theirs = checkpoint.config.get(key), base.config.get(key)
         # An output head that an algorithm changed is no longer the embedding.
-        if ours == theirs or (key == "tie_word_embeddings" and ours is False and any(name not in base.tensors for name in found.changed)):
+        if ours == theirs or (
+            key == "tie_word_embeddings"
+            and ours is False
+            and any(name not in base.tensors for name in found.changed)
+        ):
             continue
         if key in ("hidden_size", "vocab_size", "model_type"):
-            raise CheckpointError(f"{base.path} has {key} {theirs} and {checkpoint.path} {ours}: it is not the model that was quantized; give its own base")
+            raise CheckpointError(
+                f"{base.path} has {key} {theirs} and {checkpoint.path} {ours}: it is not the model"
+                " that was quantized; give its own base"
+            )
         if key in shaping:
             found.fault("config.json", f"has {key} {ours}; the base has {theirs}")
         else:
             found.warnings.append(f"config.json has {key} {ours!r}; the base has {theirs!r}")
 
 
-def _check_names_against_base(found: Verification, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]) -> None:
+def _check_names_against_base(
+    found: Verification, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]
+) -> None:
     """Every tensor of the base is here, as it was or quantized, and nothing else is."""
     for name in base.tensors:
         module, _, suffix = name.rpartition(".")
-        if name not in checkpoint.tensors and not (suffix == "weight" and module in stored) and suffix != FP8_BLOCK_SUFFIX:
+        if (
+            name not in checkpoint.tensors
+            and not (suffix == "weight" and module in stored)
+            and suffix != FP8_BLOCK_SUFFIX
+        ):
             found.fault(name, "is in the base but not in this checkpoint")
-    scales = ("weight_scale", FP8_BLOCK_SUFFIX, "input_scale", "weight_shape", "weight_packed", "k_scale", "v_scale")
+    scales = (
+        "weight_scale",
+        FP8_BLOCK_SUFFIX,
+        "input_scale",
+        "weight_shape",
+        "weight_packed",
+        "k_scale",
+        "v_scale",
+    )
     for name in checkpoint.tensors:
-        if name not in base.tensors and name.rpartition(".")[2] not in scales and name not in found.changed:
+        if (
+            name not in base.tensors
+            and name.rpartition(".")[2] not in scales
+            and name not in found.changed
+        ):
             found.fault(name, "is not in the base")

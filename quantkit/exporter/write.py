@@ -1,8 +1,10 @@
 """`export`: safetensors in, safetensors out, a few rows at a time; the model is never built.
 
-The output's headers are known from the plan, so as many threads as there are cores take one tensor after the other, make its codes and put them
-where they belong, while a thread for each shard follows, reads back what has been written and hashes it. Source rows are looked at in the page
-cache and codes go from a core's own cache to the file: memory holds a few megabytes for each thread, whatever the model's size.
+The output's headers are known from the plan, so as many threads as there are cores take one tensor
+after the other, make its codes and put them where they belong, while a thread for each shard
+follows, reads back what has been written and hashes it. Source rows are looked at in the page cache
+and codes go from a core's own cache to the file: memory holds a few megabytes for each thread,
+whatever the model's size.
 """
 
 from __future__ import annotations
@@ -18,12 +20,28 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.checkpoint.files import cores
-from quantkit.checkpoint.formats import encode_constants, encode_rows, kv_scale_module, kv_scale_name
+from quantkit.checkpoint.formats import (
+    encode_constants,
+    encode_rows,
+    kv_scale_module,
+    kv_scale_name,
+)
 from quantkit.checkpoint.interrupts import stop_between_steps
-from quantkit.checkpoint.output_dir import OutputDirectory, check_disk_space, check_output, finished_already
+from quantkit.checkpoint.output_dir import (
+    OutputDirectory,
+    check_disk_space,
+    check_output,
+    finished_already,
+)
 from quantkit.checkpoint.reader import DTYPES, read_tensor
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.checkpoint.writer import ShardWriter, TensorPlan, plan_shards, shard_names, tensor_bytes
+from quantkit.checkpoint.writer import (
+    ShardWriter,
+    TensorPlan,
+    plan_shards,
+    shard_names,
+    tensor_bytes,
+)
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.exporter.plan import ExportPlan, file_times
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest
@@ -44,16 +62,31 @@ class ExportSummary:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "path": str(self.path), "quantized": self.quantized, "left": self.left, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
+            "path": str(self.path),
+            "quantized": self.quantized,
+            "left": self.left,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
             "warnings": list(self.warnings),
-        }  # fmt: skip
+        }
 
 
-def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None) -> ExportSummary:
-    """Write the checkpoint. on_progress(bytes read, bytes in all) is called in this thread, several times a second."""
+def export(
+    plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> ExportSummary:
+    """Write the checkpoint. on_progress(bytes read, bytes in all) is called in this thread, several
+    times a second.
+    """
     options, checkpoint = plan.options, plan.checkpoint
     quantized = sum(row.status == "quantized" for row in plan.parameters)
-    summary = ExportSummary(options.output, quantized, len(plan.left), plan.bytes_before, plan.bytes_after, plan.warnings)
+    summary = ExportSummary(
+        options.output,
+        quantized,
+        len(plan.left),
+        plan.bytes_before,
+        plan.bytes_after,
+        plan.warnings,
+    )
     if options.resume and finished_already(options.output, plan.fingerprint, options.overwrite):
         return replace(summary, was_finished=True)
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
@@ -62,13 +95,20 @@ def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda do
     shards = plan_shards([job.tensors for job in jobs], options.max_shard_bytes)
     names = shard_names(len(shards))
     check_disk_space(options.output, plan.bytes_after + sum(path.stat().st_size for path in others))
-    output = OutputDirectory(options.output, plan.fingerprint, resume=options.resume, overwrite=options.overwrite, reads=_inputs(plan))
+    output = OutputDirectory(
+        options.output,
+        plan.fingerprint,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        reads=_inputs(plan),
+    )
     finished = output.finished(names)
     try:
         _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
         if file_times(checkpoint) != plan.fingerprint["model files"]:
             raise CheckpointError(
-                f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of {checkpoint.path} changed while it was read; leave it alone and export again"
+                f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of"
+                f" {checkpoint.path} changed while it was read; leave it alone and export again"
             )
         if checkpoint.source is not None:
             checkpoint.source.clean()
@@ -80,7 +120,10 @@ def export(plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda do
         output.discard()  # this model can't be finished, so there is nothing to resume
         raise
     except OSError as error:
-        raise OutputError(f"can't write {output.partial} to its end: {error.strerror}; finished shards are kept: mend that and go on with --resume") from None
+        raise OutputError(
+            f"can't write {output.partial} to its end: {error.strerror}; finished shards are kept:"
+            " mend that and go on with --resume"
+        ) from None
     output.commit()
     return summary
 
@@ -91,7 +134,9 @@ def _inputs(plan: ExportPlan) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Job:
-    """Tensors that are made from one parameter, together: a Linear's weight with its scales, a tensor as it was, or the scale of a KV cache."""
+    """Tensors that are made from one parameter, together: a Linear's weight with its scales, a
+    tensor as it was, or the scale of a KV cache.
+    """
 
     source: str | None
     linear: QuantizedLinearInfo | None
@@ -103,29 +148,51 @@ def _jobs(plan: ExportPlan) -> list[_Job]:
     jobs, layout = [], plan.options.layout
     for row in plan.parameters:
         info = plan.checkpoint.tensors[plan.added.get(row.name, row.name)]
-        linear = plan.linears.get(row.name.removesuffix(".weight")) if row.status == "quantized" else None
+        linear = (
+            plan.linears.get(row.name.removesuffix(".weight"))
+            if row.status == "quantized"
+            else None
+        )
         dtype = plan.dense_dtype if row.name in plan.block_scales else info.dtype
         tensors = linear.tensors(layout) if linear else [TensorPlan(row.name, dtype, info.shape)]
         jobs.append(_Job(row.name, linear, tuple(tensors), row.bytes_before))
     if plan.options.recipe.kv_cache:
-        names = [kv_scale_name(module, suffix, layout) for module in plan.calibration.kv_amax for suffix in ("k_scale", "v_scale")]
-        jobs += [_Job(None, None, (TensorPlan(name, "F32", () if layout == "modelopt" else (1,)),), 0) for name in names]
+        names = [
+            kv_scale_name(module, suffix, layout)
+            for module in plan.calibration.kv_amax
+            for suffix in ("k_scale", "v_scale")
+        ]
+        jobs += [
+            _Job(None, None, (TensorPlan(name, "F32", () if layout == "modelopt" else (1,)),), 0)
+            for name in names
+        ]
     return jobs
 
 
 class _Run:
     """The threads of one export, and what they share.
 
-    Makers take jobs in order; the first job of a shard opens its file and starts the thread that follows it. A maker waits where too many
-    shards are unfinished, so that the disk sets the pace.
+    Makers take jobs in order; the first job of a shard opens its file and starts the thread that
+    follows it. A maker waits where too many shards are unfinished, so that the disk sets the pace.
     """
 
     @staticmethod
-    def by_shard(jobs: Sequence[_Job], names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]) -> dict[str, list[_Job]]:
+    def by_shard(
+        jobs: Sequence[_Job], names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]
+    ) -> dict[str, list[_Job]]:
         by_first = {job.tensors[0].name: job for job in jobs}
-        return {name: [by_first[tensor.name] for tensor in tensors if tensor.name in by_first] for name, tensors in zip(names, shards)}
+        return {
+            name: [by_first[tensor.name] for tensor in tensors if tensor.name in by_first]
+            for name, tensors in zip(names, shards)
+        }
 
-    def __init__(self, plan: ExportPlan, output: OutputDirectory, shards: dict[str, list[_Job]], finished: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        plan: ExportPlan,
+        output: OutputDirectory,
+        shards: dict[str, list[_Job]],
+        finished: dict[str, Any],
+    ) -> None:
         self._plan, self._output = plan, output
         self._stream = WeightStream(plan.checkpoint)
         self._amax = _SharedAmax(plan, self._stream)
@@ -145,12 +212,17 @@ class _Run:
             for job in jobs:
                 self._stream.expect(self._touched(job))
         threads_before = torch.get_num_threads()
-        makers = [threading.Thread(target=self._guarded, args=(self._make,), name=f"maker {number}") for number in range(cores())]
+        makers = [
+            threading.Thread(target=self._guarded, args=(self._make,), name=f"maker {number}")
+            for number in range(cores())
+        ]
         try:
             with stop_between_steps() as stop:
                 for maker in makers:
                     maker.start()
-                while alive := [thread for thread in (*makers, *self._followers) if thread.is_alive()]:
+                while alive := [
+                    thread for thread in (*makers, *self._followers) if thread.is_alive()
+                ]:
                     if stop.signal_name:
                         self._stopping.set()
                     on_progress(self._read, self._plan.bytes_before)
@@ -163,8 +235,8 @@ class _Run:
                     stop.check("between two tensors; finished shards are kept")
                 on_progress(self._read, self._plan.bytes_before)
         finally:
-            # Also where this thread is torn out of its loop, by a second signal: no follower may wait for what nobody will make, and
-            # no maker may look at a shard that is closed.
+            # Also where this thread is torn out of its loop, by a second signal: no follower may
+            # wait for what nobody will make, and no maker may look at a shard that is closed.
             self._stopping.set()
             with self._lock:
                 for writer in self._writers.values():
@@ -214,7 +286,9 @@ class _Run:
                 self._read += job.bytes_read
 
     def _writer(self, name: str) -> ShardWriter | None:
-        """The shard's writer, opened with its follower where this is its first job; None when everything stops."""
+        """The shard's writer, opened with its follower where this is its first job; None when
+        everything stops.
+        """
         with self._lock:
             if name in self._writers:
                 return self._writers[name]
@@ -228,7 +302,9 @@ class _Run:
                 return None
             tensors = [tensor for job in self._todo[name] for tensor in job.tensors]
             writer = self._writers[name] = ShardWriter(self._output.partial / name, tensors)
-            follower = threading.Thread(target=self._guarded, args=(self._follow, name, writer), name=f"follower of {name}")
+            follower = threading.Thread(
+                target=self._guarded, args=(self._follow, name, writer), name=f"follower of {name}"
+            )
             self._followers.append(follower)
             follower.start()
         return writer
@@ -241,17 +317,24 @@ class _Run:
             self._unfinished.release()
         if digest is not None:
             with self._lock:
-                self._output.record(name, {"bytes": (self._output.partial / name).stat().st_size, "blake3": digest})
+                self._output.record(
+                    name, {"bytes": (self._output.partial / name).stat().st_size, "blake3": digest}
+                )
                 self._recorded += 1
 
     # ---- One job: parts of tensors, each a name, rows of it, and their place in bytes.
 
     def _touched(self, job: _Job) -> list[str]:
-        """The tensors that making this one reads: its own, and with one scale for a whole fused set the other members'."""
+        """The tensors that making this one reads: its own, and with one scale for a whole fused set
+        the other members'.
+        """
         if job.source is None or job.source in self._plan.added:
             return []
         if job.linear is not None and job.linear.scheme.weight.granularity == TENSOR:
-            return [f"{member}.weight" for member in self._plan.fused_with.get(job.linear.name, (job.linear.name,))]
+            return [
+                f"{member}.weight"
+                for member in self._plan.fused_with.get(job.linear.name, (job.linear.name,))
+            ]
         return [job.source]
 
     def _parts(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
@@ -269,10 +352,18 @@ class _Run:
     def _chosen(self, job: _Job) -> QuantizedTensor | None:
         """What calibration chose for a Linear."""
         calibration = self._plan.calibration
-        return calibration.quantized_weight(job.linear.name, job.linear.scheme.weight) if calibration else None
+        return (
+            calibration.quantized_weight(job.linear.name, job.linear.scheme.weight)
+            if calibration
+            else None
+        )
 
-    def _chosen_codes(self, job: _Job, quantized: QuantizedTensor) -> Iterator[tuple[str, Tensor, int]]:
-        """Codes and scales that algorithms chose, as they are: rounding anew would undo their work."""
+    def _chosen_codes(
+        self, job: _Job, quantized: QuantizedTensor
+    ) -> Iterator[tuple[str, Tensor, int]]:
+        """Codes and scales that algorithms chose, as they are: rounding anew would undo their
+        work.
+        """
         linear, layout = job.linear, self._plan.options.layout
         if not torch.isfinite(quantized.scale).all():
             raise _not_finite(job.source)
@@ -281,10 +372,16 @@ class _Run:
             yield places[suffix].name, _as_stored(part, suffix, linear), 0
         yield from self._constants(linear, places, quantized.scale)
 
-    def _constants(self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor) -> Iterator[tuple[str, Tensor, int]]:
+    def _constants(
+        self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor
+    ) -> Iterator[tuple[str, Tensor, int]]:
         shared = weight_scale if linear.scheme.weight.granularity == TENSOR else None
-        input_scale = input_scale_of(linear, self._plan) if linear.scheme.needs_calibration else None
-        for suffix, constant in encode_constants(linear.scheme, linear.shape, self._plan.options.layout, shared, input_scale).items():
+        input_scale = (
+            input_scale_of(linear, self._plan) if linear.scheme.needs_calibration else None
+        )
+        for suffix, constant in encode_constants(
+            linear.scheme, linear.shape, self._plan.options.layout, shared, input_scale
+        ).items():
             yield places[suffix].name, constant, 0
 
     def _copied(self, name: str, tensor: TensorPlan) -> Iterator[tuple[str, Tensor, int]]:
@@ -303,7 +400,9 @@ class _Run:
     def _codes_as_they_are(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
         """The source's blocks are the scheme's: rounding them anew would only lose."""
         weight, scale = job.tensors
-        with self._stream.stored_rows(self._plan.block_scales[job.source], 0, scale.shape[0]) as scales:
+        with self._stream.stored_rows(
+            self._plan.block_scales[job.source], 0, scale.shape[0]
+        ) as scales:
             if not _is_finite(scales):
                 raise _not_finite(self._plan.block_scales[job.source])
             yield scale.name, scales.float(), 0
@@ -326,8 +425,16 @@ class _Run:
                 raise _not_finite(job.source)
             for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
                 tensor = places[suffix]
-                row = first if linear.is_transposed or tensor.shape[0] == linear.shape[0] else first // block_rows
-                yield tensor.name, _as_stored(part, suffix, linear), row * (tensor.nbytes // tensor.shape[0])
+                row = (
+                    first
+                    if linear.is_transposed or tensor.shape[0] == linear.shape[0]
+                    else first // block_rows
+                )
+                yield (
+                    tensor.name,
+                    _as_stored(part, suffix, linear),
+                    row * (tensor.nbytes // tensor.shape[0]),
+                )
         yield from self._constants(linear, places, quantized.scale)
 
 
@@ -344,7 +451,9 @@ def _is_finite(rows: Tensor) -> bool:
 
 
 class _SharedAmax:
-    """Largest weight of each Linear that has one scale, over its fused set where it is in one; each set is measured when its first member comes."""
+    """Largest weight of each Linear that has one scale, over its fused set where it is in one; each
+    set is measured when its first member comes.
+    """
 
     def __init__(self, plan: ExportPlan, stream: WeightStream) -> None:
         self._stream = stream
@@ -368,19 +477,26 @@ class _SharedAmax:
         for name in names:
             for first, last in self._stream.steps(name):
                 with self._stream.rows(name, first, last) as rows:
-                    largest = torch.maximum(largest, torch.ops.quantkit.block_amax(rows, *rows.shape))
+                    largest = torch.maximum(
+                        largest, torch.ops.quantkit.block_amax(rows, *rows.shape)
+                    )
             if not torch.isfinite(largest).all():
                 raise _not_finite(name)
         return largest
 
 
 def _not_finite(tensor: str) -> CheckpointError:
-    return CheckpointError(f"the weight {tensor} holds NaN or infinity; a model with it is ruined, so fetch it again or mend it")
+    return CheckpointError(
+        f"the weight {tensor} holds NaN or infinity; a model with it is ruined, so fetch it again"
+        " or mend it"
+    )
 
 
 def _kv_scale(plan: ExportPlan, tensor: TensorPlan) -> Tensor:
     k_amax, v_amax = plan.calibration.kv_amax[kv_scale_module(tensor.name)]
-    return kv_scale(torch.tensor(k_amax if tensor.name.endswith("k_scale") else v_amax)).reshape(tensor.shape)
+    return kv_scale(torch.tensor(k_amax if tensor.name.endswith("k_scale") else v_amax)).reshape(
+        tensor.shape
+    )
 
 
 def input_scale_of(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
@@ -389,6 +505,11 @@ def input_scale_of(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
 
 
 def _static_amax(linear: QuantizedLinearInfo, plan: ExportPlan) -> float:
-    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep one scale for it."""
+    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep
+    one scale for it.
+    """
     members = plan.fused_with.get(linear.name, (linear.name,))
-    return max(plan.calibration.static_amax(member, linear.scheme.input, plan.options.recipe.observer) for member in members)
+    return max(
+        plan.calibration.static_amax(member, linear.scheme.input, plan.options.recipe.observer)
+        for member in members
+    )

@@ -1,6 +1,8 @@
-"""Which Linears of a checkpoint a recipe quantizes, and with which scheme: decided from names, shapes and dtypes alone.
+"""Which Linears of a checkpoint a recipe quantizes, and with which scheme: decided from names,
+shapes and dtypes alone.
 
-`calibrate` and `export` both ask here, so that what the one prepares is what the other writes. What can't be done is refused in one sentence.
+`calibrate` and `export` both ask here, so that what the one prepares is what the other writes. What
+can't be done is refused in one sentence.
 """
 
 from __future__ import annotations
@@ -8,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from quantkit.checkpoint.formats import QuantizationLayout, format_obstacle, linear_tensors, shape_obstacle
+from quantkit.checkpoint.formats import (
+    QuantizationLayout,
+    format_obstacle,
+    linear_tensors,
+    shape_obstacle,
+)
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import block_scales
 from quantkit.checkpoint.writer import TensorPlan
@@ -29,7 +36,8 @@ SHAPE = "left because of its shape"
 class QuantizedLinearInfo:
     """A Linear as an export plans it or a checkpoint holds it. shape: [out_features, in_features].
 
-    is_transposed: its `weight` is stored the other way round, as in the checkpoint that it comes from (Conv1D).
+    is_transposed: its `weight` is stored the other way round, as in the checkpoint that it comes
+    from (Conv1D).
     """
 
     name: str
@@ -43,7 +51,10 @@ class QuantizedLinearInfo:
         if self.is_transposed and "weight" in tensors:
             dtype, (rows, columns) = tensors["weight"]
             tensors["weight"] = (dtype, (columns, rows))
-        return [TensorPlan(f"{self.name}.{suffix}", dtype, shape) for suffix, (dtype, shape) in tensors.items()]
+        return [
+            TensorPlan(f"{self.name}.{suffix}", dtype, shape)
+            for suffix, (dtype, shape) in tensors.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -64,15 +75,25 @@ class Assignment:
     block_scales: Mapping[str, str]
 
 
-def assign_layers(checkpoint: Checkpoint, recipe: Recipe, layout: str = "compressed-tensors", allow_unreached: bool = False) -> Assignment:
-    """Give each Linear its scheme. Raises CheckpointError or RecipeError with one sentence where the recipe doesn't fit the model.
+def assign_layers(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layout: str = "compressed-tensors",
+    allow_unreached: bool = False,
+) -> Assignment:
+    """Give each Linear its scheme. Raises CheckpointError or RecipeError with one sentence where
+    the recipe doesn't fit the model.
 
-    layout: the format of the files. allow_unreached: leave what should be quantized but can't be, instead of refusing the model.
+    layout: the format of the files. allow_unreached: leave what should be quantized but can't be,
+    instead of refusing the model.
     """
     task_of(checkpoint.config, checkpoint.path)
     stored_as = QuantizationLayout.read(checkpoint.config)
     if stored_as is not None and stored_as.method != "fp8":
-        raise CheckpointError(f"{checkpoint.path} is quantized already ({stored_as.method}); use the original model, or one in FP8 blocks")
+        raise CheckpointError(
+            f"{checkpoint.path} is quantized already ({stored_as.method}); use the original model,"
+            " or one in FP8 blocks"
+        )
     obstacle = format_obstacle(layout, recipe.schemes, recipe.kv_cache is not None)
     if obstacle:
         raise RecipeError(obstacle)
@@ -87,16 +108,28 @@ def assign_layers(checkpoint: Checkpoint, recipe: Recipe, layout: str = "compres
     schemes, reasons = _assign(recipe, roles, stack_of)
     _require_one_scheme_per_fused_set(tensors, schemes)
     if not schemes:
-        raise RecipeError(f"this recipe quantizes nothing in {checkpoint.path}: {next(iter(reasons.values()), 'it has no Linear in numbered decoder blocks')}")
-    mixed, whole = as_stored_where_left(checkpoint, tensors.checkpoint, {f"{module}.weight" for module in schemes})
+        raise RecipeError(
+            f"this recipe quantizes nothing in {checkpoint.path}:"
+            f" {next(iter(reasons.values()), 'it has no Linear in numbered decoder blocks')}"
+        )
+    mixed, whole = as_stored_where_left(
+        checkpoint, tensors.checkpoint, {f"{module}.weight" for module in schemes}
+    )
     roles = {
-        name: roles.get(name) or replace(roles[whole[name]], name=name.removesuffix(".weight"), tensor=name, shape=info.shape)
+        name: (
+            roles.get(name)
+            or replace(
+                roles[whole[name]], name=name.removesuffix(".weight"), tensor=name, shape=info.shape
+            )
+        )
         for name, info in mixed.tensors.items()
         if name not in scale_tensors
     }
     reasons |= {name: reasons[part] for name, part in whole.items() if part in reasons}
     linears = {
-        module: QuantizedLinearInfo(module, mixed.tensors[f"{module}.weight"].shape, scheme, tensors.is_transposed(module))
+        module: QuantizedLinearInfo(
+            module, mixed.tensors[f"{module}.weight"].shape, scheme, tensors.is_transposed(module)
+        )
         for module, scheme in schemes.items()
     }
     assignment = Assignment(mixed, roles, linears, reasons, scales)
@@ -106,12 +139,19 @@ def assign_layers(checkpoint: Checkpoint, recipe: Recipe, layout: str = "compres
 
 
 def _refuse_unreached(recipe: Recipe, roles: Mapping[str, ModuleInfo]) -> None:
-    """What should be quantized but can't be is an error unless it is ignored by name: a half-quantized model is no result."""
-    unreached = [role for role in roles.values() if role.kind == "unreached" and _ignored_by(recipe, role.tensor, role.name) is None]
+    """What should be quantized but can't be is an error unless it is ignored by name: a
+    half-quantized model is no result.
+    """
+    unreached = [
+        role
+        for role in roles.values()
+        if role.kind == "unreached" and _ignored_by(recipe, role.tensor, role.name) is None
+    ]
     if unreached:
         raise CheckpointError(
-            f"{unreached[0].tensor} can't be quantized by this version: {unreached[0].reason}{more(len(unreached))}; "
-            "add it to --ignore, or pass --allow-unreached to leave all such as they are"
+            f"{unreached[0].tensor} can't be quantized by this version:"
+            f" {unreached[0].reason}{more(len(unreached))}; add it to --ignore, or pass"
+            " --allow-unreached to leave all such as they are"
         )
 
 
@@ -123,34 +163,55 @@ def _stack_names(stored: Checkpoint) -> dict[str, str]:
     """A part of a stack of experts → the stack, under whose name it can be ignored too."""
     stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
     return {
-        stack.linear(expert, leaf): name.removesuffix(".weight") for name, stack in stacks.items() for expert in range(stack.shape[0]) for leaf in stack.leaves
+        stack.linear(expert, leaf): name.removesuffix(".weight")
+        for name, stack in stacks.items()
+        for expert in range(stack.shape[0])
+        for leaf in stack.leaves
     }
 
 
-def _require_matching_patterns(recipe: Recipe, tensors: ModelTensors, stack_of: Mapping[str, str]) -> None:
+def _require_matching_patterns(
+    recipe: Recipe, tensors: ModelTensors, stack_of: Mapping[str, str]
+) -> None:
     """Each pattern matches something: a typo would quantize, or leave, the wrong layers."""
     modules = tensors.modules()
     is_tied = "lm_head" not in modules and bool(tensors.stored.config.get("tie_word_embeddings"))
     for pattern in recipe.ignore:
         # A tied lm_head has no tensor of its own, but recipes name it to be safe.
-        pattern.require_match([*modules, *tensors.roles, *stack_of.values(), *(["lm_head"] if is_tied else [])], "ignore")
+        pattern.require_match(
+            [*modules, *tensors.roles, *stack_of.values(), *(["lm_head"] if is_tied else [])],
+            "ignore",
+        )
     for pattern, _ in recipe.layers:
-        if is_tied and pattern.matches("lm_head") and not any(pattern.matches(name) for name in modules):
+        if (
+            is_tied
+            and pattern.matches("lm_head")
+            and not any(pattern.matches(name) for name in modules)
+        ):
             raise RecipeError(
-                f"the layer pattern '{pattern.text}' means lm_head, which is tied to the embedding here and has no weight of its own; leave the entry out"
+                f"the layer pattern '{pattern.text}' means lm_head, which is tied to the embedding"
+                " here and has no weight of its own; leave the entry out"
             )
         pattern.require_match(modules, "layer")
 
 
-def _assign(recipe: Recipe, roles: Mapping[str, ModuleInfo], stack_of: Mapping[str, str]) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-    """Module → scheme of what is quantized, and tensor → reason of what would be but isn't. stack_of: the other name of experts that are stored as one."""
+def _assign(
+    recipe: Recipe, roles: Mapping[str, ModuleInfo], stack_of: Mapping[str, str]
+) -> tuple[dict[str, QuantScheme], dict[str, str]]:
+    """Module → scheme of what is quantized, and tensor → reason of what would be but isn't.
+    stack_of: the other name of experts that are stored as one.
+    """
     schemes: dict[str, QuantScheme] = {}
     reasons: dict[str, str] = {}
     used: set[Pattern] = set()
     for tensor, role in roles.items():
         ignored = _ignored_by(recipe, role.name, tensor, stack_of.get(role.name, role.name))
         if role.kind == "unreached":
-            reasons[tensor] = f"{IGNORED} '{ignored.text}', and out of reach: {role.reason}" if ignored else f"out of reach: {role.reason}"
+            reasons[tensor] = (
+                f"{IGNORED} '{ignored.text}', and out of reach: {role.reason}"
+                if ignored
+                else f"out of reach: {role.reason}"
+            )
         elif not tensor.endswith(".weight"):
             continue
         elif ignored is not None:
@@ -167,30 +228,52 @@ def _assign(recipe: Recipe, roles: Mapping[str, ModuleInfo], stack_of: Mapping[s
     for pattern, _ in recipe.layers:
         if pattern not in used:
             raise RecipeError(
-                f"the layer pattern '{pattern.text}' never applies: an earlier entry or 'ignore' takes all that it matches; reorder them or leave it out"
+                f"the layer pattern '{pattern.text}' never applies: an earlier entry or 'ignore'"
+                " takes all that it matches; reorder them or leave it out"
             )
     return schemes, reasons
 
 
 def _scheme_for(role: ModuleInfo, recipe: Recipe) -> tuple[QuantScheme, Pattern | None] | None:
-    """The scheme of a weight and the exception that gives it, or None where the recipe leaves it."""
-    pattern, scheme = next(((pattern, scheme) for pattern, scheme in recipe.layers if pattern.matches(role.name)), (None, recipe.scheme))
+    """The scheme of a weight and the exception that gives it, or None where the recipe leaves
+    it.
+    """
+    pattern, scheme = next(
+        ((pattern, scheme) for pattern, scheme in recipe.layers if pattern.matches(role.name)),
+        (None, recipe.scheme),
+    )
     if role.kind != "linear":
         if pattern is None:
             return None
-        if role.kind not in ("lm_head", "router", "outside the blocks", "other tower") or len(role.shape) != 2:
-            raise RecipeError(f"the layer pattern '{pattern.text}' matches {role.name}, which is no Linear ({role.reason}); narrow the pattern")
+        if (
+            role.kind not in ("lm_head", "router", "outside the blocks", "other tower")
+            or len(role.shape) != 2
+        ):
+            raise RecipeError(
+                f"the layer pattern '{pattern.text}' matches {role.name}, which is no Linear"
+                f" ({role.reason}); narrow the pattern"
+            )
     if 0 in role.shape:
-        raise CheckpointError(f"{role.tensor} has the empty shape {list(role.shape)}, so it can't be quantized; leave it out of the recipe's layers")
+        raise CheckpointError(
+            f"{role.tensor} has the empty shape {list(role.shape)}, so it can't be quantized; leave"
+            " it out of the recipe's layers"
+        )
     return scheme, pattern
 
 
-def _require_one_scheme_per_fused_set(tensors: ModelTensors, schemes: Mapping[str, QuantScheme]) -> None:
+def _require_one_scheme_per_fused_set(
+    tensors: ModelTensors, schemes: Mapping[str, QuantScheme]
+) -> None:
     for members in fused_sets(tensors.modules("linear")):
         theirs = {schemes.get(member) for member in members}
-        one_scale = any(scheme and (scheme.needs_calibration or scheme.weight.granularity == TENSOR) for scheme in theirs)
+        one_scale = any(
+            scheme and (scheme.needs_calibration or scheme.weight.granularity == TENSOR)
+            for scheme in theirs
+        )
         if one_scale and len(theirs) > 1:
-            raise RecipeError(f"runtimes merge {', '.join(members)} and give them one scale; give them one scheme")
+            raise RecipeError(
+                f"runtimes merge {', '.join(members)} and give them one scale; give them one scheme"
+            )
 
 
 def _refuse_dtypes(assignment: Assignment) -> None:
@@ -198,10 +281,16 @@ def _refuse_dtypes(assignment: Assignment) -> None:
     for name in assignment.linears:
         dtype = tensors[f"{name}.weight"].dtype
         if dtype not in FLOATS and f"{name}.weight" not in scales:
-            raise CheckpointError(f"{name}.weight is stored as {dtype}; quantkit quantizes bfloat16, float16 and float32 weights, and FP8 in blocks")
+            raise CheckpointError(
+                f"{name}.weight is stored as {dtype}; quantkit quantizes bfloat16, float16 and"
+                " float32 weights, and FP8 in blocks"
+            )
     for tensor in assignment.roles:
         if tensors[tensor].dtype.startswith("F8_") and tensor not in scales:
-            raise CheckpointError(f"{tensor} holds FP8 codes, but config.json has no quantization_config that says how; export from the original model")
+            raise CheckpointError(
+                f"{tensor} holds FP8 codes, but config.json has no quantization_config that says"
+                " how; export from the original model"
+            )
 
 
 def _refuse_clashes(assignment: Assignment, layout: str) -> None:
@@ -212,9 +301,16 @@ def _refuse_clashes(assignment: Assignment, layout: str) -> None:
 
 def refuse_taken_names(assignment: Assignment, made: set[str]) -> None:
     """made: names of tensors that an export adds to those that stay."""
-    kept = set(assignment.checkpoint.tensors) - {f"{name}.weight" for name in assignment.linears} - set(assignment.block_scales.values())
+    kept = (
+        set(assignment.checkpoint.tensors)
+        - {f"{name}.weight" for name in assignment.linears}
+        - set(assignment.block_scales.values())
+    )
     for name in sorted(made & kept):
-        raise CheckpointError(f"{assignment.checkpoint.path} holds a tensor {name} already; export from the original model")
+        raise CheckpointError(
+            f"{assignment.checkpoint.path} holds a tensor {name} already; export from the original"
+            " model"
+        )
 
 
 def more(count: int) -> str:

@@ -1,4 +1,5 @@
-"""The processes that torchrun started for one command, and what they tell each other. One process alone is rank 0 of 1 and talks to nobody.
+"""The processes that torchrun started for one command, and what they tell each other. One process
+alone is rank 0 of 1 and talks to nobody.
 
 Launching, rendezvous and the end of a job whose process died are torchrun's.
 """
@@ -17,7 +18,8 @@ from quantkit.errors import FollowerStopped, QuantkitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Ranks wait for each other at the end of each block, which may take long for the slowest; a rank that dies is noticed at once.
+# Ranks wait for each other at the end of each block, which may take long for the slowest; a rank
+# that dies is noticed at once.
 TIMEOUT = timedelta(hours=12)
 
 
@@ -49,7 +51,9 @@ class Ranks:
         return gathered
 
     def first_decides(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0 makes of `decide`, on every rank; its error ends them all, and only rank 0 says it."""
+        """What rank 0 makes of `decide`, on every rank; its error ends them all, and only rank 0
+        says it.
+        """
         if self.count == 1:
             return decide()
         content, error = None, None
@@ -66,7 +70,9 @@ class Ranks:
         return content
 
     def after_first(self, work: Callable[[], Any]) -> Any:
-        """What each rank makes of `work`, which isn't sent; rank 0's error ends them all, and only rank 0 says it."""
+        """What each rank makes of `work`, which isn't sent; rank 0's error ends them all, and only
+        rank 0 says it.
+        """
         made: list[Any] = []
         self.first_decides(lambda: made.append(work()))
         return made[0] if made else work()
@@ -82,24 +88,30 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        described = self.first_decides(lambda: {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+        described = self.first_decides(
+            lambda: {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        )
         found: dict[str, Tensor] = {}
         for name, (shape, dtype) in described.items():
             empty = None if self.is_first else torch.empty(shape, dtype=dtype, device=self.device)
             found[name] = tensors[name].to(self.device).contiguous() if self.is_first else empty
             if found[name].numel():
                 with _peers_alive(), torch.inference_mode():
-                    dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0)  # as bytes: gloo doesn't know every dtype
+                    # as bytes: gloo doesn't know every dtype
+                    dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0)
         return found
 
     def reduce(self, tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
-        """Each tensor's sum or maximum over the ranks. Tensors of one dtype, in the same order and shapes on every rank. operation: "sum" or "max"."""
+        """Each tensor's sum or maximum over the ranks. Tensors of one dtype, in the same order and
+        shapes on every rank. operation: "sum" or "max".
+        """
         import torch
         import torch.distributed as dist
 
         if self.count == 1 or not tensors:
             return list(tensors)
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self.device)  # nccl reduces on GPUs only
+        # nccl reduces on GPUs only
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self.device)
         with _peers_alive():
             dist.all_reduce(flat, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
         parts = flat.to(tensors[0].device).split([tensor.numel() for tensor in tensors])
@@ -112,20 +124,24 @@ def _peers_alive() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise QuantkitError(
-            f"another process of this job has ended, for the reason that it gave ({str(error).splitlines()[0][:80]}); --resume continues"
+            "another process of this job has ended, for the reason that it gave"
+            f" ({str(error).splitlines()[0][:80]}); --resume continues"
         ) from None
 
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks of this job, joined for as long as the context lasts. device: "cpu" or "cuda"; with torchrun each rank takes its own GPU."""
+    """The ranks of this job, joined for as long as the context lasts. device: "cpu" or "cuda"; with
+    torchrun each rank takes its own GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Ranks(device=device)
         return
     import torch
     import torch.distributed as dist
 
-    # Imported later, by transformers, its functions' default arguments would hold this job's group: gloo's threads would outlive it and could abort the exit.
+    # Imported later, by transformers, its functions' default arguments would hold this job's group:
+    # gloo's threads would outlive it and could abort the exit.
     import torch.distributed.nn.functional  # noqa: F401
 
     on_gpu = device.startswith("cuda")

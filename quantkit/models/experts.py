@@ -1,8 +1,10 @@
-"""Experts that transformers keeps in tensors of three dimensions: what they compute, and how they are made to compute it in a way of ours.
+"""Experts that transformers keeps in tensors of three dimensions: what they compute, and how they
+are made to compute it in a way of ours.
 
-transformers lets the forward of most be chosen by name. A few have one that it doesn't ask about; where that one computes the same as the others', which is tried
-on random numbers, it is replaced. Llama 4's is such: it is given every token once for each expert, times the router's score, which is 0 where the router sends the
-token elsewhere.
+transformers lets the forward of most be chosen by name. A few have one that it doesn't ask about;
+where that one computes the same as the others', which is tried on random numbers, it is replaced.
+Llama 4's is such: it is given every token once for each expert, times the router's score, which is
+0 where the router sends the token elsewhere.
 """
 
 from __future__ import annotations
@@ -20,19 +22,26 @@ from torch import Tensor, nn
 from quantkit.models.linear_views import DOWN, GATE_UP, find_stacks
 from quantkit.models.weight_map import WeightMap
 
-# (module, hidden states [tokens, features], the experts of each token [tokens, per token], their weights [tokens, per token]) → [tokens, features]
+# (module, hidden states [tokens, features], the experts of each token [tokens, per token], their
+# weights [tokens, per token]) → [tokens, features]
 ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-# Of a trial: features between an expert's Linears, and how large they are: some beyond any bound that a gate has, some near zero.
+# Of a trial: features between an expert's Linears, and how large they are: some beyond any bound
+# that a gate has, some near zero.
 _TRIAL_EXPERTS, _TRIAL_TOKENS, _TRIAL_WIDTH, _TRIAL_SIZE = 3, 4, 16, 12.0
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds all experts of a layer in two stacks."""
-    return all(isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3 for leaf in first_and_down(module))
+    return all(
+        isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3
+        for leaf in first_and_down(module)
+    )
 
 
 def first_and_down(module: nn.Module) -> tuple[str, str]:
-    """What its stacks are called: that of the matrices which read the hidden states (gate and up as one, or up alone), and that of those which make the output."""
+    """What its stacks are called: that of the matrices which read the hidden states (gate and up as
+    one, or up alone), and that of those which make the output.
+    """
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
@@ -45,15 +54,21 @@ def runs_as_told(module: nn.Module) -> bool:
 
 
 def each_expert(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, output_of: Callable[[int, Tensor, Tensor], Tensor]
+    module: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    output_of: Callable[[int, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The forward of stacked experts, one after the other, as transformers' `eager` computes it.
 
-    output_of(expert, token, states): what an expert makes of the states [n, features] of the tokens [n] that the router sends to it.
+    output_of(expert, token, states): what an expert makes of the states [n, features] of the tokens
+    [n] that the router sends to it.
     """
     output = torch.zeros_like(hidden_states)
     for expert in range(module.num_experts):
-        position, token = torch.where((top_k_index == expert).T)  # in the order of the eager forward
+        # in the order of the eager forward
+        position, token = torch.where((top_k_index == expert).T)
         if not len(token):
             continue
         states = output_of(expert, token, hidden_states[token])
@@ -99,7 +114,9 @@ def register_experts(name: str, forward: ExpertsForward) -> None:
 
 
 def adopt_experts(model: nn.Module, name: str) -> None:
-    """Let a registered forward run those experts of a model too that transformers doesn't ask which one they have. What isn't theirs by trial stays as it is."""
+    """Let a registered forward run those experts of a model too that transformers doesn't ask which
+    one they have. What isn't theirs by trial stays as it is.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     forward = ALL_EXPERTS_FUNCTIONS.get(name)
@@ -109,13 +126,25 @@ def adopt_experts(model: nn.Module, name: str) -> None:
 
 
 def _adopt(module: nn.Module, forward: ExpertsForward) -> None:
-    """Give experts what transformers' decorator gives to others: what they say of themselves, and a forward."""
-    (count, rows, columns), (_, down_rows, down_columns) = (getattr(module, leaf).shape for leaf in first_and_down(module))
+    """Give experts what transformers' decorator gives to others: what they say of themselves, and a
+    forward.
+    """
+    (count, rows, columns), (_, down_rows, down_columns) = (
+        getattr(module, leaf).shape for leaf in first_and_down(module)
+    )
     is_transposed = (rows, columns) == (down_columns, 2 * down_rows)
     takes = len(inspect.signature(module.forward).parameters)
-    if takes not in _WAYS or not (is_transposed or (rows, columns) == (2 * down_columns, down_rows)):
+    if takes not in _WAYS or not (
+        is_transposed or (rows, columns) == (2 * down_columns, down_rows)
+    ):
         return
-    described = {"is_concatenated": True, "is_transposed": is_transposed, "has_bias": False, "has_gate": True, "has_post_expert_norm": False}
+    described = {
+        "is_concatenated": True,
+        "is_transposed": is_transposed,
+        "has_bias": False,
+        "has_gate": True,
+        "has_post_expert_norm": False,
+    }
     if _computes_alike(module, described, takes):
         vars(module).update(described | {"num_experts": count})
         module.forward = types.MethodType(_WAYS[takes](forward), module)
@@ -131,55 +160,87 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
     leaf, down = first_and_down(module)
     features = getattr(module, down).shape[2 if described["is_transposed"] else 1]
     shapes = {leaf: (features, 2 * _TRIAL_WIDTH), down: (_TRIAL_WIDTH, features)}
-    weights = {name: random(_TRIAL_EXPERTS, *shape) * shape[0] ** -0.5 for name, shape in shapes.items()}
-    weights = {name: weight if described["is_transposed"] else weight.mT.contiguous() for name, weight in weights.items()}
+    weights = {
+        name: random(_TRIAL_EXPERTS, *shape) * shape[0] ** -0.5 for name, shape in shapes.items()
+    }
+    weights = {
+        name: weight if described["is_transposed"] else weight.mT.contiguous()
+        for name, weight in weights.items()
+    }
     small = copy.copy(module)
-    small._parameters = module._parameters | {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
+    small._parameters = module._parameters | {
+        name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()
+    }
     vars(small).update(described | {"num_experts": _TRIAL_EXPERTS})
-    arguments = random(_TRIAL_TOKENS, features) * _TRIAL_SIZE, torch.tensor([[0, 1], [1, 2], [1, 0], [0, 1]]), random(_TRIAL_TOKENS, 2).abs()
+    arguments = (
+        random(_TRIAL_TOKENS, features) * _TRIAL_SIZE,
+        torch.tensor([[0, 1], [1, 2], [1, 0], [0, 1]]),
+        random(_TRIAL_TOKENS, 2).abs(),
+    )
     if takes == 1:  # as the router of such hands them over
         scores = torch.zeros(_TRIAL_TOKENS, _TRIAL_EXPERTS).scatter(1, *arguments[1:])
         arguments = ((arguments[0] * scores.T[..., None]).flatten(0, 1),)
     try:
         theirs = small.forward(*arguments)
-    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):  # it asks for what others don't have
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+    ):  # it asks for what others don't have
         return False
     ours = _WAYS[takes](_plain)(small, *arguments)
-    return isinstance(theirs, Tensor) and theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    return (
+        isinstance(theirs, Tensor)
+        and theirs.shape == ours.shape
+        and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    )
 
 
-def _plain(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _plain(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     def output_of(expert: int, _: Tensor, states: Tensor) -> Tensor:
-        return expert_linear(module, first_and_down(module)[1], expert, intermediate(module, expert, states))
+        return expert_linear(
+            module, first_and_down(module)[1], expert, intermediate(module, expert, states)
+        )
 
     return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
 
 
 def _of_routed(forward: ExpertsForward) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A forward for experts that are given [experts · tokens, features], zero where the router sends a token elsewhere: each row that isn't is a token of its own.
+    """A forward for experts that are given [experts · tokens, features], zero where the router
+    sends a token elsewhere: each row that isn't is a token of its own.
 
-    Only these are multiplied, so that the result is that of all rows up to the order of sums in a product.
+    Only these are multiplied, so that the result is that of all rows up to the order of sums in a
+    product.
     """
 
     def run(module: nn.Module, routed: Tensor) -> Tensor:
         rows = routed.reshape(-1, routed.shape[-1])
-        expert = torch.arange(module.num_experts, device=rows.device).repeat_interleave(rows.shape[0] // module.num_experts)
+        expert = torch.arange(module.num_experts, device=rows.device).repeat_interleave(
+            rows.shape[0] // module.num_experts
+        )
         chosen = torch.where(rows.any(-1), expert, module.num_experts)[:, None]
         return forward(module, rows, chosen, torch.ones_like(chosen, dtype=rows.dtype))
 
     return run
 
 
-# By how many arguments experts of a forward of their own take: those of others, or rows that the router has sorted and scaled.
+# By how many arguments experts of a forward of their own take: those of others, or rows that the
+# router has sorted and scaled.
 _WAYS = {3: lambda forward: forward, 1: _of_routed}
 
 
 @dataclass(frozen=True)
 class Restacked:
-    """Experts that are quantized one by one though the model was published with stacks, which is all that transformers looks for.
+    """Experts that are quantized one by one though the model was published with stacks, which is
+    all that transformers looks for.
 
-    linears: stack, by its name on disk → the Linears of each expert. shapes: of the stacks as transformers expects them. transposed: those whose matrices lie as
-    [in_features, out_features], which a square one doesn't tell of itself.
+    linears: stack, by its name on disk → the Linears of each expert. shapes: of the stacks as
+    transformers expects them. transposed: those whose matrices lie as [in_features, out_features],
+    which a square one doesn't tell of itself.
     """
 
     linears: dict[str, list[list[str]]]
@@ -194,26 +255,50 @@ class Restacked:
             found = re.match(rf"(.*\.experts)\.(\d+)\.({'|'.join(GATE_UP + DOWN)})$", name)
             if found:
                 counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
-        unknown = set(WeightMap(model, [f"{module}.0.{DOWN[0]}.weight" for module in counts]).unexpected)
-        counts = {module: count for module, count in counts.items() if f"{module}.0.{DOWN[0]}.weight" in unknown}
-        stacks = {f"{module}.{leaf}": (module, leaves) for module in counts for leaf, leaves in (("gate_up_proj", GATE_UP), ("down_proj", DOWN))}
+        unknown = set(
+            WeightMap(model, [f"{module}.0.{DOWN[0]}.weight" for module in counts]).unexpected
+        )
+        counts = {
+            module: count
+            for module, count in counts.items()
+            if f"{module}.0.{DOWN[0]}.weight" in unknown
+        }
+        stacks = {
+            f"{module}.{leaf}": (module, leaves)
+            for module in counts
+            for leaf, leaves in (("gate_up_proj", GATE_UP), ("down_proj", DOWN))
+        }
         targets, expected = WeightMap(model, list(stacks)).target_of, model.state_dict()
         known = {stack: parts for stack, parts in stacks.items() if stack in targets}
         shapes = {stack: tuple(expected[targets[stack]].shape) for stack in known}
         return cls(
-            {stack: [[f"{module}.{expert}.{leaf}" for leaf in leaves] for expert in range(counts[module])] for stack, (module, leaves) in known.items()},
+            {
+                stack: [
+                    [f"{module}.{expert}.{leaf}" for leaf in leaves]
+                    for expert in range(counts[module])
+                ]
+                for stack, (module, leaves) in known.items()
+            },
             shapes,
             frozenset(name for name, stack in find_stacks(shapes).items() if stack.is_transposed),
         )
 
     def parts(self) -> set[str]:
-        return {linear for experts in self.linears.values() for linears in experts for linear in linears}
+        return {
+            linear for experts in self.linears.values() for linears in experts for linear in linears
+        }
 
     def read(self, stack: str, weight: Callable[[str], Tensor]) -> Tensor:
         """weight: of a Linear, dequantized."""
-        upright = torch.stack([torch.cat([weight(linear) for linear in linears]) for linears in self.linears[stack]])
+        upright = torch.stack(
+            [torch.cat([weight(linear) for linear in linears]) for linears in self.linears[stack]]
+        )
         return upright.transpose(1, 2).contiguous() if stack in self.transposed else upright
 
     def names(self, tensor: str) -> list[str]:
         """The Linears that a tensor on disk stands for."""
-        return [linear for linears in self.linears[tensor] for linear in linears] if tensor in self.linears else [tensor.removesuffix(".weight")]
+        return (
+            [linear for linears in self.linears[tensor] for linear in linears]
+            if tensor in self.linears
+            else [tensor.removesuffix(".weight")]
+        )

@@ -1,7 +1,9 @@
-"""Hidden states between two decoder blocks, one tensor for each batch: in memory while they fit, else in memory-mapped files.
+"""Hidden states between two decoder blocks, one tensor for each batch: in memory while they fit,
+else in memory-mapped files.
 
-In files they lie twice: a block reads those before it from one file and writes its own into the other. So at every moment one file is whole, and
-what a process leaves when it is killed can be continued from.
+In files they lie twice: a block reads those before it from one file and writes its own into the
+other. So at every moment one file is whole, and what a process leaves when it is killed can be
+continued from.
 """
 
 from __future__ import annotations
@@ -30,10 +32,16 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that this machine, or the container, has to spare; half of a gigabyte where that can't be read."""
+    """Bytes that this machine, or the container, has to spare; half of a gigabyte where that can't
+    be read.
+    """
     spare = []
     try:
-        spare += [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+        spare += [
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable:")
+        ]
         limit = (_CGROUP / "memory.max").read_text().strip()
         if limit != "max":
             spare.append(max(0, int(limit) - int((_CGROUP / "memory.current").read_text())))
@@ -43,7 +51,9 @@ def available_memory() -> int:
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what the allocator keeps of memory that was freed: it would grow with each block by what doesn't fit the next one (glibc)."""
+    """Give back to the system what the allocator keeps of memory that was freed: it would grow with
+    each block by what doesn't fit the next one (glibc).
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -56,12 +66,19 @@ def peak_memory_bytes() -> int:
 
 
 class HiddenStates:
-    """numbers: of the batches that are kept here. `get` gives what was there before the present block, `put` what it made, `turn` ends the block.
+    """numbers: of the batches that are kept here. `get` gives what was there before the present
+    block, `put` what it made, `turn` ends the block.
 
-    memory: bytes that may be held; None is half of what the machine has to spare. directory: where files go; None is the system's temporary place.
+    memory: bytes that may be held; None is half of what the machine has to spare. directory: where
+    files go; None is the system's temporary place.
     """
 
-    def __init__(self, memory: int | None = None, directory: Path | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        memory: int | None = None,
+        directory: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._memory = available_memory() // 2 if memory is None else memory
         self._directory, self._device = directory, torch.device(device)
         self._tensors: dict[int, Tensor] = {}
@@ -78,7 +95,9 @@ class HiddenStates:
         return sorted(self._files[0].shapes if self._files else self._tensors)
 
     def expect(self, shapes: Mapping[int, Sequence[int]], dtype: torch.dtype) -> None:
-        """What will be put: each batch's shape. Decides between memory and files; room on the disk is reserved here."""
+        """What will be put: each batch's shape. Decides between memory and files; room on the disk
+        is reserved here.
+        """
         total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
         if total <= self._memory:
             return
@@ -88,11 +107,14 @@ class HiddenStates:
         try:
             self._files = []
             for side in "ab":
-                self._files.append(_StateFile(self._directory / f"hidden-states-{side}.bin", shapes, dtype))
+                self._files.append(
+                    _StateFile(self._directory / f"hidden-states-{side}.bin", shapes, dtype)
+                )
         except OSError as error:
             self.close()
             raise OutputError(
-                f"the hidden states need 2 × {format_bytes(total)} in {self._directory} ({error.strerror}); make room, raise --memory, or use fewer or shorter windows"
+                f"the hidden states need 2 × {format_bytes(total)} in {self._directory}"
+                f" ({error.strerror}); make room, raise --memory, or use fewer or shorter windows"
             ) from None
 
     def put(self, number: int, hidden: Tensor) -> None:
@@ -109,9 +131,18 @@ class HiddenStates:
         if self._files is not None:
             self._files.reverse()
 
-    def save(self, path: Path, numbers: Sequence[int] | None = None, beside: Mapping[str, Tensor] | None = None) -> None:
-        """A durable copy of what `get` gives, of all batches or of these, and of other tensors beside it; one at a time comes into memory."""
-        write_tensors(path, _Named(self, self.numbers if numbers is None else numbers, beside or {}))
+    def save(
+        self,
+        path: Path,
+        numbers: Sequence[int] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """A durable copy of what `get` gives, of all batches or of these, and of other tensors
+        beside it; one at a time comes into memory.
+        """
+        write_tensors(
+            path, _Named(self, self.numbers if numbers is None else numbers, beside or {})
+        )
 
     def close(self) -> None:
         self._tensors.clear()
@@ -124,9 +155,13 @@ class HiddenStates:
 
 
 class _Named(Mapping[str, Tensor]):
-    """Hidden states by the number of their batch, and other tensors by their names, each read when it is asked for."""
+    """Hidden states by the number of their batch, and other tensors by their names, each read when
+    it is asked for.
+    """
 
-    def __init__(self, states: HiddenStates, numbers: Sequence[int], beside: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, states: HiddenStates, numbers: Sequence[int], beside: Mapping[str, Tensor]
+    ) -> None:
         self._states, self._numbers, self._beside = states, numbers, beside
 
     def __getitem__(self, name: str) -> Tensor:
@@ -140,10 +175,16 @@ class _Named(Mapping[str, Tensor]):
 
 
 class _StateFile:
-    """A file mapped into memory with a place for each batch. What was read or written leaves this process again at once; the system keeps it as it likes."""
+    """A file mapped into memory with a place for each batch. What was read or written leaves this
+    process again at once; the system keeps it as it likes.
+    """
 
     def __init__(self, path: Path, shapes: Mapping[int, Sequence[int]], dtype: torch.dtype) -> None:
-        self.path, self.shapes, self._dtype = path, {number: tuple(shape) for number, shape in shapes.items()}, dtype
+        self.path, self.shapes, self._dtype = (
+            path,
+            {number: tuple(shape) for number, shape in shapes.items()},
+            dtype,
+        )
         self._places: dict[int, tuple[int, int]] = {}
         position = 0
         for number, shape in self.shapes.items():
@@ -152,7 +193,8 @@ class _StateFile:
             position += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._file = new_file(path)
         try:
-            # Reserved now: writing through a mapping where the disk is full would end the process (SIGBUS).
+            # Reserved now: writing through a mapping where the disk is full would end the process
+            # (SIGBUS).
             os.posix_fallocate(self._file.fileno(), 0, max(position, mmap.PAGESIZE))
             self._map = mmap.mmap(self._file.fileno(), max(position, mmap.PAGESIZE))
         except OSError:
@@ -162,13 +204,19 @@ class _StateFile:
 
     def _view(self, number: int) -> Tensor:
         start, nbytes = self._places[number]
-        return torch.frombuffer(self._map, dtype=self._dtype, count=nbytes // self._dtype.itemsize, offset=start).reshape(self.shapes[number])
+        return torch.frombuffer(
+            self._map, dtype=self._dtype, count=nbytes // self._dtype.itemsize, offset=start
+        ).reshape(self.shapes[number])
 
     def write(self, number: int, hidden: Tensor) -> None:
-        if tuple(hidden.shape) != self.shapes[number] or torch.promote_types(hidden.dtype, self._dtype) != self._dtype:
+        if (
+            tuple(hidden.shape) != self.shapes[number]
+            or torch.promote_types(hidden.dtype, self._dtype) != self._dtype
+        ):
             raise OutputError(
-                f"the hidden states of this model are {hidden.dtype} {list(hidden.shape)} where {self._dtype} {list(self.shapes[number])} was reserved in files; "
-                "raise --memory so that they stay in memory"
+                f"the hidden states of this model are {hidden.dtype} {list(hidden.shape)} where"
+                f" {self._dtype} {list(self.shapes[number])} was reserved in files; raise --memory"
+                " so that they stay in memory"
             )
         self._view(number).copy_(hidden)
         self._let_go(number)

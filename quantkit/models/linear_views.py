@@ -1,8 +1,10 @@
 """Each Linear as one matrix [out_features, in_features], however the checkpoint stores it.
 
-Two habits stand between a file and its Linears: GPT-2's Conv1D keeps weights as [in_features, out_features], and experts may lie stacked in one tensor of
-three dimensions. Both are only another way to count the same numbers, so a tensor is described anew, by where its rows and columns begin, and nothing is copied.
-Runtimes read quantized experts one by one, under the names `….experts.N.gate_proj`, `up_proj` and `down_proj`.
+Two habits stand between a file and its Linears: GPT-2's Conv1D keeps weights as [in_features,
+out_features], and experts may lie stacked in one tensor of three dimensions. Both are only another
+way to count the same numbers, so a tensor is described anew, by where its rows and columns begin,
+and nothing is copied. Runtimes read quantized experts one by one, under the names
+`….experts.N.gate_proj`, `up_proj` and `down_proj`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,26 @@ from dataclasses import dataclass, replace
 from quantkit.checkpoint.reader import Checkpoint, TensorInfo
 
 GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
-BIASED = "experts stacked with biases, as in GPT-OSS, whose FP8 and INT8 forms no runtime reads; it is served in bfloat16 or MXFP4"
-ALTERNATING = "experts in whose matrices rows of gate and up alternate, as in Inkling, whose FP8 and INT8 forms quantkit doesn't write"
-FLAT = "all experts of a layer in one flat matrix, as in DBRX, which runtimes read in bfloat16 alone, or with one scale for each expert"
+BIASED = (
+    "experts stacked with biases, as in GPT-OSS, whose FP8 and INT8 forms no runtime reads; it is"
+    " served in bfloat16 or MXFP4"
+)
+ALTERNATING = (
+    "experts in whose matrices rows of gate and up alternate, as in Inkling, whose FP8 and INT8"
+    " forms quantkit doesn't write"
+)
+FLAT = (
+    "all experts of a layer in one flat matrix, as in DBRX, which runtimes read in bfloat16 alone,"
+    " or with one scale for each expert"
+)
 
 
 @dataclass(frozen=True)
 class Stack:
     """A tensor [experts, …] that holds one kind of all experts' matrices, or two (gate above up).
 
-    module: what the experts' names begin with on disk. leaves: GATE_UP or DOWN. is_transposed: each matrix lies as [in_features, out_features].
+    module: what the experts' names begin with on disk. leaves: GATE_UP or DOWN. is_transposed: each
+    matrix lies as [in_features, out_features].
     """
 
     tensor: str
@@ -52,16 +64,22 @@ class Stack:
         for expert in range(self.shape[0]):
             for number, leaf in enumerate(self.leaves):
                 name = f"{self.linear(expert, leaf)}.weight"
-                start = info.start + size * (expert * self.shape[1] * self.shape[2] + number * rows * strides[0])
-                parts[name] = TensorInfo(name, info.dtype, (rows, columns), info.path, start, strides)
+                start = info.start + size * (
+                    expert * self.shape[1] * self.shape[2] + number * rows * strides[0]
+                )
+                parts[name] = TensorInfo(
+                    name, info.dtype, (rows, columns), info.path, start, strides
+                )
         return parts
 
 
 def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
     """Stacks of experts by tensor name. shapes: tensor name → shape.
 
-    Two tensors of three dimensions side by side are a layer's experts where one takes what the other gives: [experts, 2·I, H] and [experts, H, I], or both
-    transposed. No name is asked, but stacks in which gate and up alternate are left alone: those with biases (`has_biases`), and `alternates`.
+    Two tensors of three dimensions side by side are a layer's experts where one takes what the
+    other gives: [experts, 2·I, H] and [experts, H, I], or both transposed. No name is asked, but
+    stacks in which gate and up alternate are left alone: those with biases (`has_biases`), and
+    `alternates`.
     """
     pairs: dict[str, list[str]] = {}
     for name, shape in shapes.items():
@@ -81,17 +99,29 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
 
 
 def has_biases(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return f"{name}_bias" in shapes or name.endswith(".weight") and len(shapes.get(f"{name.removesuffix('.weight')}.bias", ())) == 2
+    return (
+        f"{name}_bias" in shapes
+        or name.endswith(".weight")
+        and len(shapes.get(f"{name.removesuffix('.weight')}.bias", ())) == 2
+    )
 
 
 def alternates(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether rows of gate and up alternate in a matrix or stack, or in the one beside it: Inkling's, which alone are called w13 on disk."""
+    """Whether rows of gate and up alternate in a matrix or stack, or in the one beside it:
+    Inkling's, which alone are called w13 on disk.
+    """
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-    return leaf in ("w13_dn", "w13_weight", "shared_w13_weight") or leaf.endswith("w2_weight") and f"{parent}.{leaf.replace('w2', 'w13')}" in shapes
+    return (
+        leaf in ("w13_dn", "w13_weight", "shared_w13_weight")
+        or leaf.endswith("w2_weight")
+        and f"{parent}.{leaf.replace('w2', 'w13')}" in shapes
+    )
 
 
 def experts_module(name: str) -> str:
-    """What the names of a stack's experts begin with: `….experts` of `….experts.down_proj` and of `….block_sparse_moe.output_linear.weight`."""
+    """What the names of a stack's experts begin with: `….experts` of `….experts.down_proj` and of
+    `….block_sparse_moe.output_linear.weight`.
+    """
     parent = name.removesuffix(".weight").rpartition(".")[0]
     return parent if parent.rpartition(".")[2] == "experts" else f"{parent}.experts"
 
@@ -99,11 +129,22 @@ def experts_module(name: str) -> str:
 def transposed_weights(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     """Weights stored as [in_features, out_features].
 
-    The bias beside them has the length of their columns. A square one can't be told from a Linear, but where others are transposed it is too.
+    The bias beside them has the length of their columns. A square one can't be told from a Linear,
+    but where others are transposed it is too.
     """
-    with_bias = {name: shapes[f"{name.removesuffix('.weight')}.bias"] for name in shapes if f"{name.removesuffix('.weight')}.bias" in shapes}
-    matrices = {name: bias for name, bias in with_bias.items() if name.endswith(".weight") and len(shapes[name]) == 2 and len(bias) == 1}
-    found = {name for name, bias in matrices.items() if bias[0] == shapes[name][1] != shapes[name][0]}
+    with_bias = {
+        name: shapes[f"{name.removesuffix('.weight')}.bias"]
+        for name in shapes
+        if f"{name.removesuffix('.weight')}.bias" in shapes
+    }
+    matrices = {
+        name: bias
+        for name, bias in with_bias.items()
+        if name.endswith(".weight") and len(shapes[name]) == 2 and len(bias) == 1
+    }
+    found = {
+        name for name, bias in matrices.items() if bias[0] == shapes[name][1] != shapes[name][0]
+    }
     return found | {name for name in matrices if found and shapes[name][0] == shapes[name][1]}
 
 
@@ -112,7 +153,9 @@ def with_upright_weights(checkpoint: Checkpoint) -> Checkpoint:
     names = transposed_weights({name: info.shape for name, info in checkpoint.tensors.items()})
     if not names:
         return checkpoint
-    upright = {name: _turned(info) if name in names else info for name, info in checkpoint.tensors.items()}
+    upright = {
+        name: _turned(info) if name in names else info for name, info in checkpoint.tensors.items()
+    }
     return replace(checkpoint, tensors=upright)
 
 
@@ -122,7 +165,9 @@ def _turned(info: TensorInfo) -> TensorInfo:
 
 
 def as_matrices(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with each Linear as one upright matrix, experts one by one. Its files' fingerprint is that of the checkpoint as it was opened."""
+    """The checkpoint with each Linear as one upright matrix, experts one by one. Its files'
+    fingerprint is that of the checkpoint as it was opened.
+    """
     upright = with_upright_weights(checkpoint)
     stacks = find_stacks({name: info.shape for name, info in upright.tensors.items()})
     if not stacks:
@@ -133,14 +178,22 @@ def as_matrices(checkpoint: Checkpoint) -> Checkpoint:
     return replace(upright, tensors=tensors)
 
 
-def as_stored_where_left(stored: Checkpoint, matrices: Checkpoint, quantized: Container[str]) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint with matrices only where they are quantized; what is left stays as it is stored. quantized: their weights.
+def as_stored_where_left(
+    stored: Checkpoint, matrices: Checkpoint, quantized: Container[str]
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint with matrices only where they are quantized; what is left stays as it is
+    stored. quantized: their weights.
 
-    Also returns, for each stack that stays whole, one of its parts. Runtimes read a layer's experts in one way or the other, so they stay together.
+    Also returns, for each stack that stays whole, one of its parts. Runtimes read a layer's experts
+    in one way or the other, so they stay together.
     """
     stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
     parts = {name: stack.parts(stored.tensors[name]) for name, stack in stacks.items()}
-    apart = {stacks[name].module for name, matrix in parts.items() if any(part in quantized for part in matrix)}
+    apart = {
+        stacks[name].module
+        for name, matrix in parts.items()
+        if any(part in quantized for part in matrix)
+    }
     tensors: dict[str, TensorInfo] = {}
     whole: dict[str, str] = {}
     for name, info in stored.tensors.items():

@@ -9,14 +9,18 @@ from transformers import DynamicCache
 
 
 class _NoLayers(list):
-    """The layers of a cache that has none: whoever looks for one of his own (DeepSeek V4's compressors) finds None, and works as without a cache."""
+    """The layers of a cache that has none: whoever looks for one of his own (DeepSeek V4's
+    compressors) finds None, and works as without a cache.
+    """
 
     def __getitem__(self, _: Any) -> None:
         return None
 
 
 class PassingCache(DynamicCache):
-    """A cache without a past that keeps nothing: layers with a recurrent state begin afresh in each window, and threads can share it."""
+    """A cache without a past that keeps nothing: layers with a recurrent state begin afresh in each
+    window, and threads can share it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Going on from the middle of a model: hidden states between two decoder blocks, saved where an output is made. Each rank saves those of its batches, any number of
-ranks can read them.
+"""Going on from the middle of a model: hidden states between two decoder blocks, saved where an
+output is made. Each rank saves those of its batches, any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ SECONDS_BETWEEN_SAVES = 120.0
 
 @dataclass
 class SavedStates:
-    """What one walk through the blocks saves and goes on from. work: the directory, on the first rank; partial: its path, on all. walk: its name, where there are several.
+    """What one walk through the blocks saves and goes on from. work: the directory, on the first
+    rank; partial: its path, on all. walk: its name, where there are several.
 
     last_too: save behind the last block as well, because more than writing a result comes after it.
     """
@@ -41,19 +42,29 @@ class SavedStates:
     saved_at: float = field(default_factory=time.monotonic)
 
     def restore(
-        self, states: HiddenStates, numbers_behind: Callable[[int], Sequence[int]], names_behind: Callable[[int], Sequence[str]] = lambda block: (),
+        self,
+        states: HiddenStates,
+        numbers_behind: Callable[[int], Sequence[int]],
+        names_behind: Callable[[int], Sequence[str]] = lambda block: (),
         put_beside: Callable[[Mapping[str, Tensor]], None] | None = None,
-    ) -> int:  # fmt: skip
-        """Put in place what an earlier run saved; returns the block to begin with, 0 where there is nothing.
+    ) -> int:
+        """Put in place what an earlier run saved; returns the block to begin with, 0 where there is
+        nothing.
 
-        numbers_behind: which batches are needed behind a block; names_behind: which other tensors, for put_beside, which is called first.
+        numbers_behind: which batches are needed behind a block; names_behind: which other tensors,
+        for put_beside, which is called first.
         """
         saved = self.ranks.first_decides(self._saved)
         if saved is None:
             return 0
         numbers, names = numbers_behind(saved["block"]), names_behind(saved["block"])
         paths = [self.partial / name for name in saved["files"]]
-        found = {name: info for path in paths if path.is_file() for name, info in read_header(path).items()}
+        found = {
+            name: info
+            for path in paths
+            if path.is_file()
+            for name, info in read_header(path).items()
+        }
         if not all(self.ranks.all_gather(found.keys() >= {*map(str, numbers), *names})):
             return 0
         if names:
@@ -67,25 +78,48 @@ class SavedStates:
         saved = self.work.done.get(HIDDEN_STATES)
         if saved is None or saved.get("walk", "") != self.walk:
             return None
-        return saved if all(is_as_recorded(self.partial, *item) for item in saved["files"].items()) else None
+        return (
+            saved
+            if all(is_as_recorded(self.partial, *item) for item in saved["files"].items())
+            else None
+        )
 
     def stop_or_save(
-        self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int] | None = None, beside: Callable[[], Mapping[str, Tensor]] = dict
+        self,
+        number: int,
+        blocks: int,
+        states: HiddenStates,
+        numbers: Sequence[int] | None = None,
+        beside: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
-        """Behind a block: save what is late, and end (exit 75) where a signal has come to any rank. numbers: of the batches to save, unless all. beside: gives other tensors."""
+        """Behind a block: save what is late, and end (exit 75) where a signal has come to any rank.
+        numbers: of the batches to save, unless all. beside: gives other tensors.
+        """
         stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
-        late = self.ranks.first_decides(lambda: time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES)
+        late = self.ranks.first_decides(
+            lambda: time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
+        )
         if (stopped or late) and (self.last_too or number + 1 < blocks):
             self._save(number, states, numbers, beside)
             self.saved_at = time.monotonic()
         if stopped:
-            StopRequest(stopped[0]).check(f"after block {number + 1} of {blocks}; what is done is kept")
+            StopRequest(stopped[0]).check(
+                f"after block {number + 1} of {blocks}; what is done is kept"
+            )
 
-    def _save(self, number: int, states: HiddenStates, numbers: Sequence[int] | None, beside: Callable[[], Mapping[str, Tensor]]) -> None:
+    def _save(
+        self,
+        number: int,
+        states: HiddenStates,
+        numbers: Sequence[int] | None,
+        beside: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
         """Each rank writes those of its batches, where all see the same directory."""
         saved = None
         if self.partial.is_dir():
-            path = self.partial / f"hidden-states{f'-{self.walk}' if self.walk else ''}-{number:05d}-{self.ranks.rank}.safetensors"
+            walk = f"-{self.walk}" if self.walk else ""
+            name = f"hidden-states{walk}-{number:05d}-{self.ranks.rank}.safetensors"
+            path = self.partial / name
             states.save(path, numbers, beside())
             saved = path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
         gathered = self.ranks.all_gather(saved)

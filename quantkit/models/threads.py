@@ -1,4 +1,6 @@
-"""Work on several threads: batches at once, each on one thread of its own, and modules that keep a state in themselves, one at a time."""
+"""Work on several threads: batches at once, each on one thread of its own, and modules that keep a
+state in themselves, one at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def each_batch(work: Callable[[int], Any], numbers: Sequence[int], device: torch.device, threads: int) -> Iterator[Any]:
-    """work(number) for each, its results in this order. On a CPU `threads` of them run at once, each on one thread of its own."""
+def each_batch(
+    work: Callable[[int], Any], numbers: Sequence[int], device: torch.device, threads: int
+) -> Iterator[Any]:
+    """work(number) for each, its results in this order. On a CPU `threads` of them run at once,
+    each on one thread of its own.
+    """
     if device.type != "cpu" or threads < 2 or len(numbers) < 2:
         with one_thread() if device.type == "cpu" else nullcontext():
             for number in numbers:
@@ -54,9 +60,11 @@ def each_batch(work: Callable[[int], Any], numbers: Sequence[int], device: torch
 
 
 class Turns:
-    """Runs of modules from several threads: at once, except where a forward writes to the module itself, as RecurrentGemma keeps its recurrent state; those run in turn.
+    """Runs of modules from several threads: at once, except where a forward writes to the module
+    itself, as RecurrentGemma keeps its recurrent state; those run in turn.
 
-    What kind of module that is shows in its first run, which is alone: whether an attribute or a buffer is another object behind it than before.
+    What kind of module that is shows in its first run, which is alone: whether an attribute or a
+    buffer is another object behind it than before.
     """
 
     def __init__(self) -> None:
@@ -74,8 +82,14 @@ class Turns:
             yield
             if not self._writes.get(kind):
                 after = _attributes(module)
-                self._writes[kind] = before.keys() != after.keys() or any(value is not after[name] for name, value in before.items())
+                self._writes[kind] = before.keys() != after.keys() or any(
+                    value is not after[name] for name, value in before.items()
+                )
 
 
 def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
-    return {(path, name): value for path, part in module.named_modules() for name, value in (vars(part) | part._buffers).items()}
+    return {
+        (path, name): value
+        for path, part in module.named_modules()
+        for name, value in (vars(part) | part._buffers).items()
+    }

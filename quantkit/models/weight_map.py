@@ -1,4 +1,6 @@
-"""Which tensors of a checkpoint make which parameters of a model, by transformers' own rules: prefixes, renamed parts, experts that are merged."""
+"""Which tensors of a checkpoint make which parameters of a model, by transformers' own rules:
+prefixes, renamed parts, experts that are merged.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +12,48 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """The tensors that make one parameter: one, or lists of equal length that transformers merges (experts).
+    """The tensors that make one parameter: one, or lists of equal length that transformers merges
+    (experts).
 
-    lists: one for each kind of tensor (gate_proj, up_proj), each with its tensors in the order in which they are stacked.
+    lists: one for each kind of tensor (gate_proj, up_proj), each with its tensors in the order in
+    which they are stacked.
     """
 
     lists: tuple[tuple[str, ...], ...]
 
 
 class WeightMap:
-    """transformers' own mapping from a checkpoint's names to a model's, looked at before anything is loaded."""
+    """transformers' own mapping from a checkpoint's names to a model's, looked at before anything
+    is loaded.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
 
         self.conversions = get_model_conversion_mapping(model)
         expected = model.state_dict()
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        self.target_of: dict[str, str] = {}  # checkpoint's tensor → parameter (its first, where one tensor becomes several)
+        by_pattern = {
+            pattern: converter for converter in converters for pattern in converter.source_patterns
+        }
+        # checkpoint's tensor → parameter (its first, where one tensor becomes several)
+        self.target_of: dict[str, str] = {}
         self.unexpected: list[str] = []
         patterns: dict[str, dict[str, list[str]]] = {}
         self.mapped: set[str] = set()
         self._plain: set[str] = set()
-        self._split_under: set[str] = set()  # modules in which a tensor is split into several parameters
+        # modules in which a tensor is split into several parameters
+        self._split_under: set[str] = set()
         for name in names:
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+            target, pattern = rename_source_key(
+                name, renamings, converters, model.base_model_prefix, expected
+            )
             if target not in expected and name in expected:
                 target, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
             if target not in expected:
@@ -51,9 +67,17 @@ class WeightMap:
             elif len(by_pattern[pattern].target_patterns) > 1:
                 self._split_under.add(".".join(target.split(".")[:-2]))
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        # Parameters that are stored once under another's name, which is at most renamed: heads, and blocks that are run several times (Zamba's).
-        self.shared = {target: source for target, source in tied.items() if target not in self.mapped and source in self._plain}
-        self.sources = {target: ParameterSource(tuple(tuple(_in_order(tensors)) for tensors in by.values())) for target, by in patterns.items()}
+        # Parameters that are stored once under another's name, which is at most renamed: heads, and
+        # blocks that are run several times (Zamba's).
+        self.shared = {
+            target: source
+            for target, source in tied.items()
+            if target not in self.mapped and source in self._plain
+        }
+        self.sources = {
+            target: ParameterSource(tuple(tuple(_in_order(tensors)) for tensors in by.values()))
+            for target, by in patterns.items()
+        }
 
     def is_split(self, parameter: str) -> bool:
         """Whether its tensor becomes other parameters too."""
@@ -74,7 +98,9 @@ def _in_order(names: Sequence[str]) -> list[str]:
 
 
 def names_on_disk(source: ParameterSource | None, name: str) -> list[str]:
-    """The Linears of the checkpoint that a Linear of the module tree is made of: itself, or several that transformers merges."""
+    """The Linears of the checkpoint that a Linear of the module tree is made of: itself, or several
+    that transformers merges.
+    """
     if source is None:
         return [name]
     return [tensor.removesuffix(".weight") for tensors in source.lists for tensor in tensors]

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from quantkit.ops import reference
-from quantkit.ops.arguments import FORMATS, PACKINGS, ROW_UNIT, SCALE_BLOCK, check_codes, check_states, out_features_of, packed_dtype, plain_weight
+from quantkit.ops.arguments import (
+    FORMATS,
+    PACKINGS,
+    ROW_UNIT,
+    SCALE_BLOCK,
+    check_codes,
+    check_states,
+    out_features_of,
+    packed_dtype,
+    plain_weight,
+)
 from quantkit.schemes.number_formats import E8M0
 from quantkit.schemes.scheme import QuantSpec, block
 
@@ -19,7 +29,8 @@ _STATISTICS = {
     "counts": torch.int64,
 }
 
-# |x| is binned by the top bits of its float32: 8 of exponent, 4 of mantissa, so 16 bins an octave, from 2^-32 to 2^32. Fixed bins, so histograms add.
+# |x| is binned by the top bits of its float32: 8 of exponent, 4 of mantissa, so 16 bins an octave,
+# from 2^-32 to 2^32. Fixed bins, so histograms add.
 HISTOGRAM_BINS = 1024
 HISTOGRAM_SHIFT = 19
 HISTOGRAM_OFFSET = (127 - 32) << 4
@@ -29,31 +40,54 @@ _CHUNK = 64  # rows whose squares are summed in float32 before they go to float6
 
 
 def histogram_edges() -> Tensor:
-    """Lower edge of each bin of |x|, [HISTOGRAM_BINS] float32. The first bin holds all below its end, the last all from its edge on, and NaN."""
-    edges = (torch.arange(HISTOGRAM_BINS, dtype=torch.int32) + HISTOGRAM_OFFSET << HISTOGRAM_SHIFT).view(torch.float32)
+    """Lower edge of each bin of |x|, [HISTOGRAM_BINS] float32. The first bin holds all below its
+    end, the last all from its edge on, and NaN.
+    """
+    edges = (
+        torch.arange(HISTOGRAM_BINS, dtype=torch.int32) + HISTOGRAM_OFFSET << HISTOGRAM_SHIFT
+    ).view(torch.float32)
     edges[0] = 0.0
     return edges
 
 
 def _spec(format_name: str, rule: str, block_rows: int, block_columns: int) -> QuantSpec:
-    return QuantSpec(FORMATS[format_name], block(block_rows, block_columns), rule == "dynamic", E8M0 if rule == "power_of_two" else None)
+    return QuantSpec(
+        FORMATS[format_name],
+        block(block_rows, block_columns),
+        rule == "dynamic",
+        E8M0 if rule == "power_of_two" else None,
+    )
 
 
 def reference_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
     return reference.block_amax(values, block(block_rows, block_columns))
 
 
-def reference_encode_blocks(values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str) -> Tensor:
-    return reference.quantize(values, _spec(format, "stored", block_rows, block_columns), scale).qdata
+def reference_encode_blocks(
+    values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str
+) -> Tensor:
+    return reference.quantize(
+        values, _spec(format, "stored", block_rows, block_columns), scale
+    ).qdata
 
 
-def reference_quantize_blocks(values: Tensor, block_rows: int, block_columns: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+def reference_quantize_blocks(
+    values: Tensor, block_rows: int, block_columns: int, format: str, rule: str
+) -> tuple[Tensor, Tensor]:
     quantized = reference.quantize(values, _spec(format, rule, block_rows, block_columns))
     return quantized.qdata, quantized.scale
 
 
-def reference_dequantize_blocks(codes: Tensor, scale: Tensor, block_rows: int, block_columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    return reference.dequantize(codes, scale, block(block_rows, block_columns)).to(dtype or torch.float32)
+def reference_dequantize_blocks(
+    codes: Tensor,
+    scale: Tensor,
+    block_rows: int,
+    block_columns: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return reference.dequantize(codes, scale, block(block_rows, block_columns)).to(
+        dtype or torch.float32
+    )
 
 
 def reference_observe_rows(
@@ -69,26 +103,33 @@ def reference_observe_rows(
     """Add the statistics of rows [tokens, features], of any floating-point type, to:
 
     channel_amax: [features] float32, of |x|. A NaN makes it NaN.
-    channel_sum_of_squares: [features] float64. Chunks of 64 rows, counted from the first of this call, are summed row by row in float32.
+    channel_sum_of_squares: [features] float64. Chunks of 64 rows, counted from the first of this
+    call, are summed row by row in float32.
     histogram: [HISTOGRAM_BINS] int64 of |x|; NaN is in the last bin.
     token_histogram: [HISTOGRAM_BINS] int64 of each row's largest |x|.
     extremes: [2] float32, minimum and maximum, without the sign of zeros. A NaN makes both NaN.
     counts: [2] int64, rows, and how many |x| > above, compared in float32; NaN is not above.
     """
-    check_statistics(rows, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts)
+    check_statistics(
+        rows, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts
+    )
     counts[0] += rows.shape[0]
     if not rows.numel():
         return
     values = rows.detach().float()
     magnitudes = values.abs()
     torch.maximum(channel_amax, magnitudes.amax(0), out=channel_amax)
-    chunks = torch.nn.functional.pad(values.square(), (0, 0, 0, -rows.shape[0] % _CHUNK)).unflatten(0, (-1, _CHUNK))
+    chunks = torch.nn.functional.pad(values.square(), (0, 0, 0, -rows.shape[0] % _CHUNK)).unflatten(
+        0, (-1, _CHUNK)
+    )
     for chunk_sum in sum(chunks.unbind(1)):
         channel_sum_of_squares += chunk_sum
     histogram += _count_bins(magnitudes)
     token_histogram += _count_bins(magnitudes.amax(1))
     low, high = values.aminmax()
-    extremes.copy_(torch.stack([torch.minimum(extremes[0], low + 0.0), torch.maximum(extremes[1], high + 0.0)]))
+    extremes.copy_(
+        torch.stack([torch.minimum(extremes[0], low + 0.0), torch.maximum(extremes[1], high + 0.0)])
+    )
     counts[1] += (magnitudes > torch.tensor(above, dtype=torch.float32)).sum()
 
 
@@ -96,26 +137,39 @@ def _count_bins(magnitudes: Tensor) -> Tensor:
     """[HISTOGRAM_BINS] int64."""
     # A NaN keeps its sign bit through abs().
     keys = (magnitudes.contiguous().view(torch.int32) & 0x7FFFFFFF) >> HISTOGRAM_SHIFT
-    return torch.bincount((keys - HISTOGRAM_OFFSET).clamp_(0, HISTOGRAM_BINS - 1).flatten(), minlength=HISTOGRAM_BINS)
+    return torch.bincount(
+        (keys - HISTOGRAM_OFFSET).clamp_(0, HISTOGRAM_BINS - 1).flatten(), minlength=HISTOGRAM_BINS
+    )
 
 
 def check_statistics(rows: Tensor, *statistics: Tensor) -> None:
     """Refuse what a kernel would write beyond."""
     if rows.dim() != 2 or not rows.is_floating_point():
-        raise ValueError(f"the rows are {rows.dtype} {list(rows.shape)}, not a floating-point matrix")
+        raise ValueError(
+            f"the rows are {rows.dtype} {list(rows.shape)}, not a floating-point matrix"
+        )
     features = rows.shape[1]
-    for (name, dtype), length, tensor in zip(_STATISTICS.items(), (features, features, HISTOGRAM_BINS, HISTOGRAM_BINS, 2, 2), statistics):
+    for (name, dtype), length, tensor in zip(
+        _STATISTICS.items(), (features, features, HISTOGRAM_BINS, HISTOGRAM_BINS, 2, 2), statistics
+    ):
         if tensor.shape != (length,) or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; needed is a contiguous {dtype} [{length}]")
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; needed is a contiguous {dtype}"
+                f" [{length}]"
+            )
 
 
-def reference_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+def reference_quantize_rows(
+    rows: Tensor, group: int, format: str, rule: str
+) -> tuple[Tensor, Tensor]:
     return reference_quantize_blocks(rows, 1, group, format, rule)
 
 
 def reference_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
     check_states(states, scale)
-    return reference.encode_codes(states.float() / scale.float().reshape(1, -1, 1, 1), FORMATS[format])
+    return reference.encode_codes(
+        states.float() / scale.float().reshape(1, -1, 1, 1), FORMATS[format]
+    )
 
 
 def packed_shape(out_features: int, in_features: int, device: str = "cpu") -> tuple[int, ...]:
@@ -125,7 +179,9 @@ def packed_shape(out_features: int, in_features: int, device: str = "cpu") -> tu
 
 
 def reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
-    """[panels of 16 output features, in_features padded to 64, 16]: see QkPacking in kernels/cpu/matmul.h for the order within a panel."""
+    """[panels of 16 output features, in_features padded to 64, 16]: see QkPacking in
+    kernels/cpu/matmul.h for the order within a panel.
+    """
     check_codes(codes, packing)
     if codes.device.type == "cuda":
         return plain_weight(codes, packing)
@@ -135,7 +191,11 @@ def reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
     if packing == "int8_dot":
         padded = padded ^ 0x80  # code + 128
     together = _PACKED_TOGETHER[packing]
-    return padded.reshape(panels, _PANEL, inner // together, together).transpose(1, 2).reshape(panels, inner, _PANEL)
+    return (
+        padded.reshape(panels, _PANEL, inner // together, together)
+        .transpose(1, 2)
+        .reshape(panels, inner, _PANEL)
+    )
 
 
 def unpack_weight(packed: Tensor, packing: str, out_features: int, in_features: int) -> Tensor:
@@ -144,20 +204,37 @@ def unpack_weight(packed: Tensor, packing: str, out_features: int, in_features: 
         return packed[:, :in_features].contiguous().view(PACKINGS[packing])
     panels, inner, _ = packed.shape
     together = _PACKED_TOGETHER[packing]
-    codes = packed.reshape(panels, inner // together, _PANEL, together).transpose(1, 2).reshape(panels * _PANEL, inner)[:out_features, :in_features]
+    codes = (
+        packed.reshape(panels, inner // together, _PANEL, together)
+        .transpose(1, 2)
+        .reshape(panels * _PANEL, inner)[:out_features, :in_features]
+    )
     return (codes ^ 0x80 if packing == "int8_dot" else codes).contiguous().view(PACKINGS[packing])
 
 
 def scale_per_feature(weight_scale: Tensor, packed: Tensor) -> Tensor:
     """[groups or 1, out_features]: on CUDA a scale may serve a block of 128 output features."""
     features = out_features_of(packed, weight_scale)
-    return weight_scale if weight_scale.shape[1] == features else weight_scale.repeat_interleave(SCALE_BLOCK, 1)[:, :features]
+    return (
+        weight_scale
+        if weight_scale.shape[1] == features
+        else weight_scale.repeat_interleave(SCALE_BLOCK, 1)[:, :features]
+    )
 
 
-def _reference_product(left: Tensor, left_scale: Tensor | None, right: Tensor, right_scale: Tensor, group: int) -> Tensor:
-    """left [tokens, in_features] times right [out_features, in_features] transposed, each with its scales, float32."""
+def _reference_product(
+    left: Tensor, left_scale: Tensor | None, right: Tensor, right_scale: Tensor, group: int
+) -> Tensor:
+    """left [tokens, in_features] times right [out_features, in_features] transposed, each with its
+    scales, float32.
+    """
     if group >= left.shape[1]:
-        return left.float() @ right.float().T * (1.0 if left_scale is None else left_scale) * right_scale
+        return (
+            left.float()
+            @ right.float().T
+            * (1.0 if left_scale is None else left_scale)
+            * right_scale
+        )
     across = block(1, group)
     values = left.float() if left_scale is None else reference.dequantize(left, left_scale, across)
     return values @ reference.dequantize(right, right_scale.T, across).T
@@ -168,13 +245,24 @@ def _finished(output: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def reference_matmul_int8(
-    activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
-    zero_point: Tensor | None, weight_sums: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    activations: Tensor,
+    activation_scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    group: int,
+    zero_point: Tensor | None,
+    weight_sums: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, "int8_dot", weight_scale.shape[1], activations.shape[1])
     if group < activations.shape[1]:
-        return _finished(_reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype)
+        return _finished(
+            _reference_product(activations, activation_scale, codes, weight_scale, group),
+            bias,
+            dtype,
+        )
     # float64 holds every sum of fewer than 2^37 products of two bytes exactly.
     sums = activations.double() @ codes.double().T
     if zero_point is not None:
@@ -183,22 +271,39 @@ def reference_matmul_int8(
 
 
 def reference_matmul_fp8(
-    activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, group: int,
-    powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    activations: Tensor,
+    activation_scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    group: int,
+    powers_of_two: bool,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, "e4m3", weight_scale.shape[1], activations.shape[1])
-    return _finished(_reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype)
+    return _finished(
+        _reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype
+    )
 
 
 def reference_matmul_weight_only(
-    inputs: Tensor, packed: Tensor, packing: str, weight_scale: Tensor, group: int, powers_of_two: bool, bias: Tensor | None, dtype: torch.dtype
+    inputs: Tensor,
+    packed: Tensor,
+    packing: str,
+    weight_scale: Tensor,
+    group: int,
+    powers_of_two: bool,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, packing, weight_scale.shape[1], inputs.shape[1])
     return _finished(_reference_product(inputs, None, codes, weight_scale, group), bias, dtype)
 
 
-def reference_matmul_bf16(inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def reference_matmul_bf16(
+    inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     weight = unpack_weight(packed, "bf16", out_features, inputs.shape[1])
     return _finished(inputs.float() @ weight.float().T, bias, dtype)

@@ -1,7 +1,9 @@
-"""One Linear computed from its codes: by a compiled kernel where there is one for its scheme, else by the reference arithmetic.
+"""One Linear computed from its codes: by a compiled kernel where there is one for its scheme, else
+by the reference arithmetic.
 
-The two agree: bit for bit where INT8 codes have one scale per token and per output feature; else within float32's rounding of a sum of as
-many products as there are input features, because the order of the sum is another.
+The two agree: bit for bit where INT8 codes have one scale per token and per output feature; else
+within float32's rounding of a sum of as many products as there are input features, because the
+order of the sum is another.
 """
 
 from __future__ import annotations
@@ -18,8 +20,16 @@ from quantkit.schemes.scheme import QuantScheme, QuantSpec
 OPS = torch.ops.quantkit
 
 
-def kernel_for(weight: QuantSpec, inputs: QuantSpec | None, in_features: int, dtype: torch.dtype, device: str | torch.device) -> tuple[str | None, str]:
-    """The op that multiplies by such a weight, or None and why there is none. inputs: what the scheme does to activations; dtype: theirs."""
+def kernel_for(
+    weight: QuantSpec,
+    inputs: QuantSpec | None,
+    in_features: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> tuple[str | None, str]:
+    """The op that multiplies by such a weight, or None and why there is none. inputs: what the
+    scheme does to activations; dtype: theirs.
+    """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         return None, f"there are no kernels for {kind}"
@@ -28,14 +38,34 @@ def kernel_for(weight: QuantSpec, inputs: QuantSpec | None, in_features: int, dt
         return None, missing
     group, unit = _group(weight, inputs, in_features), cuda.GROUP_UNIT if kind == "cuda" else 4
     if group is None or (group < in_features and group % unit):
-        return None, f"no kernel has groups of activations and of weights of different sizes, or of no multiple of {unit}"
-    if weight.format not in (INT8, FP8_E4M3) or (inputs is not None and inputs.format is not weight.format):
-        return None, f"no kernel multiplies {weight.format.name} weights by {inputs.format.name if inputs else dtype} activations"
+        return (
+            None,
+            (
+                "no kernel has groups of activations and of weights of different sizes, or of no"
+                f" multiple of {unit}"
+            ),
+        )
+    if weight.format not in (INT8, FP8_E4M3) or (
+        inputs is not None and inputs.format is not weight.format
+    ):
+        return (
+            None,
+            (
+                f"no kernel multiplies {weight.format.name} weights by"
+                f" {inputs.format.name if inputs else dtype} activations"
+            ),
+        )
     if inputs is None:
         return (
             ("matmul_weight_only", "")
             if dtype == torch.bfloat16
-            else (None, f"weights alone are quantized, and their kernel takes bfloat16 activations, not {dtype}")
+            else (
+                None,
+                (
+                    "weights alone are quantized, and their kernel takes bfloat16 activations, not"
+                    f" {dtype}"
+                ),
+            )
         )
     if weight.format is INT8 and in_features >= 1 << 17:
         return None, "int32 doesn't hold sums over 131072 input features or more"
@@ -43,77 +73,134 @@ def kernel_for(weight: QuantSpec, inputs: QuantSpec | None, in_features: int, dt
 
 
 def _missing_on_cpu() -> str | None:
-    return None if native.cpu_kernels() else "this installation has no compiled kernels, or QUANTKIT_KERNELS switches them off"
+    return (
+        None
+        if native.cpu_kernels()
+        else "this installation has no compiled kernels, or QUANTKIT_KERNELS switches them off"
+    )
 
 
 def _group(weight: QuantSpec, inputs: QuantSpec | None, in_features: int) -> int | None:
     """Input features that share scales, or None where weight and activations differ."""
-    sizes = {spec.granularity.block_shape(1, in_features)[1] for spec in (weight, inputs) if spec is not None} - {in_features}
+    sizes = {
+        spec.granularity.block_shape(1, in_features)[1]
+        for spec in (weight, inputs)
+        if spec is not None
+    } - {in_features}
     return in_features if not sizes else sizes.pop() if len(sizes) == 1 else None
 
 
 class QuantizedLinear(nn.Module):
-    """weight: codes [out_features, in_features] and scales; input_scale: [1], of a static scheme; bias: [out_features] or None; dtype: of the
-    inputs to expect; use_kernel: False leaves the compiled kernel alone.
+    """weight: codes [out_features, in_features] and scales; input_scale: [1], of a static scheme;
+    bias: [out_features] or None; dtype: of the inputs to expect; use_kernel: False leaves the
+    compiled kernel alone.
 
-    kernel: the op that runs, or None where the reference does. It keeps the weight in its own order, so the codes stand in memory once.
+    kernel: the op that runs, or None where the reference does. It keeps the weight in its own
+    order, so the codes stand in memory once.
     """
 
     def __init__(
-        self, weight: QuantizedTensor, scheme: QuantScheme, input_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, use_kernel: bool = True
+        self,
+        weight: QuantizedTensor,
+        scheme: QuantScheme,
+        input_scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        use_kernel: bool = True,
     ) -> None:
         super().__init__()
         codes = weight.qdata
         self.out_features, self.in_features = codes.shape
         self.spec, self.scheme, self.input_scale, self.bias = weight.spec, scheme, input_scale, bias
-        self.kernel = kernel_for(weight.spec, scheme.input, self.in_features, dtype, codes.device)[0] if use_kernel else None
+        self.kernel = (
+            kernel_for(weight.spec, scheme.input, self.in_features, dtype, codes.device)[0]
+            if use_kernel
+            else None
+        )
         if self.kernel is None:
             # bfloat16 holds every E4M3 value exactly, and torch converts it tens of times faster.
             self.codes = codes.bfloat16() if codes.dtype == torch.float8_e4m3fn else codes
             self.scale = weight.scale
             return
-        kind = "int8_dot" if self.kernel == "matmul_int8" else "int8" if weight.spec.format is INT8 else "e4m3"
+        kind = (
+            "int8_dot"
+            if self.kernel == "matmul_int8"
+            else "int8"
+            if weight.spec.format is INT8
+            else "e4m3"
+        )
         self.packing, self.packed = kind, OPS.pack_weight(codes, kind)
         self.group = _group(weight.spec, scheme.input, self.in_features)
         self.scale = self._scale_of_outputs(weight)
-        self.powers_of_two = all(spec.scale_format is E8M0 for spec in (weight.spec, scheme.input) if spec is not None)
+        self.powers_of_two = all(
+            spec.scale_format is E8M0 for spec in (weight.spec, scheme.input) if spec is not None
+        )
         self.kernel_bias = None if bias is None else bias.float()
 
     def _scale_of_outputs(self, weight: QuantizedTensor) -> Tensor:
-        """[groups, out_features] float32; on CUDA, which reads a scale of a block of 128 as one, [groups, blocks]."""
+        """[groups, out_features] float32; on CUDA, which reads a scale of a block of 128 as one,
+        [groups, blocks].
+        """
         rows = weight.spec.granularity.block_shape(self.out_features, self.in_features)[0]
         if rows == SCALE_BLOCK and weight.scale.is_cuda:
             return weight.scale.float().T.contiguous()
-        scale = weight.scale.float().repeat_interleave(rows, dim=0)[: self.out_features] if weight.scale.shape[0] < self.out_features else weight.scale.float()
+        scale = (
+            weight.scale.float().repeat_interleave(rows, dim=0)[: self.out_features]
+            if weight.scale.shape[0] < self.out_features
+            else weight.scale.float()
+        )
         return scale.T.contiguous()
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, self.in_features)
-        takes = (torch.bfloat16,) if self.scheme.input is None else (torch.bfloat16, torch.float16, torch.float32)
+        takes = (
+            (torch.bfloat16,)
+            if self.scheme.input is None
+            else (torch.bfloat16, torch.float16, torch.float32)
+        )
         if self.kernel is not None and inputs.dtype in takes and rows.shape[0]:
             output = self._by_kernel(rows)
         else:
             input_scale = self.input_scale if self.scheme.needs_calibration else None
-            output = quantized_linear(rows, self.weight(), self.scheme.input, input_scale, self.bias)
+            output = quantized_linear(
+                rows, self.weight(), self.scheme.input, input_scale, self.bias
+            )
         return output.reshape(*inputs.shape[:-1], self.out_features)
 
     def weight(self) -> QuantizedTensor:
         """The codes in their usual order, and their scales."""
         if self.kernel is None:
             return QuantizedTensor(self.codes, self.scale, self.spec)
-        codes = fallback.unpack_weight(self.packed, self.packing, self.out_features, self.in_features)
-        rows = self.spec.granularity.block_shape(self.out_features, self.in_features)[0] if self.scale.shape[1] == self.out_features else 1
+        codes = fallback.unpack_weight(
+            self.packed, self.packing, self.out_features, self.in_features
+        )
+        rows = (
+            self.spec.granularity.block_shape(self.out_features, self.in_features)[0]
+            if self.scale.shape[1] == self.out_features
+            else 1
+        )
         return QuantizedTensor(codes, self.scale.T[::rows].contiguous(), self.spec)
 
     def _by_kernel(self, rows: Tensor) -> Tensor:
         spec, ends = self.scheme.input, (self.kernel_bias, rows.dtype)
         if spec is None:
-            return OPS.matmul_weight_only(rows, self.packed, self.packing, self.scale, self.group, self.powers_of_two, *ends)
+            return OPS.matmul_weight_only(
+                rows, self.packed, self.packing, self.scale, self.group, self.powers_of_two, *ends
+            )
         if self.scheme.needs_calibration:
             scale = self.input_scale.reshape(1, 1).float()
             codes = OPS.encode_blocks(rows, scale, *rows.shape, spec.format.name)
         else:
-            codes, scale = OPS.quantize_rows(rows, spec.granularity.block_shape(*rows.shape)[1], spec.format.name, torch_ops.scale_rule(spec))
+            codes, scale = OPS.quantize_rows(
+                rows,
+                spec.granularity.block_shape(*rows.shape)[1],
+                spec.format.name,
+                torch_ops.scale_rule(spec),
+            )
         if self.kernel == "matmul_int8":
-            return OPS.matmul_int8(codes, scale, self.packed, self.scale, self.group, None, None, *ends)
-        return OPS.matmul_fp8(codes, scale, self.packed, self.scale, self.group, self.powers_of_two, *ends)
+            return OPS.matmul_int8(
+                codes, scale, self.packed, self.scale, self.group, None, None, *ends
+            )
+        return OPS.matmul_fp8(
+            codes, scale, self.packed, self.scale, self.group, self.powers_of_two, *ends
+        )

@@ -1,7 +1,8 @@
 """The compiled kernels: which libraries are there, and which instruction set of the CPU's runs.
 
-Functions take raw pointers and sizes (kernels/cpu/dispatch.cpp, kernels/cuda/*.cu) and are called without Python's lock. The environment variable QUANTKIT_KERNELS
-chooses a level of the CPU's, or "reference" for no kernels at all, instead of the best that this machine has.
+Functions take raw pointers and sizes (kernels/cpu/dispatch.cpp, kernels/cuda/*.cu) and are called
+without Python's lock. The environment variable QUANTKIT_KERNELS chooses a level of the CPU's, or
+"reference" for no kernels at all, instead of the best that this machine has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from quantkit.errors import QuantkitError
 
 LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 5
 CUDA_LIBRARY_NAME, CUDA_LIBRARY_VERSION = "libquantkit_cuda.so", 1
-# The order of the enum in kernels/cpu/dispatch.cpp. "avx512vnni" has VNNI too, "avx512bf16" also VBMI and BF16, "amx" also AMX's tiles.
+# The order of the enum in kernels/cpu/dispatch.cpp. "avx512vnni" has VNNI too, "avx512bf16" also
+# VBMI and BF16, "amx" also AMX's tiles.
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 # Those in which kernels other than multiplications differ.
 ELEMENTWISE_LEVELS = ("scalar", "avx2", "avx512")
@@ -24,14 +26,21 @@ ELEMENTWISE_LEVELS = ("scalar", "avx2", "avx512")
 
 @cache
 def cpu_kernels() -> ctypes.CDLL | None:
-    """The compiled CPU kernels, or None where they weren't built, are of another version, or QUANTKIT_KERNELS says so."""
+    """The compiled CPU kernels, or None where they weren't built, are of another version, or
+    QUANTKIT_KERNELS says so.
+    """
     wanted = os.environ.get("QUANTKIT_KERNELS", "")
     if wanted not in ("", "reference", *LEVELS):
-        raise QuantkitError(f"QUANTKIT_KERNELS is '{wanted}'; choose one of {', '.join(LEVELS)}, reference")
+        raise QuantkitError(
+            f"QUANTKIT_KERNELS is '{wanted}'; choose one of {', '.join(LEVELS)}, reference"
+        )
     found = _find(LIBRARY_NAME)
     if wanted == "reference" or not found:
         if wanted in LEVELS:
-            raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, but the kernels weren't built; install quantkit where there is a C++ compiler")
+            raise QuantkitError(
+                f"QUANTKIT_KERNELS asks for {wanted}, but the kernels weren't built; install"
+                " quantkit where there is a C++ compiler"
+            )
         return None
     import torch  # noqa: F401  (brings libgomp.so.1, which the library shares with it)
 
@@ -42,20 +51,71 @@ def cpu_kernels() -> ctypes.CDLL | None:
     matrix = [size] * 5
     library.qk_block_amax.argtypes = [pointer, number, *matrix, pointer]
     library.qk_encode_blocks.argtypes = [pointer, number, *matrix, number, pointer, pointer]
-    library.qk_quantize_blocks.argtypes = [pointer, number, *matrix, number, number, pointer, pointer]
+    library.qk_quantize_blocks.argtypes = [
+        pointer,
+        number,
+        *matrix,
+        number,
+        number,
+        pointer,
+        pointer,
+    ]
     library.qk_dequantize_blocks.argtypes = [pointer, number, *matrix, pointer, number, pointer]
-    library.qk_observe_rows.argtypes = [pointer, number, *[size] * 4, ctypes.c_float, *[pointer] * 6]
+    library.qk_observe_rows.argtypes = [
+        pointer,
+        number,
+        *[size] * 4,
+        ctypes.c_float,
+        *[pointer] * 6,
+    ]
     library.qk_count_magnitudes.argtypes = [pointer, size, size, pointer]
     library.qk_pack_weight.argtypes = [number, pointer, size, size, size, pointer]
-    activations, weight, output = [pointer, size, size, size], [pointer, size], [pointer, pointer, number, number]  # output: bias, values, type, threads
-    library.qk_matmul_int8.argtypes = [*activations, pointer, size, size, *weight, size, *weight, *output, *weight, pointer]
-    library.qk_matmul_fp8.argtypes = [*activations, pointer, size, size, *weight, size, *weight, *output, number]
-    library.qk_matmul_weight_only.argtypes = [*activations, pointer, number, size, size, *weight, *output, number]
+    # output: bias, values, type, threads
+    activations, weight, output = (
+        [pointer, size, size, size],
+        [pointer, size],
+        [pointer, pointer, number, number],
+    )
+    library.qk_matmul_int8.argtypes = [
+        *activations,
+        pointer,
+        size,
+        size,
+        *weight,
+        size,
+        *weight,
+        *output,
+        *weight,
+        pointer,
+    ]
+    library.qk_matmul_fp8.argtypes = [
+        *activations,
+        pointer,
+        size,
+        size,
+        *weight,
+        size,
+        *weight,
+        *output,
+        number,
+    ]
+    library.qk_matmul_weight_only.argtypes = [
+        *activations,
+        pointer,
+        number,
+        size,
+        size,
+        *weight,
+        *output,
+        number,
+    ]
     library.qk_matmul_bf16.argtypes = [*activations, pointer, size, *output]
     model = [pointer, size, *[pointer] * 5]  # hidden states, their stride, weight, bias, figures
     library.qk_score_logits.argtypes = [size, size, size, pointer, *model, *model, number]
     if wanted and library.qk_select_cpu_level(LEVELS.index(wanted)) != 0:
-        raise QuantkitError(f"QUANTKIT_KERNELS asks for {wanted}, which this processor doesn't have")
+        raise QuantkitError(
+            f"QUANTKIT_KERNELS asks for {wanted}, which this processor doesn't have"
+        )
     return library
 
 
@@ -66,9 +126,15 @@ def cpu_level() -> str:
 
 
 def elementwise_level() -> str:
-    """The instruction set of all kernels but multiplications: one of ELEMENTWISE_LEVELS, or "reference"."""
+    """The instruction set of all kernels but multiplications: one of ELEMENTWISE_LEVELS, or
+    "reference".
+    """
     level = cpu_level()
-    return level if level == "reference" else [name for name in ELEMENTWISE_LEVELS if LEVELS.index(name) <= LEVELS.index(level)][-1]
+    return (
+        level
+        if level == "reference"
+        else [name for name in ELEMENTWISE_LEVELS if LEVELS.index(name) <= LEVELS.index(level)][-1]
+    )
 
 
 class Product(ctypes.Structure):
@@ -92,9 +158,15 @@ class Product(ctypes.Structure):
 
 @cache
 def cuda_kernels() -> ctypes.CDLL | None:
-    """The compiled CUDA kernels, or None where they weren't built, are of another version, or QUANTKIT_KERNELS says so. Needs no GPU: it loads anywhere."""
+    """The compiled CUDA kernels, or None where they weren't built, are of another version, or
+    QUANTKIT_KERNELS says so. Needs no GPU: it loads anywhere.
+    """
     found = _find(CUDA_LIBRARY_NAME)
-    return open_cuda_library(found) if found and os.environ.get("QUANTKIT_KERNELS") != "reference" else None
+    return (
+        open_cuda_library(found)
+        if found and os.environ.get("QUANTKIT_KERNELS") != "reference"
+        else None
+    )
 
 
 def open_cuda_library(path: Path) -> ctypes.CDLL | None:
@@ -104,20 +176,55 @@ def open_cuda_library(path: Path) -> ctypes.CDLL | None:
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.qk_cuda_architectures.restype = library.qk_cuda_error.restype = ctypes.c_char_p
-    library.qk_cuda_quantize_rows.argtypes = [pointer, number, *[size] * 4, number, number, pointer, pointer, pointer]
-    library.qk_cuda_quantize_kv.argtypes = [pointer, number, *[size] * 7, pointer, size, number, pointer, pointer]
-    library.qk_cuda_dequantize.argtypes = [pointer, number, *[size] * 5, pointer, number, pointer, pointer]
-    library.qk_cuda_matmul_int8.argtypes = library.qk_cuda_matmul_fp8.argtypes = [ctypes.POINTER(Product), pointer]
+    library.qk_cuda_quantize_rows.argtypes = [
+        pointer,
+        number,
+        *[size] * 4,
+        number,
+        number,
+        pointer,
+        pointer,
+        pointer,
+    ]
+    library.qk_cuda_quantize_kv.argtypes = [
+        pointer,
+        number,
+        *[size] * 7,
+        pointer,
+        size,
+        number,
+        pointer,
+        pointer,
+    ]
+    library.qk_cuda_dequantize.argtypes = [
+        pointer,
+        number,
+        *[size] * 5,
+        pointer,
+        number,
+        pointer,
+        pointer,
+    ]
+    library.qk_cuda_matmul_int8.argtypes = library.qk_cuda_matmul_fp8.argtypes = [
+        ctypes.POINTER(Product),
+        pointer,
+    ]
     library.qk_cuda_matmul_weight_only.argtypes = [ctypes.POINTER(Product), number, pointer]
     return library
 
 
 def cuda_architectures() -> list[str]:
-    """What the CUDA library holds machine code for: "80", "90a" and so on; empty without the library."""
+    """What the CUDA library holds machine code for: "80", "90a" and so on; empty without the
+    library.
+    """
     library = cuda_kernels()
     return library.qk_cuda_architectures().decode().split() if library else []
 
 
 def _find(name: str) -> Path | None:
-    # An editable install keeps libraries beside the installed package, not in the source tree: look in all of the package's directories.
-    return next((path for directory in quantkit.__path__ if (path := Path(directory) / name).is_file()), None)
+    # An editable install keeps libraries beside the installed package, not in the source tree: look
+    # in all of the package's directories.
+    return next(
+        (path for directory in quantkit.__path__ if (path := Path(directory) / name).is_file()),
+        None,
+    )

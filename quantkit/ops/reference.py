@@ -1,8 +1,10 @@
-"""The reference arithmetic: choose scales, quantize, dequantize, multiply. Kernels are checked against this file.
+"""The reference arithmetic: choose scales, quantize, dequantize, multiply. Kernels are checked
+against this file.
 
-One piece of code serves every granularity, because a granularity is the shape of a block (`scheme.Granularity`).
-All arithmetic is float32. Values are divided by their scale, never multiplied by a reciprocal: the two differ in the last bit
-and so, now and then, in the code.
+One piece of code serves every granularity, because a granularity is the shape of a block
+(`scheme.Granularity`).
+All arithmetic is float32. Values are divided by their scale, never multiplied by a reciprocal: the
+two differ in the last bit and so, now and then, in the code.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class QuantizedTensor:
 
 
 def block_amax(values: Tensor, granularity: Granularity) -> Tensor:
-    """Largest magnitude of each block. values: [rows, columns]; returns [block rows, block columns] float32.
+    """Largest magnitude of each block. values: [rows, columns]; returns [block rows, block columns]
+    float32.
 
     A NaN anywhere in a block makes its amax NaN.
     """
@@ -64,11 +67,14 @@ def block_sum(values: Tensor, granularity: Granularity) -> Tensor:
 
 
 def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales (float32) that map each block's amax to the format's largest code, rounded to what will be stored.
+    """Scales (float32) that map each block's amax to the format's largest code, rounded to what
+    will be stored.
 
-    Static scales are rounded to bfloat16, because some runtimes keep scales in float32 and others cast them to the
-    model's dtype: a scale that is exact in bfloat16 reads alike in both. Codes are clamped, so rounding down loses nothing
-    but the last 0.2 % of the one largest value. Dynamic scales follow vLLM's formula and floor. A block of zeros
+    Static scales are rounded to bfloat16, because some runtimes keep scales in float32 and others
+    cast them to the
+    model's dtype: a scale that is exact in bfloat16 reads alike in both. Codes are clamped, so
+    rounding down loses nothing but the last 0.2 % of the one largest value. Dynamic scales follow
+    vLLM's formula and floor. A block of zeros
     gets the scale 1, which keeps it zero.
     """
     amax = amax.float()
@@ -83,9 +89,11 @@ def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _power_of_two_scale(amax: Tensor, number_format: NumberFormat) -> Tensor:
-    # The least power of two that fits the block without clipping, as served: rounding the exponent down, as the
+    # The least power of two that fits the block without clipping, as served: rounding the exponent
+    # down, as the
     # OCP specification's example does, would saturate the top eighth of each octave.
-    # amax = m·2^e with m in [0.5, 1) and max = M·2^E: exact, where a float32 log2 would be off by one near powers of two.
+    # amax = m·2^e with m in [0.5, 1) and max = M·2^E: exact, where a float32 log2 would be off by
+    # one near powers of two.
     mantissa, exponent = torch.frexp(amax)
     largest_mantissa, largest_exponent = math.frexp(number_format.max)
     exponent = (exponent - largest_exponent + (mantissa > largest_mantissa)).clamp(-127, 127)
@@ -94,12 +102,16 @@ def _power_of_two_scale(amax: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def encode_codes(scaled: Tensor, number_format: NumberFormat) -> Tensor:
-    """float32 values, already divided by their scale, to codes: round half to even, clamp, then cast.
+    """float32 values, already divided by their scale, to codes: round half to even, clamp, then
+    cast.
 
-    The clamp comes before the cast because an INT8 cast wraps, and an FP8 cast saturates or gives NaN
+    The clamp comes before the cast because an INT8 cast wraps, and an FP8 cast saturates or gives
+    NaN
     depending on torch's version.
     """
-    clamped = (scaled.round() if number_format.kind == "int" else scaled).clamp(number_format.min, number_format.max)
+    clamped = (scaled.round() if number_format.kind == "int" else scaled).clamp(
+        number_format.min, number_format.max
+    )
     return clamped.to(getattr(torch, number_format.torch_name))
 
 
@@ -127,25 +139,38 @@ def expand_scale(scale: Tensor, granularity: Granularity, rows: int, columns: in
 
 
 def _in_blocks(values: Tensor, granularity: Granularity) -> Tensor:
-    """[rows, columns] as [block rows, rows per block, block columns, columns per block], padded with zeros at the ends."""
+    """[rows, columns] as [block rows, rows per block, block columns, columns per block], padded
+    with zeros at the ends.
+    """
     rows, columns = values.shape
     block_rows, block_columns = granularity.block_shape(rows, columns)
     blocks_down, blocks_across = granularity.scale_shape(rows, columns)
-    missing_rows, missing_columns = blocks_down * block_rows - rows, blocks_across * block_columns - columns
+    missing_rows, missing_columns = (
+        blocks_down * block_rows - rows,
+        blocks_across * block_columns - columns,
+    )
     if missing_rows or missing_columns:
         values = torch.nn.functional.pad(values, (0, missing_columns, 0, missing_rows))
     return values.reshape(blocks_down, block_rows, blocks_across, block_columns)
 
 
-def quantized_linear(inputs: Tensor, weight: QuantizedTensor, input_spec: QuantSpec | None, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def quantized_linear(
+    inputs: Tensor,
+    weight: QuantizedTensor,
+    input_spec: QuantSpec | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
     """What a server computes for one quantized Linear; the reference of every GEMM kernel.
 
-    inputs: [tokens, in_features]; weight.qdata: [out_features, in_features]; input_scale: the static scale [1], or None
-    when the scheme is dynamic or leaves inputs alone; bias: [out_features]. Returns [tokens, out_features] in the inputs' dtype.
+    inputs: [tokens, in_features]; weight.qdata: [out_features, in_features]; input_scale: the
+    static scale [1], or None when the scheme is dynamic or leaves inputs alone; bias:
+    [out_features]. Returns [tokens, out_features] in the inputs' dtype.
 
-    Products of codes are accumulated in int32 (INT8: exact) or float32 (FP8), scales and bias are applied in
-    float32, and the result is rounded once. Where scales change along in_features (groups, blocks) the operands are dequantized first:
-    the same sum in another order.
+    Products of codes are accumulated in int32 (INT8: exact) or float32 (FP8), scales and bias are
+    applied in
+    float32, and the result is rounded once. Where scales change along in_features (groups, blocks)
+    the operands are dequantized first: the same sum in another order.
     """
     weight_scale = weight.scale
     if input_spec is None:
@@ -169,7 +194,9 @@ def quantized_linear(inputs: Tensor, weight: QuantizedTensor, input_spec: QuantS
 
 
 def _code_products(activations: Tensor, weight: Tensor) -> Tensor:
-    """Sums of products of codes, [tokens, out_features] float32; an INT8 sum is exact in int32 before it is converted."""
+    """Sums of products of codes, [tokens, out_features] float32; an INT8 sum is exact in int32
+    before it is converted.
+    """
     if activations.dtype == torch.int8:
         if activations.device.type == "cpu" and activations.shape[0] and activations.shape[1]:
             return torch._int_mm(activations, weight.T).float()
@@ -179,7 +206,8 @@ def _code_products(activations: Tensor, weight: Tensor) -> Tensor:
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor, dim: int | None = None) -> Tensor:
-    """Signal-to-quantization-noise ratio in dB, 10·log₁₀(Σx²/Σ(x−x̂)²), over all elements or along `dim`.
+    """Signal-to-quantization-noise ratio in dB, 10·log₁₀(Σx²/Σ(x−x̂)²), over all elements or along
+    `dim`.
 
     Identical tensors give +inf, an all-zero signal with noise −inf.
     """
@@ -191,4 +219,6 @@ def sqnr_db(reference: Tensor, approximation: Tensor, dim: int | None = None) ->
 
 def kv_scale(amax: Tensor) -> Tensor:
     """The static FP8 scale of keys or values with this amax, shape [1] float32."""
-    return choose_scale(amax.reshape(1, 1), QuantSpec(FP8_E4M3, Granularity("tensor", None, None))).reshape(1)
+    return choose_scale(
+        amax.reshape(1, 1), QuantSpec(FP8_E4M3, Granularity("tensor", None, None))
+    ).reshape(1)

@@ -1,1 +1,3 @@
-"""What to quantize and how: number formats, schemes, recipes and patterns. Nothing here imports torch."""
+"""What to quantize and how: number formats, schemes, recipes and patterns. Nothing here imports
+torch.
+"""

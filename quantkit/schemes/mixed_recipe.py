@@ -1,4 +1,6 @@
-"""A recipe in which some Linears take other choices than the rest: written as few patterns, which match what is meant and nothing else."""
+"""A recipe in which some Linears take other choices than the rest: written as few patterns, which
+match what is meant and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,12 @@ from quantkit.schemes.scheme import QuantScheme
 
 
 def patterns_for(names: Iterable[str], others: Iterable[str]) -> list[Pattern]:
-    """Patterns that match all of `names` and none of `others`: blocks of one kind of Linear together, experts of a layer as one."""
+    """Patterns that match all of `names` and none of `others`: blocks of one kind of Linear
+    together, experts of a layer as one.
+    """
     names, others = list(dict.fromkeys(names)), list(others)
-    by_path: dict[tuple[str, str], list[str]] = defaultdict(list)  # what stands before a block's number and behind it → blocks
+    # what stands before a block's number and behind it → blocks
+    by_path: dict[tuple[str, str], list[str]] = defaultdict(list)
     alone: list[str] = []
     for name in names:
         match = re.match(r"(.*?\.)(\d+)(\..+)", name)
@@ -34,7 +39,10 @@ def patterns_for(names: Iterable[str], others: Iterable[str]) -> list[Pattern]:
     for (before, parent, numbers), leaves in by_blocks.items():
         pattern = Pattern(f"re:{re.escape(before)}{_either(numbers)}{parent}\\.{_either(leaves)}$")
         found.append(pattern)
-    meant, matched = set(names) - set(alone), {name for name in (*names, *others) if any(pattern.matches(name) for pattern in found)}
+    meant, matched = (
+        set(names) - set(alone),
+        {name for name in (*names, *others) if any(pattern.matches(name) for pattern in found)},
+    )
     # Numbers that mean something else than an expert's may be told apart by exact names only.
     return [*(found if matched == meant else map(Pattern, sorted(meant))), *map(Pattern, alone)]
 
@@ -44,14 +52,22 @@ def _either(words: Iterable[str]) -> str:
     return words[0] if len(words) == 1 else f"({'|'.join(words)})"
 
 
-def mixed_recipe(recipe: Recipe, kept: Iterable[str], moved: Mapping[str, QuantScheme], modules: Iterable[str]) -> Recipe:
-    """The recipe with some Linears left as they are and others in another scheme. modules: all names that patterns may meet."""
+def mixed_recipe(
+    recipe: Recipe, kept: Iterable[str], moved: Mapping[str, QuantScheme], modules: Iterable[str]
+) -> Recipe:
+    """The recipe with some Linears left as they are and others in another scheme. modules: all
+    names that patterns may meet.
+    """
     kept, modules = list(kept), list(modules)
     by_scheme: dict[QuantScheme, list[str]] = defaultdict(list)
     for name, scheme in moved.items():
         by_scheme[scheme].append(name)
     ignore = (*recipe.ignore, *(patterns_for(kept, set(modules) - set(kept)) if kept else ()))
-    layers = [(pattern, scheme) for scheme, names in by_scheme.items() for pattern in patterns_for(names, set(modules) - set(names))]
+    layers = [
+        (pattern, scheme)
+        for scheme, names in by_scheme.items()
+        for pattern in patterns_for(names, set(modules) - set(names))
+    ]
     open_names = {name for name in modules if not any(pattern.matches(name) for pattern in ignore)}
     applying = []
     for pattern, scheme in (*layers, *recipe.layers):
@@ -66,5 +82,11 @@ def recipe_text(recipe: Recipe, comments: Iterable[str]) -> str:
     """A recipe file."""
     import yaml
 
-    content: dict[str, Any] = {key: value for key, value in recipe.to_mapping().items() if value and (key, value) != ("observer", "absmax")}
-    return "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(content, sort_keys=False, width=10_000, default_flow_style=None)
+    content: dict[str, Any] = {
+        key: value
+        for key, value in recipe.to_mapping().items()
+        if value and (key, value) != ("observer", "absmax")
+    }
+    return "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(
+        content, sort_keys=False, width=10_000, default_flow_style=None
+    )

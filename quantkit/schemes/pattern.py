@@ -13,19 +13,26 @@ from quantkit.errors import RecipeError
 
 @dataclass(frozen=True)
 class Pattern:
-    """A module name to match: exact, a glob with `*?[`, or `re:` and a regular expression anchored at the start."""
+    """A module name to match: exact, a glob with `*?[`, or `re:` and a regular expression anchored
+    at the start.
+    """
 
     text: str
     _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.removeprefix("re:").strip():
-            raise RecipeError(f"the pattern {self.text!r} is not a module name, a glob, or 're:' with a regular expression")
+            raise RecipeError(
+                f"the pattern {self.text!r} is not a module name, a glob, or 're:' with a regular"
+                " expression"
+            )
         if self.text.startswith("re:"):
             try:
                 regex = re.compile(self.text[3:])
             except re.error as error:
-                raise RecipeError(f"the pattern '{self.text}' is not a regular expression: {error}") from None
+                raise RecipeError(
+                    f"the pattern '{self.text}' is not a regular expression: {error}"
+                ) from None
         elif any(character in self.text for character in "*?["):
             regex = re.compile(fnmatch.translate(self.text))
         else:
@@ -36,7 +43,9 @@ class Pattern:
         return self._regex.match(name) is not None
 
     def require_match(self, names: Iterable[str], purpose: str) -> None:
-        """Refuse a pattern that matches none of `names`: a typo here would quantize, or leave, the wrong layers."""
+        """Refuse a pattern that matches none of `names`: a typo here would quantize, or leave, the
+        wrong layers.
+        """
         names = list(names)
         if any(self.matches(name) for name in names):
             return
@@ -44,16 +53,29 @@ class Pattern:
         hint = f"did you mean 're:.*{self.text}'?" if self.text in suffixes else ""
         if not hint:
             close = difflib.get_close_matches(self.text, [*names, *suffixes], n=1, cutoff=0.6)
-            hint = f"the nearest name is '{close[0]}'" if close else f"a name looks like '{names[0]}'" if names else ""
-        raise RecipeError(f"the {purpose} pattern '{self.text}' matches no module of this model; {hint}".rstrip("; "))
+            hint = (
+                f"the nearest name is '{close[0]}'"
+                if close
+                else f"a name looks like '{names[0]}'"
+                if names
+                else ""
+            )
+        raise RecipeError(
+            f"the {purpose} pattern '{self.text}' matches no module of this model; {hint}".rstrip(
+                "; "
+            )
+        )
 
 
-# A block's number: the first path component that is a number, after a list's name (`layers.3.`, `h.3.`, `block.3.`).
+# A block's number: the first path component that is a number, after a list's name (`layers.3.`,
+# `h.3.`, `block.3.`).
 BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
 
 
 def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module where all in it is meant, numbers as `*`, or a whole block."""
+    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module
+    where all in it is meant, numbers as `*`, or a whole block.
+    """
     others = list(others)
     patterns: list[Pattern] = []
     refused: set[str] = set()
@@ -62,9 +84,16 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
             continue
         numberless = ".".join("*" if part.isdigit() else part for part in name.split("."))
         block = BLOCK.match(name)
-        for text in (f"{numberless.rpartition('.')[0]}.*", numberless, f"{block[0]}*" if block else name, name):
+        for text in (
+            f"{numberless.rpartition('.')[0]}.*",
+            numberless,
+            f"{block[0]}*" if block else name,
+            name,
+        ):
             pattern = Pattern(text)
-            if text == name or (text not in refused and not any(pattern.matches(other) for other in others)):
+            if text == name or (
+                text not in refused and not any(pattern.matches(other) for other in others)
+            ):
                 patterns.append(pattern)
                 break
             refused.add(text)

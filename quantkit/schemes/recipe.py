@@ -1,4 +1,6 @@
-"""Recipes: a scheme with exceptions, the algorithms that choose weights, and how static scales follow from statistics."""
+"""Recipes: a scheme with exceptions, the algorithms that choose weights, and how static scales
+follow from statistics.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from quantkit.schemes.scheme import QuantScheme, quoted
 
 @dataclass(frozen=True)
 class Setting:
-    """A number, a whole one where the default is one, or true and false, that a recipe may give an algorithm; None where the algorithm finds it out."""
+    """A number, a whole one where the default is one, or true and false, that a recipe may give an
+    algorithm; None where the algorithm finds it out.
+    """
 
     default: float | int | bool | None
     low: float = 0.0
@@ -25,18 +29,30 @@ class Setting:
         if isinstance(self.default, bool):
             if not isinstance(value, bool):
                 raise RecipeError(f"{where} is {value!r}; allowed are true and false")
-        elif not isinstance(value, (int, float)) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise RecipeError(f"{where} is {value!r}, not a number from {self.low:g} to {self.high:g}")
+        elif (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not self.low <= value <= self.high
+        ):
+            raise RecipeError(
+                f"{where} is {value!r}, not a number from {self.low:g} to {self.high:g}"
+            )
         elif isinstance(self.default, int) and not isinstance(value, int):
             raise RecipeError(f"{where} is {value!r}, not a whole number")
 
 
-# In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is what `export` does without any.
+# In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is
+# what `export` does without any.
 ALGORITHMS: dict[str, dict[str, Setting]] = {
     "rotation": {"residual": Setting(True), "heads": Setting(True), "untie": Setting(False)},
     "smoothquant": {"strength": Setting(None)},
     "scale_search": {},
-    "gptq": {"damping": Setting(0.03, 1e-6, 1.0), "act_order": Setting(True), "correct_inputs": Setting(False), "passes": Setting(3, 0, 100)},
+    "gptq": {
+        "damping": Setting(0.03, 1e-6, 1.0),
+        "act_order": Setting(True),
+        "correct_inputs": Setting(False),
+        "passes": Setting(3, 0, 100),
+    },
     "bias_correction": {},
     "rtn": {},
 }
@@ -44,14 +60,18 @@ ALGORITHMS: dict[str, dict[str, Setting]] = {
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One entry of a recipe's `algorithms`: a name, and what its settings are where they aren't the usual."""
+    """One entry of a recipe's `algorithms`: a name, and what its settings are where they aren't the
+    usual.
+    """
 
     name: str
     settings: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in ALGORITHMS:
-            raise RecipeError(f"unknown algorithm '{self.name}'; this version has {', '.join(ALGORITHMS)}")
+            raise RecipeError(
+                f"unknown algorithm '{self.name}'; this version has {', '.join(ALGORITHMS)}"
+            )
         known = ALGORITHMS[self.name]
         for key, value in self.settings:
             if key not in known:
@@ -65,11 +85,18 @@ class Algorithm:
         if not isinstance(entry, Mapping):
             return cls(str(entry))
         if len(entry) != 1:
-            raise RecipeError(f"{where}: algorithms: write each as a name, or as a name with its settings, not {dict(entry)!r}")
+            raise RecipeError(
+                f"{where}: algorithms: write each as a name, or as a name with its settings, not"
+                f" {dict(entry)!r}"
+            )
         name, settings = next(iter(entry.items()))
         if settings is not None and not isinstance(settings, Mapping):
-            raise RecipeError(f"{where}: algorithms: the settings of '{name}' must be a mapping, not {settings!r}")
-        return cls(str(name), tuple(sorted((str(key), value) for key, value in (settings or {}).items())))
+            raise RecipeError(
+                f"{where}: algorithms: the settings of '{name}' must be a mapping, not {settings!r}"
+            )
+        return cls(
+            str(name), tuple(sorted((str(key), value) for key, value in (settings or {}).items()))
+        )
 
     def to_description(self) -> Any:
         return {self.name: dict(self.settings)} if self.settings else self.name
@@ -80,7 +107,9 @@ class Algorithm:
 
 
 def _strict_loader() -> type:
-    """YAML's safe loader, which refuses a key that stands twice: the first would be dropped in silence."""
+    """YAML's safe loader, which refuses a key that stands twice: the first would be dropped in
+    silence.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -100,7 +129,9 @@ DEFAULT_PERCENTILE = 99.99
 
 @dataclass(frozen=True)
 class ObserverChoice:
-    """How a static input scale follows from what calibration saw: `absmax`, `percentile` (or `percentile:99.9`), `mse` (the least squared error)."""
+    """How a static input scale follows from what calibration saw: `absmax`, `percentile` (or
+    `percentile:99.9`), `mse` (the least squared error).
+    """
 
     kind: str = "absmax"
     percentile: float = DEFAULT_PERCENTILE
@@ -109,13 +140,19 @@ class ObserverChoice:
     def parse(cls, text: Any) -> ObserverChoice:
         kind, given, number = str(text).strip().lower().partition(":")
         if kind not in OBSERVERS or (given and kind != "percentile"):
-            raise RecipeError(f"unknown observer '{text}'; choose one of {', '.join(OBSERVERS)}, or for example percentile:99.9")
+            raise RecipeError(
+                f"unknown observer '{text}'; choose one of {', '.join(OBSERVERS)}, or for example"
+                " percentile:99.9"
+            )
         try:
             percentile = float(number) if given else DEFAULT_PERCENTILE
         except ValueError:
             percentile = -1.0
         if not 50 <= percentile <= 100:
-            raise RecipeError(f"the observer '{text}' needs a percentile from 50 to 100, for example percentile:99.9")
+            raise RecipeError(
+                f"the observer '{text}' needs a percentile from 50 to 100, for example"
+                " percentile:99.9"
+            )
         return cls(kind, percentile)
 
     def __str__(self) -> str:
@@ -128,7 +165,8 @@ class Recipe:
 
     scheme: of every Linear that no rule, `ignore` or `layers` entry names otherwise.
     ignore: Linears left as they are.
-    layers: exceptions, first match wins; an entry also reaches what is otherwise left by rule (`lm_head`, routers).
+    layers: exceptions, first match wins; an entry also reaches what is otherwise left by rule
+    (`lm_head`, routers).
     kv_cache: "fp8", or None to leave the cache as it is.
     observer: how static input scales follow from the calibration.
     """
@@ -151,24 +189,45 @@ class Recipe:
     @classmethod
     def from_mapping(cls, content: Any, where: str) -> Recipe:
         if not isinstance(content, Mapping):
-            raise RecipeError(f"{where} is not a recipe: it must be a mapping with at least 'scheme'")
-        unknown = set(content) - {"scheme", "algorithms", "ignore", "layers", "kv_cache", "observer"}
+            raise RecipeError(
+                f"{where} is not a recipe: it must be a mapping with at least 'scheme'"
+            )
+        unknown = set(content) - {
+            "scheme",
+            "algorithms",
+            "ignore",
+            "layers",
+            "kv_cache",
+            "observer",
+        }
         if unknown:
-            raise RecipeError(f"{where} has the unknown key {quoted(unknown)}; allowed are scheme, algorithms, ignore, layers, kv_cache, observer")
+            raise RecipeError(
+                f"{where} has the unknown key {quoted(unknown)}; allowed are scheme, algorithms,"
+                " ignore, layers, kv_cache, observer"
+            )
         if content.get("scheme") is None:
             raise RecipeError(f"{where} names no scheme; add for example 'scheme: fp8-dynamic'")
-        ignore, layers, algorithms = content.get("ignore") or [], content.get("layers") or {}, content.get("algorithms") or []
+        ignore, layers, algorithms = (
+            content.get("ignore") or [],
+            content.get("layers") or {},
+            content.get("algorithms") or [],
+        )
         if isinstance(ignore, str) or not isinstance(ignore, list):
             raise RecipeError(f"{where}: ignore must be a list of patterns, not {ignore!r}")
         if not isinstance(layers, Mapping):
-            raise RecipeError(f"{where}: layers must be a mapping from a pattern to a scheme, not {layers!r}")
+            raise RecipeError(
+                f"{where}: layers must be a mapping from a pattern to a scheme, not {layers!r}"
+            )
         if not isinstance(algorithms, list):
             raise RecipeError(f"{where}: algorithms must be a list, not {algorithms!r}")
         return cls(
             scheme=QuantScheme.parse(content["scheme"], f"{where}: scheme"),
             algorithms=tuple(Algorithm.parse(entry, where) for entry in algorithms),
             ignore=tuple(Pattern(text) for text in ignore),
-            layers=tuple((Pattern(text), QuantScheme.parse(entry, f"{where}: layers: {text}")) for text, entry in layers.items()),
+            layers=tuple(
+                (Pattern(text), QuantScheme.parse(entry, f"{where}: layers: {text}"))
+                for text, entry in layers.items()
+            ),
             kv_cache=content.get("kv_cache"),
             observer=ObserverChoice.parse(content.get("observer") or "absmax"),
         )
@@ -180,11 +239,15 @@ class Recipe:
 
         path = Path(path)
         if not path.is_file():
-            raise RecipeError(f"there is no recipe file {path}; recipes are YAML files such as those in configs/")
+            raise RecipeError(
+                f"there is no recipe file {path}; recipes are YAML files such as those in configs/"
+            )
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+            raise RecipeError(
+                f"{path} is not readable as YAML: {' '.join(str(error).split())}"
+            ) from None
         return cls.from_mapping(content, str(path))
 
     def to_mapping(self) -> dict[str, Any]:
@@ -203,11 +266,15 @@ class Recipe:
         layers = [[pattern.text, scheme.to_description()] for pattern, scheme in self.layers]
         return json.dumps(self.to_mapping() | {"layers": layers}, sort_keys=True)
 
-    def with_options(self, ignore: Iterable[str] = (), kv_cache: str | None = None, observer: str | None = None) -> Recipe:
+    def with_options(
+        self, ignore: Iterable[str] = (), kv_cache: str | None = None, observer: str | None = None
+    ) -> Recipe:
         """This recipe with the command line's `--ignore`, `--kv-cache` and `--observer` added."""
         added = tuple(Pattern(text) for text in ignore)
         choice = self.observer if observer is None else ObserverChoice.parse(observer)
-        return replace(self, ignore=self.ignore + added, kv_cache=kv_cache or self.kv_cache, observer=choice)
+        return replace(
+            self, ignore=self.ignore + added, kv_cache=kv_cache or self.kv_cache, observer=choice
+        )
 
     @property
     def schemes(self) -> tuple[QuantScheme, ...]:
@@ -218,9 +285,15 @@ class Recipe:
 
     @property
     def chooses_weights(self) -> bool:
-        """Whether `calibrate` has to choose weights with data: all algorithms but rounding to nearest do."""
+        """Whether `calibrate` has to choose weights with data: all algorithms but rounding to
+        nearest do.
+        """
         return any(algorithm.name != "rtn" for algorithm in self.algorithms)
 
     @property
     def needs_calibration(self) -> bool:
-        return self.kv_cache is not None or self.chooses_weights or any(scheme.needs_calibration for scheme in self.schemes)
+        return (
+            self.kv_cache is not None
+            or self.chooses_weights
+            or any(scheme.needs_calibration for scheme in self.schemes)
+        )

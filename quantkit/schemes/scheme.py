@@ -1,7 +1,7 @@
 """What to quantize and how, as values: Granularity, QuantSpec, QuantScheme, Recipe. No torch here.
 
-Words are those of compressed-tensors (`num_bits type strategy group_size block_structure dynamic symmetric ignore targets`),
-so that a recipe reads like the `quantization_config` that it becomes.
+Words are those of compressed-tensors (`num_bits type strategy group_size block_structure dynamic
+symmetric ignore targets`), so that a recipe reads like the `quantization_config` that it becomes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def _size(value: Any, where: str) -> int:
 
 @dataclass(frozen=True)
 class Granularity:
-    """Who shares one scale, as the shape of a block of a `[rows, columns]` matrix; None spans the whole dimension."""
+    """Who shares one scale, as the shape of a block of a `[rows, columns]` matrix; None spans the
+    whole dimension.
+    """
 
     name: str
     rows: int | None
@@ -35,7 +37,9 @@ class Granularity:
                 _size(size, f"the {self.name} size")
 
     def block_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """The block's shape for a matrix of this size; at least 1 × 1 so that empty matrices have a shape too."""
+        """The block's shape for a matrix of this size; at least 1 × 1 so that empty matrices have a
+        shape too.
+        """
         return max(1, self.rows or rows), max(1, self.columns or columns)
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
@@ -64,7 +68,8 @@ def block(rows: int, columns: int) -> Granularity:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is quantized. `dynamic`: its scales are computed from each input as it arrives.
+    """How one tensor is quantized. `dynamic`: its scales are computed from each input as it
+    arrives.
 
     `scale_format`: None for ordinary floating-point scales, E8M0 for powers of two.
     """
@@ -78,21 +83,42 @@ class QuantSpec:
     def from_arguments(cls, arguments: Mapping[str, Any], where: str) -> QuantSpec:
         """Read compressed-tensors' arguments of one tensor; `where` names them in errors."""
         if not isinstance(arguments, Mapping):
-            raise RecipeError(f"{where} must be a mapping with num_bits, type and strategy, not {arguments!r}")
-        known = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"}
+            raise RecipeError(
+                f"{where} must be a mapping with num_bits, type and strategy, not {arguments!r}"
+            )
+        known = {
+            "num_bits",
+            "type",
+            "symmetric",
+            "strategy",
+            "group_size",
+            "block_structure",
+            "dynamic",
+        }
         # Written by compressed-tensors itself; they don't change what the codes mean.
         known |= {"observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype"}
         unknown = set(arguments) - known
         if unknown:
-            raise RecipeError(f"{where} has the unknown key {quoted(unknown)}; allowed are {quoted(known)}")
+            raise RecipeError(
+                f"{where} has the unknown key {quoted(unknown)}; allowed are {quoted(known)}"
+            )
         num_bits, kind = str(arguments.get("num_bits", 8)), str(arguments.get("type", "int"))
         formats = {("8", "int"): INT8, ("8", "float"): FP8_E4M3}
         if (num_bits, kind) not in formats:
-            raise RecipeError(f"{where} asks for {num_bits} bits of type {kind!r}; quantkit has 8 bits of type int or float")
+            raise RecipeError(
+                f"{where} asks for {num_bits} bits of type {kind!r}; quantkit has 8 bits of type"
+                " int or float"
+            )
         if arguments.get("symmetric", True) is not True:
-            raise RecipeError(f"{where} is asymmetric (symmetric: {arguments['symmetric']}); quantkit writes and reads symmetric codes only")
+            raise RecipeError(
+                f"{where} is asymmetric (symmetric: {arguments['symmetric']}); quantkit writes and"
+                " reads symmetric codes only"
+            )
         if arguments.get("actorder") not in (None, False, "static", "weight"):
-            raise RecipeError(f"{where} has actorder {arguments['actorder']!r}, which reorders groups; quantkit reads plain order only")
+            raise RecipeError(
+                f"{where} has actorder {arguments['actorder']!r}, which reorders groups; quantkit"
+                " reads plain order only"
+            )
         strategy = arguments.get("strategy")
         if strategy is None:
             strategy = "group" if arguments.get("group_size") else "tensor"
@@ -101,16 +127,28 @@ class QuantSpec:
         elif strategy == "block":
             structure = arguments.get("block_structure")
             if not isinstance(structure, (list, tuple)) or len(structure) != 2:
-                raise RecipeError(f"{where} has the strategy 'block' and needs block_structure: [rows, columns]")
+                raise RecipeError(
+                    f"{where} has the strategy 'block' and needs block_structure: [rows, columns]"
+                )
             granularity = block(*(_size(size, f"{where}: block_structure") for size in structure))
         else:
             simple = {"tensor": TENSOR, "channel": CHANNEL, "token": TOKEN}
             if not isinstance(strategy, str) or strategy not in simple:
-                raise RecipeError(f"{where} has the unknown strategy {strategy!r}; choose one of tensor, channel, token, group, block")
+                raise RecipeError(
+                    f"{where} has the unknown strategy {strategy!r}; choose one of tensor, channel,"
+                    " token, group, block"
+                )
             granularity = simple[strategy]
         if arguments.get("group_size") not in (None, -1) and strategy != "group":
-            raise RecipeError(f"{where} has a group_size but the strategy '{strategy}'; write strategy: group, or leave group_size out")
-        power_of_two = str(arguments.get("scale_dtype")) in ("torch.uint8", "uint8", "torch.float8_e8m0fnu")
+            raise RecipeError(
+                f"{where} has a group_size but the strategy '{strategy}'; write strategy: group, or"
+                " leave group_size out"
+            )
+        power_of_two = str(arguments.get("scale_dtype")) in (
+            "torch.uint8",
+            "uint8",
+            "torch.float8_e8m0fnu",
+        )
         dynamic = arguments.get("dynamic", False)
         if not isinstance(dynamic, bool):
             raise RecipeError(f"{where} has dynamic: {dynamic!r}; allowed are true and false")
@@ -141,7 +179,9 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How one layer is quantized: its weight, and its input activations unless they stay as they are."""
+    """How one layer is quantized: its weight, and its input activations unless they stay as they
+    are.
+    """
 
     name: str
     weight: QuantSpec
@@ -149,17 +189,27 @@ class QuantScheme:
 
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.granularity.name == "token":
-            raise RecipeError(f"scheme {self.name}: weights are fixed, so they can be neither dynamic nor per token")
+            raise RecipeError(
+                f"scheme {self.name}: weights are fixed, so they can be neither dynamic nor per"
+                " token"
+            )
         if self.input is None:
             return
         if self.input.format != self.weight.format:
             raise RecipeError(
-                f"scheme {self.name}: weights in {self.weight.format.name} and inputs in {self.input.format.name} have no kernel; use one format for both"
+                f"scheme {self.name}: weights in {self.weight.format.name} and inputs in"
+                f" {self.input.format.name} have no kernel; use one format for both"
             )
         if self.input.dynamic and self.input.granularity.name not in ("token", "group"):
-            raise RecipeError(f"scheme {self.name}: dynamic inputs are per token or per group, not per {self.input.granularity.name}")
+            raise RecipeError(
+                f"scheme {self.name}: dynamic inputs are per token or per group, not per"
+                f" {self.input.granularity.name}"
+            )
         if not self.input.dynamic and self.input.granularity != TENSOR:
-            raise RecipeError(f"scheme {self.name}: static inputs are per tensor, not per {self.input.granularity.name}")
+            raise RecipeError(
+                f"scheme {self.name}: static inputs are per tensor, not per"
+                f" {self.input.granularity.name}"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -173,19 +223,30 @@ class QuantScheme:
 
     @classmethod
     def parse(cls, description: Any, where: str = "scheme") -> QuantScheme:
-        """A scheme from its name or alias, or from a mapping {weights: ..., input_activations: ...}."""
+        """A scheme from its name or alias, or from a mapping {weights: ..., input_activations:
+        ...}.
+        """
         if isinstance(description, QuantScheme):
             return description
         if isinstance(description, str):
             return _scheme_named(description)
         if not isinstance(description, Mapping) or "weights" not in description:
-            raise RecipeError(f"{where} must be a scheme's name or a mapping with 'weights', not {description!r}")
+            raise RecipeError(
+                f"{where} must be a scheme's name or a mapping with 'weights', not {description!r}"
+            )
         unknown = set(description) - {"weights", "input_activations"}
         if unknown:
-            raise RecipeError(f"{where} has the unknown key {quoted(unknown)}; allowed are 'weights' and 'input_activations'")
+            raise RecipeError(
+                f"{where} has the unknown key {quoted(unknown)}; allowed are 'weights' and"
+                " 'input_activations'"
+            )
         weight = QuantSpec.from_arguments(description["weights"], f"{where}: weights")
         inputs = description.get("input_activations")
-        input_spec = None if inputs is None else QuantSpec.from_arguments(inputs, f"{where}: input_activations")
+        input_spec = (
+            None
+            if inputs is None
+            else QuantSpec.from_arguments(inputs, f"{where}: input_activations")
+        )
         return cls.of(weight, input_spec)
 
     @classmethod
@@ -195,15 +256,22 @@ class QuantScheme:
             if scheme.same_arithmetic == (weight, input_spec):
                 return scheme
         kind = "int8" if weight.format is INT8 else "fp8"
-        shape = {"group": f"group{weight.granularity.columns}"}.get(weight.granularity.name, weight.granularity.name)
-        mode = "weight-only" if input_spec is None else "dynamic" if input_spec.dynamic else "static"
+        shape = {"group": f"group{weight.granularity.columns}"}.get(
+            weight.granularity.name, weight.granularity.name
+        )
+        mode = (
+            "weight-only" if input_spec is None else "dynamic" if input_spec.dynamic else "static"
+        )
         return cls(f"{kind}-{shape}-{mode}", weight, input_spec)
 
     def to_description(self) -> Any:
         """What `parse` reads back: the name where it says everything."""
         if SCHEMES.get(self.name) == self:
             return self.name
-        return {"weights": self.weight.to_arguments(), "input_activations": self.input and self.input.to_arguments()}
+        return {
+            "weights": self.weight.to_arguments(),
+            "input_activations": self.input and self.input.to_arguments(),
+        }
 
 
 def quoted(words: Iterable[str]) -> str:
@@ -211,7 +279,10 @@ def quoted(words: Iterable[str]) -> str:
 
 
 _E4M3_CHANNEL, _INT8_CHANNEL = QuantSpec(FP8_E4M3, CHANNEL), QuantSpec(INT8, CHANNEL)
-_E4M3_TOKEN, _INT8_TOKEN = QuantSpec(FP8_E4M3, TOKEN, dynamic=True), QuantSpec(INT8, TOKEN, dynamic=True)
+_E4M3_TOKEN, _INT8_TOKEN = (
+    QuantSpec(FP8_E4M3, TOKEN, dynamic=True),
+    QuantSpec(INT8, TOKEN, dynamic=True),
+)
 
 SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme
@@ -219,8 +290,16 @@ SCHEMES: dict[str, QuantScheme] = {
         QuantScheme("fp8-dynamic", _E4M3_CHANNEL, _E4M3_TOKEN),
         QuantScheme("fp8-static", _E4M3_CHANNEL, QuantSpec(FP8_E4M3, TENSOR)),
         QuantScheme("fp8-tensor", QuantSpec(FP8_E4M3, TENSOR), QuantSpec(FP8_E4M3, TENSOR)),
-        QuantScheme("fp8-block", QuantSpec(FP8_E4M3, block(128, 128)), QuantSpec(FP8_E4M3, group(128), dynamic=True)),
-        QuantScheme("mxfp8", QuantSpec(FP8_E4M3, group(32), scale_format=E8M0), QuantSpec(FP8_E4M3, group(32), True, E8M0)),
+        QuantScheme(
+            "fp8-block",
+            QuantSpec(FP8_E4M3, block(128, 128)),
+            QuantSpec(FP8_E4M3, group(128), dynamic=True),
+        ),
+        QuantScheme(
+            "mxfp8",
+            QuantSpec(FP8_E4M3, group(32), scale_format=E8M0),
+            QuantSpec(FP8_E4M3, group(32), True, E8M0),
+        ),
         QuantScheme("fp8-weight-only", _E4M3_CHANNEL),
         QuantScheme("int8-dynamic", _INT8_CHANNEL, _INT8_TOKEN),
         QuantScheme("int8-static", _INT8_CHANNEL, QuantSpec(INT8, TENSOR)),

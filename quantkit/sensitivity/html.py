@@ -6,26 +6,57 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from quantkit.evaluation.html import COLORS, drawn_as_svg, html_page, remarks_html, require_matplotlib, table_html
-from quantkit.sensitivity.report import LINE_COLUMNS, SET_COLUMNS, line_rows, sensitivity_remarks, sensitivity_title, set_rows
+from quantkit.evaluation.html import (
+    COLORS,
+    drawn_as_svg,
+    html_page,
+    remarks_html,
+    require_matplotlib,
+    table_html,
+)
+from quantkit.sensitivity.report import (
+    LINE_COLUMNS,
+    SET_COLUMNS,
+    line_rows,
+    sensitivity_remarks,
+    sensitivity_title,
+    set_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 def sensitivity_html(result: dict[str, Any]) -> str:
     """The page of `sensitivity`: the heat map of sets, the Pareto lines, and the tables."""
     require_matplotlib()
     drawings = [
-        (drawn_as_svg("sets", lambda axes: _draw_sets(axes, result), 2.8), "KL of each set quantized alone, beyond the floor: darker costs more."),
-        (drawn_as_svg("lines", lambda axes: _draw_lines(axes, result)), "KL against size, the worst sets moved first. Lines: predicted by sums; points: measured."),
+        (
+            drawn_as_svg("sets", lambda axes: _draw_sets(axes, result), 2.8),
+            "KL of each set quantized alone, beyond the floor: darker costs more.",
+        ),
+        (
+            drawn_as_svg("lines", lambda axes: _draw_lines(axes, result)),
+            (
+                "KL against size, the worst sets moved first. Lines: predicted by sums; points:"
+                " measured."
+            ),
+        ),
     ]
-    plots = "".join(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>" for drawing, caption in drawings)
+    plots = "".join(
+        f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
+        for drawing, caption in drawings
+    )
     parts = [
-        f"<h1>What each set of Linears costs</h1><p>{escape(sensitivity_title(result))}; {escape(', '.join(result['data']['sources']))}.</p>",
+        (
+            f"<h1>What each set of Linears costs</h1><p>{escape(sensitivity_title(result))};"
+            f" {escape(', '.join(result['data']['sources']))}.</p>"
+        ),
         f'<div class="plots">{plots}</div>',
         "<h2>Sizes and losses</h2>" + table_html(LINE_COLUMNS, line_rows(result), kind="facts"),
         remarks_html(sensitivity_remarks(result)),
-        "<h2>All sets</h2>" + table_html(SET_COLUMNS[1:], [row[1:] for row in set_rows(result, None)]),
+        "<h2>All sets</h2>"
+        + table_html(SET_COLUMNS[1:], [row[1:] for row in set_rows(result, None)]),
     ]
     return html_page("quantkit sensitivity", parts)
 
@@ -41,7 +72,13 @@ def _draw_sets(axes: Axes, result: dict[str, Any]) -> None:
     for entry, value in zip(result["sets"], values):
         # Three decades below the largest nothing matters, and zero has no logarithm.
         grid[kinds.index(entry["kind"])][entry["block"]] = max(value, most / 1000)
-    image = axes.imshow(grid, aspect="auto", cmap="viridis_r", interpolation="nearest", norm=LogNorm(most / 1000, most))
+    image = axes.imshow(
+        grid,
+        aspect="auto",
+        cmap="viridis_r",
+        interpolation="nearest",
+        norm=LogNorm(most / 1000, most),
+    )
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -53,13 +90,37 @@ def _draw_lines(axes: Axes, result: dict[str, Any]) -> None:
         color = COLORS[number % len(COLORS)]
         points = line["points"]
         label = "kept" if line["to"] == "keep" else line["to"]
-        axes.plot([point["bytes"] / 1e9 for point in points], [point["kld_predicted"] for point in points], color=color, linewidth=1.2, label=label)
+        axes.plot(
+            [point["bytes"] / 1e9 for point in points],
+            [point["kld_predicted"] for point in points],
+            color=color,
+            linewidth=1.2,
+            label=label,
+        )
         measured = [point for point in points if isinstance(point.get("measured"), dict)]
-        axes.plot([point["bytes"] / 1e9 for point in measured], [point["measured"]["kld"] for point in measured], marker="o", linestyle="", color=color)
+        axes.plot(
+            [point["bytes"] / 1e9 for point in measured],
+            [point["measured"]["kld"] for point in measured],
+            marker="o",
+            linestyle="",
+            color=color,
+        )
     solution = result.get("solution")
     if solution is not None:
-        kld = solution["measured"]["kld"] if isinstance(solution.get("measured"), dict) else solution["kld_predicted"]
-        axes.plot([solution["bytes"] / 1e9], [kld], marker="*", markersize=11, linestyle="", color="#1c1e21", label="budget")
+        kld = (
+            solution["measured"]["kld"]
+            if isinstance(solution.get("measured"), dict)
+            else solution["kld_predicted"]
+        )
+        axes.plot(
+            [solution["bytes"] / 1e9],
+            [kld],
+            marker="*",
+            markersize=11,
+            linestyle="",
+            color="#1c1e21",
+            label="budget",
+        )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("size, GB")
     axes.set_ylabel("KL(base‖quant), nats")

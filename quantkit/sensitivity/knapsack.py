@@ -1,7 +1,10 @@
-"""Which choice each item takes so that a budget is kept and the sum of costs is least: the multiple-choice knapsack problem, solved exactly.
+"""Which choice each item takes so that a budget is kept and the sum of costs is least: the
+multiple-choice knapsack problem, solved exactly.
 
-Partial sums are built up item by item. Of two that hold the same items, one that is neither smaller nor cheaper is dropped, and so is what can't end better than
-a solution that is known: the rest of the items can at best follow the lower convex hull of their choices, whose sum over items is one piecewise linear curve.
+Partial sums are built up item by item. Of two that hold the same items, one that is neither smaller
+nor cheaper is dropped, and so is what can't end better than a solution that is known: the rest of
+the items can at best follow the lower convex hull of their choices, whose sum over items is one
+piecewise linear curve.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import numpy as np
 from quantkit.checkpoint.units import parse_bytes
 from quantkit.errors import EvaluationError, QuantkitError
 
-# Sums of the same numbers in another order differ by less than this share of what they could be at most.
+# Sums of the same numbers in another order differ by less than this share of what they could be at
+# most.
 ROUNDING = 1e-12
 
 
@@ -29,7 +33,9 @@ class Item:
 
 
 def parse_size(text: str, whole: int, quantized: int) -> int:
-    """A budget in bytes from `150MB`, `65%` (of the unquantized model) or `+5%` (beyond the model quantized throughout)."""
+    """A budget in bytes from `150MB`, `65%` (of the unquantized model) or `+5%` (beyond the model
+    quantized throughout).
+    """
     match = re.fullmatch(r"\s*(\+?)(\d+(?:\.\d+)?)\s*%\s*", text)
     if match:
         share = float(match[2]) / 100
@@ -38,16 +44,19 @@ def parse_size(text: str, whole: int, quantized: int) -> int:
         return parse_bytes(text)
     except QuantkitError:
         raise EvaluationError(
-            f"--max-size '{text}' is not understood; write for example 150MB, 65% (of the model's size) or +5% (more than all quantized)"
+            f"--max-size '{text}' is not understood; write for example 150MB, 65% (of the model's"
+            " size) or +5% (more than all quantized)"
         ) from None
 
 
 def solve(items: Sequence[Item], max_size: int | None, max_cost: float | None) -> list[int] | None:
     """The number of each item's choice; None where nothing keeps the budget.
 
-    With max_size the cost is least within it (and must keep max_cost, if given). With max_cost alone the size is least, and of all so small the cheapest.
+    With max_size the cost is least within it (and must keep max_cost, if given). With max_cost
+    alone the size is least, and of all so small the cheapest.
     """
-    sizes = [np.array(item.sizes, dtype=np.float64) for item in items]  # whole numbers below 2^53: sums are exact
+    # whole numbers below 2^53: sums are exact
+    sizes = [np.array(item.sizes, dtype=np.float64) for item in items]
     costs = [np.array(item.costs, dtype=np.float64) for item in items]
     if max_size is None:
         if max_cost is None:
@@ -59,15 +68,21 @@ def solve(items: Sequence[Item], max_size: int | None, max_cost: float | None) -
     chosen = _least(costs, sizes, max_size)
     if chosen is None or (
         max_cost is not None
-        and sum(float(cost[number]) for cost, number in zip(costs, chosen)) > max_cost + ROUNDING * sum(float(cost.max()) for cost in costs)
+        and sum(float(cost[number]) for cost, number in zip(costs, chosen))
+        > max_cost + ROUNDING * sum(float(cost.max()) for cost in costs)
     ):
         return None
     return chosen
 
 
-def _least(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float) -> list[int] | None:
+def _least(
+    objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float
+) -> list[int] | None:
     """The choices of least total objective whose total weight is at most the limit."""
-    slack, margin = (ROUNDING * sum(float(np.abs(values).max()) for values in sums) for sums in (weight, objective))
+    slack, margin = (
+        ROUNDING * sum(float(np.abs(values).max()) for values in sums)
+        for sums in (weight, objective)
+    )
     limit = limit + slack
     curves = _remaining_curves(objective, weight)
     if limit < curves[0][0][0]:
@@ -87,7 +102,11 @@ def _least(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit:
         kept = np.flatnonzero(fits & (bound <= best + margin))
         ranked = kept[np.lexsort((new_values[kept], new_totals[kept]))]
         smallest = np.minimum.accumulate(new_values[ranked])
-        undominated = np.concatenate([[True], new_values[ranked][1:] < smallest[:-1]]) if len(ranked) else np.zeros(0, bool)
+        undominated = (
+            np.concatenate([[True], new_values[ranked][1:] < smallest[:-1]])
+            if len(ranked)
+            else np.zeros(0, bool)
+        )
         ranked = ranked[undominated]
         totals, values = new_totals[ranked], new_values[ranked]
         history.append((before[ranked], choice[ranked]))
@@ -101,7 +120,9 @@ def _least(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit:
 
 
 def _hull(objective: np.ndarray, weight: np.ndarray) -> list[int]:
-    """The choices on the lower convex hull of (weight, objective), from the lightest to the best."""
+    """The choices on the lower convex hull of (weight, objective), from the lightest to the
+    best.
+    """
     hull: list[int] = []
     for number in np.lexsort((objective, weight)):
         if hull and objective[number] >= objective[hull[-1]]:
@@ -116,36 +137,66 @@ def _hull(objective: np.ndarray, weight: np.ndarray) -> list[int]:
     return hull
 
 
-def _steps(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray]) -> list[list[tuple[float, float, int]]]:
+def _steps(
+    objective: Sequence[np.ndarray], weight: Sequence[np.ndarray]
+) -> list[list[tuple[float, float, int]]]:
     """Of each item: the hull's steps as (weight more, objective less, choice)."""
     steps = []
     for values, totals in zip(objective, weight):
         hull = _hull(values, totals)
-        steps.append([(float(totals[b] - totals[a]), float(values[a] - values[b]), b) for a, b in zip(hull, hull[1:])])
+        steps.append(
+            [
+                (float(totals[b] - totals[a]), float(values[a] - values[b]), b)
+                for a, b in zip(hull, hull[1:])
+            ]
+        )
     return steps
 
 
-def _remaining_curves(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each number of items done: the least objective that the others could have at a weight if choices could be mixed, as a curve (weights, objectives)."""
+def _remaining_curves(
+    objective: Sequence[np.ndarray], weight: Sequence[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each number of items done: the least objective that the others could have at a weight if
+    choices could be mixed, as a curve (weights, objectives).
+    """
     steps = _steps(objective, weight)
     curves = []
     for done in range(len(objective) + 1):
-        lightest = [int(np.lexsort((values, totals))[0]) for values, totals in zip(objective[done:], weight[done:])]
-        start = sum(float(totals[n]) for totals, n in zip(weight[done:], lightest)), sum(float(values[n]) for values, n in zip(objective[done:], lightest))
-        ordered = sorted((step for each in steps[done:] for step in each), key=lambda step: -step[1] / step[0])
+        lightest = [
+            int(np.lexsort((values, totals))[0])
+            for values, totals in zip(objective[done:], weight[done:])
+        ]
+        start = (
+            sum(float(totals[n]) for totals, n in zip(weight[done:], lightest)),
+            sum(float(values[n]) for values, n in zip(objective[done:], lightest)),
+        )
+        ordered = sorted(
+            (step for each in steps[done:] for step in each), key=lambda step: -step[1] / step[0]
+        )
         at = np.cumsum([start[0], *(step[0] for step in ordered)])
         least = start[1] - np.cumsum([0.0, *(step[1] for step in ordered)])
         curves.append((at, least))
     return curves
 
 
-def _rounded_relaxation(objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float) -> float:
-    """The objective of a solution that fits: the best steps that still do, taken one after the other."""
+def _rounded_relaxation(
+    objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float
+) -> float:
+    """The objective of a solution that fits: the best steps that still do, taken one after the
+    other.
+    """
     total = sum(float(totals.min()) for totals in weight)
-    value = sum(float(values[np.lexsort((values, totals))[0]]) for values, totals in zip(objective, weight))
+    value = sum(
+        float(values[np.lexsort((values, totals))[0]]) for values, totals in zip(objective, weight)
+    )
     taken, steps = [0] * len(objective), _steps(objective, weight)
     ordered = sorted(
-        ((gain / more, number, place) for number, each in enumerate(steps) for place, (more, gain, _) in enumerate(each)), key=lambda step: -step[0]
+        (
+            (gain / more, number, place)
+            for number, each in enumerate(steps)
+            for place, (more, gain, _) in enumerate(each)
+        ),
+        key=lambda step: -step[0],
     )
     for _, number, place in ordered:
         more, gain, _ = steps[number][place]

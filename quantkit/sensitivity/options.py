@@ -1,4 +1,6 @@
-"""What `sensitivity` is asked: the sets of Linears that can't be split, and the schemes that each may take."""
+"""What `sensitivity` is asked: the sets of Linears that can't be split, and the schemes that each
+may take.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,13 @@ from quantkit.sensitivity.advice import KEEP, RECIPE
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """recipe: what all sets are quantized with; alternatives: what single sets may be given instead, names of schemes or "keep".
+    """recipe: what all sets are quantized with; alternatives: what single sets may be given
+    instead, names of schemes or "keep".
 
-    max_size: bytes, or None; max_kld: nats, or None. A calibration that holds weights chosen by algorithms has them scored as they were chosen.
-    output: the JSON file to write, beside which finished scores are kept for `resume` while the run lasts. overwrite: start again where an interrupted run was left.
+    max_size: bytes, or None; max_kld: nats, or None. A calibration that holds weights chosen by
+    algorithms has them scored as they were chosen.
+    output: the JSON file to write, beside which finished scores are kept for `resume` while the run
+    lasts. overwrite: start again where an interrupted run was left.
     """
 
     model: Path
@@ -43,7 +48,9 @@ class SensitivityOptions:
 
     @property
     def keeps(self) -> bool:
-        """Whether an interrupted run can be continued: not where the result goes to a device or a pipe."""
+        """Whether an interrupted run can be continued: not where the result goes to a device or a
+        pipe.
+        """
         return self.output is not None and (self.output.is_file() or not self.output.exists())
 
 
@@ -57,17 +64,24 @@ class LinearSet:
 
 
 def linear_sets(linears_of_blocks: Sequence[Sequence[str]]) -> list[LinearSet]:
-    """The sets of each block, in the order of its Linears. linears_of_blocks: for each block the names on disk of those that are quantized."""
+    """The sets of each block, in the order of its Linears. linears_of_blocks: for each block the
+    names on disk of those that are quantized.
+    """
     sets = []
     for block, linears in enumerate(linears_of_blocks):
         experts = tuple(name for name in linears if ".experts." in name)
         others = [name for name in linears if name not in set(experts)]
         fused = {members[0]: members for members in fused_sets(others)}
         members_of_others = {member for members in fused.values() for member in members[1:]}
-        groups = [fused.get(name, (name,)) for name in others if name not in members_of_others] + ([experts] if experts else [])
+        groups = [fused.get(name, (name,)) for name in others if name not in members_of_others] + (
+            [experts] if experts else []
+        )
         kinds = ["experts" if group is experts else _kind(group) for group in groups]
         # A shared expert has a gate and an up beside those of others.
-        named = [_parent(group) + " " + kind if kinds.count(kind) > 1 else kind for group, kind in zip(groups, kinds)]
+        named = [
+            _parent(group) + " " + kind if kinds.count(kind) > 1 else kind
+            for group, kind in zip(groups, kinds)
+        ]
         sets += [LinearSet(block, kind, group) for group, kind in zip(groups, named)]
     return sets
 
@@ -85,7 +99,9 @@ def _parent(group: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a set may become. names: "keep", "recipe", then schemes; plans: of a model whose sets all take that choice, None for "keep". may_keep: whether a budget may."""
+    """What a set may become. names: "keep", "recipe", then schemes; plans: of a model whose sets
+    all take that choice, None for "keep". may_keep: whether a budget may.
+    """
 
     names: tuple[str, ...]
     plans: tuple[ExportPlan | None, ...]
@@ -96,11 +112,18 @@ class Choices:
         rows = self._rows[choice or 1]
         if self.plans[choice] is None:
             return sum(rows[name].bytes_before for name in linears)
-        return sum(rows[name].bytes_after for name in linears) if all(rows[name].status == "quantized" for name in linears) else None
+        return (
+            sum(rows[name].bytes_after for name in linears)
+            if all(rows[name].status == "quantized" for name in linears)
+            else None
+        )
 
     @cached_property
     def _rows(self) -> list[dict[str, ParameterPlan]]:
-        return [{row.name.removesuffix(".weight"): row for row in plan.parameters} if plan else {} for plan in self.plans]
+        return [
+            {row.name.removesuffix(".weight"): row for row in plan.parameters} if plan else {}
+            for plan in self.plans
+        ]
 
     @property
     def allowed(self) -> list[str]:
@@ -112,19 +135,40 @@ def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
     """The plans of all choices, which refuse what `export` would refuse; and remarks."""
     checkpoint, remarks, recipe = Checkpoint.open(options.model), [], options.recipe
     if QuantizationLayout.read(checkpoint.config) is not None:
-        raise CheckpointError(f"{options.model} is quantized already; sensitivity asks what quantizing costs, so give the original model")
+        raise CheckpointError(
+            f"{options.model} is quantized already; sensitivity asks what quantizing costs, so give"
+            " the original model"
+        )
     if recipe.chooses_weights and options.calibration is None:
         names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
-        remarks.append(f"scored with weights rounded to nearest: what {names} choose is scored with --calibration CALIB")
+        remarks.append(
+            f"scored with weights rounded to nearest: what {names} choose is scored with"
+            " --calibration CALIB"
+        )
         recipe = replace(recipe, algorithms=())
     if recipe.kv_cache:
-        remarks.append("the KV cache is left as it is while sets are scored; the written recipe has it")
-    plans: list[ExportPlan | None] = [None, plan_export(_plan_options(options, replace(recipe, kv_cache=None), options.calibration), checkpoint=checkpoint)]
+        remarks.append(
+            "the KV cache is left as it is while sets are scored; the written recipe has it"
+        )
+    plans: list[ExportPlan | None] = [
+        None,
+        plan_export(
+            _plan_options(options, replace(recipe, kv_cache=None), options.calibration),
+            checkpoint=checkpoint,
+        ),
+    ]
     has_chosen = plans[1].calibration is not None and bool(plans[1].calibration.weights)
     schemes = [name for name in options.alternatives if name != KEEP]
     for name in schemes:
-        alternative = Recipe(QuantScheme.parse(name), ignore=recipe.ignore, observer=recipe.observer)
-        plans.append(plan_export(_plan_options(options, alternative, None if has_chosen else options.calibration), checkpoint=checkpoint))
+        alternative = Recipe(
+            QuantScheme.parse(name), ignore=recipe.ignore, observer=recipe.observer
+        )
+        plans.append(
+            plan_export(
+                _plan_options(options, alternative, None if has_chosen else options.calibration),
+                checkpoint=checkpoint,
+            )
+        )
     names = [plan.options.recipe.scheme.name for plan in plans[2:]]
     twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if twice is not None:
@@ -132,5 +176,12 @@ def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
     return Choices((KEEP, RECIPE, *names), tuple(plans), KEEP in options.alternatives), remarks
 
 
-def _plan_options(options: SensitivityOptions, recipe: Recipe, calibration: Path | None) -> ExportOptions:
-    return ExportOptions(options.model, options.model.with_name(options.model.name + "-sensitivity"), recipe, calibration)
+def _plan_options(
+    options: SensitivityOptions, recipe: Recipe, calibration: Path | None
+) -> ExportOptions:
+    return ExportOptions(
+        options.model,
+        options.model.with_name(options.model.name + "-sensitivity"),
+        recipe,
+        calibration,
+    )

@@ -1,6 +1,8 @@
-"""What `sensitivity` keeps beside its output while it runs, in RESULT.json.partial: the scores of each window, the figures of Linears, and hidden states between blocks.
+"""What `sensitivity` keeps beside its output while it runs, in RESULT.json.partial: the scores of
+each window, the figures of Linears, and hidden states between blocks.
 
-A walk is one pass of variants through the model. Its scores are sums over the tokens of a window, so that windows can be scored in any order, by any process.
+A walk is one pass of variants through the model. Its scores are sums over the tokens of a window,
+so that windows can be scored in any order, by any process.
 """
 
 from __future__ import annotations
@@ -13,21 +15,29 @@ from typing import Any
 
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.interrupts import StopRequest
-from quantkit.checkpoint.output_dir import WorkDirectory, check_disk_space, require_same_fingerprint, resolved_output
+from quantkit.checkpoint.output_dir import (
+    WorkDirectory,
+    check_disk_space,
+    require_same_fingerprint,
+    resolved_output,
+)
 from quantkit.checkpoint.reader import read_json
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.saved_states import SavedStates
 
-# Of one window, by variant: the sums over its tokens of the KL to the unquantized model, and of the losses.
+# Of one window, by variant: the sums over its tokens of the KL to the unquantized model, and of the
+# losses.
 Scores = tuple[list[float], list[float]]
 _LAYERS = "layers"
 
 
 @dataclass(frozen=True)
 class KeptScores:
-    """work: the directory, on the first rank; partial: its path, on all. Both None where nothing is kept."""
+    """work: the directory, on the first rank; partial: its path, on all. Both None where nothing is
+    kept.
+    """
 
     ranks: Ranks
     stop: StopRequest
@@ -35,20 +45,38 @@ class KeptScores:
     partial: Path | None = None
 
     @classmethod
-    def open(cls, ranks: Ranks, stop: StopRequest, output: Path | None, fingerprint: Mapping[str, str], resume: bool, overwrite: bool) -> KeptScores:
-        """Beside `output`, or nowhere without one. Raises OutputError where an interrupted run has left other work there."""
+    def open(
+        cls,
+        ranks: Ranks,
+        stop: StopRequest,
+        output: Path | None,
+        fingerprint: Mapping[str, str],
+        resume: bool,
+        overwrite: bool,
+    ) -> KeptScores:
+        """Beside `output`, or nowhere without one. Raises OutputError where an interrupted run has
+        left other work there.
+        """
         if output is None:
             return cls(ranks, stop)
         partial = partial_of(output)
         # Shared by first_decides as None: other ranks know the place alone.
-        work = [WorkDirectory(partial, fingerprint, resume=resume, overwrite=overwrite)] if ranks.is_first else []
+        work = (
+            [WorkDirectory(partial, fingerprint, resume=resume, overwrite=overwrite)]
+            if ranks.is_first
+            else []
+        )
         return cls(ranks, stop, work[0] if work else None, partial)
 
     def require_room(self, nbytes: int) -> None:
-        """Refuse before the start what a disk won't hold. nbytes: of all hidden states between two blocks; two copies lie there for a moment."""
+        """Refuse before the start what a disk won't hold. nbytes: of all hidden states between two
+        blocks; two copies lie there for a moment.
+        """
         if self.partial is not None:
             output = self.partial.with_name(self.partial.name.removesuffix(".partial"))
-            self.ranks.first_decides(lambda: check_disk_space(output, 2 * nbytes, "what --resume goes on from"))
+            self.ranks.first_decides(
+                lambda: check_disk_space(output, 2 * nbytes, "what --resume goes on from")
+            )
 
     # -- Scores.
 
@@ -67,30 +95,41 @@ class KeptScores:
         return found
 
     def add(self, walk: str, found: Mapping[int, Scores], done: int, of: int) -> dict[int, Scores]:
-        """Keep what the ranks found; returns it all, and ends (exit 75) where a signal has come. done, of: windows that have scores now, and will have."""
+        """Keep what the ranks found; returns it all, and ends (exit 75) where a signal has come.
+        done, of: windows that have scores now, and will have.
+        """
         shares = self.ranks.all_gather(dict(found))
         merged = {window: share[window] for share in shares for window in share}
         if self.work is not None and merged:
             name = f"scores-{walk}-{min(merged):06d}.json"
-            write_json(self.work.partial / name, {str(window): merged[window] for window in sorted(merged)})
+            write_json(
+                self.work.partial / name, {str(window): merged[window] for window in sorted(merged)}
+            )
             path = self.work.partial / name
             self.work.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)})
         stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
         if stopped and done < of:
-            StopRequest(stopped[0]).check(f"with {done} of {of} windows scored; what is done is kept")
+            StopRequest(stopped[0]).check(
+                f"with {done} of {of} windows scored; what is done is kept"
+            )
         return merged
 
     # -- Figures of Linears, and hidden states.
 
     def layers(self) -> dict[str, Any] | None:
         """What `keeper` was given last: the figures of a walk, and of how many blocks."""
-        return self.ranks.first_decides(lambda: self.work.done.get(_LAYERS) if self.work is not None else None)
+        return self.ranks.first_decides(
+            lambda: self.work.done.get(_LAYERS) if self.work is not None else None
+        )
 
     def keeper(self, walk: str, figures: Callable[[], Any] | None = None) -> WalkKeeper | None:
         """For `run_variants`. figures: of the Linears, as JSON, which grow from block to block."""
         if self.partial is None:
             return None
-        return WalkKeeper(SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too=True), figures)
+        return WalkKeeper(
+            SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too=True),
+            figures,
+        )
 
     def clear(self) -> None:
         """Remove the directory: the result is written."""
@@ -106,7 +145,9 @@ class WalkKeeper:
     def restore(self, states: HiddenStates, numbers_behind: Callable[[int], Sequence[int]]) -> int:
         return self.saved.restore(states, numbers_behind)
 
-    def block_done(self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int]) -> None:
+    def block_done(
+        self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int]
+    ) -> None:
         if self.figures is not None and self.saved.work is not None:
             self.saved.work.record(_LAYERS, {"blocks": number + 1, "figures": self.figures()})
         self.saved.stop_or_save(number, blocks, states, numbers)
@@ -117,8 +158,12 @@ def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def finished_result(output: Path, fingerprint: Mapping[str, str], overwrite: bool) -> dict[str, Any] | None:
-    """The result that a run of the same work has written, if it has. Raises OutputError where it is of other work, which only `overwrite` may replace."""
+def finished_result(
+    output: Path, fingerprint: Mapping[str, str], overwrite: bool
+) -> dict[str, Any] | None:
+    """The result that a run of the same work has written, if it has. Raises OutputError where it is
+    of other work, which only `overwrite` may replace.
+    """
     partial = partial_of(output)
     if (partial / "progress.json").exists() or not output.is_file():
         return None

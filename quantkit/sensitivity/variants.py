@@ -1,9 +1,11 @@
-"""Many variants of one model over the same windows, block by block: each block's weights are read once, and variants that are alike up to a block share
-everything before it.
+"""Many variants of one model over the same windows, block by block: each block's weights are read
+once, and variants that are alike up to a block share everything before it.
 
-A variant says for each set of Linears which of its choices it takes. Before the first block there is one stream of hidden states; it branches where two
-variants differ for the first time. So the states of all streams lie between two blocks (in memory, or in a file where they don't fit), and a
-block runs once for each stream that leaves it: with n variants that differ in one block each, on average half of n times.
+A variant says for each set of Linears which of its choices it takes. Before the first block there
+is one stream of hidden states; it branches where two variants differ for the first time. So the
+states of all streams lie between two blocks (in memory, or in a file where they don't fit), and a
+block runs once for each stream that leaves it: with n variants that differ in one block each, on
+average half of n times.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ Variant = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Swap:
-    """What takes another's place in a block while a variant runs: a module, a parameter, or a setting of one."""
+    """What takes another's place in a block while a variant runs: a module, a parameter, or a
+    setting of one.
+    """
 
     owner: nn.Module
     leaf: str
     value: Any
 
 
-# (block's number, the block, set's number, choice) → what changes; called once for each choice that a block has to make.
+# (block's number, the block, set's number, choice) → what changes; called once for each choice that
+# a block has to make.
 Installer = Callable[[int, nn.Module, int, int], Sequence[Swap]]
 
 
@@ -68,21 +73,35 @@ class Keeper(Protocol):
     """What an interrupted run goes on from."""
 
     def restore(self, states: HiddenStates, numbers_behind: Callable[[int], Sequence[int]]) -> int:
-        """Put in place the states that were saved, of these numbers behind each block; returns the block to begin with."""
+        """Put in place the states that were saved, of these numbers behind each block; returns the
+        block to begin with.
+        """
 
-    def block_done(self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int]) -> None:
+    def block_done(
+        self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int]
+    ) -> None:
         """Behind each block; numbers: of the states that lie there."""
 
 
 def run_variants(
-    blocks: BlockwiseModel, batches: Mapping[int, Tensor], variants: Sequence[Variant], block_of: Sequence[int], install: Installer,
-    look: Callable[[int, nn.Module, Callable[[int], Tensor]], None] = lambda number, block, run: None,
-    on_progress: Callable[[float, float], None] = lambda done, total: None, keeper: Keeper | None = None, count: int | None = None,
-) -> VariantStates:  # fmt: skip
-    """batches: the windows' token ids, [1, positions] each, by number. variants: the first is the one that all others branch off from.
+    blocks: BlockwiseModel,
+    batches: Mapping[int, Tensor],
+    variants: Sequence[Variant],
+    block_of: Sequence[int],
+    install: Installer,
+    look: Callable[[int, nn.Module, Callable[[int], Tensor]], None] = lambda number, block, run: (
+        None
+    ),
+    on_progress: Callable[[float, float], None] = lambda done, total: None,
+    keeper: Keeper | None = None,
+    count: int | None = None,
+) -> VariantStates:
+    """batches: the windows' token ids, [1, positions] each, by number. variants: the first is the
+    one that all others branch off from.
 
-    look: called with each block's number, the block, and a function that runs a window through it as the first variant does. count: how many windows there are, where
-    some are run elsewhere. Leaves the model with its output head in memory and without its blocks.
+    look: called with each block's number, the block, and a function that runs a window through it
+    as the first variant does. count: how many windows there are, where some are run elsewhere.
+    Leaves the model with its output head in memory and without its blocks.
     """
     run = _Run(blocks, batches, variants, block_of, install, count or len(batches), on_progress)
     try:
@@ -98,21 +117,44 @@ def run_variants(
     finally:
         blocks.close()
     stream_of = {variant: stream for stream, members in run.streams.items() for variant in members}
-    return VariantStates(run.states, run.count, tuple(stream_of[number] for number in range(len(variants))), run.total)
+    return VariantStates(
+        run.states,
+        run.count,
+        tuple(stream_of[number] for number in range(len(variants))),
+        run.total,
+    )
 
 
 class _Run:
-    """One walk through the blocks. count: of the windows; a stream's states of a window are number stream · count + window."""
+    """One walk through the blocks. count: of the windows; a stream's states of a window are number
+    stream · count + window.
+    """
 
     def __init__(
-        self, blocks: BlockwiseModel, batches: Mapping[int, Tensor], variants: Sequence[Variant], block_of: Sequence[int], install: Installer, count: int,
+        self,
+        blocks: BlockwiseModel,
+        batches: Mapping[int, Tensor],
+        variants: Sequence[Variant],
+        block_of: Sequence[int],
+        install: Installer,
+        count: int,
         on_progress: Callable[[float, float], None],
-    ) -> None:  # fmt: skip
-        self._blocks, self._batches, self._variants, self._install, self._on_progress = blocks, batches, variants, install, on_progress
+    ) -> None:
+        self._blocks, self._batches, self._variants, self._install, self._on_progress = (
+            blocks,
+            batches,
+            variants,
+            install,
+            on_progress,
+        )
         self.count, self.first, self._done = count, 0, 0
         self.total = count_block_runs(variants, block_of, blocks.block_count)
-        self._here = [[place for place, of in enumerate(block_of) if of == number] for number in range(blocks.block_count)]
-        self.streams = {0: list(range(len(variants)))}  # a stream is called after the first of its variants
+        self._here = [
+            [place for place, of in enumerate(block_of) if of == number]
+            for number in range(blocks.block_count)
+        ]
+        # a stream is called after the first of its variants
+        self.streams = {0: list(range(len(variants)))}
         # It lies on the CPU: a GPU's memory wouldn't hold so many.
         self.states = HiddenStates()
 
@@ -133,10 +175,21 @@ class _Run:
         blocks.load_outer(with_head=False)
         shapes = {window: blocks.states_shape(tokens) for window, tokens in self._batches.items()}
         places = range(len(self._variants))
-        self.states.expect({stream * self.count + window: shape for stream in places for window, shape in shapes.items()}, blocks.states_dtype)
-        self._calls = dict(zip(windows, blocks.record(list(self._batches.values()), self.states, numbers=windows)))
+        self.states.expect(
+            {
+                stream * self.count + window: shape
+                for stream in places
+                for window, shape in shapes.items()
+            },
+            blocks.states_dtype,
+        )
+        self._calls = dict(
+            zip(windows, blocks.record(list(self._batches.values()), self.states, numbers=windows))
+        )
         blocks.free_outer()
-        for place in [place for calls in self._calls.values() for call in calls for place in call.hands_on]:
+        for place in [
+            place for calls in self._calls.values() for call in calls for place in call.hands_on
+        ]:
             place.put(None)  # `_output` requires that it stays so
         self.first = keeper.restore(self.states, self._numbers_behind) if keeper is not None else 0
         for number in range(self.first):
@@ -148,7 +201,9 @@ class _Run:
         for calls in self._calls.values():
             calls[number] = None
 
-    def block(self, number: int, look: Callable[[int, nn.Module, Callable[[int], Tensor]], None]) -> None:
+    def block(
+        self, number: int, look: Callable[[int, nn.Module, Callable[[int], Tensor]], None]
+    ) -> None:
         jobs, self.streams = _branched(self.streams, self._variants, self._here[number])
         with self._blocks.block(number) as block:
             look(number, block, lambda window: self._output(number, block, 0, window))
@@ -160,12 +215,16 @@ class _Run:
         self.states.turn()
 
     def _output(self, number: int, block: nn.Module, parent: int, window: int) -> Tensor:
-        hidden, call = self.states.get(parent * self.count + window).to(self._blocks.device), self._calls[window][number]
+        hidden, call = (
+            self.states.get(parent * self.count + window).to(self._blocks.device),
+            self._calls[window][number],
+        )
         output = self._blocks.run_block(block, call, hidden)
         if any(place.get() is not None for place in call.hands_on):
             raise CheckpointError(
-                f"the decoder blocks of {self._blocks.where} hand on more than hidden states, which sensitivity doesn't keep for each variant; "
-                "export the model in several recipes and let eval compare them"
+                f"the decoder blocks of {self._blocks.where} hand on more than hidden states, which"
+                " sensitivity doesn't keep for each variant; export the model in several recipes"
+                " and let eval compare them"
             )
         return output
 
@@ -178,10 +237,16 @@ class _Run:
             parent, stream, window = work[index]
             output = self._output(number, block, parent, window)
             if not torch.isfinite(output).all():
-                raise NonFiniteError(f"{blocks.where} gives NaN or infinity in window {window + 1}, first behind {blocks.block_name(number)}", blocks.where)
+                raise NonFiniteError(
+                    f"{blocks.where} gives NaN or infinity in window {window + 1}, first behind"
+                    f" {blocks.block_name(number)}",
+                    blocks.where,
+                )
             self.states.put(stream * self.count + window, output)
 
-        for index, _ in enumerate(each_batch(step, range(len(work)), blocks.device, torch.get_num_threads()), 1):
+        for index, _ in enumerate(
+            each_batch(step, range(len(work)), blocks.device, torch.get_num_threads()), 1
+        ):
             self._on_progress(self._done + index / len(self._batches), self.total)
         self._done += len(pairs)
 
@@ -197,7 +262,8 @@ class _Run:
 def _branched(
     streams: Mapping[int, list[int]], variants: Sequence[Variant], here: Sequence[int]
 ) -> tuple[list[tuple[tuple[int, ...], list[tuple[int, int]]]], dict[int, list[int]]]:
-    """What a block has to run: for each of its choices, which streams (parent, child); and the streams behind it.
+    """What a block has to run: for each of its choices, which streams (parent, child); and the
+    streams behind it.
 
     New streams come first: one that goes on under its own name may overwrite what it was made from.
     """
@@ -207,23 +273,31 @@ def _branched(
     for parent, members in streams.items():
         by_choices: dict[tuple[int, ...], list[int]] = {}
         for variant in members:
-            by_choices.setdefault(tuple(variants[variant][place] for place in here), []).append(variant)
+            by_choices.setdefault(tuple(variants[variant][place] for place in here), []).append(
+                variant
+            )
         for choices, alike in by_choices.items():
             behind[alike[0]] = alike
-            (going_on if alike[0] == parent else branching).setdefault(choices, []).append((parent, alike[0]))
+            (going_on if alike[0] == parent else branching).setdefault(choices, []).append(
+                (parent, alike[0])
+            )
     return [*branching.items(), *going_on.items()], behind
 
 
 class _Swaps:
     """The choices of one block, each made when it is first asked for."""
 
-    def __init__(self, number: int, block: nn.Module, here: Sequence[int], install: Installer) -> None:
+    def __init__(
+        self, number: int, block: nn.Module, here: Sequence[int], install: Installer
+    ) -> None:
         self._number, self._block, self._here, self._install = number, block, here, install
         self._made: dict[tuple[int, int], Sequence[Swap]] = {}
 
     @contextmanager
     def in_place(self, choices: Sequence[int]) -> Iterator[None]:
-        swaps = [swap for place, choice in zip(self._here, choices) for swap in self._of(place, choice)]
+        swaps = [
+            swap for place, choice in zip(self._here, choices) for swap in self._of(place, choice)
+        ]
         before = [(swap.owner, swap.leaf, getattr(swap.owner, swap.leaf, None)) for swap in swaps]
         for swap in swaps:
             setattr(swap.owner, swap.leaf, swap.value)

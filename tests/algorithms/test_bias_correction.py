@@ -18,14 +18,25 @@ CORRECTED = {"scheme": "int8-dynamic", "algorithms": ["bias_correction"]}
 
 @pytest.fixture
 def options(llama, text, tmp_path):
-    return CalibrationOptions(llama, tmp_path / "calib", (str(text),), recipe_of(CORRECTED), num_samples=4, seq_len=32, batch_size=2)
+    return CalibrationOptions(
+        llama,
+        tmp_path / "calib",
+        (str(text),),
+        recipe_of(CORRECTED),
+        num_samples=4,
+        seq_len=32,
+        batch_size=2,
+    )
 
 
 def test_corrected_outputs_have_the_right_mean_and_less_error_than_rounding():
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(512, 64, generator=generator) ** 4  # far from centred
     weight, bias = torch.randn(32, 64, generator=generator), torch.randn(32, generator=generator)
-    seen, values = quantize(rows, INT8.input).dequantize(), quantize(weight, INT8.weight).dequantize()
+    seen, values = (
+        quantize(rows, INT8.input).dequantize(),
+        quantize(weight, INT8.weight).dequantize(),
+    )
     corrected = corrected_bias(bias, weight, values, rows.mean(0), seen.mean(0))
     exact = rows @ weight.T + bias
     before, after = (seen @ values.T + each - exact for each in (bias, corrected))
@@ -37,9 +48,16 @@ def test_only_biases_that_exist_are_corrected_and_they_are_exported(tmp_path, te
     model = make_llama(tmp_path / "biased", attention_bias=True)
     original = Checkpoint.open(model)
     output = Checkpoint.open(quantized(replace(options, model=model)))
-    done = {entry["name"]: entry["bias_corrected"] for entry in Calibration.open(options.output).description["chosen"]["linears"]}
-    assert {name for name, is_done in done.items() if is_done} == {name for name in done if "self_attn" in name}
-    assert {name for name in output.tensors if name.endswith(".bias")} == {name for name in original.tensors if name.endswith(".bias")}
+    done = {
+        entry["name"]: entry["bias_corrected"]
+        for entry in Calibration.open(options.output).description["chosen"]["linears"]
+    }
+    assert {name for name, is_done in done.items() if is_done} == {
+        name for name in done if "self_attn" in name
+    }
+    assert {name for name in output.tensors if name.endswith(".bias")} == {
+        name for name in original.tensors if name.endswith(".bias")
+    }
     for name in done:
         if done[name]:
             assert not torch.equal(output.read(f"{name}.bias"), original.read(f"{name}.bias"))

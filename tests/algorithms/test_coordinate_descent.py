@@ -1,4 +1,6 @@
-"""Coordinate descent on codes: never worse than where it starts, better than GPTQ alone, and a fixed point where no single code can be better."""
+"""Coordinate descent on codes: never worse than where it starts, better than GPTQ alone, and a
+fixed point where no single code can be better.
+"""
 
 import pytest
 import torch
@@ -9,17 +11,27 @@ from quantkit.ops.reference import QuantizedTensor, quantize
 from quantkit.schemes.number_formats import FP8_E4M3, INT8
 from quantkit.schemes.scheme import CHANNEL, TENSOR, QuantSpec, block, group
 
-SPECS = [QuantSpec(INT8, CHANNEL), QuantSpec(FP8_E4M3, CHANNEL), QuantSpec(FP8_E4M3, TENSOR), QuantSpec(INT8, group(16)), QuantSpec(FP8_E4M3, block(32, 32))]
+SPECS = [
+    QuantSpec(INT8, CHANNEL),
+    QuantSpec(FP8_E4M3, CHANNEL),
+    QuantSpec(FP8_E4M3, TENSOR),
+    QuantSpec(INT8, group(16)),
+    QuantSpec(FP8_E4M3, block(32, 32)),
+]
 
 
 @pytest.fixture
 def case():
-    """A weight [40, 200] (two blocks of columns), inputs to choose codes on and others to judge them, [tokens, 200], with a few large channels."""
+    """A weight [40, 200] (two blocks of columns), inputs to choose codes on and others to judge
+    them, [tokens, 200], with a few large channels.
+    """
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(60, 200, generator=generator)
 
     def inputs() -> torch.Tensor:
-        rows = torch.randn(4096, 60, generator=generator) @ mix + 2 * torch.randn(4096, 200, generator=generator)
+        rows = torch.randn(4096, 60, generator=generator) @ mix + 2 * torch.randn(
+            4096, 200, generator=generator
+        )
         rows[:, ::17] *= 4
         return rows
 
@@ -42,14 +54,20 @@ def test_better_than_gptq_alone_on_inputs_that_it_did_not_see(case, spec):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_no_pass_makes_it_worse(case, spec):
     weight, inputs, _ = case
-    losses = [loss(inputs, weight, descend(weight, quantize(weight, spec), inputs.T @ inputs, passes)) for passes in range(5)]
+    losses = [
+        loss(inputs, weight, descend(weight, quantize(weight, spec), inputs.T @ inputs, passes))
+        for passes in range(5)
+    ]
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(losses, losses[1:]))
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_in_the_end_no_single_code_can_be_better():
     generator = torch.Generator().manual_seed(1)
-    weight, inputs = torch.randn(3, 6, generator=generator), torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    weight, inputs = (
+        torch.randn(3, 6, generator=generator),
+        torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator),
+    )
     spec = QuantSpec(INT8, CHANNEL)
     found = descend(weight, quantize(weight, spec), inputs.T @ inputs, 50)
     least = loss(inputs, weight, found)
@@ -59,7 +77,9 @@ def test_in_the_end_no_single_code_can_be_better():
                 codes = found.qdata.clone().int()
                 codes[row, column] += step
                 if abs(int(codes[row, column])) <= 127:
-                    assert loss(inputs, weight, QuantizedTensor(codes.to(torch.int8), found.scale, spec)) >= least * (1 - 1e-5)
+                    assert loss(
+                        inputs, weight, QuantizedTensor(codes.to(torch.int8), found.scale, spec)
+                    ) >= least * (1 - 1e-5)
 
 
 def test_channels_without_inputs_keep_their_codes(case):
@@ -72,7 +92,9 @@ def test_channels_without_inputs_keep_their_codes(case):
 
 
 def test_rows_are_their_own(case, monkeypatch):
-    """A large matrix goes through in parts, which changes nothing but the order of sums in a product."""
+    """A large matrix goes through in parts, which changes nothing but the order of sums in a
+    product.
+    """
     weight, inputs, _ = case
     whole = descend(weight, quantize(weight, SPECS[1]), inputs.T @ inputs, 2)
     monkeypatch.setattr("quantkit.algorithms.coordinate_descent.ROWS", 16)

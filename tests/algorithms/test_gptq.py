@@ -13,7 +13,9 @@ SPECS = [QuantSpec(INT8, CHANNEL), QuantSpec(FP8_E4M3, CHANNEL), QuantSpec(INT8,
 def case():
     """Correlated inputs [tokens, in_features] with a few large channels, and a weight."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(512, 48, generator=generator) @ torch.randn(48, 64, generator=generator) + 0.3 * torch.randn(512, 64, generator=generator)
+    inputs = torch.randn(512, 48, generator=generator) @ torch.randn(
+        48, 64, generator=generator
+    ) + 0.3 * torch.randn(512, 64, generator=generator)
     inputs[:, ::17] *= 8
     return inputs, torch.randn(40, 64, generator=generator)
 
@@ -29,21 +31,30 @@ def test_gptq_beats_rounding_to_nearest(case, spec, act_order):
     solution = gptq(weight, spec, inputs.T @ inputs, act_order=act_order)
     plain = quantize(weight, spec)
     assert not solution.fallback
-    assert loss(inputs, weight, inputs, solution.weight.dequantize()) < 0.75 * loss(inputs, weight, inputs, plain.dequantize())
-    assert torch.equal(solution.weight.scale, plain.scale)  # in plain order, with the scales of rounding
-    assert torch.equal(solution.weight.dequantize(), dequantize(solution.weight.qdata, solution.weight.scale, spec.granularity))
+    assert loss(inputs, weight, inputs, solution.weight.dequantize()) < 0.75 * loss(
+        inputs, weight, inputs, plain.dequantize()
+    )
+    # in plain order, with the scales of rounding
+    assert torch.equal(solution.weight.scale, plain.scale)
+    assert torch.equal(
+        solution.weight.dequantize(),
+        dequantize(solution.weight.qdata, solution.weight.scale, spec.granularity),
+    )
 
 
 def test_a_weight_fitted_to_quantized_inputs_beats_one_that_is_not(case):
     inputs, weight = case
     spec = QuantSpec(INT8, TOKEN, dynamic=True)
-    inputs = inputs * torch.where(torch.arange(64) == 17, 60.0, 1.0)  # one channel takes the codes from all others
+    # one channel takes the codes from all others
+    inputs = inputs * torch.where(torch.arange(64) == 17, 60.0, 1.0)
     seen = quantize(inputs, spec).dequantize()
     hessian, deviation = seen.T @ seen, (inputs - seen).T @ seen
     fitted = corrected_weight(weight, hessian, deviation, 1e-6)
     without = gptq(weight, SPECS[0], hessian, damping=1e-6)
     fit = gptq(weight, SPECS[0], hessian, fitted, damping=1e-6)
-    assert loss(inputs, weight, seen, fit.weight.dequantize()) < 0.8 * loss(inputs, weight, seen, without.weight.dequantize())
+    assert loss(inputs, weight, seen, fit.weight.dequantize()) < 0.8 * loss(
+        inputs, weight, seen, without.weight.dequantize()
+    )
 
 
 def test_inputs_that_say_nothing_leave_rounding_with_a_reason(case):
@@ -58,7 +69,9 @@ def test_dead_channels_do_no_harm(case):
     inputs, weight = case
     inputs[:, 5] = 0
     solution = gptq(weight, SPECS[0], inputs.T @ inputs)
-    assert torch.isfinite(solution.weight.dequantize()).all() and solution.error < solution.plain_error
+    assert (
+        torch.isfinite(solution.weight.dequantize()).all() and solution.error < solution.plain_error
+    )
 
 
 def test_codes_stay_in_their_range(case):

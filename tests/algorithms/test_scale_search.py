@@ -7,7 +7,13 @@ from quantkit.ops.reference import block_amax, block_sum, choose_scale, quantize
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
 from quantkit.schemes.scheme import CHANNEL, TENSOR, QuantSpec, block, group
 
-SPECS = [QuantSpec(INT8, CHANNEL), QuantSpec(FP8_E4M3, CHANNEL), QuantSpec(INT8, group(16)), QuantSpec(FP8_E4M3, block(16, 16)), QuantSpec(FP8_E4M3, TENSOR)]
+SPECS = [
+    QuantSpec(INT8, CHANNEL),
+    QuantSpec(FP8_E4M3, CHANNEL),
+    QuantSpec(INT8, group(16)),
+    QuantSpec(FP8_E4M3, block(16, 16)),
+    QuantSpec(FP8_E4M3, TENSOR),
+]
 POWERS = QuantSpec(FP8_E4M3, group(32), scale_format=E8M0)
 
 
@@ -28,15 +34,24 @@ def test_no_block_is_worse_than_with_the_usual_scale(weight, spec):
 def test_a_lone_large_weight_does_not_take_the_codes_from_all_others(weight):
     weight[:, 7] = 5.5
     squares = torch.where(torch.arange(64) == 7, 1e-3, 1.0)  # it is hardly used
-    usual, found = choose_scale(block_amax(weight, CHANNEL), SPECS[0]), search_scale([weight], SPECS[0], squares)
+    usual, found = (
+        choose_scale(block_amax(weight, CHANNEL), SPECS[0]),
+        search_scale([weight], SPECS[0], squares),
+    )
     assert (found < 0.95 * usual).all()
-    assert scale_error(weight, SPECS[0], found, squares).sum() < 0.8 * scale_error(weight, SPECS[0], usual, squares).sum()
+    assert (
+        scale_error(weight, SPECS[0], found, squares).sum()
+        < 0.8 * scale_error(weight, SPECS[0], usual, squares).sum()
+    )
 
 
 def test_squares_of_inputs_decide_what_counts(weight):
     squares = torch.where(torch.arange(64) % 8 == 0, 100.0, 0.01)
     plain, weighted = search_scale([weight], SPECS[1]), search_scale([weight], SPECS[1], squares)
-    assert scale_error(weight, SPECS[1], weighted, squares).sum() < 0.9 * scale_error(weight, SPECS[1], plain, squares).sum()
+    assert (
+        scale_error(weight, SPECS[1], weighted, squares).sum()
+        < 0.9 * scale_error(weight, SPECS[1], plain, squares).sum()
+    )
 
 
 def test_scales_are_as_they_are_stored(weight):
@@ -51,29 +66,39 @@ def test_weights_that_share_a_scale_are_searched_together(weight):
     other = 0.3 * weight.flip(0)
     scale, spec = search_scale([weight, other], SPECS[4]), SPECS[4]
     usual = choose_scale(block_amax(weight, TENSOR), spec)
-    assert scale.shape == (1, 1) and sum(scale_error(each, spec, scale) for each in (weight, other)) < sum(
-        scale_error(each, spec, usual) for each in (weight, other)
-    )
+    assert scale.shape == (1, 1) and sum(
+        scale_error(each, spec, scale) for each in (weight, other)
+    ) < sum(scale_error(each, spec, usual) for each in (weight, other))
 
 
 def test_rows_of_zeros_keep_a_finite_scale(weight):
     weight[3] = 0
     for spec in SPECS[:4]:
         scale = search_scale([weight], spec)
-        assert torch.isfinite(scale).all() and not quantize(weight, spec, scale).dequantize()[3].any()
+        assert (
+            torch.isfinite(scale).all() and not quantize(weight, spec, scale).dequantize()[3].any()
+        )
 
 
 def test_sums_of_blocks_leave_nothing_out(weight):
     for spec in SPECS:
-        torch.testing.assert_close(block_sum(weight, spec.granularity).sum(), weight.sum(), atol=1e-3, rtol=1e-4)
-    assert torch.equal(block_sum(weight, CHANNEL), weight.sum(1, keepdim=True)) or torch.allclose(block_sum(weight, CHANNEL), weight.sum(1, keepdim=True))
+        torch.testing.assert_close(
+            block_sum(weight, spec.granularity).sum(), weight.sum(), atol=1e-3, rtol=1e-4
+        )
+    assert torch.equal(block_sum(weight, CHANNEL), weight.sum(1, keepdim=True)) or torch.allclose(
+        block_sum(weight, CHANNEL), weight.sum(1, keepdim=True)
+    )
 
 
 def test_gptq_with_searched_scales_beats_gptq_with_the_usual_ones(weight):
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(512, 48, generator=generator) @ torch.randn(48, 64, generator=generator) + 0.3 * torch.randn(512, 64, generator=generator)
+    inputs = torch.randn(512, 48, generator=generator) @ torch.randn(
+        48, 64, generator=generator
+    ) + 0.3 * torch.randn(512, 64, generator=generator)
     weight[:, ::9] *= 4
     hessian = inputs.T @ inputs
     usual = gptq(weight, SPECS[1], hessian)
-    searched = gptq(weight, SPECS[1], hessian, scale=search_scale([weight], SPECS[1], hessian.diagonal()))
+    searched = gptq(
+        weight, SPECS[1], hessian, scale=search_scale([weight], SPECS[1], hessian.diagonal())
+    )
     assert searched.error < usual.error

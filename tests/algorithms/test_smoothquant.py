@@ -9,11 +9,16 @@ INT8 = QuantScheme.parse("int8-dynamic")
 
 @pytest.fixture
 def outliers():
-    """Inputs [rows, in_features] of which two channels are large, and two weights that read them."""
+    """Inputs [rows, in_features] of which two channels are large, and two weights that read
+    them.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(256, 64, generator=generator)
     rows[:, [3, 40]] *= 60
-    return rows, [torch.randn(48, 64, generator=generator), torch.randn(32, 64, generator=generator)]
+    return rows, [
+        torch.randn(48, 64, generator=generator),
+        torch.randn(32, 64, generator=generator),
+    ]
 
 
 def test_scale_is_the_papers():
@@ -41,7 +46,8 @@ def test_searched_strength_is_as_good_as_any_given(outliers):
 
 
 def test_inputs_without_outliers_are_left_alone_where_every_scale_costs():
-    rows = torch.diag(torch.arange(1.0, 33.0)).repeat(8, 1)  # one value in each token: quantized exactly, and so are the weights
+    # one value in each token: quantized exactly, and so are the weights
+    rows = torch.diag(torch.arange(1.0, 33.0)).repeat(8, 1)
     weights = [torch.ones(16, 32)]
     assert search_smoothing(rows, weights, [INT8]) is None
 

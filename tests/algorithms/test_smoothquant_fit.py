@@ -10,12 +10,16 @@ INT8 = QuantScheme.parse("int8-dynamic")
 
 @pytest.fixture
 def heavy():
-    """Inputs [rows, in_features], some channels of which are silent but for a few tokens, as behind a gated activation, and a weight that reads them."""
+    """Inputs [rows, in_features], some channels of which are silent but for a few tokens, as behind
+    a gated activation, and a weight that reads them.
+    """
     generator = torch.Generator().manual_seed(5)
     rows = torch.randn(6000, 96, generator=generator)
     rows[:, ::4] *= torch.where(torch.rand(6000, 24, generator=generator) < 0.01, 10.0, 0.1)
     rows *= torch.randn(96, generator=generator).exp()
-    return rows, [torch.randn(64, 96, generator=generator) * torch.randn(96, generator=generator).exp()]
+    return rows, [
+        torch.randn(64, 96, generator=generator) * torch.randn(96, generator=generator).exp()
+    ]
 
 
 def noise(rows, weights, scale, importance=None):
@@ -23,12 +27,16 @@ def noise(rows, weights, scale, importance=None):
     counts = torch.ones(len(rows), 1) if importance is None else importance
     weight = torch.cat(weights) * scale
     inputs = rows / scale
-    a, d = ((counts[:, 0] * part).sum() for part in (inputs.square().amax(1), inputs.square().sum(1)))
+    a, d = (
+        (counts[:, 0] * part).sum() for part in (inputs.square().amax(1), inputs.square().sum(1))
+    )
     return float(a * weight.square().sum() + weight.square().amax(1).sum() * d)
 
 
 def halfway(rows, weights):
-    return smoothing_scale(mean_squares(rows).sqrt(), sum(weight.square().sum(0) for weight in weights).sqrt(), 0.5)
+    return smoothing_scale(
+        mean_squares(rows).sqrt(), sum(weight.square().sum(0) for weight in weights).sqrt(), 0.5
+    )
 
 
 def test_fitted_scale_has_less_noise_than_any_strength(heavy):
@@ -37,7 +45,9 @@ def test_fitted_scale_has_less_noise_than_any_strength(heavy):
     torch.testing.assert_close(fitted.log().mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
     sizes = rows.abs().amax(0), weights[0].abs().amax(0)
     family = [smoothing_scale(*sizes, step / 20) for step in range(21)] + [halfway(rows, weights)]
-    assert noise(rows, weights, fitted) < 0.97 * min(noise(rows, weights, scale) for scale in family)
+    assert noise(rows, weights, fitted) < 0.97 * min(
+        noise(rows, weights, scale) for scale in family
+    )
 
 
 def test_no_channel_changed_alone_would_have_less_noise(heavy):
@@ -55,7 +65,9 @@ def test_wherever_it_begins_the_minimum_is_one(heavy):
     rows, weights = heavy
     begin = halfway(rows, weights)
     moved = begin * torch.randn(96, generator=torch.Generator().manual_seed(1)).mul(0.2).exp()
-    one, other = (noise(rows, weights, fitted_scale(rows, weights, start, True)) for start in (begin, moved))
+    one, other = (
+        noise(rows, weights, fitted_scale(rows, weights, start, True)) for start in (begin, moved)
+    )
     assert one == pytest.approx(other, rel=0.01)
 
 
@@ -64,7 +76,10 @@ def test_exact_error_on_rows_that_were_not_seen_falls_too(heavy):
     seen, unseen = rows[:4000], rows[4000:]
     exact = [unseen @ weights[0].T]
     begin = halfway(seen, weights)
-    before, after = (output_error(unseen, weights, [INT8], scale, exact) for scale in (begin, fitted_scale(seen, weights, begin, True)))
+    before, after = (
+        output_error(unseen, weights, [INT8], scale, exact)
+        for scale in (begin, fitted_scale(seen, weights, begin, True))
+    )
     assert after < 0.97 * before
     found = search_smoothing(rows, weights, [INT8])
     assert found.measure == "fitted" and found.error < 0.97 * before < found.plain_error
@@ -75,7 +90,9 @@ def test_tokens_that_count_more_decide_more(heavy):
     rows[:3000, :8] *= 50  # other outliers in one half than in the other
     importance = torch.cat([torch.full((3000, 1), 1e-4), torch.ones(3000, 1)])
     begin = halfway(rows, weights)
-    alike, weighted = (fitted_scale(rows, weights, begin, True, None, counts) for counts in (None, importance))
+    alike, weighted = (
+        fitted_scale(rows, weights, begin, True, None, counts) for counts in (None, importance)
+    )
     assert noise(rows, weights, weighted, importance) < noise(rows, weights, alike, importance)
     assert noise(rows, weights, alike) < noise(rows, weights, weighted)
 
@@ -97,17 +114,27 @@ def test_weights_alone_have_the_noise_of_weights_alone(heavy):
         return float((weights[0] * scale).square().amax(1).sum() * (rows / scale).square().sum())
 
     assert weights_noise(fitted_scale(rows, weights, begin, False)) < 0.95 * weights_noise(begin)
-    assert weights_noise(fitted_scale(rows, weights, begin, False)) < weights_noise(fitted_scale(rows, weights, begin, True))
+    assert weights_noise(fitted_scale(rows, weights, begin, False)) < weights_noise(
+        fitted_scale(rows, weights, begin, True)
+    )
 
 
 def test_silence_gives_the_scale_that_it_began_with():
     begin = torch.tensor([0.5, 2.0, 1.0, 1.0])
-    torch.testing.assert_close(fitted_scale(torch.zeros(8, 4), [torch.randn(3, 4)], begin, True), begin)
+    torch.testing.assert_close(
+        fitted_scale(torch.zeros(8, 4), [torch.randn(3, 4)], begin, True), begin
+    )
 
 
 @pytest.mark.parametrize(
     ("scheme", "expected"),
-    [("int8-dynamic", True), ("int8-weight-only", True), ("int8-static", False), ("fp8-dynamic", False), ("fp8-block", False)],
+    [
+        ("int8-dynamic", True),
+        ("int8-weight-only", True),
+        ("int8-static", False),
+        ("fp8-dynamic", False),
+        ("fp8-block", False),
+    ],
 )
 def test_only_evenly_spaced_codes_have_such_noise(scheme, expected):
     assert has_such_noise(QuantScheme.parse(scheme)) is expected

@@ -1,4 +1,6 @@
-"""Weights chosen with data: recipe, calibration, export, judged; and a model with outliers that plain rounding ruins."""
+"""Weights chosen with data: recipe, calibration, export, judged; and a model with outliers that
+plain rounding ruins.
+"""
 
 import json
 from dataclasses import replace
@@ -25,15 +27,27 @@ BEST = {"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]}
 
 @pytest.fixture
 def options(llama, text, tmp_path):
-    return CalibrationOptions(llama, tmp_path / "calib", (str(text),), recipe_of(BEST), num_samples=8, seq_len=64, batch_size=2)
+    return CalibrationOptions(
+        llama,
+        tmp_path / "calib",
+        (str(text),),
+        recipe_of(BEST),
+        num_samples=8,
+        seq_len=64,
+        batch_size=2,
+    )
 
 
-def test_smoothing_restores_a_model_whose_channels_were_rescaled(llama, text, tmp_path, options, copy, export_to):
+def test_smoothing_restores_a_model_whose_channels_were_rescaled(
+    llama, text, tmp_path, options, copy, export_to
+):
     harmed = with_outliers(copy(llama))
     assert kld(llama, harmed, text) == 0.0
     unharmed_plain = kld(llama, export_to("int8-dynamic"), text)
     plain = kld(harmed, export_to("int8-dynamic", harmed, None, name="plain"), text)
-    smoothed = kld(harmed, quantized(replace(options, model=harmed, recipe=recipe_of(SMOOTH))), text)
+    smoothed = kld(
+        harmed, quantized(replace(options, model=harmed, recipe=recipe_of(SMOOTH))), text
+    )
     assert plain > 20 * unharmed_plain
     assert smoothed < 1.5 * unharmed_plain
 
@@ -43,9 +57,26 @@ def test_gptq_and_smoothing_lose_less_than_rounding(llama, text, options, export
     assert kld(llama, quantized(options), text) < plain
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-dynamic", "fp8-static", "fp8-tensor", "fp8-block", "mxfp8", "int8-weight-only"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "int8-dynamic",
+        "fp8-dynamic",
+        "fp8-static",
+        "fp8-tensor",
+        "fp8-block",
+        "mxfp8",
+        "int8-weight-only",
+    ],
+)
 def test_codes_survive_export_bit_for_bit(scheme, options):
-    output = quantized(replace(options, recipe=recipe_of({"scheme": scheme, "algorithms": ["smoothquant", "gptq"]}), num_samples=4))
+    output = quantized(
+        replace(
+            options,
+            recipe=recipe_of({"scheme": scheme, "algorithms": ["smoothquant", "gptq"]}),
+            num_samples=4,
+        )
+    )
     calibration = Calibration.open(options.output)
     exported, seen = Checkpoint.open(output), 0
     for name, info in calibration.weights.items():
@@ -57,33 +88,61 @@ def test_codes_survive_export_bit_for_bit(scheme, options):
         seen += 1
     assert seen == 14
     norm = "model.layers.0.input_layernorm.weight"
-    assert torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm]) if norm in calibration.weights else True
+    assert (
+        torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm])
+        if norm in calibration.weights
+        else True
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-tensor", "fp8-block", "mxfp8"])
 def test_all_algorithms_work_together(scheme, text, tmp_path, options):
     model = make_llama(tmp_path / "biased", attention_bias=True)
-    names = [{"rotation": {"untie": True}}, "smoothquant", "scale_search", "gptq", "bias_correction"]
-    output = quantized(replace(options, model=model, recipe=recipe_of({"scheme": scheme, "algorithms": names}), num_samples=4))
+    names = [
+        {"rotation": {"untie": True}},
+        "smoothquant",
+        "scale_search",
+        "gptq",
+        "bias_correction",
+    ]
+    output = quantized(
+        replace(
+            options,
+            model=model,
+            recipe=recipe_of({"scheme": scheme, "algorithms": names}),
+            num_samples=4,
+        )
+    )
     found = verify(output, model)
     assert found.ok and found.quantized == 14
     # The limits of the formats: what eight bits with so coarse scales may cost on this model.
-    assert kld(model, output, text) < {"int8-dynamic": 0.002, "fp8-tensor": 0.02, "fp8-block": 0.02, "mxfp8": 0.03}[scheme]
+    assert (
+        kld(model, output, text)
+        < {"int8-dynamic": 0.002, "fp8-tensor": 0.02, "fp8-block": 0.02, "mxfp8": 0.03}[scheme]
+    )
 
 
 def test_searched_scales_are_those_of_the_codes(options, export_to, llama):
     recipe = recipe_of({"scheme": "fp8-dynamic", "algorithms": ["scale_search"]})
-    searched, plain = Checkpoint.open(quantized(replace(options, recipe=recipe))), Checkpoint.open(export_to("fp8-dynamic"))
+    searched, plain = (
+        Checkpoint.open(quantized(replace(options, recipe=recipe))),
+        Checkpoint.open(export_to("fp8-dynamic")),
+    )
     base, name = Checkpoint.open(llama), "model.layers.1.mlp.gate_proj"
     errors = []
     for checkpoint in (searched, plain):
-        values = checkpoint.read(f"{name}.weight").float() * checkpoint.read(f"{name}.weight_scale").float()
+        values = (
+            checkpoint.read(f"{name}.weight").float()
+            * checkpoint.read(f"{name}.weight_scale").float()
+        )
         errors.append(float((values - base.read(f"{name}.weight").float()).square().sum()))
     assert errors[0] < 0.99 * errors[1]
 
 
 def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch):
-    """What writes to the residual stream counts an error by what the next norm divides it by; what reads behind a norm counts all tokens alike."""
+    """What writes to the residual stream counts an error by what the next norm divides it by; what
+    reads behind a norm counts all tokens alike.
+    """
     seen = {}
     weigh = _Block.weigh_tokens
 
@@ -98,7 +157,10 @@ def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch)
 
     monkeypatch.setattr(_Block, "weigh_tokens", with_an_enormous_token)
     calibrate(replace(options, num_samples=2, seq_len=32))
-    assert {linear for linear, importance in seen.items() if importance is not None} == {"self_attn.o_proj", "mlp.down_proj"}
+    assert {linear for linear, importance in seen.items() if importance is not None} == {
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    }
     importance = seen["mlp.down_proj"].flatten()
     assert (importance[::32] < 1e-3 * importance.median()).all() and importance.min() > 0
 
@@ -116,7 +178,10 @@ def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
         calibrate(killed, die)
     calibrate(replace(killed, resume=True))
     calibrate(options)
-    contents = [{file.name: file.read_bytes() for file in path.iterdir()} for path in (killed.output, options.output)]
+    contents = [
+        {file.name: file.read_bytes() for file in path.iterdir()}
+        for path in (killed.output, options.output)
+    ]
     assert contents[0] == contents[1] and "weights-00001.safetensors" in contents[0]
 
 
@@ -143,7 +208,9 @@ def test_threads_change_no_byte(options, tmp_path):
 
 
 def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, options, tmp_path):
-    with pytest.raises(CalibrationError, match="choose weights with data; first: quantkit calibrate"):
+    with pytest.raises(
+        CalibrationError, match="choose weights with data; first: quantkit calibrate"
+    ):
         plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(BEST)))
     with pytest.raises(CalibrationError, match="holds statistics alone"):
         plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(BEST), calib))
@@ -153,29 +220,78 @@ def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, opt
             plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(other), options.output))
 
 
-def test_quantize_runs_a_recipe_with_algorithms_and_inspect_shows_what_was_done(llama, text, tmp_path, run, run_json):
+def test_quantize_runs_a_recipe_with_algorithms_and_inspect_shows_what_was_done(
+    llama, text, tmp_path, run, run_json
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("scheme: int8-dynamic\nalgorithms: [smoothquant, gptq]\n")
-    done = run("quantize", llama, "-o", tmp_path / "q", "--recipe", recipe, "--data", text, "--num-samples", 4, "--seq-len", 64)
+    done = run(
+        "quantize",
+        llama,
+        "-o",
+        tmp_path / "q",
+        "--recipe",
+        recipe,
+        "--data",
+        text,
+        "--num-samples",
+        4,
+        "--seq-len",
+        64,
+    )
     assert done.exit_code == 0, done.stderr
     assert "smoothquant" in done.stderr and "gptq" in done.stderr
     described = run_json("inspect", tmp_path / "q-calibration")
     assert len(described["chosen"]["linears"]) == 14
-    folds = {(fold["into"].rpartition(".")[2], len(fold["linears"])) for fold in described["chosen"]["folds"]}
-    assert folds <= {("input_layernorm", 3), ("post_attention_layernorm", 2), ("v_proj", 1), ("up_proj", 1)}
+    folds = {
+        (fold["into"].rpartition(".")[2], len(fold["linears"]))
+        for fold in described["chosen"]["folds"]
+    }
+    assert folds <= {
+        ("input_layernorm", 3),
+        ("post_attention_layernorm", 2),
+        ("v_proj", 1),
+        ("up_proj", 1),
+    }
     shown = run("inspect", tmp_path / "q-calibration")
-    assert shown.exit_code == 0 and "scales folded by smoothquant" in shown.stdout and "chosen by" in shown.stdout
-    again = run("quantize", llama, "-o", tmp_path / "q2", "--scheme", "int8-dynamic", "--calibration", tmp_path / "q-calibration")
+    assert (
+        shown.exit_code == 0
+        and "scales folded by smoothquant" in shown.stdout
+        and "chosen by" in shown.stdout
+    )
+    again = run(
+        "quantize",
+        llama,
+        "-o",
+        tmp_path / "q2",
+        "--scheme",
+        "int8-dynamic",
+        "--calibration",
+        tmp_path / "q-calibration",
+    )
     assert again.exit_code == 1 and "made for another recipe" in again.stderr
     manifest = json.loads((tmp_path / "q" / "quantkit.json").read_text())
     assert "model.layers.0.self_attn.q_proj.weight" in manifest["changed"]
 
 
 def test_grouped_heads_and_biases_are_folded(text, tmp_path, options):
-    model = make_llama(tmp_path / "gqa", num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
-    output = quantized(replace(options, model=model, recipe=recipe_of(SMOOTH | {"algorithms": [{"smoothquant": {"strength": 0.5}}]})))
+    model = make_llama(
+        tmp_path / "gqa", num_attention_heads=4, num_key_value_heads=2, attention_bias=True
+    )
+    output = quantized(
+        replace(
+            options,
+            model=model,
+            recipe=recipe_of(SMOOTH | {"algorithms": [{"smoothquant": {"strength": 0.5}}]}),
+        )
+    )
     folds = Calibration.open(options.output).description["chosen"]["folds"]
-    assert [fold["into"].rpartition(".")[2] for fold in folds] == ["input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"] * 2
+    assert [fold["into"].rpartition(".")[2] for fold in folds] == [
+        "input_layernorm",
+        "post_attention_layernorm",
+        "v_proj",
+        "up_proj",
+    ] * 2
     assert kld(model, output, text) < 0.01
 
 
@@ -187,7 +303,9 @@ def test_norms_that_add_one_are_folded_as_such(tmp_path, text, options):
     smoothing = recipe_of(SMOOTH | {"algorithms": [{"smoothquant": {"strength": 0.5}}]})
     output = quantized(replace(options, model=tmp_path / "gemma", recipe=smoothing, seq_len=32))
     folds = Calibration.open(options.output).description["chosen"]["folds"]
-    assert {"model.layers.0.input_layernorm", "model.layers.0.pre_feedforward_layernorm"} <= {fold["into"] for fold in folds}
+    assert {"model.layers.0.input_layernorm", "model.layers.0.pre_feedforward_layernorm"} <= {
+        fold["into"] for fold in folds
+    }
     assert kld(tmp_path / "gemma", output, text) < 0.02
 
 
@@ -202,7 +320,11 @@ def test_what_cannot_be_folded_is_left_and_said(tmp_path, text, options):
     chosen = Calibration.open(options.output).description["chosen"]
     assert not any("post_attention_layernorm" in fold["into"] for fold in chosen["folds"])
     experts = [entry for entry in chosen["linears"] if ".experts." in entry["name"]]
-    assert len(experts) == 2 * 4 * 3 and {entry["algorithm"] for entry in experts} == {"rtn"} and experts[0]["reason"]
+    assert (
+        len(experts) == 2 * 4 * 3
+        and {entry["algorithm"] for entry in experts} == {"rtn"}
+        and experts[0]["reason"]
+    )
 
 
 def test_a_norm_of_each_head_is_not_taken_for_one_of_the_whole_input(tmp_path, text, options):

@@ -1,4 +1,6 @@
-"""Weights chosen by several processes: what one process chooses, up to the order in which float32 sums are added up, and resumed to the same bytes."""
+"""Weights chosen by several processes: what one process chooses, up to the order in which float32
+sums are added up, and resumed to the same bytes.
+"""
 
 import json
 import subprocess
@@ -15,7 +17,16 @@ from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
 from quantkit.schemes.recipe import Recipe
 
-ALL = {"scheme": "int8-dynamic", "algorithms": [{"rotation": {"untie": True}}, "smoothquant", "scale_search", "gptq", "bias_correction"]}
+ALL = {
+    "scheme": "int8-dynamic",
+    "algorithms": [
+        {"rotation": {"untie": True}},
+        "smoothquant",
+        "scale_search",
+        "gptq",
+        "bias_correction",
+    ],
+}
 
 
 @pytest.fixture
@@ -30,29 +41,55 @@ def recipe(tmp_path):
 
 
 def test_two_processes_choose_what_one_does(model, recipe, text, tmp_path):
-    """In the first set only rounding of sums differs: hardly a code does. Behind it inputs differ by such codes, so that more and more do: scales agree, and the loss must be the same."""
-    for name, launch in (("one", lambda *arguments: subprocess.run([sys.executable, *arguments], capture_output=True, text=True)), ("two", torchrun)):
+    """In the first set only rounding of sums differs: hardly a code does. Behind it inputs differ
+    by such codes, so that more and more do: scales agree, and the loss must be the same.
+    """
+    for name, launch in (
+        (
+            "one",
+            lambda *arguments: subprocess.run(
+                [sys.executable, *arguments], capture_output=True, text=True
+            ),
+        ),
+        ("two", torchrun),
+    ):
         done = launch(*command(model, text, tmp_path / name, "--recipe", recipe))
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("gptq: codes of 14 Linears") == 1
     one, two = (load_file(tmp_path / name / "weights-00000.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    codes = {name.removesuffix(".weight"): (tensor.int() - two[name].int()).abs() for name, tensor in one.items() if tensor.dtype == torch.int8}
+    codes = {
+        name.removesuffix(".weight"): (tensor.int() - two[name].int()).abs()
+        for name, tensor in one.items()
+        if tensor.dtype == torch.int8
+    }
     assert len(codes) == 7
     for name, differing in codes.items():
-        assert float((differing > 0).float().mean()) < (0.001 if name.endswith(("q_proj", "k_proj", "v_proj")) else 0.25) and int(differing.max()) <= 2, name
+        assert (
+            float((differing > 0).float().mean())
+            < (0.001 if name.endswith(("q_proj", "k_proj", "v_proj")) else 0.25)
+            and int(differing.max()) <= 2
+        ), name
     for name, tensor in one.items():
         if tensor.dtype == torch.int8:
             continue
         module, _, leaf = name.rpartition(".")
         # A bias takes the mean error of the codes of its row: where these differ it does too.
         same = codes[module].sum(1) == 0 if leaf == "bias" and module in codes else slice(None)
-        torch.testing.assert_close(two[name][same].float(), tensor[same].float(), rtol=1e-2, atol=1e-4, msg=name)
-    outer = [(tmp_path / name / "weights-outer.safetensors").read_bytes() for name in ("one", "two")]
+        torch.testing.assert_close(
+            two[name][same].float(), tensor[same].float(), rtol=1e-2, atol=1e-4, msg=name
+        )
+    outer = [
+        (tmp_path / name / "weights-outer.safetensors").read_bytes() for name in ("one", "two")
+    ]
     assert outer[0] == outer[1]
     losses = []
     for name in ("one", "two"):
-        export(plan_export(ExportOptions(model, tmp_path / f"out-{name}", Recipe.load(recipe), tmp_path / name)))
+        export(
+            plan_export(
+                ExportOptions(model, tmp_path / f"out-{name}", Recipe.load(recipe), tmp_path / name)
+            )
+        )
         losses.append(kld(model, tmp_path / f"out-{name}", text))
     assert losses[1] == pytest.approx(losses[0], rel=0.25)
 
@@ -78,18 +115,31 @@ def test_a_rotation_that_cannot_be_done_is_refused_once(text, recipe, tmp_path):
     make_model(tmp_path / "opt", "gpt_neox", vocab_size=384)
     make_tokenizer(tmp_path / "opt")
     refused = torchrun(*command(tmp_path / "opt", text, tmp_path / "c", "--recipe", recipe))
-    assert refused.returncode != 0 and refused.stderr.count("Error: rotation can't be done") == 1, refused.stderr
+    assert refused.returncode != 0 and refused.stderr.count("Error: rotation can't be done") == 1, (
+        refused.stderr
+    )
     assert not (tmp_path / "c.partial").exists()
 
 
 def test_a_process_without_windows_holds_the_same_weights(model, text, tmp_path):
-    """With one window all sums are one process's, so that codes and statistics are too, whoever made and sent them."""
+    """With one window all sums are one process's, so that codes and statistics are too, whoever
+    made and sent them.
+    """
     recipe = tmp_path / "fp8.yaml"
     recipe.write_text(json.dumps({"scheme": "fp8-dynamic", "algorithms": ["smoothquant", "gptq"]}))
     arguments = ("--recipe", recipe, "--num-samples", 1)
-    for name, launch in (("one", lambda *words: subprocess.run([sys.executable, *words], capture_output=True, text=True)), ("two", torchrun)):
+    for name, launch in (
+        (
+            "one",
+            lambda *words: subprocess.run([sys.executable, *words], capture_output=True, text=True),
+        ),
+        ("two", torchrun),
+    ):
         done = launch(*command(model, text, tmp_path / name, *arguments))
         assert done.returncode == 0, done.stderr
     for number in range(2):
-        ours, theirs = ((tmp_path / name / f"weights-{number:05d}.safetensors").read_bytes() for name in ("one", "two"))
+        ours, theirs = (
+            (tmp_path / name / f"weights-{number:05d}.safetensors").read_bytes()
+            for name in ("one", "two")
+        )
         assert ours == theirs

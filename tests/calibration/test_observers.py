@@ -1,9 +1,20 @@
-"""Observers: bounded statistics that merge by addition, and the static scales that follow from them."""
+"""Observers: bounded statistics that merge by addition, and the static scales that follow from
+them.
+"""
 
 import pytest
 import torch
 
-from quantkit.calibration.observers import HELD_OUT, QUARTERS, GramObserver, HeadObserver, InputObserver, least_error_amax, observed_amax, percentile_amax
+from quantkit.calibration.observers import (
+    HELD_OUT,
+    QUARTERS,
+    GramObserver,
+    HeadObserver,
+    InputObserver,
+    least_error_amax,
+    observed_amax,
+    percentile_amax,
+)
 from quantkit.ops.fallback import HISTOGRAM_BINS, histogram_edges
 from quantkit.ops.reference import quantize
 from quantkit.schemes.number_formats import FP8_E4M3, INT8
@@ -73,7 +84,12 @@ def test_extremes_are_the_range_without_and_of_the_first_positions():
 
 def test_each_quarter_has_its_own_extremes():
     observer = InputObserver.empty(1)
-    for quarter, values in ((0, [[100.0], [1.0], [-2.0]]), (2, [[100.0], [5.0], [4.0]]), (HELD_OUT, [[100.0], [-7.0], [3.0]]), (0, [[0.0], [-1.0], [8.0]])):
+    for quarter, values in (
+        (0, [[100.0], [1.0], [-2.0]]),
+        (2, [[100.0], [5.0], [4.0]]),
+        (HELD_OUT, [[100.0], [-7.0], [3.0]]),
+        (0, [[0.0], [-1.0], [8.0]]),
+    ):
         observer.update(torch.tensor([values]), quarter)
     nothing = [torch.inf, -torch.inf]
     assert observer.extremes.tolist() == [[-2.0, 8.0], nothing, [4.0, 5.0], [-7.0, 3.0]]
@@ -181,7 +197,8 @@ def test_tensors_read_back_as_the_same_observer():
 
 def test_head_observer_keeps_the_largest_magnitude_of_each_head():
     states = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
-    states[0, 0, 4, 3], states[2, 1, 0, 0] = -9.0, 7.0  # head 0 is loudest in the first part, head 1 in the second
+    # head 0 is loudest in the first part, head 1 in the second
+    states[0, 0, 4, 3], states[2, 1, 0, 0] = -9.0, 7.0
     one, other, whole = (HeadObserver(torch.zeros(2)) for _ in range(3))
     one.update(states[:1])
     other.update(states[1:])
@@ -232,14 +249,18 @@ def test_absmax_is_the_largest_magnitude_outside_the_first_positions(spec):
 @pytest.mark.parametrize("percentile", [50, 90, 99, 99.9, 99.99])
 def test_a_percentile_is_exact_to_its_bin(percentile):
     values = heavy_tailed()
-    exact = values.abs().double().flatten().quantile(percentile / 100, interpolation="higher").item()
+    exact = (
+        values.abs().double().flatten().quantile(percentile / 100, interpolation="higher").item()
+    )
     choice = ObserverChoice("percentile", percentile)
     assert observed_amax(observed(values), choice, static(INT8)) == pytest.approx(exact, rel=1 / 16)
 
 
 def test_percentiles_rise_to_the_amax_and_never_above():
     observer = observed(heavy_tailed())
-    amaxes = [percentile_amax(observer, percentile) for percentile in (50, 90, 99, 99.9, 99.99, 100)]
+    amaxes = [
+        percentile_amax(observer, percentile) for percentile in (50, 90, 99, 99.9, 99.99, 100)
+    ]
     assert amaxes == sorted(amaxes) and amaxes[0] < amaxes[-1]
     assert amaxes[-1] == observer.amax
 
@@ -257,7 +278,10 @@ def test_a_percentile_beyond_the_histogram_is_the_amax(value):
 
 
 @pytest.mark.parametrize("spec", [static(INT8), static(FP8_E4M3)])
-@pytest.mark.parametrize("values", [heavy_tailed() ** 3, heavy_tailed()[:, :3], heavy_tailed()[:, 4:].bfloat16().float() * 1e-4])
+@pytest.mark.parametrize(
+    "values",
+    [heavy_tailed() ** 3, heavy_tailed()[:, :3], heavy_tailed()[:, 4:].bfloat16().float() * 1e-4],
+)
 def test_the_least_error_is_no_worse_than_that_of_the_amax(spec, values):
     observer = observed(values)
     amax = observed_amax(observer, ObserverChoice("mse"), spec)
@@ -269,20 +293,31 @@ def test_the_least_error_is_no_worse_than_that_of_the_amax(spec, values):
 def test_the_least_error_clips_rare_outliers_in_int8():
     values = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
     values[0, 0] = 60.0
-    # Rounding costs (amax / 127)² / 12 for each of 64000 values, clipping (60 − amax)² once: least where amax is 45.
+    # Rounding costs (amax / 127)² / 12 for each of 64000 values, clipping (60 − amax)² once: least
+    # where amax is 45.
     amax = least_error_amax(observed(values), static(INT8))
     assert amax == pytest.approx(45, rel=0.03)
-    assert squared_error(values, amax, static(INT8)) < 0.8 * squared_error(values, 60.0, static(INT8))
+    assert squared_error(values, amax, static(INT8)) < 0.8 * squared_error(
+        values, 60.0, static(INT8)
+    )
 
 
 def test_the_least_error_is_near_the_best_of_all_limits():
     values, spec = heavy_tailed(), static(INT8)
     observer = observed(values)
-    best = min(squared_error(values, observer.amax * 2 ** (-step / 64), spec) for step in range(320))
+    best = min(
+        squared_error(values, observer.amax * 2 ** (-step / 64), spec) for step in range(320)
+    )
     assert squared_error(values, least_error_amax(observer, spec), spec) < 1.02 * best
 
 
-@pytest.mark.parametrize("choice", [ObserverChoice(), ObserverChoice("percentile", 99.9), ObserverChoice("mse")])
+@pytest.mark.parametrize(
+    "choice", [ObserverChoice(), ObserverChoice("percentile", 99.9), ObserverChoice("mse")]
+)
 def test_nothing_seen_and_zeros_give_zero(choice):
-    for observer in (InputObserver.empty(3), observed(torch.zeros(4, 3)), observed(torch.full((4, 1, 3), 2.0))):
+    for observer in (
+        InputObserver.empty(3),
+        observed(torch.zeros(4, 3)),
+        observed(torch.full((4, 1, 3), 2.0)),
+    ):
         assert observed_amax(observer, choice, static(INT8)) == 0

@@ -1,4 +1,6 @@
-"""A calibration that was damaged is refused when it is opened, whoever opens it, in one line that names the file."""
+"""A calibration that was damaged is refused when it is opened, whoever opens it, in one line that
+names the file.
+"""
 
 import json
 import os
@@ -27,11 +29,27 @@ def change(path, edit) -> None:
 def refusals(run, llama, path, tmp_path) -> set[str]:
     """What inspect and export say of it; neither leaves anything behind."""
     commands = [["inspect", path]]
-    commands += [["export", llama, "-o", tmp_path / "out", "--scheme", "int8-static", "--calibration", path, "--observer", how] for how in ("absmax", "mse")]
+    commands += [
+        [
+            "export",
+            llama,
+            "-o",
+            tmp_path / "out",
+            "--scheme",
+            "int8-static",
+            "--calibration",
+            path,
+            "--observer",
+            how,
+        ]
+        for how in ("absmax", "mse")
+    ]
     lines = set()
     for command in commands:
         result = run(*command)
-        assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("\n") == 1, result.output
+        assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("\n") == 1, (
+            result.output
+        )
         lines.add(result.stderr.strip())
     assert not list(tmp_path.glob("out*"))
     return lines
@@ -49,14 +67,23 @@ def zero_a_histogram(path) -> None:
         (lambda path: path.unlink(), "it is missing"),
         (lambda path: os.truncate(path, path.stat().st_size - 1), "bytes of"),
         (lambda path: path.write_bytes(b""), "it has 0 bytes of"),
-        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "it has changed since it was written"),
+        (
+            lambda path: path.write_bytes(bytes(path.stat().st_size)),
+            "it has changed since it was written",
+        ),
         (zero_a_histogram, ""),
     ],
 )
-def test_a_block_file_that_is_not_as_it_was_written_is_damaged(damage, what, run, llama, damaged, tmp_path):
+def test_a_block_file_that_is_not_as_it_was_written_is_damaged(
+    damage, what, run, llama, damaged, tmp_path
+):
     damage(damaged / BLOCK)
     (line,) = refusals(run, llama, damaged, tmp_path)
-    assert line.startswith(f"Error: {damaged / BLOCK} is damaged (") and what in line and line.endswith("; calibrate again")
+    assert (
+        line.startswith(f"Error: {damaged / BLOCK} is damaged (")
+        and what in line
+        and line.endswith("; calibrate again")
+    )
 
 
 def set_in(place: str, key: str, value):
@@ -66,11 +93,18 @@ def set_in(place: str, key: str, value):
     return edit
 
 
-@pytest.mark.parametrize("value", ["7", None, True, -1.0, float("nan"), float("inf"), 1e39, 10**400, [1.0]], ids=str)
-@pytest.mark.parametrize(("place", "key"), [("inputs", "amax"), ("inputs", "first_position_amax"), ("kv", "k_amax"), ("kv", "v_amax")])
+@pytest.mark.parametrize(
+    "value", ["7", None, True, -1.0, float("nan"), float("inf"), 1e39, 10**400, [1.0]], ids=str
+)
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [("inputs", "amax"), ("inputs", "first_position_amax"), ("kv", "k_amax"), ("kv", "v_amax")],
+)
 def test_a_magnitude_is_a_finite_number(place, key, value, damaged):
     change(damaged, set_in(place, key, value))
-    with pytest.raises(CalibrationError, match=f"calibration.json is damaged .'{key}' is .*; calibrate again"):
+    with pytest.raises(
+        CalibrationError, match=f"calibration.json is damaged .'{key}' is .*; calibrate again"
+    ):
         Calibration.open(damaged)
 
 
@@ -106,7 +140,9 @@ def test_a_count_is_a_whole_number(key, value, damaged):
 def test_what_is_not_of_its_kind_is_damage_and_no_traceback(edit, run, llama, damaged, tmp_path):
     change(damaged, edit)
     for line in refusals(run, llama, damaged, tmp_path):
-        assert f"{damaged}/calibration.json is damaged (" in line and line.endswith("; calibrate again")
+        assert f"{damaged}/calibration.json is damaged (" in line and line.endswith(
+            "; calibrate again"
+        )
 
 
 def test_a_calibration_that_is_cut_short_is_damaged(run, llama, damaged, tmp_path):
@@ -127,9 +163,25 @@ def test_every_hash_is_compared_with_its_own_file(damaged):
 
 
 @pytest.mark.parametrize("key", ["fingerprint", "files"])
-def test_resuming_beside_a_damaged_calibration_is_refused_in_a_line(key, run, llama, text, tmp_path):
-    command = ["calibrate", llama, "-o", tmp_path / "c", "--data", text, "--num-samples", 2, "--seq-len", 32]
+def test_resuming_beside_a_damaged_calibration_is_refused_in_a_line(
+    key, run, llama, text, tmp_path
+):
+    command = [
+        "calibrate",
+        llama,
+        "-o",
+        tmp_path / "c",
+        "--data",
+        text,
+        "--num-samples",
+        2,
+        "--seq-len",
+        32,
+    ]
     assert run(*command).exit_code == 0
     change(tmp_path / "c", lambda described: described.update({key: "no"}))
     refused = run(*command, "--resume")
-    assert refused.exit_code == 1 and "calibration.json is damaged; start again with --overwrite" in refused.stderr
+    assert (
+        refused.exit_code == 1
+        and "calibration.json is damaged; start again with --overwrite" in refused.stderr
+    )

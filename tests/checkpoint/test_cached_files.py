@@ -1,4 +1,6 @@
-"""Hidden states between runs: found again only whole, never larger than the limit, and never the reason why a result fails."""
+"""Hidden states between runs: found again only whole, never larger than the limit, and never the
+reason why a result fails.
+"""
 
 import os
 
@@ -31,10 +33,15 @@ def test_what_was_kept_is_found_again(cache):
     assert cache.find({"model": "b"}) is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "no description", "empty description", "foreign description"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "flip", "no description", "empty description", "foreign description"]
+)
 def test_damage_is_noticed(cache, damage):
     keep(cache)
-    (states,), (description,) = cache.directory.glob("*.safetensors"), cache.directory.glob("*.json")
+    (states,), (description,) = (
+        cache.directory.glob("*.safetensors"),
+        cache.directory.glob("*.json"),
+    )
     content = bytearray(states.read_bytes())
     if damage == "cut":
         states.write_bytes(content[:-1])

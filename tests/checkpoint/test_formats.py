@@ -18,8 +18,17 @@ from quantkit.errors import CheckpointError
 from quantkit.ops.reference import quantize
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
 
-INT8_GROUPS = QuantScheme.parse({"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}})
-DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F32": torch.float32, "U8": torch.uint8}
+INT8_GROUPS = QuantScheme.parse(
+    {"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}}
+)
+DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+}
 
 # Of a Linear [192, 256]: the layout's name, then suffix → dtype and shape.
 CODES = {"weight": ("F8_E4M3", (192, 256))}
@@ -44,12 +53,16 @@ ALL = SCHEMES | {INT8_GROUPS.name: INT8_GROUPS}
 
 def encode_linear(quantized, scheme, input_scale=None, layout="compressed-tensors"):
     """One quantized weight as the tensors of `linear_tensors`."""
-    return encode_rows(quantized, scheme, layout) | encode_constants(scheme, tuple(quantized.qdata.shape), layout, quantized.scale, input_scale)
+    return encode_rows(quantized, scheme, layout) | encode_constants(
+        scheme, tuple(quantized.qdata.shape), layout, quantized.scale, input_scale
+    )
 
 
 def weight_of(rows: int, columns: int) -> torch.Tensor:
     """Rows of very different size, the second one zero."""
-    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * torch.exp2(torch.arange(rows).float() % 40 - 20).reshape(-1, 1)
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * torch.exp2(
+        torch.arange(rows).float() % 40 - 20
+    ).reshape(-1, 1)
     values[1:2] = 0
     return values
 
@@ -67,7 +80,11 @@ def test_tensors_have_the_names_dtypes_and_shapes_that_runtimes_read(name):
     scheme = ALL[name]
     assert layout_name(scheme) == layout
     assert linear_tensors(scheme, (192, 256)) == tensors
-    encoded = encode_linear(quantize(weight_of(192, 256), scheme.weight), scheme, torch.tensor(0.5) if scheme.needs_calibration else None)
+    encoded = encode_linear(
+        quantize(weight_of(192, 256), scheme.weight),
+        scheme,
+        torch.tensor(0.5) if scheme.needs_calibration else None,
+    )
     assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in encoded.items()} == {
         suffix: (DTYPES[dtype], shape) for suffix, (dtype, shape) in tensors.items()
     }
@@ -78,7 +95,9 @@ def test_tensors_have_the_names_dtypes_and_shapes_that_runtimes_read(name):
 def test_an_encoded_linear_decodes_to_the_same_codes_and_scales(name, shape):
     scheme = ALL[name]
     quantized = quantize(weight_of(*shape), scheme.weight)
-    tensors = encode_linear(quantized, scheme, torch.tensor([0.5]) if scheme.needs_calibration else None)
+    tensors = encode_linear(
+        quantized, scheme, torch.tensor([0.5]) if scheme.needs_calibration else None
+    )
     decoded, input_scale = decode_linear(tensors, scheme, "layer")
     assert torch.equal(decoded.qdata.float(), quantized.qdata.float())
     assert decoded.qdata.dtype == quantized.qdata.dtype
@@ -92,14 +111,18 @@ def test_block_scales_cover_begun_blocks():
 
 
 def test_mxfp8_scales_are_stored_as_exponent_plus_127():
-    values = 448 * torch.exp2(torch.tensor([0.0, 3.0, -5.0, -126.0, 118.0])).reshape(-1, 1).repeat(1, 32)
+    values = 448 * torch.exp2(torch.tensor([0.0, 3.0, -5.0, -126.0, 118.0])).reshape(-1, 1).repeat(
+        1, 32
+    )
     tensors = encode_linear(quantize(values, SCHEMES["mxfp8"].weight), SCHEMES["mxfp8"])
     assert tensors["weight_scale"].reshape(-1).tolist() == [127, 130, 122, 1, 245]
 
 
 def test_packed_words_hold_code_plus_128_and_the_shape_of_the_weight():
     values = torch.tensor([[127.0, -127.0, 0.0, 1.0]])
-    tensors = encode_linear(quantize(values, SCHEMES["int8-weight-only"].weight), SCHEMES["int8-weight-only"])
+    tensors = encode_linear(
+        quantize(values, SCHEMES["int8-weight-only"].weight), SCHEMES["int8-weight-only"]
+    )
     assert tensors["weight_packed"].view(torch.uint8).tolist() == [[255, 1, 128, 129]]
     assert tensors["weight_shape"].tolist() == [1, 4]
 
@@ -116,7 +139,9 @@ def test_a_missing_tensor_is_refused_by_name(suffix):
 @pytest.mark.parametrize("shape", [(1,), (2, 1), (6, 1)], ids=str)
 def test_scales_that_do_not_fit_the_weight_are_refused(shape):
     scheme = SCHEMES["fp8-dynamic"]
-    tensors = encode_linear(quantize(weight_of(3, 8), scheme.weight), scheme) | {"weight_scale": torch.ones(shape)}
+    tensors = encode_linear(quantize(weight_of(3, 8), scheme.weight), scheme) | {
+        "weight_scale": torch.ones(shape)
+    }
     with pytest.raises(CheckpointError, match=r"needs \[3, 1\]"):
         decode_linear(tensors, scheme, "layer")
 
@@ -132,14 +157,18 @@ def test_transposed_block_scales_are_refused():
 def test_a_scale_without_its_axis_of_one_is_read_all_the_same():
     scheme = SCHEMES["fp8-dynamic"]
     quantized = quantize(weight_of(3, 8), scheme.weight)
-    decoded, _ = decode_linear({"weight": quantized.qdata, "weight_scale": quantized.scale.reshape(3)}, scheme, "layer")
+    decoded, _ = decode_linear(
+        {"weight": quantized.qdata, "weight_scale": quantized.scale.reshape(3)}, scheme, "layer"
+    )
     assert torch.equal(decoded.scale, quantized.scale)
 
 
 def test_deepseeks_scale_name_multiplies_as_well():
     scheme = SCHEMES["fp8-block"]
     quantized = quantize(weight_of(130, 200), scheme.weight)
-    decoded, _ = decode_linear({"weight": quantized.qdata, "weight_scale_inv": quantized.scale}, scheme, "layer")
+    decoded, _ = decode_linear(
+        {"weight": quantized.qdata, "weight_scale_inv": quantized.scale}, scheme, "layer"
+    )
     assert torch.equal(decoded.dequantize(), quantized.dequantize())
 
 
@@ -162,15 +191,33 @@ def test_shapes_that_cannot_be_stored_are_told(name, columns, words):
 
 
 def test_stored_linears_are_modules_with_a_weight_scale_or_packed_weight():
-    names = ["a.q_proj.weight", "a.q_proj.weight_scale", "b.weight_packed", "b.weight_scale", "c.weight", "c.weight_scale_inv", "d.weight", "a.k_scale"]
-    assert stored_linears(names) == {"a.q_proj": ["weight", "weight_scale"], "b": ["weight_packed", "weight_scale"], "c": ["weight", "weight_scale_inv"]}
+    names = [
+        "a.q_proj.weight",
+        "a.q_proj.weight_scale",
+        "b.weight_packed",
+        "b.weight_scale",
+        "c.weight",
+        "c.weight_scale_inv",
+        "d.weight",
+        "a.k_scale",
+    ]
+    assert stored_linears(names) == {
+        "a.q_proj": ["weight", "weight_scale"],
+        "b": ["weight_packed", "weight_scale"],
+        "c": ["weight", "weight_scale_inv"],
+    }
 
 
 # The config
 
 
 def test_one_scheme_targets_the_class_name():
-    config = compressed_tensors_config({"a.q_proj": SCHEMES["fp8-dynamic"], "a.k_proj": SCHEMES["fp8-dynamic"]}, ["lm_head"], SCHEMES["fp8-dynamic"], False)
+    config = compressed_tensors_config(
+        {"a.q_proj": SCHEMES["fp8-dynamic"], "a.k_proj": SCHEMES["fp8-dynamic"]},
+        ["lm_head"],
+        SCHEMES["fp8-dynamic"],
+        False,
+    )
     assert config == {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -179,20 +226,38 @@ def test_one_scheme_targets_the_class_name():
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False},
-                "input_activations": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+                "weights": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "channel",
+                    "dynamic": False,
+                },
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
             }
         },
     }
 
 
 def test_weight_only_groups_have_no_input_activations():
-    config = compressed_tensors_config({"a": SCHEMES["int8-weight-only"]}, [], SCHEMES["int8-weight-only"], False)
+    config = compressed_tensors_config(
+        {"a": SCHEMES["int8-weight-only"]}, [], SCHEMES["int8-weight-only"], False
+    )
     assert "input_activations" not in config["config_groups"]["group_0"]
 
 
 def test_several_schemes_are_mixed_precision_and_name_their_modules():
-    schemes = {"a.down_proj": SCHEMES["fp8-dynamic"], "a.q_proj": SCHEMES["int8-dynamic"], "a.k_proj": SCHEMES["int8-dynamic"]}
+    schemes = {
+        "a.down_proj": SCHEMES["fp8-dynamic"],
+        "a.q_proj": SCHEMES["int8-dynamic"],
+        "a.k_proj": SCHEMES["int8-dynamic"],
+    }
     config = compressed_tensors_config(schemes, ["lm_head"], SCHEMES["int8-dynamic"], False)
     groups = config["config_groups"]
     assert config["format"] == "mixed-precision"
@@ -206,20 +271,30 @@ def test_several_schemes_are_mixed_precision_and_name_their_modules():
 def test_the_kv_cache_scheme_is_written_only_when_asked_for():
     schemes = {"a": SCHEMES["fp8-dynamic"]}
     with_cache = compressed_tensors_config(schemes, [], SCHEMES["fp8-dynamic"], True)
-    assert with_cache["kv_cache_scheme"] == {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    assert with_cache["kv_cache_scheme"] == {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor",
+        "dynamic": False,
+    }
     assert read(with_cache).kv_cache
     assert not read(compressed_tensors_config(schemes, [], SCHEMES["fp8-dynamic"], False)).kv_cache
 
 
 @pytest.mark.parametrize("name", ON_DISK)
 def test_a_config_of_one_scheme_reads_back_as_the_scheme(name):
-    layout = read(compressed_tensors_config({"a.q_proj": ALL[name]}, ["lm_head", "a.gate"], ALL[name], False))
+    layout = read(
+        compressed_tensors_config({"a.q_proj": ALL[name]}, ["lm_head", "a.gate"], ALL[name], False)
+    )
     assert layout.scheme_of("a.q_proj") == ALL[name]
     assert layout.scheme_of("lm_head") is layout.scheme_of("a.gate") is None
 
 
 def test_a_config_of_all_schemes_reads_back_the_scheme_of_each_module():
-    schemes = {f"model.layers.{number}.q_proj": scheme for number, scheme in enumerate(ALL.values())}
+    schemes = {
+        f"model.layers.{number}.q_proj": scheme for number, scheme in enumerate(ALL.values())
+    }
     layout = read(compressed_tensors_config(schemes, ["lm_head"], SCHEMES["fp8-dynamic"], True))
     assert {name: layout.scheme_of(name) for name in schemes} == schemes
     assert layout.scheme_of("lm_head") is layout.scheme_of("model.layers.0.k_proj") is None
@@ -227,7 +302,12 @@ def test_a_config_of_all_schemes_reads_back_the_scheme_of_each_module():
 
 def test_ignore_wins_over_every_kind_of_target():
     weights = SCHEMES["int8-weight-only"].weight.to_arguments()
-    stored = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear", "re:.*q_proj", "a.q_proj"], "weights": weights}}}
+    stored = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            "group_0": {"targets": ["Linear", "re:.*q_proj", "a.q_proj"], "weights": weights}
+        },
+    }
     for ignore in (["a.q_proj"], ["re:.*q_proj"], ["Linear"]):
         assert read(stored).scheme_of("a.q_proj") is not None
         assert read(stored | {"ignore": ignore}).scheme_of("a.q_proj") is None
@@ -237,9 +317,17 @@ def test_names_win_over_patterns_and_patterns_over_classes():
     def group(target: str, name: str) -> dict:
         return {"targets": [target], "weights": SCHEMES[name].weight.to_arguments()}
 
-    groups = {"0": group("Linear", "int8-weight-only"), "1": group("re:.*q_proj", "fp8-weight-only"), "2": group("b.q_proj", "int8-weight-only")}
+    groups = {
+        "0": group("Linear", "int8-weight-only"),
+        "1": group("re:.*q_proj", "fp8-weight-only"),
+        "2": group("b.q_proj", "int8-weight-only"),
+    }
     layout = read({"quant_method": "compressed-tensors", "config_groups": groups})
-    assert [layout.scheme_of(name).name for name in ("a.k_proj", "a.q_proj", "b.q_proj")] == ["int8-weight-only", "fp8-weight-only", "int8-weight-only"]
+    assert [layout.scheme_of(name).name for name in ("a.k_proj", "a.q_proj", "b.q_proj")] == [
+        "int8-weight-only",
+        "fp8-weight-only",
+        "int8-weight-only",
+    ]
     assert layout.scheme_of("a.k_proj", "Embedding") is None
 
 
@@ -248,7 +336,12 @@ def test_an_unquantized_model_has_no_layout():
 
 
 def test_deepseeks_config_reads_as_block_fp8():
-    stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "mlp.gate"]}
+    stored = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    }
     layout = read(stored)
     assert layout.scheme_of("model.layers.0.mlp.up_proj") is SCHEMES["fp8-block"]
     assert layout.scheme_of("lm_head") is layout.scheme_of("model.layers.3.mlp.gate") is None
@@ -262,9 +355,19 @@ def test_deepseeks_config_reads_as_block_fp8():
         [],
         {"quant_method": "compressed-tensors"},
         {"quant_method": "compressed-tensors", "config_groups": []},
-        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"]}}},
-        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}},
-        {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"}},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"targets": ["Linear"]}},
+        },
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}},
+        },
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {},
+            "kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"},
+        },
         {"quant_method": "fp8", "activation_scheme": "static"},
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": 128},
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128]},

@@ -19,7 +19,9 @@ from quantkit.errors import CheckpointError
 def write_gguf(model: Path, target: Path) -> Path:
     """The tiny Llama and its tokenizer in GGUF's words, its weights in float32."""
     gguf = pytest.importorskip("gguf")
-    config, tokenizer = (json.loads((model / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    config, tokenizer = (
+        json.loads((model / name).read_text()) for name in ("config.json", "tokenizer.json")
+    )
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     writer = gguf.GGUFWriter(str(target), "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -39,15 +41,36 @@ def write_gguf(model: Path, target: Path) -> Path:
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    names = {"self_attn": "attn", "mlp": "ffn", "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "output", "gate_proj": "gate", "up_proj": "up"}
-    names |= {"down_proj": "down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+    names = {
+        "self_attn": "attn",
+        "mlp": "ffn",
+        "q_proj": "q",
+        "k_proj": "k",
+        "v_proj": "v",
+        "o_proj": "output",
+        "gate_proj": "gate",
+        "up_proj": "up",
+    }
+    names |= {
+        "down_proj": "down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    outer = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     for name, tensor in load_file(model / "model.safetensors").items():
         if name not in outer:
             _, _, block, *parts, _ = name.split(".")
             if parts[-1] in ("q_proj", "k_proj"):
                 # GGUF's rotary embedding turns neighbours, transformers' turns halves.
-                tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+                tensor = (
+                    tensor.reshape(heads, 2, -1, tensor.shape[1])
+                    .transpose(1, 2)
+                    .reshape(tensor.shape)
+                )
             outer[name] = f"blk.{block}.{'_'.join(names[part] for part in parts)}.weight"
         writer.add_tensor(outer[name], tensor.float().numpy())
     writer.write_header_to_file()
@@ -60,10 +83,35 @@ def write_gguf(model: Path, target: Path) -> Path:
 def test_a_gguf_file_goes_the_whole_way(tmp_path, text, run, run_json):
     model = make_llama(tmp_path / "model")
     file = write_gguf(model, tmp_path / "tiny.gguf")
-    calibrated = run("calibrate", file, "-o", tmp_path / "calib", "--data", text, "--num-samples", 2, "--seq-len", 32)
+    calibrated = run(
+        "calibrate",
+        file,
+        "-o",
+        tmp_path / "calib",
+        "--data",
+        text,
+        "--num-samples",
+        2,
+        "--seq-len",
+        32,
+    )
     assert calibrated.exit_code == 0, calibrated.stderr
-    assert run("export", file, "-o", tmp_path / "out", "--scheme", "int8-static", "--calibration", tmp_path / "calib").exit_code == 0
-    judged = run_json("eval", file, tmp_path / "out", "--data", text, "--seq-len", 32, "--max-tokens", 160)
+    assert (
+        run(
+            "export",
+            file,
+            "-o",
+            tmp_path / "out",
+            "--scheme",
+            "int8-static",
+            "--calibration",
+            tmp_path / "calib",
+        ).exit_code
+        == 0
+    )
+    judged = run_json(
+        "eval", file, tmp_path / "out", "--data", text, "--seq-len", 32, "--max-tokens", 160
+    )
     assert judged["quants"][0]["linears_quantized"] == 14
     # The file holds the same weights, so it is as good a model as the one that it was made from.
     original = run_json("eval", model, "--data", text, "--seq-len", 32, "--max-tokens", 160)
@@ -74,7 +122,10 @@ def test_a_gguf_file_goes_the_whole_way(tmp_path, text, run, run_json):
 def test_a_file_is_read_once(tmp_path):
     file = write_gguf(make_llama(tmp_path / "model"), tmp_path / "tiny.gguf")
     made = checkpoint_of_gguf(file)
-    assert checkpoint_of_gguf(file) == made and load_file(made / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert (
+        checkpoint_of_gguf(file) == made
+        and load_file(made / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    )
     changed = write_gguf(make_llama(tmp_path / "other", seed=1), file)
     assert checkpoint_of_gguf(changed) != made
 
@@ -90,7 +141,11 @@ def test_what_is_no_gguf_is_refused_in_a_sentence(tmp_path):
 @pytest.mark.parametrize("name", ["absent.gguf", "gone/absent.gguf", "~/nowhere/absent.gguf"])
 def test_a_file_that_is_not_there_is_called_a_file(name, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in (("eval", name, "--data", "text.txt"), ("export", name, "-o", "out", "--scheme", "fp8-dynamic"), ("calibrate", name, "-o", "calib")):
+    for arguments in (
+        ("eval", name, "--data", "text.txt"),
+        ("export", name, "-o", "out", "--scheme", "fp8-dynamic"),
+        ("calibrate", name, "-o", "calib"),
+    ):
         (tmp_path / "text.txt").write_text("words")
         refused = run(*arguments)
         assert refused.exit_code == 1 and refused.stderr.count("\n") == 1
@@ -99,7 +154,10 @@ def test_a_file_that_is_not_there_is_called_a_file(name, run, tmp_path, monkeypa
 
 def test_copies_that_were_not_used_for_longest_make_room(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
-    files = [write_gguf(make_llama(tmp_path / f"model-{seed}", seed=seed), tmp_path / f"{seed}.gguf") for seed in range(4)]
+    files = [
+        write_gguf(make_llama(tmp_path / f"model-{seed}", seed=seed), tmp_path / f"{seed}.gguf")
+        for seed in range(4)
+    ]
     monkeypatch.setattr(gguf_files, "MOST_BYTES", 5 * files[0].stat().st_size)
     first, second, third = (checkpoint_of_gguf(file) for file in files[:3])
     assert first.is_dir()  # used today

@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 import quantkit.checkpoint.output_dir
 from quantkit.checkpoint.output_dir import OutputDirectory, check_disk_space, check_output
 from quantkit.checkpoint.units import parse_bytes
-from quantkit.checkpoint.writer import ShardWriter, TensorPlan, plan_shards, tensor_bytes, write_tensors
+from quantkit.checkpoint.writer import (
+    ShardWriter,
+    TensorPlan,
+    plan_shards,
+    tensor_bytes,
+    write_tensors,
+)
 from quantkit.errors import OutputError
 
 TENSORS = {
@@ -27,7 +33,11 @@ TENSORS = {
 def test_safetensors_reads_what_the_writer_wrote(tmp_path):
     write_tensors(tmp_path / "out.safetensors", TENSORS)
     loaded = load_file(tmp_path / "out.safetensors")
-    assert all(bytes(tensor_bytes(loaded[name])) == bytes(tensor_bytes(tensor)) and loaded[name].shape == tensor.shape for name, tensor in TENSORS.items())
+    assert all(
+        bytes(tensor_bytes(loaded[name])) == bytes(tensor_bytes(tensor))
+        and loaded[name].shape == tensor.shape
+        for name, tensor in TENSORS.items()
+    )
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -49,10 +59,14 @@ def test_writer_takes_tensors_in_any_order_and_refuses_wrong_ones(tmp_path):
 
 
 def test_shards_keep_groups_together_and_within_the_limit():
-    groups = [[TensorPlan(f"{n}.w", "I8", (60,)), TensorPlan(f"{n}.s", "F32", (5,))] for n in range(5)]
+    groups = [
+        [TensorPlan(f"{n}.w", "I8", (60,)), TensorPlan(f"{n}.s", "F32", (5,))] for n in range(5)
+    ]
     shards = plan_shards(groups, 160)
     assert [len(shard) for shard in shards] == [4, 4, 2]
-    assert [plan for shard in shards for plan in shard] == [plan for group in groups for plan in group]
+    assert [plan for shard in shards for plan in shard] == [
+        plan for group in groups for plan in group
+    ]
     assert len(plan_shards(groups, 1)) == 5  # a group larger than the limit still gets a shard
 
 
@@ -71,7 +85,9 @@ def test_resume_continues_only_the_same_work(tmp_path):
         OutputDirectory(tmp_path / "out", {"model": "x", "recipe": "r"})
     with pytest.raises(OutputError, match="different model"):
         OutputDirectory(tmp_path / "out", {"model": "y", "recipe": "r"}, resume=True)
-    assert OutputDirectory(tmp_path / "out", {"model": "x", "recipe": "r"}, resume=True).done == {"shard": "hash"}
+    assert OutputDirectory(tmp_path / "out", {"model": "x", "recipe": "r"}, resume=True).done == {
+        "shard": "hash"
+    }
 
 
 def test_overwrite_replaces_results_but_nothing_else(tmp_path):
@@ -105,7 +121,13 @@ def test_disk_space_is_checked_before_the_start(tmp_path):
 
 
 def test_sizes_are_read_in_decimal_and_binary_units():
-    assert [parse_bytes(text) for text in ("5GB", "500MB", "2GiB", "10", "1.5kB")] == [5 * 10**9, 5 * 10**8, 2**31, 10, 1500]
+    assert [parse_bytes(text) for text in ("5GB", "500MB", "2GiB", "10", "1.5kB")] == [
+        5 * 10**9,
+        5 * 10**8,
+        2**31,
+        10,
+        1500,
+    ]
     for wrong in ("", "many", "-1GB", "5XB"):
         with pytest.raises(OutputError):
             parse_bytes(wrong)
@@ -139,7 +161,11 @@ def test_overwriting_leaves_the_old_or_the_new_at_every_moment(tmp_path, monkeyp
             with monkeypatch.context() as patch:
                 patch.setattr(quantkit.checkpoint.output_dir, "exchange_names", step(exchange))
                 patch.setattr(os, "rename", step(os.rename))
-                patch.setattr(quantkit.checkpoint.output_dir.shutil, "rmtree", step(quantkit.checkpoint.output_dir.shutil.rmtree))
+                patch.setattr(
+                    quantkit.checkpoint.output_dir.shutil,
+                    "rmtree",
+                    step(quantkit.checkpoint.output_dir.shutil.rmtree),
+                )
                 with contextlib.suppress(Stopped):
                     output.commit()
             if exchange is quantkit.checkpoint.output_dir.exchange_names:
@@ -147,7 +173,9 @@ def test_overwriting_leaves_the_old_or_the_new_at_every_moment(tmp_path, monkeyp
             again = OutputDirectory(out, {"a": "2"}, overwrite=True)
             (again.partial / "config.json").write_text("newest")
             again.commit()
-            assert (out / "config.json").read_text() == "newest" and not out.with_name(f"{out.name}.partial").exists()
+            assert (out / "config.json").read_text() == "newest" and not out.with_name(
+                f"{out.name}.partial"
+            ).exists()
 
 
 def test_overwrite_does_not_replace_a_model_that_is_not_quantized(tmp_path):
@@ -164,7 +192,11 @@ def test_overwrite_does_not_replace_a_model_that_is_not_quantized(tmp_path):
 def test_a_run_stopped_before_its_last_rename_is_continued_from_the_manifest(tmp_path):
     output = OutputDirectory(tmp_path / "out", {"a": "1"})
     output.record("x.safetensors", {"bytes": 1, "blake3": "…"})
-    (output.partial / "quantkit.json").write_text(json.dumps({"fingerprint": {"a": "1"}, "files": {"x.safetensors": {"bytes": 1, "blake3": "…"}}}))
+    (output.partial / "quantkit.json").write_text(
+        json.dumps(
+            {"fingerprint": {"a": "1"}, "files": {"x.safetensors": {"bytes": 1, "blake3": "…"}}}
+        )
+    )
     (output.partial / "progress.json").unlink()
     assert set(OutputDirectory(tmp_path / "out", {"a": "1"}, resume=True).done) == {"x.safetensors"}
     (output.partial / "progress.json").unlink()

@@ -32,7 +32,8 @@ def test_reader_agrees_with_safetensors(model):
     assert set(checkpoint.tensors) == set(TENSORS)
     for name, tensor in TENSORS.items():
         assert torch.equal(
-            checkpoint.read(name).view(torch.uint8) if tensor.dim() else checkpoint.read(name), tensor.view(torch.uint8) if tensor.dim() else tensor
+            checkpoint.read(name).view(torch.uint8) if tensor.dim() else checkpoint.read(name),
+            tensor.view(torch.uint8) if tensor.dim() else tensor,
         )
 
 
@@ -74,7 +75,10 @@ def test_file_too_short_for_a_header_is_refused(tmp_path):
         read_header(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "sub/x.safetensors", "gone.safetensors", "model.bin"])
+@pytest.mark.parametrize(
+    "shard",
+    ["../evil.safetensors", "/etc/passwd", "sub/x.safetensors", "gone.safetensors", "model.bin"],
+)
 def test_index_that_leaves_the_directory_or_names_nothing_is_refused(model, shard):
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(CheckpointError):
@@ -84,13 +88,17 @@ def test_index_that_leaves_the_directory_or_names_nothing_is_refused(model, shar
 def test_tensor_in_two_shards_is_refused(model):
     (model / "model.safetensors").rename(model / "m1.safetensors")
     save_file({"a": torch.zeros(1)}, model / "m2.safetensors")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "m1.safetensors", "z": "m2.safetensors"}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "m1.safetensors", "z": "m2.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="both"):
         Checkpoint.open(model)
 
 
 def test_tensor_of_the_index_that_no_shard_holds_is_refused(model):
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors", "lost": "model.safetensors"}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "lost": "model.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="lost"):
         Checkpoint.open(model)
 
@@ -106,7 +114,11 @@ def test_fingerprint_tells_models_apart(model):
 def test_fingerprint_looks_at_every_tensor(tmp_path):
     """Two hundred small tensors between large ones: whichever changes, the fingerprint does."""
     (tmp_path / "config.json").write_text("{}")
-    tensors = {"large.0": torch.zeros(1 << 20), **{f"layer.{number}": torch.zeros(100 + number) for number in range(200)}, "large.1": torch.zeros(1 << 20)}
+    tensors = {
+        "large.0": torch.zeros(1 << 20),
+        **{f"layer.{number}": torch.zeros(100 + number) for number in range(200)},
+        "large.1": torch.zeros(1 << 20),
+    }
 
     def fingerprint(**changed: torch.Tensor) -> str:
         save_file(tensors | changed, tmp_path / "model.safetensors", {"format": "pt"})
@@ -120,7 +132,11 @@ def test_fingerprint_looks_at_every_tensor(tmp_path):
 
 def test_fingerprint_costs_no_more_than_a_tenth_of_a_millisecond_a_tensor(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    save_file({f"tensor.{number}": torch.zeros(2048) for number in range(5000)}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {f"tensor.{number}": torch.zeros(2048) for number in range(5000)},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     checkpoint = Checkpoint.open(tmp_path)
     seconds = []
     for _ in range(3):

@@ -51,21 +51,35 @@ def test_choices_of_the_command_line_are_those_of_the_package():
     from quantkit.data import windows
     from quantkit.exporter import runtimes
 
-    assert options.RUNTIME_NAMES == runtimes.RUNTIMES and options.HARDWARE_NAMES == runtimes.HARDWARE and options.PROTOCOL_NAMES == windows.PROTOCOLS
+    assert (
+        options.RUNTIME_NAMES == runtimes.RUNTIMES
+        and options.HARDWARE_NAMES == runtimes.HARDWARE
+        and options.PROTOCOL_NAMES == windows.PROTOCOLS
+    )
     assert options.BENCHMARK_KINDS == bench.KINDS
 
 
 def test_version_and_module_entry():
     from quantkit import __version__
 
-    done = subprocess.run([sys.executable, "-m", "quantkit", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "quantkit", "--version"], capture_output=True, text=True, check=True
+    )
     assert __version__ in done.stdout
 
 
 def test_the_three_walks_end_to_end(run, run_json, llama, text, tmp_path):
     calib, out, result = tmp_path / "calib", tmp_path / "out", tmp_path / "result.json"
-    assert run("calibrate", llama, "-o", calib, "--data", text, "--num-samples", 4, "--seq-len", 64).exit_code == 0
-    assert run("export", llama, "-o", out, "--scheme", "FP8_STATIC", "--calibration", calib).exit_code == 0
+    assert (
+        run(
+            "calibrate", llama, "-o", calib, "--data", text, "--num-samples", 4, "--seq-len", 64
+        ).exit_code
+        == 0
+    )
+    assert (
+        run("export", llama, "-o", out, "--scheme", "FP8_STATIC", "--calibration", calib).exit_code
+        == 0
+    )
     done = run(
         "eval",
         llama,
@@ -94,12 +108,29 @@ def test_the_three_walks_end_to_end(run, run_json, llama, text, tmp_path):
     assert run_json("inspect", calib)["kind"] == "calibration"
 
 
-def test_quantize_calibrates_exports_verifies_and_names_the_next_command(run, llama, text, tmp_path):
-    result = run("quantize", llama, "-o", tmp_path / "out", "--scheme", "int8-static", "--data", text, "--seq-len", 32, "--num-samples", 3)
+def test_quantize_calibrates_exports_verifies_and_names_the_next_command(
+    run, llama, text, tmp_path
+):
+    result = run(
+        "quantize",
+        llama,
+        "-o",
+        tmp_path / "out",
+        "--scheme",
+        "int8-static",
+        "--data",
+        text,
+        "--seq-len",
+        32,
+        "--num-samples",
+        3,
+    )
     assert result.exit_code == 0, result.output
     assert "sound" in result.stderr and f"quantkit eval {llama} {tmp_path / 'out'}" in result.stderr
     assert (tmp_path / "out-calibration" / "calibration.json").is_file()
-    assert "model.layers.0.mlp.up_proj.input_scale" in load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.0.mlp.up_proj.input_scale" in load_file(
+        tmp_path / "out" / "model.safetensors"
+    )
 
 
 def test_quantize_without_need_makes_no_calibration(run, llama, tmp_path):
@@ -116,13 +147,20 @@ def test_stdout_is_data_and_stderr_the_rest(run, llama, text):
 
 def test_schemes_lists_nine_with_runtimes(run, run_json):
     rows = run_json("schemes")
-    assert len(rows) == 9 and all(set(row["runtimes"]) == {"vllm", "sglang", "tensorrt-llm", "transformers"} for row in rows)
+    assert len(rows) == 9 and all(
+        set(row["runtimes"]) == {"vllm", "sglang", "tensorrt-llm", "transformers"} for row in rows
+    )
     assert "mxfp8" in run("schemes").stdout
 
 
 def test_doctor_finds_nothing_broken_here(run_json):
     examination = run_json("doctor")
-    assert examination["ok"] and {"torch", "FP8 and INT8 rounding", "CPU kernels", "CUDA kernels"} <= {check["name"] for check in examination["checks"]}
+    assert examination["ok"] and {
+        "torch",
+        "FP8 and INT8 rounding",
+        "CPU kernels",
+        "CUDA kernels",
+    } <= {check["name"] for check in examination["checks"]}
 
 
 def test_doctor_exits_with_1_when_something_is_broken(run, monkeypatch):
@@ -144,7 +182,9 @@ def untouched(tmp_path):
 
 def test_no_such_path(run, untouched, text):
     refusal(run("calibrate", "./gone", "-o", untouched / "c"), "no directory")
-    refusal(run("export", "./gone", "-o", untouched / "o", "--scheme", "fp8-dynamic"), "no directory")
+    refusal(
+        run("export", "./gone", "-o", untouched / "o", "--scheme", "fp8-dynamic"), "no directory"
+    )
     refusal(run("eval", "./gone", "--data", text), "no directory")
     refusal(run("verify", "./gone"), "no directory")
     refusal(run("inspect", "./gone"), "nothing at")
@@ -154,9 +194,15 @@ def test_pickle_only_model_with_the_command_that_converts_it(run, llama, copy, t
     model = copy(llama, "pickle")
     (model / "model.safetensors").unlink()
     torch.save({}, model / "pytorch_model.bin")
-    refusal(run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"), "pickle", "save_pretrained")
+    refusal(
+        run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"),
+        "pickle",
+        "save_pretrained",
+    )
     (model / "pytorch_model.bin").unlink()
-    refusal(run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"), "no *.safetensors")
+    refusal(
+        run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"), "no *.safetensors"
+    )
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
 
 
@@ -187,40 +233,114 @@ def test_missing_and_unreadable_data(run, llama, untouched):
 
 
 def test_unknown_scheme_with_a_suggestion(run, llama, untouched):
-    refusal(run("export", llama, "-o", untouched / "o", "--scheme", "fp8-dinamic"), "did you mean 'fp8-dynamic'")
+    refusal(
+        run("export", llama, "-o", untouched / "o", "--scheme", "fp8-dinamic"),
+        "did you mean 'fp8-dynamic'",
+    )
 
 
 @pytest.mark.parametrize("option", ["--ignore", "layers"])
 def test_pattern_that_matches_nothing(option, run, llama, tmp_path):
     if option == "--ignore":
-        result = run("export", llama, "-o", tmp_path / "o", "--scheme", "fp8-dynamic", "--ignore", "re:.*dwon_proj")
+        result = run(
+            "export",
+            llama,
+            "-o",
+            tmp_path / "o",
+            "--scheme",
+            "fp8-dynamic",
+            "--ignore",
+            "re:.*dwon_proj",
+        )
     else:
-        (tmp_path / "r.yaml").write_text('scheme: fp8-dynamic\nlayers: {"re:.*dwon_proj": int8-dynamic}\n')
+        (tmp_path / "r.yaml").write_text(
+            'scheme: fp8-dynamic\nlayers: {"re:.*dwon_proj": int8-dynamic}\n'
+        )
         result = run("export", llama, "-o", tmp_path / "o", "--recipe", tmp_path / "r.yaml")
     refusal(result, "re:.*dwon_proj", "matches no module")
     assert not (tmp_path / "o").exists()
 
 
 def test_static_scheme_without_a_calibration(run, llama, untouched):
-    refusal(run("export", llama, "-o", untouched / "o", "--scheme", "fp8-static"), "quantkit calibrate")
-    refusal(run("export", llama, "-o", untouched / "o", "--scheme", "fp8-dynamic", "--kv-cache", "fp8"), "KV cache", "calibrate")
+    refusal(
+        run("export", llama, "-o", untouched / "o", "--scheme", "fp8-static"), "quantkit calibrate"
+    )
+    refusal(
+        run("export", llama, "-o", untouched / "o", "--scheme", "fp8-dynamic", "--kv-cache", "fp8"),
+        "KV cache",
+        "calibrate",
+    )
 
 
 def test_calibration_of_another_model_or_recipe(run, llama, calib, text, tmp_path):
     other = make_llama(tmp_path / "other", seed=3)
-    refusal(run("export", other, "-o", tmp_path / "o", "--scheme", "fp8-static", "--calibration", calib), "another model")
+    refusal(
+        run(
+            "export", other, "-o", tmp_path / "o", "--scheme", "fp8-static", "--calibration", calib
+        ),
+        "another model",
+    )
     (tmp_path / "a.yaml").write_text("scheme: fp8-static\n")
     (tmp_path / "b.yaml").write_text("scheme: int8-static\n")
-    assert run("calibrate", llama, "-o", tmp_path / "c", "--data", text, "--recipe", tmp_path / "a.yaml", "--seq-len", 32, "--num-samples", 2).exit_code == 0
-    refusal(run("export", llama, "-o", tmp_path / "o", "--recipe", tmp_path / "b.yaml", "--calibration", tmp_path / "c"), "another recipe")
-    assert run("export", llama, "-o", tmp_path / "o", "--recipe", tmp_path / "a.yaml", "--calibration", tmp_path / "c").exit_code == 0
+    assert (
+        run(
+            "calibrate",
+            llama,
+            "-o",
+            tmp_path / "c",
+            "--data",
+            text,
+            "--recipe",
+            tmp_path / "a.yaml",
+            "--seq-len",
+            32,
+            "--num-samples",
+            2,
+        ).exit_code
+        == 0
+    )
+    refusal(
+        run(
+            "export",
+            llama,
+            "-o",
+            tmp_path / "o",
+            "--recipe",
+            tmp_path / "b.yaml",
+            "--calibration",
+            tmp_path / "c",
+        ),
+        "another recipe",
+    )
+    assert (
+        run(
+            "export",
+            llama,
+            "-o",
+            tmp_path / "o",
+            "--recipe",
+            tmp_path / "a.yaml",
+            "--calibration",
+            tmp_path / "c",
+        ).exit_code
+        == 0
+    )
 
 
 def test_output_that_exists_and_is_not_empty(run, llama, tmp_path):
     (tmp_path / "o").mkdir()
     assert run("export", llama, "-o", tmp_path / "o", "--scheme", "fp8-dynamic").exit_code == 0
-    refusal(run("export", llama, "-o", tmp_path / "o", "--scheme", "int8-dynamic"), "not empty", "--overwrite")
-    assert run("export", llama, "-o", tmp_path / "o", "--scheme", "int8-dynamic", "--overwrite").exit_code == 0
+    refusal(
+        run("export", llama, "-o", tmp_path / "o", "--scheme", "int8-dynamic"),
+        "not empty",
+        "--overwrite",
+    )
+    assert (
+        run(
+            "export", llama, "-o", tmp_path / "o", "--scheme", "int8-dynamic", "--overwrite"
+        ).exit_code
+        == 0
+    )
 
 
 def test_model_itself_is_never_overwritten(run, llama, copy):
@@ -230,12 +350,26 @@ def test_model_itself_is_never_overwritten(run, llama, copy):
 
 
 def test_quantized_model_is_not_quantized_again(run, export_to, tmp_path):
-    refusal(run("export", export_to("fp8-dynamic"), "-o", tmp_path / "o", "--scheme", "int8-dynamic"), "quantized already")
+    refusal(
+        run("export", export_to("fp8-dynamic"), "-o", tmp_path / "o", "--scheme", "int8-dynamic"),
+        "quantized already",
+    )
 
 
 def test_runtime_that_cannot_load_the_shapes_refuses_when_named_and_warns_otherwise(run, tmp_path):
-    model = make_llama(tmp_path / "m576", hidden_size=576, intermediate_size=256, num_attention_heads=9, num_key_value_heads=3)
-    refusal(run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-block", "--runtime", "vllm"), "vllm", "576", "128")
+    model = make_llama(
+        tmp_path / "m576",
+        hidden_size=576,
+        intermediate_size=256,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+    refusal(
+        run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-block", "--runtime", "vllm"),
+        "vllm",
+        "576",
+        "128",
+    )
     assert not (tmp_path / "o").exists()
     warned = run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-block")
     assert warned.exit_code == 0
@@ -243,24 +377,41 @@ def test_runtime_that_cannot_load_the_shapes_refuses_when_named_and_warns_otherw
 
 
 def test_fused_set_may_not_be_split_for_a_runtime_that_merges_it(run, llama, tmp_path):
-    command = ("export", llama, "-o", tmp_path / "o", "--scheme", "fp8-dynamic", "--ignore", "re:.*q_proj")
+    command = (
+        "export",
+        llama,
+        "-o",
+        tmp_path / "o",
+        "--scheme",
+        "fp8-dynamic",
+        "--ignore",
+        "re:.*q_proj",
+    )
     refusal(run(*command, "--runtime", "vllm"), "merges", "q_proj")
     assert run(*command, "--runtime", "transformers").exit_code == 0
 
 
 def test_kernels_that_are_not_there_are_not_pretended(run, llama, text, export_to, monkeypatch):
     monkeypatch.setattr(native, "cpu_kernels", lambda: None)
-    refusal(run("eval", llama, export_to("int8-dynamic"), "--data", text, "--exec", "kernel"), "no compiled kernels")
+    refusal(
+        run("eval", llama, export_to("int8-dynamic"), "--data", text, "--exec", "kernel"),
+        "no compiled kernels",
+    )
 
 
 def test_int8_as_blackwell_computes_is_refused(run, llama, text, export_to):
-    refusal(run("eval", llama, export_to("int8-dynamic"), "--data", text, "--hardware", "blackwell"), "Blackwell")
+    refusal(
+        run("eval", llama, export_to("int8-dynamic"), "--data", text, "--hardware", "blackwell"),
+        "Blackwell",
+    )
 
 
 def test_damaged_config_is_one_sentence(run, llama, copy, tmp_path):
     model = copy(llama, "bad")
     (model / "config.json").write_text("{")
-    refusal(run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"), "config.json", "JSON")
+    refusal(
+        run("export", model, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"), "config.json", "JSON"
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,10 +444,17 @@ def test_a_size_of_nothing_is_bad_usage_and_said_so(option, run, tmp_path):
 
 @pytest.mark.parametrize("command", ["calibrate", "quantize", "eval"])
 def test_a_source_that_is_given_twice_is_bad_usage(command, run, llama, text, tmp_path):
-    output = {"calibrate": ["-o", tmp_path / "c"], "quantize": ["-o", tmp_path / "c", "--scheme", "int8-static"], "eval": []}[command]
+    output = {
+        "calibrate": ["-o", tmp_path / "c"],
+        "quantize": ["-o", tmp_path / "c", "--scheme", "int8-static"],
+        "eval": [],
+    }[command]
     result = run(command, llama, *output, "--data", text, "--data", f"{text.parent}/./{text.name}")
     assert result.exit_code == 2 and f"{text.name} is given twice" in result.stderr
-    assert run(command, llama, *output, "--data", "dataset:a:b", "--data", "dataset:a:b").exit_code == 2
+    assert (
+        run(command, llama, *output, "--data", "dataset:a:b", "--data", "dataset:a:b").exit_code
+        == 2
+    )
     assert not (tmp_path / "c").exists()
 
 
@@ -313,7 +471,10 @@ def test_gates_decide_the_exit_code(run, llama, text, export_to):
 
 
 def test_not_comparable_exits_with_5(run, llama, text, tmp_path):
-    assert run("eval", llama, make_llama(tmp_path / "other", hidden_size=64), "--data", text).exit_code == 5
+    assert (
+        run("eval", llama, make_llama(tmp_path / "other", hidden_size=64), "--data", text).exit_code
+        == 5
+    )
 
 
 def test_read_only_place_is_refused(run, llama, tmp_path):
@@ -360,12 +521,16 @@ def test_ctrl_c_in_calibration_keeps_the_work(text, tmp_path):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path / "c.partial").exists():
         time.sleep(0.01)
-    process.send_signal(2)  # caught from the moment there is something to keep; the block is finished and kept
+    # caught from the moment there is something to keep; the block is finished and kept
+    process.send_signal(2)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75 and "--resume" in errors
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     subprocess.run(undisturbed, check=True, capture_output=True)
-    ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("c", "whole"))
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("c", "whole")
+    )
     assert ours == theirs and len(ours) == 25
 
 
@@ -376,11 +541,26 @@ def test_bench_measures_each_kind_beside_its_rivals(run):
     result = run("bench", "--shape", "96x48", "--tokens", 1, "--tokens", 3, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert printed["machine"]["kernels"] == native.cpu_level() and printed["machine"]["read_gb_per_s"] > 0
+    assert (
+        printed["machine"]["kernels"] == native.cpu_level()
+        and printed["machine"]["read_gb_per_s"] > 0
+    )
     rivals = {figure["what"]: set(figure["times"]) for figure in printed["figures"]}
-    assert rivals["matmul_int8"] == {"onednn.qlinear", "bfloat16 linear"} and "torch._scaled_mm" in rivals["matmul_fp8"]
-    assert {figure["kind"] for figure in printed["figures"]} == {"int8", "fp8", "weight-only", "bf16", "convert"}
-    assert all(figure["microseconds"] > 0 and min(figure["times"].values()) > 0 for figure in printed["figures"])
+    assert (
+        rivals["matmul_int8"] == {"onednn.qlinear", "bfloat16 linear"}
+        and "torch._scaled_mm" in rivals["matmul_fp8"]
+    )
+    assert {figure["kind"] for figure in printed["figures"]} == {
+        "int8",
+        "fp8",
+        "weight-only",
+        "bf16",
+        "convert",
+    }
+    assert all(
+        figure["microseconds"] > 0 and min(figure["times"].values()) > 0
+        for figure in printed["figures"]
+    )
     table = run("bench", "--kind", "bf16", "--shape", "96x48", "--tokens", 2)
     assert "matmul_bf16" in table.stdout and "against float32 linear" in table.stdout
     usage = run("bench", "--shape", "96")

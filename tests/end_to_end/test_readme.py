@@ -1,4 +1,7 @@
-"""The README is true: its help texts, its tree, its schemes and its commands. `PYTHONPATH=tests/support python tests/end_to_end/test_readme.py` writes the help texts and the tables of architectures and recipes anew."""
+"""The README is true: its help texts, its tree, its schemes and its commands.
+`PYTHONPATH=tests/support python tests/end_to_end/test_readme.py` writes the help texts and the
+tables of architectures and recipes anew.
+"""
 
 import re
 import shlex
@@ -20,17 +23,25 @@ TABLE_BEGIN, TABLE_END = "<!-- architectures:begin -->\n", "<!-- architectures:e
 
 def help_texts() -> str:
     """`quantkit --help` and that of each command, as Markdown."""
-    commands = [("quantkit", main), *((f"quantkit {name}", main.commands[name]) for name in sorted(main.commands))]
+    commands = [
+        ("quantkit", main),
+        *((f"quantkit {name}", main.commands[name]) for name in sorted(main.commands)),
+    ]
     blocks = []
     for name, command in commands:
         context = click.Context(command, info_name=name, terminal_width=100, **CONTEXT)
-        blocks.append(f"<details><summary><code>{name} --help</code></summary>\n\n```text\n{command.get_help(context)}\n```\n\n</details>\n")
+        blocks.append(
+            f"<details><summary><code>{name}"
+            f" --help</code></summary>\n\n```text\n{command.get_help(context)}\n```\n\n</details>\n"
+        )
     return "\n".join(blocks)
 
 
 def quality_table() -> str:
     """What `benchmarks/quality.py` wrote, without its title."""
-    return (ROOT / "benchmarks" / "results" / "quality.md").read_text().partition("\n\n")[2].rstrip() + "\n"
+    return (ROOT / "benchmarks" / "results" / "quality.md").read_text().partition("\n\n")[
+        2
+    ].rstrip() + "\n"
 
 
 def between(text: str, begin: str, end: str) -> str:
@@ -42,21 +53,29 @@ def with_between(text: str, begin: str, end: str, new: str) -> str:
 
 
 def test_help_texts_are_those_of_the_commands():
-    assert between(README.read_text(), BEGIN, END) == help_texts(), "run: PYTHONPATH=tests/support python tests/end_to_end/test_readme.py"
+    assert between(README.read_text(), BEGIN, END) == help_texts(), (
+        "run: PYTHONPATH=tests/support python tests/end_to_end/test_readme.py"
+    )
 
 
 def test_table_of_architectures_is_that_of_the_tests():
-    assert between(README.read_text(), TABLE_BEGIN, TABLE_END) == architecture_table(), "run: PYTHONPATH=tests/support python tests/end_to_end/test_readme.py"
+    assert between(README.read_text(), TABLE_BEGIN, TABLE_END) == architecture_table(), (
+        "run: PYTHONPATH=tests/support python tests/end_to_end/test_readme.py"
+    )
 
 
 def test_table_of_recipes_is_the_measured_one():
-    assert between(README.read_text(), QUALITY_BEGIN, QUALITY_END) == quality_table(), "run: PYTHONPATH=tests/support python tests/end_to_end/test_readme.py"
+    assert between(README.read_text(), QUALITY_BEGIN, QUALITY_END) == quality_table(), (
+        "run: PYTHONPATH=tests/support python tests/end_to_end/test_readme.py"
+    )
 
 
 def test_tree_names_every_file_and_no_other():
     tree = re.search(r"## The house\n\n```text\n(.*?)```", README.read_text(), re.DOTALL)[1]
     named = set(re.findall(r"[\w.]+\.py\b", tree))
-    present = {path.name for folder in ("quantkit", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    present = {
+        path.name for folder in ("quantkit", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    }
     assert named == present
     for folder in re.findall(r"^(\w+)/", tree, re.MULTILINE):
         assert (ROOT / folder).is_dir()
@@ -66,7 +85,10 @@ def test_table_of_schemes_is_that_of_the_code():
     text = README.read_text()
     for name, scheme in SCHEMES.items():
         aliases = ", ".join(alias for alias, target in ALIASES.items() if target == name)
-        row = f"| `{name}` | {aliases} | {scheme.weight} | {scheme.input or 'as they are'} | {'yes' if scheme.needs_calibration else ''} |"
+        row = (
+            f"| `{name}` | {aliases} | {scheme.weight} | {scheme.input or 'as they are'} |"
+            f" {'yes' if scheme.needs_calibration else ''} |"
+        )
         assert row in text, row
 
 
@@ -85,11 +107,15 @@ def test_recipe_of_the_readme_is_one():
 
     for block in re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL):
         recipe = Recipe.from_mapping(yaml.safe_load(block), "README")
-        assert recipe.ignore[0].matches("model.layers.0.mlp.up_proj") and not recipe.ignore[0].matches("model.layers.1.mlp.up_proj")
+        assert recipe.ignore[0].matches("model.layers.0.mlp.up_proj") and not recipe.ignore[
+            0
+        ].matches("model.layers.1.mlp.up_proj")
 
 
 def test_files_that_the_readme_names_exist():
-    for path in re.findall(r"`((?:configs|benchmarks|quantkit|tests)/[\w./-]*)`", README.read_text()):
+    for path in re.findall(
+        r"`((?:configs|benchmarks|quantkit|tests)/[\w./-]*)`", README.read_text()
+    ):
         assert (ROOT / path).exists(), path
 
 

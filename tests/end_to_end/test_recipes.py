@@ -42,8 +42,15 @@ def test_commands_of_the_ci_example_parse_and_its_gates_too():
     from quantkit.evaluation.gates import Gate
 
     workflow = yaml.safe_load((CONFIGS[0].parent / "ci" / "quality-gate.yml").read_text())
-    commands = [shlex.split(step["run"]) for step in workflow["jobs"]["judge"]["steps"] if step.get("run", "").startswith("quantkit ")]
-    parsed = {name: main.commands[name].make_context(name, arguments).params for _, name, *arguments in commands}
+    commands = [
+        shlex.split(step["run"])
+        for step in workflow["jobs"]["judge"]["steps"]
+        if step.get("run", "").startswith("quantkit ")
+    ]
+    parsed = {
+        name: main.commands[name].make_context(name, arguments).params
+        for _, name, *arguments in commands
+    }
     assert set(parsed) == {"quantize", "eval"} and parsed["eval"]["strict"]
     assert {Gate.parse(gate).metric for gate in parsed["eval"]["gates"]} == set(Gate.METRICS)
     assert (CONFIGS[0].parent.parent / workflow["env"]["RECIPE"]) in CONFIGS

@@ -12,10 +12,34 @@ from quantkit.evaluation.compare import compare
 def judged(run, llama, text, export_to, tmp_path):
     """judged("int8-dynamic") → the file of `eval -o` for that scheme."""
 
-    def make(scheme: str, *options: object, base=llama, data=text, length: int = 32, name: str | None = None):
+    def make(
+        scheme: str,
+        *options: object,
+        base=llama,
+        data=text,
+        length: int = 32,
+        name: str | None = None,
+    ):
         path, out = tmp_path / f"{name or scheme}.json", tmp_path / f"out-{scheme}"
         out = out if out.exists() else export_to(scheme)
-        assert run("eval", base, out, "--data", data, "--seq-len", length, "--max-tokens", 960, "-o", path, "-q", *options).exit_code == 0
+        assert (
+            run(
+                "eval",
+                base,
+                out,
+                "--data",
+                data,
+                "--seq-len",
+                length,
+                "--max-tokens",
+                960,
+                "-o",
+                path,
+                "-q",
+                *options,
+            ).exit_code
+            == 0
+        )
         return path
 
     return make
@@ -33,17 +57,32 @@ def test_two_results_compare_as_if_judged_together(judged, run, run_json):
     a, b = (json.loads(path.read_text())["quants"][0] for path in (first, second))
     comparison = run_json("compare", first, second)
     (pair,) = comparison["pairs"]
-    assert pair["ppl_delta_pct"]["value"] == pytest.approx(100 * (b["perplexity"] / a["perplexity"] - 1))
-    assert pair["ppl_delta_pct"]["low"] < pair["ppl_delta_pct"]["value"] < pair["ppl_delta_pct"]["high"]
+    assert pair["ppl_delta_pct"]["value"] == pytest.approx(
+        100 * (b["perplexity"] / a["perplexity"] - 1)
+    )
+    assert (
+        pair["ppl_delta_pct"]["low"]
+        < pair["ppl_delta_pct"]["value"]
+        < pair["ppl_delta_pct"]["high"]
+    )
     assert pair["kld_delta"]["value"] == pytest.approx(b["kld"]["mean"] - a["kld"]["mean"])
     assert pair["top1_delta"]["value"] == pytest.approx(b["top1_agreement"] - a["top1_agreement"])
     # Paired: narrower than the difference of two intervals.
-    apart = math.hypot(*(quant["ppl_delta_pct"]["high"] - quant["ppl_delta_pct"]["low"] for quant in (a, b)))
+    apart = math.hypot(
+        *(quant["ppl_delta_pct"]["high"] - quant["ppl_delta_pct"]["low"] for quant in (a, b))
+    )
     assert pair["ppl_delta_pct"]["high"] - pair["ppl_delta_pct"]["low"] < 1.05 * apart
     (itself,) = run_json("compare", first, first)["pairs"]
-    assert (itself["ppl_delta_pct"]["value"], itself["kld_delta"]["high"], itself["top1_delta"]["low"], itself["size_ratio"]) == (0, 0, 0, 1)
+    assert (
+        itself["ppl_delta_pct"]["value"],
+        itself["kld_delta"]["high"],
+        itself["top1_delta"]["low"],
+        itself["size_ratio"],
+    ) == (0, 0, 0, 1)
     table = run("compare", first, second)
-    assert table.exit_code == 0 and "B against A" in table.stdout and "out-fp8-dynamic" in table.stdout
+    assert (
+        table.exit_code == 0 and "B against A" in table.stdout and "out-fp8-dynamic" in table.stdout
+    )
 
 
 def test_several_quants_are_compared_each_with_each(judged, run_json):
@@ -56,24 +95,43 @@ def test_several_quants_are_compared_each_with_each(judged, run_json):
 
 @pytest.mark.parametrize(
     "options, length, what",
-    [((), 64, "different protocols"), (("--protocol", "llamacpp"), 32, "different protocols"), (("--max-tokens", 320), 32, "different tokens")],
+    [
+        ((), 64, "different protocols"),
+        (("--protocol", "llamacpp"), 32, "different protocols"),
+        (("--max-tokens", 320), 32, "different tokens"),
+    ],
 )
 def test_other_protocols_or_tokens_are_not_comparable(options, length, what, judged, run):
-    first, second = judged("int8-dynamic"), judged("int8-dynamic", *options, length=length, name="other")
+    first, second = (
+        judged("int8-dynamic"),
+        judged("int8-dynamic", *options, length=length, name="other"),
+    )
     refused = run("compare", first, second)
-    assert refused.exit_code == 5 and what in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    assert (
+        refused.exit_code == 5
+        and what in refused.stderr
+        and len(refused.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_another_base_is_not_comparable(judged, tmp_path):
     from conftest import make_llama
 
-    first, second = judged("int8-dynamic"), judged("int8-dynamic", base=make_llama(tmp_path / "base", seed=9), name="other")
+    first, second = (
+        judged("int8-dynamic"),
+        judged("int8-dynamic", base=make_llama(tmp_path / "base", seed=9), name="other"),
+    )
     with pytest.raises(NotComparableError, match="different bases"):
         compare(first, second)
 
 
 def test_another_place_of_the_same_base_is_comparable(judged, copy, llama):
-    assert compare(judged("int8-dynamic"), judged("int8-dynamic", base=copy(llama), name="other"))["pairs"][0]["ppl_delta_pct"]["value"] == 0
+    assert (
+        compare(judged("int8-dynamic"), judged("int8-dynamic", base=copy(llama), name="other"))[
+            "pairs"
+        ][0]["ppl_delta_pct"]["value"]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,5 +161,9 @@ def test_what_is_no_json_is_refused(tmp_path, run):
 def test_window_sums_are_those_of_the_figures(judged):
     quant = json.loads(judged("int8-dynamic").read_text())["quants"][0]
     result = json.loads(judged("int8-dynamic").read_text())
-    assert np.sum(quant["window_kld"]) / result["tokens_scored"] == pytest.approx(quant["kld"]["mean"])
-    assert np.sum(quant["window_same_top1"]) / result["tokens_scored"] == pytest.approx(quant["top1_agreement"])
+    assert np.sum(quant["window_kld"]) / result["tokens_scored"] == pytest.approx(
+        quant["kld"]["mean"]
+    )
+    assert np.sum(quant["window_same_top1"]) / result["tokens_scored"] == pytest.approx(
+        quant["top1_agreement"]
+    )

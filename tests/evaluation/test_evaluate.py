@@ -36,7 +36,9 @@ from quantkit.schemes.scheme import SCHEMES, QuantScheme
 @pytest.fixture
 def judge(llama, text):
     def run(*quants, base=llama, seq_len=64, max_tokens=640, data=text, **options):
-        return evaluate(EvaluationOptions(base, tuple(quants), (str(data),), seq_len, max_tokens, **options))
+        return evaluate(
+            EvaluationOptions(base, tuple(quants), (str(data),), seq_len, max_tokens, **options)
+        )
 
     return run
 
@@ -49,10 +51,16 @@ def documents(tmp_path):
     return path
 
 
-def quantized_linears(served: ServedModel, number: int, block: torch.nn.Module) -> dict[str, QuantizedLinear]:
+def quantized_linears(
+    served: ServedModel, number: int, block: torch.nn.Module
+) -> dict[str, QuantizedLinear]:
     """Those of one decoder block, by their names in the checkpoint."""
     prefix = served.blocks.block_name(number)
-    return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, QuantizedLinear)}
+    return {
+        f"{prefix}.{name}": module
+        for name, module in block.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
 
 
 def test_base_perplexity_is_that_of_transformers_in_float32_logits(llama, text, judge):
@@ -64,9 +72,13 @@ def test_base_perplexity_is_that_of_transformers_in_float32_logits(llama, text, 
             tokens = torch.tensor([window.tokens])
             hidden = model.model(tokens).last_hidden_state[0].double()
             logits = hidden @ model.lm_head.weight.double().T
-            losses.append(torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none"))
+            losses.append(
+                torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+            )
     # bfloat16 logits would be off by 1e-3.
-    assert judge()["base"]["perplexity"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-6)
+    assert judge()["base"]["perplexity"] == pytest.approx(
+        math.exp(torch.cat(losses).mean()), rel=1e-6
+    )
 
 
 def test_base_against_itself_is_exactly_zero(llama, judge):
@@ -77,9 +89,17 @@ def test_base_against_itself_is_exactly_zero(llama, judge):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_exported_file_gives_the_figures_of_its_dequantized_weights(scheme, llama, copy, export_to, judge):
-    """Reload parity: weights-only arithmetic equals a plain model that holds the dequantized weights."""
-    out = export_to(Recipe(QuantScheme(scheme, SCHEMES[scheme].weight)) if SCHEMES[scheme].input is None else scheme)
+def test_exported_file_gives_the_figures_of_its_dequantized_weights(
+    scheme, llama, copy, export_to, judge
+):
+    """Reload parity: weights-only arithmetic equals a plain model that holds the dequantized
+    weights.
+    """
+    out = export_to(
+        Recipe(QuantScheme(scheme, SCHEMES[scheme].weight))
+        if SCHEMES[scheme].input is None
+        else scheme
+    )
     served = load_served(out, "cpu", None)
     dense = copy(llama, "dense")
     tensors = load_file(dense / "model.safetensors")
@@ -98,7 +118,10 @@ def test_exported_file_gives_the_figures_of_its_dequantized_weights(scheme, llam
 def test_codes_leave_memory_with_their_block(export_to):
     served = load_served(export_to("int8-dynamic"), "cpu")
     with served.blocks.block(0) as block:
-        codes = [weakref.ref(module.packed if module.kernel else module.codes) for module in quantized_linears(served, 0, block).values()]
+        codes = [
+            weakref.ref(module.packed if module.kernel else module.codes)
+            for module in quantized_linears(served, 0, block).values()
+        ]
         assert len(codes) == 7 and all(reference() is not None for reference in codes)
     del block
     gc.collect()
@@ -107,26 +130,38 @@ def test_codes_leave_memory_with_their_block(export_to):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_and_reference_agree(scheme, export_to, text, judge):
-    """INT8 to the last bit of the hidden states; FP8 and weights alone within what the order of float32 sums and bfloat16's last bit make of it."""
+    """INT8 to the last bit of the hidden states; FP8 and weights alone within what the order of
+    float32 sums and bfloat16's last bit make of it.
+    """
     out = export_to(scheme)
     windows = evaluation_windows([str(text)], load_tokenizer(out), "gptq", 64, 640)
     if native.cpu_kernels() is None:
         pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference")
     served = {name: load_served(out, "cpu", exec=name) for name in ("kernel", "reference")}
-    assert set(served["reference"].kernels) == {"reference"} and "reference" not in served["kernel"].kernels
+    assert (
+        set(served["reference"].kernels) == {"reference"}
+        and "reference" not in served["kernel"].kernels
+    )
     with torch.inference_mode():
         numbered = dict(enumerate(windows.windows))
         kernel, reference = (make_final_states(model, numbered, 64) for model in served.values())
-    for ours, expected in ((kernel.scored(number), reference.scored(number)) for number in numbered):
+    for ours, expected in (
+        (kernel.scored(number), reference.scored(number)) for number in numbered
+    ):
         if served["kernel"].kernels == {"matmul_int8": 14}:
             assert torch.equal(ours, expected)
         else:
             assert (ours.double() - expected.double()).norm() < 0.02 * expected.double().norm()
     results = {name: judge(out, exec=name)["quants"][0] for name in ("kernel", "reference", "auto")}
     assert [result["exec"] for result in results.values()] == ["kernel", "reference", "kernel"]
-    assert results["kernel"]["kernels"] == served["kernel"].kernels and sum(results["kernel"]["kernels"].values()) == 14
+    assert (
+        results["kernel"]["kernels"] == served["kernel"].kernels
+        and sum(results["kernel"]["kernels"].values()) == 14
+    )
     exact = scheme in ("int8-dynamic", "int8-static")
-    assert results["kernel"]["perplexity"] == pytest.approx(results["reference"]["perplexity"], rel=1e-7 if exact else 2e-3)
+    assert results["kernel"]["perplexity"] == pytest.approx(
+        results["reference"]["perplexity"], rel=1e-7 if exact else 2e-3
+    )
 
 
 def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, export_to, text):
@@ -155,7 +190,10 @@ def test_damage_in_one_layer_is_ranked_first(llama, export_to, judge):
     tensors["model.layers.1.mlp.up_proj.weight_scale"] *= 1.5
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     after = judge(out)["quants"][0]
-    assert after["layers"][0]["name"] == "model.layers.1.mlp.up_proj" and after["layers"][0]["weight_sqnr_db"] < 10
+    assert (
+        after["layers"][0]["name"] == "model.layers.1.mlp.up_proj"
+        and after["layers"][0]["weight_sqnr_db"] < 10
+    )
     assert after["kld"]["mean"] > 2 * before["kld"]["mean"]
 
 
@@ -172,13 +210,17 @@ def test_kv_cache_scheme_changes_the_figures(export_to, judge):
     assert not first["kv_cache_quantized"] and second["kv_cache_quantized"]
     assert first["perplexity"] != second["perplexity"]
     # Weights are the same; what reaches the layers behind the first attention is not.
-    weights = [{row["name"]: row["weight_sqnr_db"] for row in quant["layers"]} for quant in (first, second)]
+    weights = [
+        {row["name"]: row["weight_sqnr_db"] for row in quant["layers"]} for quant in (first, second)
+    ]
     assert weights[0] == weights[1]
 
 
 def test_mixed_recipe_and_quantized_lm_head_are_judged_as_stored(export_to, judge):
     fp8, int8 = QuantScheme.parse("fp8-dynamic"), QuantScheme.parse("int8-dynamic")
-    out = export_to(Recipe(int8, layers=((Pattern("lm_head"), int8), (Pattern("re:.*down_proj"), fp8))))
+    out = export_to(
+        Recipe(int8, layers=((Pattern("lm_head"), int8), (Pattern("re:.*down_proj"), fp8)))
+    )
     quant = judge(out)["quants"][0]
     assert quant["scheme"] == "mixed" and quant["linears_quantized"] == 15
     assert 0 < quant["kld"]["mean"] < 1
@@ -191,7 +233,9 @@ def test_chunks_do_not_change_the_result(export_to, judge, monkeypatch):
     monkeypatch.setattr("quantkit.evaluation.logits.VOCABULARY_PER_CHUNK", 48)
     parts = judge(out)
     assert parts["base"]["perplexity"] == pytest.approx(whole["base"]["perplexity"], rel=1e-6)
-    assert parts["quants"][0]["kld"]["mean"] == pytest.approx(whole["quants"][0]["kld"]["mean"], rel=1e-4)
+    assert parts["quants"][0]["kld"]["mean"] == pytest.approx(
+        whole["quants"][0]["kld"]["mean"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("protocol", ["gptq", "llamacpp", "lmeval"])
@@ -203,7 +247,10 @@ def test_each_protocol_scores_what_it_says(protocol, judge, llama, documents):
 
 
 def test_lmeval_counts_words_and_never_cuts_a_document(judge, documents):
-    whole, half = judge(protocol="lmeval", data=documents, max_tokens=None), judge(protocol="lmeval", data=documents, max_tokens=200)
+    whole, half = (
+        judge(protocol="lmeval", data=documents, max_tokens=None),
+        judge(protocol="lmeval", data=documents, max_tokens=200),
+    )
     assert half["tokens_scored"] < whole["tokens_scored"]
     for result, count in ((whole, 12 * 40), (half, None)):
         nll = sum(result["base"]["window_nll"])
@@ -214,14 +261,29 @@ def test_lmeval_counts_words_and_never_cuts_a_document(judge, documents):
 
 
 def test_protocols_have_different_hashes(judge, documents):
-    hashes = {judge(protocol=protocol, data=documents, max_tokens=256)["protocol"]["hash"] for protocol in ("gptq", "llamacpp", "lmeval")}
+    hashes = {
+        judge(protocol=protocol, data=documents, max_tokens=256)["protocol"]["hash"]
+        for protocol in ("gptq", "llamacpp", "lmeval")
+    }
     assert len(hashes | {judge(seq_len=32, max_tokens=128)["protocol"]["hash"]}) == 4
 
 
 def test_result_has_the_contracts_keys(export_to, judge):
     result = json.loads(json.dumps(judge(export_to("fp8-dynamic"), gates=("size_ratio<=0.9",))))
-    assert {"schema_version", "protocol", "data", "tokens_scored", "windows", "base", "quants", "gates"} <= set(result)
-    assert {"name", "seq_len", "hash"} <= set(result["protocol"]) and {"sha256", "tokens_sha256"} <= set(result["data"])
+    assert {
+        "schema_version",
+        "protocol",
+        "data",
+        "tokens_scored",
+        "windows",
+        "base",
+        "quants",
+        "gates",
+    } <= set(result)
+    assert {"name", "seq_len", "hash"} <= set(result["protocol"]) and {
+        "sha256",
+        "tokens_sha256",
+    } <= set(result["data"])
     assert {"path", "perplexity", "bytes", "tokens_per_second"} <= set(result["base"])
     quant = result["quants"][0]
     assert {
@@ -238,9 +300,18 @@ def test_result_has_the_contracts_keys(export_to, judge):
         "activations_quantized",
         "layers",
     } <= set(quant)
-    assert {"value", "low", "high"} <= set(quant["ppl_delta_pct"]) and {"mean", "median", "p99", "max"} <= set(quant["kld"])
-    assert {"name", "weight_sqnr_db"} <= set(quant["layers"][0]) and result["gates"][0]["result"] == "pass"
-    assert np.sum(quant["window_nll"]) / result["tokens_scored"] == pytest.approx(math.log(quant["perplexity"]))
+    assert {"value", "low", "high"} <= set(quant["ppl_delta_pct"]) and {
+        "mean",
+        "median",
+        "p99",
+        "max",
+    } <= set(quant["kld"])
+    assert {"name", "weight_sqnr_db"} <= set(quant["layers"][0]) and result["gates"][0][
+        "result"
+    ] == "pass"
+    assert np.sum(quant["window_nll"]) / result["tokens_scored"] == pytest.approx(
+        math.log(quant["perplexity"])
+    )
 
 
 def test_gate_passes_fails_or_cannot_tell():
@@ -289,25 +360,39 @@ def test_logits_that_overflow_name_the_window_and_the_head(llama, copy, judge):
     tensors = load_file(broken / "model.safetensors")
     tensors["lm_head.weight"].fill_(3e38)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EvaluationError, match="logits of window 1 are not finite, first behind the output head"):
+    with pytest.raises(
+        EvaluationError, match="logits of window 1 are not finite, first behind the output head"
+    ):
         judge(broken)
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-dynamic", "fp8-weight-only"])
-def test_exported_file_gives_the_perplexity_of_the_model_in_memory(scheme, llama, text, export_to, judge):
-    """Reload parity: the whole model, its Linears quantized here from the base's weights, without any file."""
+def test_exported_file_gives_the_perplexity_of_the_model_in_memory(
+    scheme, llama, text, export_to, judge
+):
+    """Reload parity: the whole model, its Linears quantized here from the base's weights, without
+    any file.
+    """
     spec = SCHEMES[scheme]
     model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").eval()
     for name, linear in model.named_modules():
         if isinstance(linear, torch.nn.Linear) and name != "lm_head":
             weight = quantize(linear.weight.detach(), spec.weight)
-            linear.forward = lambda inputs, weight=weight: quantized_linear(inputs[0], weight, spec.input, None, None)[None]
+            linear.forward = lambda inputs, weight=weight: quantized_linear(
+                inputs[0], weight, spec.input, None, None
+            )[None]
     losses = []
     with torch.inference_mode(), one_thread():
-        for window in evaluation_windows([str(text)], load_tokenizer(llama), "gptq", 64, 640).windows:
+        for window in evaluation_windows(
+            [str(text)], load_tokenizer(llama), "gptq", 64, 640
+        ).windows:
             tokens = torch.tensor([window.tokens])
-            logits = model.model(tokens).last_hidden_state[0].double() @ model.lm_head.weight.double().T
-            losses.append(torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none"))
+            logits = (
+                model.model(tokens).last_hidden_state[0].double() @ model.lm_head.weight.double().T
+            )
+            losses.append(
+                torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+            )
     (quant,) = judge(export_to(scheme), exec="reference")["quants"]
     assert quant["perplexity"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-6)
 
@@ -317,29 +402,49 @@ def test_a_candidate_that_verify_rejects_is_refused(export_to, judge):
     tensors = load_file(out / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight_scale"][3] = -1
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="model.layers.1.mlp.up_proj.weight_scale holds scales that are zero or negative; `quantkit verify"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            "model.layers.1.mlp.up_proj.weight_scale holds scales that are zero or negative;"
+            " `quantkit verify"
+        ),
+    ):
         judge(out)
 
 
 def test_a_fused_set_with_several_scales_is_judged_as_stored_and_said(export_to, judge):
-    """As other tools write it: verify counts it as a fault, since runtimes round again under one scale."""
+    """As other tools write it: verify counts it as a fault, since runtimes round again under one
+    scale.
+    """
     out = export_to("fp8-tensor")
     tensors = load_file(out / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight_scale"] *= 1.01
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     result = judge(out)
-    assert "differs among q_proj, k_proj, v_proj" in result["remarks"][0] and result["quants"][0]["kld"]["mean"] > 0
+    assert (
+        "differs among q_proj, k_proj, v_proj" in result["remarks"][0]
+        and result["quants"][0]["kld"]["mean"] > 0
+    )
 
 
-def test_a_base_that_was_judged_before_comes_from_the_cache(llama, copy, export_to, judge, monkeypatch, tmp_path):
+def test_a_base_that_was_judged_before_comes_from_the_cache(
+    llama, copy, export_to, judge, monkeypatch, tmp_path
+):
     llama = copy(llama)
     judge = partial(judge, base=llama)
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
     first, fresh = judge(export_to("int8-dynamic")), judge(export_to("fp8-dynamic"), cache=False)
     assert len(list((tmp_path / "cache" / "hidden-states").glob("*.safetensors"))) == 1
     ran = []
-    again = evaluate(EvaluationOptions(llama, (tmp_path / "out-fp8-dynamic",), tuple(fresh["data"]["sources"]), 64, 640), lambda name, *_: ran.append(name))
-    assert (first["base"]["from_cache"], again["base"]["from_cache"]) == (False, True) and set(ran) == {"out-fp8-dynamic", "logits"}
+    again = evaluate(
+        EvaluationOptions(
+            llama, (tmp_path / "out-fp8-dynamic",), tuple(fresh["data"]["sources"]), 64, 640
+        ),
+        lambda name, *_: ran.append(name),
+    )
+    assert (first["base"]["from_cache"], again["base"]["from_cache"]) == (False, True) and set(
+        ran
+    ) == {"out-fp8-dynamic", "logits"}
     for key in ("window_nll", "perplexity", "bits_per_byte"):
         assert again["base"][key] == fresh["base"][key] == first["base"][key]
     assert again["quants"][0]["window_kld"] == fresh["quants"][0]["window_kld"]
@@ -353,39 +458,59 @@ def test_noise_floor_is_small_and_the_same_each_time(export_to, judge):
     out = export_to("int8-dynamic")
     first, second = (judge(out, noise_floor=True) for _ in range(2))
     floor, kld = first["noise_floor"]["kld"], first["quants"][0]["kld"]
-    assert 0 < floor["mean"] < kld["mean"] / 3 and first["noise_floor"]["kld_histogram"]["zero"] < first["tokens_scored"]
+    assert (
+        0 < floor["mean"] < kld["mean"] / 3
+        and first["noise_floor"]["kld_histogram"]["zero"] < first["tokens_scored"]
+    )
     assert floor == second["noise_floor"]["kld"] and judge()["noise_floor"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounding_noise_has_the_variance_of_one_rounding(dtype):
-    values = torch.full((400, 500), 1.5, dtype=dtype) if dtype != torch.float32 else torch.rand(400, 500) + 1
+    values = (
+        torch.full((400, 500), 1.5, dtype=dtype)
+        if dtype != torch.float32
+        else torch.rand(400, 500) + 1
+    )
     noisy = rounding_noise().change(0, 0, values)
     step = 2.0**-10 if dtype == torch.float16 else 2.0**-7
     assert noisy.dtype == dtype and (noisy.float() - values.float()).abs().max() <= step
     assert (noisy.float() - values.float()).std() == pytest.approx(step / math.sqrt(12), rel=0.03)
-    edges = torch.tensor([0.0, -0.0, torch.finfo(dtype).max, -torch.finfo(dtype).max], dtype=dtype).repeat(500, 1)
+    edges = torch.tensor(
+        [0.0, -0.0, torch.finfo(dtype).max, -torch.finfo(dtype).max], dtype=dtype
+    ).repeat(500, 1)
     assert dtype == torch.float32 or torch.equal(rounding_noise().change(0, 0, edges), edges)
 
 
 def test_figures_hang_together(export_to, judge):
     result = judge(export_to("int8-dynamic"))
     quant, tokens = result["quants"][0], result["tokens_scored"]
-    assert quant["nonfinite"] == 0 and quant["kld"]["mean_low"] < quant["kld"]["mean"] < quant["kld"]["mean_high"]
+    assert (
+        quant["nonfinite"] == 0
+        and quant["kld"]["mean_low"] < quant["kld"]["mean"] < quant["kld"]["mean_high"]
+    )
     ordered = [quant["kld"][name] for name in ("median", "p90", "p99", "p99_9", "max")]
     assert ordered == sorted(ordered) and quant["kld"]["max_at"]["context"]
     assert sum(quant["kld_histogram"]["counts"]) + quant["kld_histogram"]["zero"] == tokens
-    assert sum(row["tokens"] for row in quant["kld_by_confidence"]) == sum(row["tokens"] for row in quant["kld_by_position"]) == tokens
+    assert (
+        sum(row["tokens"] for row in quant["kld_by_confidence"])
+        == sum(row["tokens"] for row in quant["kld_by_position"])
+        == tokens
+    )
     lost = (quant["flips"]["to_wrong"] - quant["flips"]["to_right"]) / tokens
     assert abs(lost) <= 1 - quant["top1_agreement"]
-    assert quant["bits_per_byte"] / result["base"]["bits_per_byte"] == pytest.approx(math.log(quant["perplexity"]) / math.log(result["base"]["perplexity"]))
+    assert quant["bits_per_byte"] / result["base"]["bits_per_byte"] == pytest.approx(
+        math.log(quant["perplexity"]) / math.log(result["base"]["perplexity"])
+    )
 
 
 def test_bits_per_byte_count_the_scored_text(llama, text, judge):
     base = judge(max_tokens=64)["base"]
     tokenizer = load_tokenizer(llama)
     scored = tokenizer.decode(tokenizer(text.read_text()).input_ids[1:64])
-    assert base["bits_per_byte"] == pytest.approx(base["window_nll"][0] / math.log(2) / len(scored.encode()))
+    assert base["bits_per_byte"] == pytest.approx(
+        base["window_nll"][0] / math.log(2) / len(scored.encode())
+    )
 
 
 def test_hidden_states_in_files_give_the_same_figures(export_to, judge, monkeypatch):
@@ -398,20 +523,58 @@ def test_hidden_states_in_files_give_the_same_figures(export_to, judge, monkeypa
 
 def test_torchrun_splits_the_windows_and_finds_the_same(llama, text, export_to, tmp_path):
     out = export_to("fp8-dynamic")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
     results = {}
     for name, launcher in {"one": ["-m"], "two": [*torchrun, "-m"]}.items():
-        arguments = ["eval", llama, out, "--data", text, "--seq-len", "64", "--max-tokens", "704", "--json", "--no-cache", "-o", tmp_path / f"{name}.json"]
-        done = subprocess.run([sys.executable, *launcher, "quantkit", *map(str, arguments)], capture_output=True, text=True)
+        arguments = [
+            "eval",
+            llama,
+            out,
+            "--data",
+            text,
+            "--seq-len",
+            "64",
+            "--max-tokens",
+            "704",
+            "--json",
+            "--no-cache",
+            "-o",
+            tmp_path / f"{name}.json",
+        ]
+        done = subprocess.run(
+            [sys.executable, *launcher, "quantkit", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         results[name] = json.loads(done.stdout)  # one process speaks
         assert results[name] == json.loads((tmp_path / f"{name}.json").read_text())
     one, two = results["one"], results["two"]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["base"]["window_nll"] == two["base"]["window_nll"]
-    for key in ("window_nll", "window_kld", "window_same_top1", "kld", "flips", "delta_p", "ppl_delta_pct"):
+    for key in (
+        "window_nll",
+        "window_kld",
+        "window_same_top1",
+        "kld",
+        "flips",
+        "delta_p",
+        "ppl_delta_pct",
+    ):
         assert one["quants"][0][key] == two["quants"][0][key], key
-    weights = [{row["name"]: row["weight_sqnr_db"] for row in result["quants"][0]["layers"]} for result in (one, two)]
+    weights = [
+        {row["name"]: row["weight_sqnr_db"] for row in result["quants"][0]["layers"]}
+        for result in (one, two)
+    ]
     assert weights[0] == weights[1]
 
 
@@ -427,7 +590,10 @@ def test_missing_scale_is_an_error_not_a_guess(export_to, judge):
 def test_deepseek_block_format_is_read(llama, copy, export_to, judge):
     """The same codes under the `fp8` method: weight_scale_inv beside weight."""
     out = export_to("fp8-block")
-    tensors = {name.replace("weight_scale", "weight_scale_inv"): tensor for name, tensor in load_file(out / "model.safetensors").items()}
+    tensors = {
+        name.replace("weight_scale", "weight_scale_inv"): tensor
+        for name, tensor in load_file(out / "model.safetensors").items()
+    }
     other = copy(out, "deepseek")
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     config = json.loads((other / "config.json").read_text())
@@ -475,7 +641,9 @@ def test_codes_without_a_config_are_not_judged_as_weights(export_to, judge):
 
 
 def test_a_linear_that_computes_in_a_way_of_its_own_keeps_it(llama, text, export_to, monkeypatch):
-    """DeepSeek V4's grouped projection: its weight is that of the codes, its input as it comes, and the result says so."""
+    """DeepSeek V4's grouped projection: its weight is that of the codes, its input as it comes, and
+    the result says so.
+    """
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     class Negated(torch.nn.Linear):
@@ -493,5 +661,11 @@ def test_a_linear_that_computes_in_a_way_of_its_own_keeps_it(llama, text, export
     monkeypatch.setattr(LlamaMLP, "__init__", init)
     result = evaluate(EvaluationOptions(llama, (out,), (str(text),), 32, 96, cache=False))
     (quant,) = result["quants"]
-    assert quant["weights_only_linears"] == [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)] and quant["activations_quantized"] == "partial"
-    assert result["base"]["perplexity"] != plain["base"]["perplexity"] and 0 < quant["kld"]["mean"] < 0.01
+    assert (
+        quant["weights_only_linears"] == [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)]
+        and quant["activations_quantized"] == "partial"
+    )
+    assert (
+        result["base"]["perplexity"] != plain["base"]["perplexity"]
+        and 0 < quant["kld"]["mean"] < 0.01
+    )

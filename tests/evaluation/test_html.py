@@ -16,14 +16,34 @@ def result(run, llama, text, export_to, tmp_path):
 
     def judge(*schemes: str, options=("--noise-floor", "--gate", "size_ratio<=0.9")) -> dict:
         outs = [export_to(scheme) for scheme in schemes]
-        assert run("eval", llama, *outs, "--data", text, "--seq-len", 32, "--max-tokens", 960, "-o", tmp_path / "r.json", "-q", *options).exit_code == 0
+        assert (
+            run(
+                "eval",
+                llama,
+                *outs,
+                "--data",
+                text,
+                "--seq-len",
+                32,
+                "--max-tokens",
+                960,
+                "-o",
+                tmp_path / "r.json",
+                "-q",
+                *options,
+            ).exit_code
+            == 0
+        )
         return json.loads((tmp_path / "r.json").read_text())
 
     return judge
 
 
 def drawings(page: str) -> dict[str, ElementTree.Element]:
-    return {re.search('aria-label="(.*?)"', text)[1]: ElementTree.fromstring(text) for text in re.findall("<svg .*?</svg>", page, re.DOTALL)}
+    return {
+        re.search('aria-label="(.*?)"', text)[1]: ElementTree.fromstring(text)
+        for text in re.findall("<svg .*?</svg>", page, re.DOTALL)
+    }
 
 
 def test_every_plot_of_two_candidates(result):
@@ -61,12 +81,49 @@ def test_one_window_and_names_with_markup_are_drawn(run, llama, text, export_to,
 
     out = shutil.copytree(export_to("int8-dynamic"), tmp_path / "a<b>&'$x_1$")
     page = tmp_path / "p.html"
-    assert run("eval", llama, out, "--data", text, "--seq-len", 64, "--max-tokens", 64, "--html", page, "-q").exit_code == 0
-    assert "a<b>" not in page.read_text() and set(drawings(page.read_text())) == {"windows", "kld", "layers0"}
+    assert (
+        run(
+            "eval",
+            llama,
+            out,
+            "--data",
+            text,
+            "--seq-len",
+            64,
+            "--max-tokens",
+            64,
+            "--html",
+            page,
+            "-q",
+        ).exit_code
+        == 0
+    )
+    assert "a<b>" not in page.read_text() and set(drawings(page.read_text())) == {
+        "windows",
+        "kld",
+        "layers0",
+    }
 
 
-def test_without_matplotlib_it_is_said_before_anything_is_written(run, llama, text, tmp_path, monkeypatch):
+def test_without_matplotlib_it_is_said_before_anything_is_written(
+    run, llama, text, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused = run("eval", llama, "--data", text, "--seq-len", 64, "--max-tokens", 64, "--html", tmp_path / "p.html")
-    assert refused.exit_code == 1 and "quantkit[report]" in refused.stderr and not (tmp_path / "p.html").exists()
+    refused = run(
+        "eval",
+        llama,
+        "--data",
+        text,
+        "--seq-len",
+        64,
+        "--max-tokens",
+        64,
+        "--html",
+        tmp_path / "p.html",
+    )
+    assert (
+        refused.exit_code == 1
+        and "quantkit[report]" in refused.stderr
+        and not (tmp_path / "p.html").exists()
+    )
     assert "tokens in" not in refused.stdout

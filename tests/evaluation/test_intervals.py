@@ -40,7 +40,8 @@ def test_t_interval_of_equal_windows_is_the_textbook_one():
 
 
 def test_t_interval_weighs_windows_by_their_tokens():
-    # The same mean in every window leaves no doubt about it, however different the windows' lengths and sums.
+    # The same mean in every window leaves no doubt about it, however different the windows' lengths
+    # and sums.
     counts = np.array([1, 2, 4, 8])
     interval = paired_interval(counts * 0.25, counts)
     assert (interval.low, interval.high) == (0.25, 0.25)
@@ -49,7 +50,8 @@ def test_t_interval_weighs_windows_by_their_tokens():
 def test_t_quantiles_leave_two_and_a_half_percent_above():
     assert len(intervals._T_975) == intervals.MIN_BOOTSTRAP_WINDOWS - 2
     for degrees, quantile in enumerate(intervals._T_975, 1):
-        # With t = √ν·tan θ the density is proportional to cos(θ)^(ν−1); midpoint rule on both integrals.
+        # With t = √ν·tan θ the density is proportional to cos(θ)^(ν−1); midpoint rule on both
+        # integrals.
         steps = (np.arange(20000) + 0.5) / 20000
         angle = np.arctan(quantile / np.sqrt(degrees))
         below = (np.cos(steps * angle) ** (degrees - 1)).mean() * angle
@@ -98,7 +100,9 @@ def test_perplexity_change_is_exp_of_the_mean_difference():
 
 
 def test_perplexity_change_per_word_counts_tokens_per_word():
-    assert perplexity_change_pct(np.array([2.0, 2.0]), np.array([100, 100]), tokens_per_unit=1.5).value == pytest.approx(100 * (np.exp(0.03) - 1))
+    assert perplexity_change_pct(
+        np.array([2.0, 2.0]), np.array([100, 100]), tokens_per_unit=1.5
+    ).value == pytest.approx(100 * (np.exp(0.03) - 1))
 
 
 def test_a_single_window_has_a_change_without_bounds():

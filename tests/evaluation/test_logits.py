@@ -24,7 +24,9 @@ class Logits:
         return None
 
 
-def figures(base: torch.Tensor, quant: torch.Tensor, targets: torch.Tensor, size: int = 7) -> TokenFigures:
+def figures(
+    base: torch.Tensor, quant: torch.Tensor, targets: torch.Tensor, size: int = 7
+) -> TokenFigures:
     return score(Logits(base, size), base, targets, Logits(quant, size), quant)
 
 
@@ -32,7 +34,11 @@ def figures(base: torch.Tensor, quant: torch.Tensor, targets: torch.Tensor, size
 def logits():
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(50, 40, generator=generator) * 4
-    return base, base + torch.randn(50, 40, generator=generator) * 0.3, torch.randint(0, 40, (50,), generator=generator)
+    return (
+        base,
+        base + torch.randn(50, 40, generator=generator) * 0.3,
+        torch.randint(0, 40, (50,), generator=generator),
+    )
 
 
 @pytest.mark.parametrize("size", [1, 7, 13, 40, 64])
@@ -40,12 +46,18 @@ def test_any_parts_give_the_figures_of_float64(logits, size):
     base, quant, targets = logits
     found = figures(base, quant, targets, size)
     ours, theirs = (values.double().log_softmax(-1) for values in (base, quant))
-    np.testing.assert_allclose(found.nll, -ours.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found.quant_nll, -theirs.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        found.nll, -ours.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        found.quant_nll, -theirs.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-6
+    )
     np.testing.assert_allclose(found.kld, (ours.exp() * (ours - theirs)).sum(-1), rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.confidence, ours.exp().amax(-1), rtol=1e-6)
     assert (found.same_top1 == (base.argmax(-1) == quant.argmax(-1)).numpy()).all()
-    assert (found.hit == (base.argmax(-1) == targets).numpy()).all() and (found.quant_hit == (quant.argmax(-1) == targets).numpy()).all()
+    assert (found.hit == (base.argmax(-1) == targets).numpy()).all() and (
+        found.quant_hit == (quant.argmax(-1) == targets).numpy()
+    ).all()
     assert found.nonfinite() == 0
 
 
@@ -71,8 +83,12 @@ def test_sums_neither_overflow_nor_vanish(scale):
     quant = base.flip(0)
     found, targets = figures(base, quant, torch.arange(8)), torch.arange(8)
     ours, theirs = (values.double().log_softmax(-1) for values in (base, quant))
-    np.testing.assert_allclose(found.kld, (ours.exp() * (ours - theirs)).sum(-1), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.nll, -ours.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found.kld, (ours.exp() * (ours - theirs)).sum(-1), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        found.nll, -ours.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -99,7 +115,15 @@ class GivenBody(torch.nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.hidden[None])
 
 
-@pytest.mark.parametrize("kind, changes", [("llama", {}), ("gemma2", {"final_logit_softcapping": 2.0}), ("cohere2", {"logit_scale": 0.25}), ("opt", {})])
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("llama", {}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("cohere2", {"logit_scale": 0.25}),
+        ("opt", {}),
+    ],
+)
 @pytest.mark.parametrize("use_kernel", [True, False])
 def test_parts_are_those_of_the_models_own_logits(kind, changes, use_kernel, tmp_path, monkeypatch):
     """Also where the model scales or caps its logits."""
@@ -112,37 +136,69 @@ def test_parts_are_those_of_the_models_own_logits(kind, changes, use_kernel, tmp
     monkeypatch.setattr(heads, "VOCABULARY_PER_CHUNK", 64)
     head = OutputHead(model, use_kernel)
     assert len(head.parts) == 4 and head.parts[-1].start == 192
-    torch.testing.assert_close(torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
+    )
     torch.testing.assert_close(head.logits(hidden, None), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_transform_before_the_head_may_change_the_width(tmp_path, monkeypatch):
     """RemBERT's."""
-    model = make_model(tmp_path, "rembert", torch.float32, output_embedding_size=48, input_embedding_size=32, is_decoder=True)
+    model = make_model(
+        tmp_path,
+        "rembert",
+        torch.float32,
+        output_embedding_size=48,
+        input_embedding_size=32,
+        is_decoder=True,
+    )
     hidden = torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
     expected = model.cls(hidden)
     monkeypatch.setattr(heads, "VOCABULARY_PER_CHUNK", 64)
     head = OutputHead(model, False)
     assert len(head.parts) == 4
-    torch.testing.assert_close(torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_logits_of_more_than_hidden_states_are_refused(tmp_path, monkeypatch):
     """ProphetNet's come from a second output of its body."""
     model = make_model(tmp_path, "llama", torch.float32)
-    monkeypatch.setattr(type(model), "forward", lambda self, *arguments, **keywords: self.model(*arguments, **keywords)[1])
-    with pytest.raises(EvaluationError, match="LlamaForCausalLM can't be judged: its logits come from more than the last hidden states"):
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, *arguments, **keywords: self.model(*arguments, **keywords)[1],
+    )
+    with pytest.raises(
+        EvaluationError,
+        match=(
+            "LlamaForCausalLM can't be judged: its logits come from more than the last hidden"
+            " states"
+        ),
+    ):
         OutputHead(model, False)
 
 
 @pytest.mark.parametrize("use_kernel", [True, False])
 def test_hidden_states_that_bfloat16_does_not_hold_are_not_rounded(use_kernel, tmp_path):
     model = make_model(tmp_path, "llama")
-    weight, hidden = model.lm_head.weight.detach().double(), torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+    weight, hidden = (
+        model.lm_head.weight.detach().double(),
+        torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1)),
+    )
     head = OutputHead(model, use_kernel)
     for states in (hidden, hidden.bfloat16()):
         logits = torch.cat([head.logits(states, part) for part in head.parts], dim=-1)
-        torch.testing.assert_close(logits.double(), states.double() @ weight.T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits.double(), states.double() @ weight.T, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_head_that_looks_at_the_whole_vocabulary_comes_as_a_whole(tmp_path, monkeypatch):
@@ -159,4 +215,6 @@ def test_a_head_that_looks_at_the_whole_vocabulary_comes_as_a_whole(tmp_path, mo
     monkeypatch.setattr(heads, "VOCABULARY_PER_CHUNK", 64)
     head = OutputHead(model, False)
     assert head.parts == [None]
-    torch.testing.assert_close(head.logits(hidden, None), (hidden @ weight.T).log_softmax(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        head.logits(hidden, None), (hidden @ weight.T).log_softmax(-1), rtol=1e-5, atol=1e-5
+    )

@@ -1,4 +1,6 @@
-"""The pseudo-perplexity of a masked language model is what its definition gives, one hidden token after the other."""
+"""The pseudo-perplexity of a masked language model is what its definition gives, one hidden token
+after the other.
+"""
 
 import math
 
@@ -31,7 +33,9 @@ def test_pseudo_perplexity_is_that_of_transformers(kind, tmp_path, text):
             losses.append(-float(logits.log_softmax(-1)[token]))
     result = evaluate(EvaluationOptions(model, (), (str(text),), 12, 36))
     assert result["tokens_scored"] == len(losses) == 36 and result["protocol"]["name"] == "masked"
-    assert result["base"]["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert result["base"]["perplexity"] == pytest.approx(
+        math.exp(sum(losses) / len(losses)), rel=1e-5
+    )
 
 
 def test_other_protocols_are_refused(tmp_path, text):
@@ -44,7 +48,9 @@ def test_other_protocols_are_refused(tmp_path, text):
 def test_a_tokenizer_without_a_mask_is_refused(tmp_path, text):
     model = tmp_path / "bert"
     make_model(model, "bert", vocab_size=make_tokenizer(model))
-    calibrate(CalibrationOptions(model, tmp_path / "calib", (str(text),), num_samples=2, seq_len=16))
+    calibrate(
+        CalibrationOptions(model, tmp_path / "calib", (str(text),), num_samples=2, seq_len=16)
+    )
     with pytest.raises(EvaluationError, match="mask token"):
         evaluate(EvaluationOptions(model, (), (str(text),), 12, 36))
 

@@ -12,36 +12,53 @@ from quantkit.evaluation.intervals import Interval, mcnemar_p, paired_interval
 @pytest.mark.parametrize("first, second", [(0, 0), (0, 1), (3, 3), (1, 9), (40, 60), (7, 0)])
 def test_mcnemar_is_the_exact_binomial_test(first, second):
     total = first + second
-    expected = min(1.0, 2 * sum(math.comb(total, k) for k in range(min(first, second) + 1)) / 2**total)
+    expected = min(
+        1.0, 2 * sum(math.comb(total, k) for k in range(min(first, second) + 1)) / 2**total
+    )
     assert mcnemar_p(first, second) == pytest.approx(expected) == mcnemar_p(second, first)
 
 
 def test_mcnemar_of_many_flips_neither_overflows_nor_is_zero_for_nothing():
     assert mcnemar_p(50_000, 50_000) == pytest.approx(1.0)
-    # Three standard deviations: 2·Φ(−3), with the continuity correction that the exact test has by itself.
+    # Three standard deviations: 2·Φ(−3), with the continuity correction that the exact test has by
+    # itself.
     assert mcnemar_p(50_000 - 475, 50_000 + 475) == pytest.approx(0.0027, rel=0.05)
 
 
 def test_flips_count_what_only_one_model_predicts():
-    base, quant = np.array([True, True, True, False, False]), np.array([True, False, False, True, False])
+    base, quant = (
+        np.array([True, True, True, False, False]),
+        np.array([True, False, False, True, False]),
+    )
     assert metrics.flips(base, quant) == {"to_wrong": 2, "to_right": 1, "mcnemar_p": 1.0}
 
 
 def test_probability_change_is_that_of_the_true_token():
     base, quant = np.array([0.5, 0.2, 0.1, 0.9]), np.array([0.4, 0.3, 0.1, 0.9])
     change = metrics.probability_change(-np.log(base), -np.log(quant))
-    assert change["mean"] == pytest.approx(0.0) and change["rms"] == pytest.approx(math.sqrt(0.02 / 4)) and change["p1"] == pytest.approx(-0.1, rel=0.05)
+    assert (
+        change["mean"] == pytest.approx(0.0)
+        and change["rms"] == pytest.approx(math.sqrt(0.02 / 4))
+        and change["p1"] == pytest.approx(-0.1, rel=0.05)
+    )
 
 
 def test_bins_hold_every_token_once():
     generator = np.random.default_rng(0)
     kld, confidence = generator.random(1000), np.concatenate([generator.random(998), [0.0, 1.0]])
-    for rows in (metrics.by_confidence(kld, confidence), metrics.by_position(kld, kld, np.arange(1000) % 63, 63)):
+    for rows in (
+        metrics.by_confidence(kld, confidence),
+        metrics.by_position(kld, kld, np.arange(1000) % 63, 63),
+    ):
         assert sum(row["tokens"] for row in rows) == 1000
         assert sum(row["tokens"] * row["kld_mean"] for row in rows) == pytest.approx(kld.sum())
     kld[:3] = 0, 1e-30, 1e9
     counted = metrics.histogram(kld)
-    assert sum(counted["counts"]) + counted["zero"] == 1000 and counted["zero"] == 1 and len(counted["counts"]) == len(counted["log10_edges"]) - 1
+    assert (
+        sum(counted["counts"]) + counted["zero"] == 1000
+        and counted["zero"] == 1
+        and len(counted["counts"]) == len(counted["log10_edges"]) - 1
+    )
 
 
 @pytest.mark.parametrize("windows", [5, 60])
@@ -65,20 +82,36 @@ def test_running_estimate_ends_with_the_result_and_narrows():
     points = metrics.running_estimate(differences, counts)
     mean = paired_interval(differences, counts)
     assert points[0]["windows"] == 2 and points[-1]["windows"] == 80 and len(points) <= 40
-    assert points[-1]["value"] == pytest.approx(100 * math.expm1(mean.value)) and points[-1]["low"] == pytest.approx(100 * math.expm1(mean.low))
-    assert points[-1]["high"] - points[-1]["low"] < points[len(points) // 4]["high"] - points[len(points) // 4]["low"]
+    assert points[-1]["value"] == pytest.approx(100 * math.expm1(mean.value)) and points[-1][
+        "low"
+    ] == pytest.approx(100 * math.expm1(mean.low))
+    assert (
+        points[-1]["high"] - points[-1]["low"]
+        < points[len(points) // 4]["high"] - points[len(points) // 4]["low"]
+    )
     assert metrics.running_estimate([1.0], [10]) == []
 
 
 def test_an_undecided_gate_says_how_many_tokens_would_decide():
     """With so many more the interval, narrowed by the square root, just reaches the bound."""
     interval = Interval(0.8, 0.4, 1.3, "bootstrap")
-    gate = judged_gates([Gate.parse("ppl_delta_pct<=1.0")], {"ppl_delta_pct": interval}, "q", 1000)[0]
+    gate = judged_gates([Gate.parse("ppl_delta_pct<=1.0")], {"ppl_delta_pct": interval}, "q", 1000)[
+        0
+    ]
     assert gate["result"] == "inconclusive"
-    assert (1.3 - 0.8) / math.sqrt(1 + gate["more_tokens_needed"] / 1000) == pytest.approx(1.0 - 0.8, rel=1e-2)
-    decided = judged_gates([Gate.parse("ppl_delta_pct<=2")], {"ppl_delta_pct": interval}, "q", 1000)[0]
+    assert (1.3 - 0.8) / math.sqrt(1 + gate["more_tokens_needed"] / 1000) == pytest.approx(
+        1.0 - 0.8, rel=1e-2
+    )
+    decided = judged_gates(
+        [Gate.parse("ppl_delta_pct<=2")], {"ppl_delta_pct": interval}, "q", 1000
+    )[0]
     assert decided["result"] == "pass" and "more_tokens_needed" not in decided
-    single = judged_gates([Gate.parse("ppl_delta_pct<=2")], {"ppl_delta_pct": Interval(0.8, None, None, "none")}, "q", 1000)[0]
+    single = judged_gates(
+        [Gate.parse("ppl_delta_pct<=2")],
+        {"ppl_delta_pct": Interval(0.8, None, None, "none")},
+        "q",
+        1000,
+    )[0]
     assert (single["result"], single["more_tokens_needed"]) == ("inconclusive", None)
 
 

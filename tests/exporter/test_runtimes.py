@@ -3,7 +3,15 @@
 import pytest
 
 from quantkit.errors import RuntimeLimitError
-from quantkit.exporter.runtimes import HARDWARE, RUNTIMES, SUPPORT, as_computed, hardware_mode, runtime_problems, scheme_family
+from quantkit.exporter.runtimes import (
+    HARDWARE,
+    RUNTIMES,
+    SUPPORT,
+    as_computed,
+    hardware_mode,
+    runtime_problems,
+    scheme_family,
+)
 from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
 
@@ -16,14 +24,19 @@ def linear(name: str, scheme: str, rows: int = 256, columns: int = 256) -> Quant
 
 
 def attention(scheme: str, rows: int = 256, columns: int = 256) -> list[QuantizedLinearInfo]:
-    return [linear(f"self_attn.{leaf}", scheme, rows, columns) for leaf in ("q_proj", "k_proj", "v_proj")]
+    return [
+        linear(f"self_attn.{leaf}", scheme, rows, columns)
+        for leaf in ("q_proj", "k_proj", "v_proj")
+    ]
 
 
 # Who loads what
 
 
 def test_the_table_has_every_scheme_and_runtime():
-    assert {name: set(row) for name, row in SUPPORT.items()} == {name: set(RUNTIMES) for name in SCHEMES}
+    assert {name: set(row) for name, row in SUPPORT.items()} == {
+        name: set(RUNTIMES) for name in SCHEMES
+    }
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -32,7 +45,9 @@ def test_a_scheme_is_its_own_family_whatever_it_is_called(name):
 
 
 def test_int8_in_groups_belongs_to_the_packed_family():
-    groups = QuantScheme.parse({"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}})
+    groups = QuantScheme.parse(
+        {"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}}
+    )
     assert scheme_family(groups) == "int8-weight-only"
 
 
@@ -79,8 +94,13 @@ def test_blocks_of_128_on_576_outputs_are_refused(runtime):
 
 def test_the_last_of_a_fused_set_may_have_any_size():
     q_proj, k_proj, v_proj = attention("fp8-block")
-    assert runtime_problems("vllm", [q_proj, k_proj, linear("self_attn.v_proj", "fp8-block", 192)], []) == []
-    assert runtime_problems("vllm", [q_proj, linear("self_attn.k_proj", "fp8-block", 192), v_proj], [])
+    assert (
+        runtime_problems("vllm", [q_proj, k_proj, linear("self_attn.v_proj", "fp8-block", 192)], [])
+        == []
+    )
+    assert runtime_problems(
+        "vllm", [q_proj, linear("self_attn.k_proj", "fp8-block", 192), v_proj], []
+    )
 
 
 def test_a_linear_outside_fused_sets_may_have_any_size_in_vllm():
@@ -88,10 +108,17 @@ def test_a_linear_outside_fused_sets_may_have_any_size_in_vllm():
 
 
 def test_transformers_needs_even_inputs_of_block_schemes_only():
-    (problem,) = runtime_problems("transformers", [linear("mlp.down_proj", "fp8-block", 256, 576)], [])
+    (problem,) = runtime_problems(
+        "transformers", [linear("mlp.down_proj", "fp8-block", 256, 576)], []
+    )
     assert "in_features 576" in problem
-    assert runtime_problems("transformers", [linear("mlp.down_proj", "fp8-block", 576, 256)], []) == []
-    assert runtime_problems("transformers", [linear("mlp.down_proj", "fp8-dynamic", 576, 576)], []) == []
+    assert (
+        runtime_problems("transformers", [linear("mlp.down_proj", "fp8-block", 576, 256)], []) == []
+    )
+    assert (
+        runtime_problems("transformers", [linear("mlp.down_proj", "fp8-dynamic", 576, 576)], [])
+        == []
+    )
 
 
 # Fused sets
@@ -100,7 +127,9 @@ def test_transformers_needs_even_inputs_of_block_schemes_only():
 @pytest.mark.parametrize("runtime", ["vllm", "sglang"])
 def test_a_fused_set_of_two_schemes_is_a_problem(runtime):
     q_proj, k_proj, _ = attention("fp8-dynamic")
-    (problem,) = runtime_problems(runtime, [q_proj, k_proj, linear("self_attn.v_proj", "int8-dynamic")], [])
+    (problem,) = runtime_problems(
+        runtime, [q_proj, k_proj, linear("self_attn.v_proj", "int8-dynamic")], []
+    )
     assert "q_proj fp8-dynamic" in problem
     assert "v_proj int8-dynamic" in problem
 
@@ -119,7 +148,12 @@ def test_a_fused_set_left_as_a_whole_is_none():
 
 def test_transformers_and_tensorrt_llm_merge_nothing():
     for runtime in ("transformers", "tensorrt-llm"):
-        assert runtime_problems(runtime, [linear("mlp.gate_proj", "fp8-dynamic")], ["model.layers.0.mlp.up_proj"]) == []
+        assert (
+            runtime_problems(
+                runtime, [linear("mlp.gate_proj", "fp8-dynamic")], ["model.layers.0.mlp.up_proj"]
+            )
+            == []
+        )
 
 
 # Experts
@@ -130,11 +164,19 @@ def test_transformers_and_tensorrt_llm_merge_nothing():
     [
         ("vllm", {"fp8-static", "fp8-weight-only", "int8-static"}),
         ("sglang", {"mxfp8", "int8-dynamic", "int8-static"}),
-        ("transformers", set(SCHEMES) - {"fp8-dynamic", "fp8-static", "fp8-tensor", "fp8-weight-only"}),
+        (
+            "transformers",
+            set(SCHEMES) - {"fp8-dynamic", "fp8-static", "fp8-tensor", "fp8-weight-only"},
+        ),
     ],
 )
 def test_experts_take_fewer_schemes(runtime, refused):
-    experts = {name: [linear(f"mlp.experts.0.{leaf}", name) for leaf in ("gate_proj", "up_proj", "down_proj")] for name in SCHEMES}
+    experts = {
+        name: [
+            linear(f"mlp.experts.0.{leaf}", name) for leaf in ("gate_proj", "up_proj", "down_proj")
+        ]
+        for name in SCHEMES
+    }
     assert {name for name in SCHEMES if runtime_problems(runtime, experts[name], [])} == refused
 
 
@@ -176,7 +218,9 @@ def test_fp8_is_native_from_ada_on(hardware):
 
 
 def test_mxfp8_is_native_on_blackwell_only():
-    assert [hardware for hardware in HARDWARE if hardware_mode(SCHEMES["mxfp8"], hardware) == "native"] == ["blackwell"]
+    assert [
+        hardware for hardware in HARDWARE if hardware_mode(SCHEMES["mxfp8"], hardware) == "native"
+    ] == ["blackwell"]
 
 
 def test_packed_int8_weights_do_not_run_on_a_cpu():

@@ -47,12 +47,17 @@ def test_file_that_changed_since_the_export_is_found(export_to):
     shard.write_bytes(content)
     assert "not the file that was exported" in faults(out)["model.safetensors"]
     (out / "tokenizer.json").unlink()
-    assert any("tokenizer.json was exported but is not here" in warning for warning in verify(out).warnings)
+    assert any(
+        "tokenizer.json was exported but is not here" in warning for warning in verify(out).warnings
+    )
 
 
 def test_left_linears_come_with_the_reason(export_to):
     found = verify(export_to(Recipe(SCHEMES["fp8-dynamic"], ignore=(Pattern("re:.*o_proj"),))))
-    assert found.left["lm_head"] == "lm_head is left by rule" and "ignored" in found.left["model.layers.0.self_attn.o_proj"]
+    assert (
+        found.left["lm_head"] == "lm_head is left by rule"
+        and "ignored" in found.left["model.layers.0.self_attn.o_proj"]
+    )
 
 
 def test_sqnr_is_that_of_the_reference_worst_first(export_to, llama):
@@ -65,9 +70,14 @@ def test_sqnr_is_that_of_the_reference_worst_first(export_to, llama):
             if scheme == "fp8-tensor" and not name.endswith(("o_proj", "down_proj")):
                 continue  # a fused set's scale is not the member's own
             weight = Checkpoint.open(llama).read(f"{name}.weight")
-            assert value == pytest.approx(float(sqnr_db(weight, quantize(weight, SCHEMES[scheme].weight).dequantize())), abs=1e-3)
+            assert value == pytest.approx(
+                float(sqnr_db(weight, quantize(weight, SCHEMES[scheme].weight).dequantize())),
+                abs=1e-3,
+            )
         layers = found.to_json()["layers"]
-        assert [layer["weight_sqnr_db"] for layer in layers] == sorted(layer["weight_sqnr_db"] for layer in layers)
+        assert [layer["weight_sqnr_db"] for layer in layers] == sorted(
+            layer["weight_sqnr_db"] for layer in layers
+        )
 
 
 def test_missing_scale_is_found(export_to, change):
@@ -80,7 +90,10 @@ def test_missing_input_scale_is_found(export_to, change):
     assert "missing" in faults(damaged)[f"{UP}.input_scale"]
 
 
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "NaN"), (0.0, "zero"), (-1.0, "negative")])
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [(float("nan"), "NaN"), (float("inf"), "NaN"), (0.0, "zero"), (-1.0, "negative")],
+)
 def test_scale_that_ruins_the_layer_is_found(value, word, export_to, change):
     def ruin(tensors):
         tensors[f"{UP}.weight_scale"][3] = value
@@ -113,14 +126,22 @@ def test_wrong_scale_shape_is_found(export_to, change):
     def reshape(tensors):
         tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"].reshape(-1)
 
-    assert "exactly [256, 1]" in faults(change(export_to("fp8-dynamic"), reshape))[f"{UP}.weight_scale"]
+    assert (
+        "exactly [256, 1]"
+        in faults(change(export_to("fp8-dynamic"), reshape))[f"{UP}.weight_scale"]
+    )
 
 
 def test_two_scales_in_a_fused_set_are_found(export_to, change):
     def double(tensors):
         tensors["model.layers.0.self_attn.k_proj.input_scale"] *= 2
 
-    assert "differs" in faults(change(export_to("int8-static"), double))["model.layers.0.self_attn.q_proj.input_scale"]
+    assert (
+        "differs"
+        in faults(change(export_to("int8-static"), double))[
+            "model.layers.0.self_attn.q_proj.input_scale"
+        ]
+    )
 
 
 def test_layer_that_is_neither_quantized_nor_ignored_is_found(export_to, change, llama):
@@ -130,7 +151,10 @@ def test_layer_that_is_neither_quantized_nor_ignored_is_found(export_to, change,
         del tensors[f"{UP}.weight_scale"]
         tensors[f"{UP}.weight"] = original
 
-    assert "neither quantized nor ignored" in faults(change(export_to("fp8-dynamic"), restore))[f"{UP}.weight"]
+    assert (
+        "neither quantized nor ignored"
+        in faults(change(export_to("fp8-dynamic"), restore))[f"{UP}.weight"]
+    )
 
 
 def test_ignored_layer_with_codes_is_found(export_to):
@@ -152,7 +176,14 @@ def test_codes_without_a_quantization_config_are_found(export_to):
 def test_kv_scheme_without_scales_is_found(export_to, change):
     out = export_to("fp8-dynamic", kv_cache="fp8")
     assert faults(out) == {}
-    damaged = change(out, lambda tensors: [tensors.pop(f"model.layers.{layer}.self_attn.{which}_scale") for layer in (0, 1) for which in "kv"])
+    damaged = change(
+        out,
+        lambda tensors: [
+            tensors.pop(f"model.layers.{layer}.self_attn.{which}_scale")
+            for layer in (0, 1)
+            for which in "kv"
+        ],
+    )
     assert any("scale 1" in message for message in faults(damaged).values())
 
 
@@ -168,13 +199,17 @@ def test_missing_and_extra_tensors_are_found_against_the_base(export_to, change,
     def change_names(tensors):
         tensors["stray"] = tensors.pop("model.layers.0.input_layernorm.weight")
 
-    assert {"stray", "model.layers.0.input_layernorm.weight"} <= set(faults(change(export_to("fp8-dynamic"), change_names), base=llama))
+    assert {"stray", "model.layers.0.input_layernorm.weight"} <= set(
+        faults(change(export_to("fp8-dynamic"), change_names), base=llama)
+    )
 
 
 def test_runtime_that_cannot_load_it_is_a_fault_when_named_and_a_warning_otherwise(export_to):
     out = export_to("int8-dynamic")
     assert faults(out) == {} and any("tensorrt-llm" in warning for warning in verify(out).warnings)
-    assert any("tensorrt-llm" in message for message in faults(out, runtime="tensorrt-llm").values())
+    assert any(
+        "tensorrt-llm" in message for message in faults(out, runtime="tensorrt-llm").values()
+    )
 
 
 def test_verify_exits_with_3_and_prints_its_faults(run, export_to, change):
@@ -184,7 +219,11 @@ def test_verify_exits_with_3_and_prints_its_faults(run, export_to, change):
     result = run("verify", damaged, "--json")
     assert result.exit_code == 3
     report = json.loads(result.stdout)
-    assert report["ok"] is False and report["faults"][0]["tensor"] == "model.norm.weight" and isinstance(report["warnings"], list)
+    assert (
+        report["ok"] is False
+        and report["faults"][0]["tensor"] == "model.norm.weight"
+        and isinstance(report["warnings"], list)
+    )
 
 
 @pytest.mark.parametrize("declared", ["int-quantized", "pack-quantized", "xyz", None])
@@ -200,7 +239,9 @@ def test_tensors_of_another_scheme_are_found(export_to, change):
     def add(tensors):
         tensors[f"{UP}.weight_zero_point"] = torch.zeros(256, 1, dtype=torch.int8)
 
-    assert "not a tensor" in faults(change(export_to("int8-dynamic"), add))[f"{UP}.weight_zero_point"]
+    assert (
+        "not a tensor" in faults(change(export_to("int8-dynamic"), add))[f"{UP}.weight_zero_point"]
+    )
 
 
 def test_verify_against_a_quantized_base_is_refused(export_to, llama):
@@ -211,10 +252,21 @@ def test_verify_against_a_quantized_base_is_refused(export_to, llama):
 
 
 def test_left_tensor_that_is_another_is_a_fault_against_the_base(export_to, change, llama):
-    damaged = change(export_to("fp8-dynamic", name="zeroed"), lambda tensors: tensors["model.norm.weight"].zero_())
-    assert faults(damaged) == {} and "another tensor" in faults(damaged, base=llama)["model.norm.weight"]
-    nudged = change(export_to("fp8-dynamic", name="again"), lambda tensors: tensors["model.norm.weight"].mul_(1.01))
-    assert faults(nudged, base=llama) == {} and any("model.norm.weight differs" in warning for warning in verify(nudged, llama).warnings)
+    damaged = change(
+        export_to("fp8-dynamic", name="zeroed"),
+        lambda tensors: tensors["model.norm.weight"].zero_(),
+    )
+    assert (
+        faults(damaged) == {}
+        and "another tensor" in faults(damaged, base=llama)["model.norm.weight"]
+    )
+    nudged = change(
+        export_to("fp8-dynamic", name="again"),
+        lambda tensors: tensors["model.norm.weight"].mul_(1.01),
+    )
+    assert faults(nudged, base=llama) == {} and any(
+        "model.norm.weight differs" in warning for warning in verify(nudged, llama).warnings
+    )
 
 
 def test_many_left_tensors_that_differ_are_one_warning(export_to, change, llama):
@@ -224,10 +276,15 @@ def test_many_left_tensors_that_differ_are_one_warning(export_to, change, llama)
 
     nudged = change(export_to("fp8-dynamic", name="nudged"), nudge)
     (warning,) = [warning for warning in verify(nudged, llama).warnings if "differs" in warning]
-    assert warning == "model.layers.0.input_layernorm.weight differs from the base's, though it isn't quantized (and 3 more)"
+    assert (
+        warning == "model.layers.0.input_layernorm.weight differs from the base's, though it isn't"
+        " quantized (and 3 more)"
+    )
 
 
-def test_config_of_another_depth_is_a_fault_and_of_another_model_is_refused(export_to, llama, tmp_path):
+def test_config_of_another_depth_is_a_fault_and_of_another_model_is_refused(
+    export_to, llama, tmp_path
+):
     from conftest import make_llama
 
     from quantkit.errors import CheckpointError
@@ -240,12 +297,18 @@ def test_config_of_another_depth_is_a_fault_and_of_another_model_is_refused(expo
         verify(out, make_llama(tmp_path / "wide", hidden_size=256))
 
 
-def test_checkpoint_that_cannot_be_opened_is_a_fault_and_nothing_at_all_an_error(run, export_to, tmp_path):
+def test_checkpoint_that_cannot_be_opened_is_a_fault_and_nothing_at_all_an_error(
+    run, export_to, tmp_path
+):
     out = export_to("fp8-dynamic")
     shard = out / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     result = run("verify", out, "--json")
-    assert result.exit_code == 3 and not json.loads(result.stdout)["ok"] and result.stderr.count("\n") == 1
+    assert (
+        result.exit_code == 3
+        and not json.loads(result.stdout)["ok"]
+        and result.stderr.count("\n") == 1
+    )
     shard.unlink()
     assert run("verify", out).exit_code == 3
     assert run("verify", tmp_path / "nothing").exit_code == 1

@@ -16,7 +16,9 @@ def levels_here() -> list[int]:
     if LIBRARY is None:
         return []
     chosen = LIBRARY.qk_cpu_level()
-    levels = [level for level in range(len(native.LEVELS)) if LIBRARY.qk_select_cpu_level(level) == 0]
+    levels = [
+        level for level in range(len(native.LEVELS)) if LIBRARY.qk_select_cpu_level(level) == 0
+    ]
     LIBRARY.qk_select_cpu_level(chosen)
     return levels
 

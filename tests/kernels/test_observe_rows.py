@@ -1,4 +1,5 @@
-"""kernels/cpu/observe_rows.cpp against reference_observe_rows in quantkit/ops/fallback.py, bit for bit, with every instruction set that this processor has.
+"""kernels/cpu/observe_rows.cpp against reference_observe_rows in quantkit/ops/fallback.py, bit for
+bit, with every instruction set that this processor has.
 
 All six statistics are compared as bits; a NaN equals every NaN.
 """
@@ -15,7 +16,10 @@ from quantkit.ops import fallback, native
 
 LIBRARY = native.cpu_kernels()
 if LIBRARY is None:
-    pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference", allow_module_level=True)
+    pytest.skip(
+        "the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference",
+        allow_module_level=True,
+    )
 
 observe_rows = torch.ops.quantkit.observe_rows
 INPUTS = [torch.bfloat16, torch.float16, torch.float32]
@@ -24,13 +28,19 @@ NAMES = list(fallback._STATISTICS)
 ROWS = [1, 3, 63, 64, 65, 130]
 COLUMNS = [1, 7, 15, 17, 31, 33, 63, 64, 65, 127, 130, 257]
 
-input_types = pytest.mark.parametrize("dtype", INPUTS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+input_types = pytest.mark.parametrize(
+    "dtype", INPUTS, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 
 
 def _levels_here() -> list[int]:
     """The levels that this processor has; the chosen one stays chosen."""
     chosen = LIBRARY.qk_cpu_level()
-    levels = [level for level in map(native.LEVELS.index, native.ELEMENTWISE_LEVELS) if LIBRARY.qk_select_cpu_level(level) == 0]
+    levels = [
+        level
+        for level in map(native.LEVELS.index, native.ELEMENTWISE_LEVELS)
+        if LIBRARY.qk_select_cpu_level(level) == 0
+    ]
     LIBRARY.qk_select_cpu_level(chosen)
     return levels
 
@@ -53,9 +63,13 @@ def _random(seed: int = 0) -> torch.Generator:
 
 
 def sample(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Gaussian values, channels over 16 octaves, with some zeros of both signs, a channel without negative values, one without positive."""
+    """Gaussian values, channels over 16 octaves, with some zeros of both signs, a channel without
+    negative values, one without positive.
+    """
     generator = _random(seed)
-    values = torch.randn(rows, columns, generator=generator) * torch.exp2(torch.randint(-12, 4, (columns,), generator=generator))
+    values = torch.randn(rows, columns, generator=generator) * torch.exp2(
+        torch.randint(-12, 4, (columns,), generator=generator)
+    )
     values[:, ::5] = values[:, ::5].abs()
     values[:, 3::7] = -values[:, 3::7].abs()
     values[torch.rand(rows, columns, generator=generator) < 0.02] = 0.0
@@ -65,12 +79,17 @@ def sample(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor
 
 def empty_statistics(columns: int) -> tuple[Tensor, ...]:
     lengths = (columns, columns, ops.HISTOGRAM_BINS, ops.HISTOGRAM_BINS, 2, 2)
-    statistics = tuple(torch.zeros(length, dtype=dtype) for length, dtype in zip(lengths, fallback._STATISTICS.values()))
+    statistics = tuple(
+        torch.zeros(length, dtype=dtype)
+        for length, dtype in zip(lengths, fallback._STATISTICS.values())
+    )
     statistics[4][0], statistics[4][1] = torch.inf, -torch.inf
     return statistics
 
 
-def observed(batches: list[Tensor], above: float, observe: Callable = observe_rows) -> tuple[Tensor, ...]:
+def observed(
+    batches: list[Tensor], above: float, observe: Callable = observe_rows
+) -> tuple[Tensor, ...]:
     statistics = empty_statistics(batches[0].shape[1])
     for rows in batches:
         observe(rows, above, *statistics)
@@ -80,14 +99,19 @@ def observed(batches: list[Tensor], above: float, observe: Callable = observe_ro
 def bits(values: Tensor) -> Tensor:
     if not values.is_floating_point():
         return values
-    return torch.where(values.isnan(), torch.nan, values).view(torch.int32 if values.element_size() == 4 else torch.int64)
+    return torch.where(values.isnan(), torch.nan, values).view(
+        torch.int32 if values.element_size() == 4 else torch.int64
+    )
 
 
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], about: str) -> None:
     for name, ours, wanted in zip(NAMES, actual, expected):
         wrong = (bits(ours) != bits(wanted)).nonzero().flatten().tolist()
         if wrong:
-            pytest.fail(f"{about}, {name}: {len(wrong)} of {len(ours)} differ; at {wrong[0]} {ours[wrong[0]].item()!r} instead of {wanted[wrong[0]].item()!r}")
+            pytest.fail(
+                f"{about}, {name}: {len(wrong)} of {len(ours)} differ; at {wrong[0]}"
+                f" {ours[wrong[0]].item()!r} instead of {wanted[wrong[0]].item()!r}"
+            )
 
 
 def check(batches: Tensor | list[Tensor], above: float = 0.3) -> tuple[Tensor, ...]:
@@ -96,7 +120,10 @@ def check(batches: Tensor | list[Tensor], above: float = 0.3) -> tuple[Tensor, .
     expected = observed(batches, above, fallback.reference_observe_rows)
     for level in LEVELS_HERE:
         assert LIBRARY.qk_select_cpu_level(level) == 0
-        about = f"{native.LEVELS[level]}, {batches[0].dtype} {[list(rows.shape) for rows in batches]}, above {above}"
+        about = (
+            f"{native.LEVELS[level]}, {batches[0].dtype} {[list(rows.shape) for rows in batches]},"
+            f" above {above}"
+        )
         assert_same(observed(batches, above), expected, about)
     return expected
 
@@ -108,8 +135,14 @@ def check(batches: Tensor | list[Tensor], above: float = 0.3) -> tuple[Tensor, .
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_shape_equals_the_reference(dtype, rows):
     for columns in COLUMNS:
-        channel_amax, _, histogram, token_histogram, _, counts = check(sample(rows, columns, dtype, columns))
-        assert histogram.sum() == rows * columns and token_histogram.sum() == rows == counts[0] and channel_amax.isfinite().all()
+        channel_amax, _, histogram, token_histogram, _, counts = check(
+            sample(rows, columns, dtype, columns)
+        )
+        assert (
+            histogram.sum() == rows * columns
+            and token_histogram.sum() == rows == counts[0]
+            and channel_amax.isfinite().all()
+        )
 
 
 @input_types
@@ -140,7 +173,10 @@ def test_strided_and_transposed_matrices_give_the_same(dtype):
 
 @input_types
 def test_statistics_add_up_over_calls(dtype):
-    batches = [sample(rows, 97, dtype, rows) * scale for rows, scale in ((65, 1), (1, 30), (64, 0.01), (0, 1), (130, 2))]
+    batches = [
+        sample(rows, 97, dtype, rows) * scale
+        for rows, scale in ((65, 1), (1, 30), (64, 0.01), (0, 1), (130, 2))
+    ]
     counts = check(batches)[5]
     assert counts[0] == 65 + 1 + 64 + 130
 
@@ -150,9 +186,16 @@ def test_two_halves_merge_to_the_whole_where_sums_are_exact(dtype):
     values = torch.randint(-15, 16, (150, 70), generator=_random()).to(dtype)
     for level in LEVELS_HERE:
         LIBRARY.qk_select_cpu_level(level)
-        whole, first, second = (observed([part], 3.0) for part in (values, values[:83], values[83:]))
+        whole, first, second = (
+            observed([part], 3.0) for part in (values, values[:83], values[83:])
+        )
         low, high = torch.minimum(first[4], second[4]), torch.maximum(first[4], second[4])
-        merged = (torch.maximum(first[0], second[0]), *(first[i] + second[i] for i in (1, 2, 3)), torch.stack([low[0], high[1]]), first[5] + second[5])
+        merged = (
+            torch.maximum(first[0], second[0]),
+            *(first[i] + second[i] for i in (1, 2, 3)),
+            torch.stack([low[0], high[1]]),
+            first[5] + second[5],
+        )
         assert_same(merged, whole, native.LEVELS[level])
         assert_same((whole[1],), (values.double().square().sum(0),), "squares")
 
@@ -176,14 +219,29 @@ def test_statistics_are_those_of_plain_torch(dtype):
 @input_types
 def test_edges_bracket_the_values_of_their_bins(dtype):
     edges = ops.histogram_edges()
-    assert edges[0] == 0 and (edges.diff() > 0).all() and edges[16 * 32] == 1 and edges[16 * 32 + 4] == 1.25 and edges[-1] == 2.0**31 * (1 + 15 / 16)
-    values = torch.cat([edges, edges.nextafter(torch.tensor(0.0)), edges.nextafter(torch.tensor(torch.inf)), edges * 1.03]).to(dtype)
+    assert (
+        edges[0] == 0
+        and (edges.diff() > 0).all()
+        and edges[16 * 32] == 1
+        and edges[16 * 32 + 4] == 1.25
+        and edges[-1] == 2.0**31 * (1 + 15 / 16)
+    )
+    values = torch.cat(
+        [
+            edges,
+            edges.nextafter(torch.tensor(0.0)),
+            edges.nextafter(torch.tensor(torch.inf)),
+            edges * 1.03,
+        ]
+    ).to(dtype)
     values = torch.cat([values, -values])
     # One row for each value: its token's bin is its own bin.
     upper = torch.cat([edges[1:], torch.tensor([torch.inf])])
     for level in LEVELS_HERE:
         LIBRARY.qk_select_cpu_level(level)
-        for value in values[values.isfinite()].reshape(-1, 1)[:: 7 if dtype == torch.float32 else 31]:
+        for value in values[values.isfinite()].reshape(-1, 1)[
+            :: 7 if dtype == torch.float32 else 31
+        ]:
             histogram, token_histogram = observed([value.reshape(1, 1)], 0.0)[2:4]
             bin_of_value = int(histogram.argmax())
             assert torch.equal(histogram, token_histogram) and histogram.sum() == 1
@@ -201,7 +259,11 @@ def test_every_16_bit_value_equals_the_reference(dtype):
 
 
 def test_random_bits_of_float32_equal_the_reference():
-    values = torch.randint(-(2**31), 2**31, (257, 1000), generator=_random(), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    values = (
+        torch.randint(-(2**31), 2**31, (257, 1000), generator=_random(), dtype=torch.int64)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
     check(values)
     check(torch.where(values.isfinite() & (values.abs() < 1e18), values, 1.0))
 
@@ -215,7 +277,12 @@ def test_zeros_are_counted_in_bin_zero_and_lose_their_sign(dtype, zero):
     for shape in ((1, 1), (65, 70), (64, 64)):
         values = torch.full(shape, zero, dtype=dtype)
         _, squares, histogram, token_histogram, extremes, counts = check(values, 0.0)
-        assert (squares == 0).all() and histogram[0] == values.numel() and token_histogram[0] == shape[0] and counts[1] == 0
+        assert (
+            (squares == 0).all()
+            and histogram[0] == values.numel()
+            and token_histogram[0] == shape[0]
+            and counts[1] == 0
+        )
         assert extremes.tolist() == [0, 0] and not extremes.signbit().any()
 
 
@@ -225,7 +292,10 @@ def test_values_of_one_sign_have_both_extremes(dtype, sign):
     for shape in ((1, 1), (3, 17), (65, 70), (64, 128)):
         values = sign * (sample(*shape, dtype).abs() + 0.5)
         extremes = check(values)[4]
-        assert extremes.tolist() == [values.min().item(), values.max().item()] and (extremes.sign() == sign).all()
+        assert (
+            extremes.tolist() == [values.min().item(), values.max().item()]
+            and (extremes.sign() == sign).all()
+        )
 
 
 @input_types
@@ -249,9 +319,17 @@ def test_squares_that_underflow_are_rounded_before_they_are_added(dtype):
 @input_types
 def test_huge_values_and_infinities_equal_the_reference(dtype):
     huge = torch.tensor([torch.inf, torch.finfo(dtype).max, 2.0**15, 60000.0, 3.0], dtype=dtype)
-    for values in (huge.repeat(70, 13), -huge.repeat(70, 13), torch.cat([huge, -huge]).repeat(3, 7)):
+    for values in (
+        huge.repeat(70, 13),
+        -huge.repeat(70, 13),
+        torch.cat([huge, -huge]).repeat(3, 7),
+    ):
         channel_amax, _, histogram, _, _, counts = check(values, torch.finfo(dtype).max)
-        assert channel_amax[0] == torch.inf and counts[1] == values.isinf().sum() and histogram[-1] >= counts[1]
+        assert (
+            channel_amax[0] == torch.inf
+            and counts[1] == values.isinf().sum()
+            and histogram[-1] >= counts[1]
+        )
 
 
 @input_types
@@ -262,7 +340,9 @@ def test_nan_shows_in_its_channel_and_in_both_extremes(dtype, bad):
         values = clean.clone()
         values[row, column] = bad
         if torch.tensor(bad).signbit():
-            values[row, column] = torch.copysign(values[row, column].float(), torch.tensor(-1.0)).to(dtype)
+            values[row, column] = torch.copysign(
+                values[row, column].float(), torch.tensor(-1.0)
+            ).to(dtype)
         channel_amax, _, histogram, token_histogram, extremes, counts = check([values, clean], 1e-6)
         assert channel_amax.isnan().nonzero().tolist() == [[column]] and extremes.isnan().all()
         assert histogram[-1] == 1 and token_histogram[-1] == 1
@@ -271,9 +351,30 @@ def test_nan_shows_in_its_channel_and_in_both_extremes(dtype, bad):
 
 @input_types
 def test_above_is_strict_and_compared_in_float32(dtype):
-    values = torch.cat([sample(70, 66, dtype), torch.tensor([1.0, -1.0, 0.0, torch.nan, torch.inf]).to(dtype).repeat(70, 1)], 1)
+    values = torch.cat(
+        [
+            sample(70, 66, dtype),
+            torch.tensor([1.0, -1.0, 0.0, torch.nan, torch.inf]).to(dtype).repeat(70, 1),
+        ],
+        1,
+    )
     next_float = torch.tensor(1.0).nextafter(torch.tensor(0.0)).item()
-    for above in (1.0, next_float, 1 + 1e-12, 1 - 1e-12, 0.0, -0.0, -1.0, -torch.inf, torch.inf, torch.nan, 1e-42, 3.3e38, 1e300, values[0, 0].item()):
+    for above in (
+        1.0,
+        next_float,
+        1 + 1e-12,
+        1 - 1e-12,
+        0.0,
+        -0.0,
+        -1.0,
+        -torch.inf,
+        torch.inf,
+        torch.nan,
+        1e-42,
+        3.3e38,
+        1e300,
+        values[0, 0].item(),
+    ):
         counts = check(values, above)[5]
         assert counts[1] == (values.float().abs() > torch.tensor(above, dtype=torch.float32)).sum()
 
@@ -285,7 +386,8 @@ def test_above_is_strict_and_compared_in_float32(dtype):
 def test_the_kernel_touches_only_its_columns(dtype):
     generous = sample(70, 300, dtype, 4)
     for first, last in ((0, 1), (64, 65), (64, 192), (1, 34), (128, 259)):
-        # Poison around the columns, which aren't read, and in the results of other channels, which aren't written.
+        # Poison around the columns, which aren't read, and in the results of other channels, which
+        # aren't written.
         values = torch.full_like(generous, torch.nan)
         values[:, first:last] = generous[:, first:last]
         expected = observed([generous[:, first:last]], 0.3, fallback.reference_observe_rows)
@@ -295,21 +397,74 @@ def test_the_kernel_touches_only_its_columns(dtype):
             amax[first:last], squares[first:last] = 0.0, 0.0
             magnitudes = torch.full((72,), -7.0)
             _, _, histogram, token_histogram, extremes, counts = empty_statistics(1)
-            pointers = [tensor.data_ptr() for tensor in (amax, squares, histogram, extremes, counts[1:], magnitudes[1:])]
-            assert LIBRARY.qk_observe_rows(values.data_ptr(), INPUTS.index(dtype), 70, 300, first, last, 0.3, *pointers) == 0
-            assert LIBRARY.qk_count_magnitudes(magnitudes[1:].data_ptr(), 1, 70, token_histogram.data_ptr()) == 0
+            pointers = [
+                tensor.data_ptr()
+                for tensor in (amax, squares, histogram, extremes, counts[1:], magnitudes[1:])
+            ]
+            assert (
+                LIBRARY.qk_observe_rows(
+                    values.data_ptr(), INPUTS.index(dtype), 70, 300, first, last, 0.3, *pointers
+                )
+                == 0
+            )
+            assert (
+                LIBRARY.qk_count_magnitudes(
+                    magnitudes[1:].data_ptr(), 1, 70, token_histogram.data_ptr()
+                )
+                == 0
+            )
             counts[0] = 70
-            assert_same((amax[first:last], squares[first:last], histogram, token_histogram, extremes, counts), expected, native.LEVELS[level])
-            outside = torch.cat([amax[:first], amax[last:], squares[:first].float(), squares[last:].float(), magnitudes[:1], magnitudes[71:]])
+            assert_same(
+                (
+                    amax[first:last],
+                    squares[first:last],
+                    histogram,
+                    token_histogram,
+                    extremes,
+                    counts,
+                ),
+                expected,
+                native.LEVELS[level],
+            )
+            outside = torch.cat(
+                [
+                    amax[:first],
+                    amax[last:],
+                    squares[:first].float(),
+                    squares[last:].float(),
+                    magnitudes[:1],
+                    magnitudes[71:],
+                ]
+            )
             assert (outside == -7).all()
 
 
 def test_nonsense_arguments_are_refused():
     values, out = torch.zeros(4, 4), torch.zeros(2048, dtype=torch.float64)
     good = {"input": 2, "rows": 4, "stride": 4, "first": 0, "last": 4}
-    for name, wrong in (("input", 3), ("input", -1), ("rows", -1), ("stride", 3), ("first", -1), ("first", 5), ("last", 5)):
-        assert LIBRARY.qk_observe_rows(values.data_ptr(), *(good | {name: wrong}).values(), ctypes.c_float(1), *[out.data_ptr()] * 6) == -1
-    assert LIBRARY.qk_count_magnitudes(out.data_ptr(), -1, 4, out.data_ptr()) == LIBRARY.qk_count_magnitudes(out.data_ptr(), 1, -1, out.data_ptr()) == -1
+    for name, wrong in (
+        ("input", 3),
+        ("input", -1),
+        ("rows", -1),
+        ("stride", 3),
+        ("first", -1),
+        ("first", 5),
+        ("last", 5),
+    ):
+        assert (
+            LIBRARY.qk_observe_rows(
+                values.data_ptr(),
+                *(good | {name: wrong}).values(),
+                ctypes.c_float(1),
+                *[out.data_ptr()] * 6,
+            )
+            == -1
+        )
+    assert (
+        LIBRARY.qk_count_magnitudes(out.data_ptr(), -1, 4, out.data_ptr())
+        == LIBRARY.qk_count_magnitudes(out.data_ptr(), 1, -1, out.data_ptr())
+        == -1
+    )
     assert not out.any()
 
 
@@ -332,4 +487,6 @@ def test_statistics_of_another_shape_or_type_are_refused():
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (70, 37)])
 def test_the_schema_and_the_fake_describe_the_op(shape):
-    torch.library.opcheck(observe_rows.default, (sample(*shape, torch.bfloat16), 0.3, *empty_statistics(shape[1])))
+    torch.library.opcheck(
+        observe_rows.default, (sample(*shape, torch.bfloat16), 0.3, *empty_statistics(shape[1]))
+    )

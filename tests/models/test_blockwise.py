@@ -1,4 +1,6 @@
-"""A model run block by block computes what its ordinary forward computes, bit for bit, with one block in memory."""
+"""A model run block by block computes what its ordinary forward computes, bit for bit, with one
+block in memory.
+"""
 
 import gc
 import threading
@@ -8,7 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, HANDING_ON, SHARING_BLOCKS, make_batches, make_model, open_blockwise, ordinary_hidden_states
+from tiny_models import (
+    ARCHITECTURES,
+    HANDING_ON,
+    SHARING_BLOCKS,
+    make_batches,
+    make_model,
+    open_blockwise,
+    ordinary_hidden_states,
+)
 from torch import nn
 
 import quantkit.models.blockwise
@@ -39,14 +49,18 @@ def stored(tmp_path_factory):
     return get
 
 
-def run_blockwise(blockwise: BlockwiseModel, batches=BATCHES, memory=None, prefetch=None, threads=1, cache=None) -> list[torch.Tensor]:
+def run_blockwise(
+    blockwise: BlockwiseModel, batches=BATCHES, memory=None, prefetch=None, threads=1, cache=None
+) -> list[torch.Tensor]:
     """Final hidden states of each batch."""
     config = blockwise.model.config
     states = HiddenStates(memory)
     try:
         dtype = torch.float32 if getattr(config, "residual_in_fp32", False) else config.dtype
         blockwise.load_outer(with_head=False)
-        states.expect({number: blockwise.states_shape(tokens) for number, tokens in enumerate(batches)}, dtype)
+        states.expect(
+            {number: blockwise.states_shape(tokens) for number, tokens in enumerate(batches)}, dtype
+        )
         assert states.is_in_files == (memory == 0)
         calls = blockwise.record(batches, states, cache)
         blockwise.free_outer()
@@ -54,13 +68,18 @@ def run_blockwise(blockwise: BlockwiseModel, batches=BATCHES, memory=None, prefe
             with blockwise.block(number, prefetch) as block:
 
                 def work(batch: int, block=block, number=number) -> None:
-                    states.put(batch, blockwise.run_block(block, calls[batch][number], states.get(batch)))
+                    states.put(
+                        batch, blockwise.run_block(block, calls[batch][number], states.get(batch))
+                    )
 
                 for _ in each_batch(work, range(len(batches)), CPU, threads):
                     pass
             states.turn()
         blockwise.load_outer(with_head=False)
-        return [blockwise.finish(tokens, states.get(number), cache) for number, tokens in enumerate(batches)]
+        return [
+            blockwise.finish(tokens, states.get(number), cache)
+            for number, tokens in enumerate(batches)
+        ]
     finally:
         states.close()
         blockwise.close()
@@ -97,9 +116,15 @@ def test_blocks_that_run_each_others_weights_run_them(tmp_path):
     """Zamba 2's: three attentions of which two are stored."""
     model = make_model(tmp_path, "zamba2", **SHARING_BLOCKS)
     blockwise = open_blockwise(tmp_path)
-    assert blockwise.shared and all(".4.shared_transformer." in target and ".1.shared_transformer." in source for target, source in blockwise.shared.items())
+    assert blockwise.shared and all(
+        ".4.shared_transformer." in target and ".1.shared_transformer." in source
+        for target, source in blockwise.shared.items()
+    )
     assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
-    with pytest.raises(CheckpointError, match="runs the weights of .* again in .*; export it in a scheme that needs no calibration"):
+    with pytest.raises(
+        CheckpointError,
+        match="runs the weights of .* again in .*; export it in a scheme that needs no calibration",
+    ):
         blockwise.require_unshared()
 
 
@@ -146,22 +171,47 @@ def test_a_block_does_not_run_before_the_one_that_hands_on_to_it(tmp_path):
 
 
 def test_hidden_states_that_rwkv_halves_between_blocks_are_not_halved_here(tmp_path):
-    """Nor are the weights that it halves to match, so that the end is the same but for what norms add to a variance."""
+    """Nor are the weights that it halves to match, so that the end is the same but for what norms
+    add to a variance.
+    """
     model = make_model(tmp_path, "rwkv", torch.float32, num_hidden_layers=3, rescale_every=1)
-    for ours, theirs in zip(run_blockwise(open_blockwise(tmp_path)), ordinary_hidden_states(model, BATCHES)):
+    for ours, theirs in zip(
+        run_blockwise(open_blockwise(tmp_path)), ordinary_hidden_states(model, BATCHES)
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "gpt2", "bloom", "bamba", "mamba2", "qwen3_next", "gemma3n_text"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "gemma3_text",
+        "qwen3_moe",
+        "gpt2",
+        "bloom",
+        "bamba",
+        "mamba2",
+        "qwen3_next",
+        "gemma3n_text",
+    ],
+)
 def test_files_threads_and_prefetch_change_no_bit(stored, kind):
     directory, model = stored(kind)
-    assert_equal(run_blockwise(open_blockwise(directory), memory=0, prefetch=True, threads=3), ordinary_hidden_states(model, BATCHES))
+    assert_equal(
+        run_blockwise(open_blockwise(directory), memory=0, prefetch=True, threads=3),
+        ordinary_hidden_states(model, BATCHES),
+    )
 
 
 def test_batches_of_many_lengths_are_told_apart(stored):
     directory, model = stored("mistral")
-    batches = make_batches(*[(1 + number % 3, length) for number, length in enumerate((3, 9, 8, 7, 3, 30, 9, 64, 2))])
-    assert_equal(run_blockwise(open_blockwise(directory), batches, threads=2), ordinary_hidden_states(model, batches))
+    batches = make_batches(
+        *[(1 + number % 3, length) for number, length in enumerate((3, 9, 8, 7, 3, 30, 9, 64, 2))]
+    )
+    assert_equal(
+        run_blockwise(open_blockwise(directory), batches, threads=2),
+        ordinary_hidden_states(model, batches),
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
@@ -192,13 +242,19 @@ def test_logits_are_those_of_the_ordinary_model_with_the_embedding_tied_or_not(t
     model = make_model(tmp_path, "llama", tie_word_embeddings=tie)
     blockwise = open_blockwise(tmp_path)
     hidden = run_blockwise(blockwise)
-    head, embedding = blockwise.model.get_output_embeddings(), blockwise.model.get_input_embeddings()
+    head, embedding = (
+        blockwise.model.get_output_embeddings(),
+        blockwise.model.get_input_embeddings(),
+    )
     blockwise.free_outer()
     assert head.weight.is_meta and embedding.weight.is_meta
     blockwise.load_outer(with_head=True)
     assert (head.weight is embedding.weight) == tie
     with one_thread(), torch.inference_mode():
-        assert_equal([head(states) for states in hidden], [model(input_ids=tokens).logits for tokens in BATCHES])
+        assert_equal(
+            [head(states) for states in hidden],
+            [model(input_ids=tokens).logits for tokens in BATCHES],
+        )
 
 
 def test_an_untied_head_stays_on_disk_until_it_is_asked_for(stored):
@@ -220,11 +276,17 @@ def test_only_one_blocks_weights_are_in_memory(stored, kind):
     blockwise = open_blockwise(stored(kind)[0])
     assert not parameters_in_memory(blockwise)
     blockwise.load_outer(with_head=True)
-    assert parameters_in_memory(blockwise) == {name for name, _ in blockwise.model.named_parameters() if not name.startswith("model.layers.")}
+    assert parameters_in_memory(blockwise) == {
+        name
+        for name, _ in blockwise.model.named_parameters()
+        if not name.startswith("model.layers.")
+    }
     blockwise.free_outer()
     for number in range(blockwise.block_count):
         with blockwise.block(number) as block:
-            assert parameters_in_memory(blockwise) == {f"model.layers.{number}.{name}" for name, _ in block.named_parameters()}
+            assert parameters_in_memory(blockwise) == {
+                f"model.layers.{number}.{name}" for name, _ in block.named_parameters()
+            }
             held = [weakref.ref(parameter) for parameter in block.parameters()]
         del block
         gc.collect()
@@ -265,12 +327,21 @@ def test_equal_masks_and_position_embeddings_are_kept_once(stored):
 
     def tensors(call: Call) -> list[torch.Tensor]:
         values = [*call.arguments, *call.keywords.values()]
-        return [item for value in values for item in (value if isinstance(value, tuple) else [value]) if isinstance(item, torch.Tensor)]
+        return [
+            item
+            for value in values
+            for item in (value if isinstance(value, tuple) else [value])
+            if isinstance(item, torch.Tensor)
+        ]
 
     for number in range(blockwise.block_count):
         assert len(tensors(first[number])) >= 3  # a mask, cosines and sines
-        assert all(one is other for one, other in zip(tensors(first[number]), tensors(again[number])))
-        assert not any(one is other for one, other in zip(tensors(first[number]), tensors(shorter[number])))
+        assert all(
+            one is other for one, other in zip(tensors(first[number]), tensors(again[number]))
+        )
+        assert not any(
+            one is other for one, other in zip(tensors(first[number]), tensors(shorter[number]))
+        )
 
 
 def test_interning_keeps_values_and_lets_go_of_those_that_never_come_again():
@@ -278,10 +349,21 @@ def test_interning_keeps_values_and_lets_go_of_those_that_never_come_again():
     kept = []
     for number in range(3 * Interned.COMPARED):
         tensor = torch.full((4,), float(number))
-        call = known.call(Call((tensor, [tensor, None], 5), {"mask": {"full": tensor.clone()}, "layer": "x"}, "hidden_states"))
+        call = known.call(
+            Call(
+                (tensor, [tensor, None], 5),
+                {"mask": {"full": tensor.clone()}, "layer": "x"},
+                "hidden_states",
+            )
+        )
         assert call.arguments[0] is call.arguments[1][0] is call.keywords["mask"]["full"]
         assert call.arguments[0].tolist() == [number] * 4
-        assert (call.arguments[1][1], call.arguments[2], call.keywords["layer"], call.hidden_name) == (None, 5, "x", "hidden_states")
+        assert (
+            call.arguments[1][1],
+            call.arguments[2],
+            call.keywords["layer"],
+            call.hidden_name,
+        ) == (None, 5, "x", "hidden_states")
         kept.append(weakref.ref(tensor))
         del tensor, call
         known.forget_identities()
@@ -298,7 +380,15 @@ def test_equal_values_of_another_shape_or_type_are_not_one():
 # ---- What is refused, before anything runs.
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ],
+)
 def test_a_missing_weight_is_named(stored, tmp_path, name):
     broken = damaged(stored("llama")[0], tmp_path, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=f"lacks the weight {name}"):
@@ -308,7 +398,9 @@ def test_a_missing_weight_is_named(stored, tmp_path, name):
 @pytest.mark.parametrize("leaves", [("w1",), ("w2",), ("w1", "w2", "w3")])
 def test_a_missing_expert_is_refused_before_its_block_has_its_turn(stored, tmp_path, leaves):
     names = [f"model.layers.1.block_sparse_moe.experts.2.{leaf}.weight" for leaf in leaves]
-    broken = damaged(stored("mixtral")[0], tmp_path, lambda tensors: [tensors.pop(name) for name in names])
+    broken = damaged(
+        stored("mixtral")[0], tmp_path, lambda tensors: [tensors.pop(name) for name in names]
+    )
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*experts"):
         open_blockwise(broken)
 
@@ -322,14 +414,24 @@ def test_a_missing_expert_is_refused_before_its_block_has_its_turn(stored, tmp_p
         ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight", (96, 63)),
     ],
 )
-def test_a_wrong_shape_is_refused_before_its_block_has_its_turn(stored, tmp_path, kind, name, shape):
-    broken = damaged(stored(kind)[0], tmp_path, lambda tensors: tensors.update({name: torch.zeros(shape, dtype=torch.bfloat16)}))
+def test_a_wrong_shape_is_refused_before_its_block_has_its_turn(
+    stored, tmp_path, kind, name, shape
+):
+    broken = damaged(
+        stored(kind)[0],
+        tmp_path,
+        lambda tensors: tensors.update({name: torch.zeros(shape, dtype=torch.bfloat16)}),
+    )
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         open_blockwise(broken)
 
 
 def test_a_tensor_that_the_model_has_no_place_for_is_listed(stored, tmp_path):
-    odd = damaged(stored("llama")[0], tmp_path, lambda tensors: tensors.update({"model.layers.1.adapter.weight": torch.zeros(3)}))
+    odd = damaged(
+        stored("llama")[0],
+        tmp_path,
+        lambda tensors: tensors.update({"model.layers.1.adapter.weight": torch.zeros(3)}),
+    )
     assert open_blockwise(odd).unexpected == ["model.layers.1.adapter.weight"]
 
 
@@ -342,7 +444,11 @@ def test_a_model_without_decoder_blocks_is_refused():
 
 def test_decoder_blocks_are_the_list_with_the_most_parameters():
     model = nn.ModuleDict(
-        {"norms": nn.ModuleList([nn.LayerNorm(4)] * 2), "blocks": nn.ModuleList([nn.Linear(9, 9)] * 2), "other": nn.ModuleList([nn.Linear(99, 99)])}
+        {
+            "norms": nn.ModuleList([nn.LayerNorm(4)] * 2),
+            "blocks": nn.ModuleList([nn.Linear(9, 9)] * 2),
+            "other": nn.ModuleList([nn.Linear(99, 99)]),
+        }
     )
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
     name, blocks = decoder_blocks(model)
@@ -356,7 +462,9 @@ def test_blocks_that_hand_on_more_than_is_known_are_refused(tmp_path, monkeypatc
     make_model(tmp_path, "rwkv")
     blockwise = open_blockwise(tmp_path)
     blockwise.load_outer(with_head=False)
-    with pytest.raises(CheckpointError, match="RwkvForCausalLM can't be run block by block: ") as refusal:
+    with pytest.raises(
+        CheckpointError, match="RwkvForCausalLM can't be run block by block: "
+    ) as refusal:
         blockwise.record(BATCHES, HiddenStates())
     assert "\n" not in str(refusal.value)
 
@@ -392,13 +500,20 @@ def test_merged_experts_tell_their_tensors_in_the_order_of_the_experts(tmp_path)
     make_model(tmp_path, "mixtral", num_hidden_layers=1, num_local_experts=11)
     blockwise = open_blockwise(tmp_path)
     prefix = "model.layers.0.block_sparse_moe.experts"
-    gate_up, down = (blockwise.sources(f"model.layers.0.mlp.experts.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
-    assert gate_up.lists == tuple(tuple(f"{prefix}.{expert}.{leaf}.weight" for expert in range(11)) for leaf in ("w1", "w3"))
+    gate_up, down = (
+        blockwise.sources(f"model.layers.0.mlp.experts.{leaf}")
+        for leaf in ("gate_up_proj", "down_proj")
+    )
+    assert gate_up.lists == tuple(
+        tuple(f"{prefix}.{expert}.{leaf}.weight" for expert in range(11)) for leaf in ("w1", "w3")
+    )
     assert down.lists == (tuple(f"{prefix}.{expert}.w2.weight" for expert in range(11)),)
 
 
 def test_a_renamed_and_a_plain_parameter_tell_their_one_tensor(stored):
     blockwise = open_blockwise(stored("mixtral")[0])
-    assert blockwise.sources("model.layers.0.mlp.gate.weight").lists == (("model.layers.0.block_sparse_moe.gate.weight",),)
+    assert blockwise.sources("model.layers.0.mlp.gate.weight").lists == (
+        ("model.layers.0.block_sparse_moe.gate.weight",),
+    )
     assert blockwise.sources("model.norm.weight").lists == (("model.norm.weight",),)
     assert blockwise.sources("model.nothing.weight") is None

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit.models.experts import adopt_experts, each_expert, expert_linear, intermediate, register_experts, runs_as_told
+from quantkit.models.experts import (
+    adopt_experts,
+    each_expert,
+    expert_linear,
+    intermediate,
+    register_experts,
+    runs_as_told,
+)
 
 COUNT, HIDDEN, WIDTH = 4, 16, 24
 
@@ -19,18 +26,29 @@ def doubled(module, hidden_states, top_k_index, top_k_weights):
         hidden_states,
         top_k_index,
         top_k_weights,
-        lambda expert, _, states: expert_linear(module, "down_proj", expert, intermediate(module, expert, states)),
+        lambda expert, _, states: expert_linear(
+            module, "down_proj", expert, intermediate(module, expert, states)
+        ),
     )
 
 
 class Routed(nn.Module):
-    """As Llama 4 has them: [experts · tokens, features], zero where the router sends a token elsewhere."""
+    """As Llama 4 has them: [experts · tokens, features], zero where the router sends a token
+    elsewhere.
+    """
 
     def __init__(self, transposed: bool = True) -> None:
         super().__init__()
         shapes = {"gate_up_proj": (HIDDEN, 2 * WIDTH), "down_proj": (WIDTH, HIDDEN)}
         for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.randn(COUNT, *(shape if transposed else shape[::-1])).double(), requires_grad=False))
+            setattr(
+                self,
+                name,
+                nn.Parameter(
+                    torch.randn(COUNT, *(shape if transposed else shape[::-1])).double(),
+                    requires_grad=False,
+                ),
+            )
         self.act_fn = nn.SiLU()
 
     def between(self, projected):
@@ -49,7 +67,11 @@ class Chosen(Routed):
         output = torch.zeros_like(hidden_states)
         for token, (experts, weights) in enumerate(zip(top_k_index, top_k_weights)):
             for expert, weight in zip(experts, weights):
-                output[token] += self.between(hidden_states[token] @ self.gate_up_proj[expert].T) @ self.down_proj[expert].T * weight
+                output[token] += (
+                    self.between(hidden_states[token] @ self.gate_up_proj[expert].T)
+                    @ self.down_proj[expert].T
+                    * weight
+                )
         return output
 
 
@@ -94,7 +116,11 @@ def test_rows_that_were_sorted_and_scaled_are_tokens_of_their_own():
 
 def test_those_that_take_what_others_take_are_run_as_others_are():
     module = Chosen(transposed=False)
-    arguments = torch.randn(5, HIDDEN).double(), torch.randint(0, COUNT, (5, 2)), torch.rand(5, 2).double()
+    arguments = (
+        torch.randn(5, HIDDEN).double(),
+        torch.randint(0, COUNT, (5, 2)),
+        torch.rand(5, 2).double(),
+    )
     expected = module(*arguments)
     torch.testing.assert_close(adopted(module)(*arguments), 2 * expected)
 

@@ -11,13 +11,17 @@ from safetensors.torch import load_file
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.models.hidden_states import HiddenStates, available_memory, peak_memory_bytes
 
-# Batches of several lengths: one number, one that fills a page of the file to the last byte, one beyond it.
+# Batches of several lengths: one number, one that fills a page of the file to the last byte, one
+# beyond it.
 SHAPES = {3: (1, 1, 1), 0: (2, 16, 64), 5: (3, 17, 64), 4: (1, 7, 5)}
 
 
 def random_states(dtype: torch.dtype, seed: int) -> dict[int, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {number: torch.randn(shape, generator=generator).to(dtype) for number, shape in SHAPES.items()}
+    return {
+        number: torch.randn(shape, generator=generator).to(dtype)
+        for number, shape in SHAPES.items()
+    }
 
 
 def assert_holds(states: HiddenStates, expected: dict[int, torch.Tensor]) -> None:
@@ -63,7 +67,9 @@ def test_a_batch_is_read_before_its_own_place_is_written(memory):
         for number in order:
             states.put(number, states.get(number) * 2)
         states.turn()
-    assert_holds(states, {number: tensor * 4 for number, tensor in random_states(torch.float32, 0).items()})
+    assert_holds(
+        states, {number: tensor * 4 for number, tensor in random_states(torch.float32, 0).items()}
+    )
     states.close()
 
 
@@ -88,7 +94,10 @@ def test_what_get_gave_is_not_changed_by_what_is_written_after(in_files):
             held = {number: in_files.get(number) for number in SHAPES}
     for number, tensor in random_states(torch.bfloat16, 2).items():
         in_files.put(number, tensor)
-    assert all(torch.equal(held[number], tensor) for number, tensor in random_states(torch.bfloat16, 0).items())
+    assert all(
+        torch.equal(held[number], tensor)
+        for number, tensor in random_states(torch.bfloat16, 0).items()
+    )
 
 
 def test_strided_states_are_kept_like_contiguous_ones(in_files):
@@ -99,10 +108,17 @@ def test_strided_states_are_kept_like_contiguous_ones(in_files):
 
 
 @pytest.mark.parametrize(
-    "odd", [torch.full((2, 16, 64), 1 + 2**-20), torch.ones(4, 2, 16, 64, dtype=torch.bfloat16), torch.ones(2, 16, 1, dtype=torch.bfloat16)]
+    "odd",
+    [
+        torch.full((2, 16, 64), 1 + 2**-20),
+        torch.ones(4, 2, 16, 64, dtype=torch.bfloat16),
+        torch.ones(2, 16, 1, dtype=torch.bfloat16),
+    ],
 )
 def test_a_file_refuses_what_it_would_round_or_spread(in_files, odd):
-    """A residual stream in float32, or of four streams, has no place in a file made for bfloat16 [2, 16, 64]."""
+    """A residual stream in float32, or of four streams, has no place in a file made for bfloat16
+    [2, 16, 64].
+    """
     with pytest.raises(QuantkitError, match="--memory"):
         in_files.put(0, odd)
 
@@ -129,7 +145,10 @@ def test_save_writes_what_get_gives(tmp_path, memory):
     states.close()
     saved = load_file(tmp_path / "saved.safetensors")
     assert saved.keys() == {*map(str, SHAPES), "0.encoded"}
-    assert all(torch.equal(saved[str(number)], tensor) for number, tensor in random_states(torch.bfloat16, 0).items())
+    assert all(
+        torch.equal(saved[str(number)], tensor)
+        for number, tensor in random_states(torch.bfloat16, 0).items()
+    )
 
 
 def test_files_are_gone_after_close_and_closing_twice_is_fine(tmp_path):
@@ -158,7 +177,9 @@ def test_closing_what_was_never_filled_is_fine():
 def test_the_room_is_reserved_before_the_first_block(in_files, tmp_path):
     """Writing into a hole of a mapped file where the disk is full would end the process."""
     for path in tmp_path.iterdir():
-        assert path.stat().st_blocks * 512 >= 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+        assert path.stat().st_blocks * 512 >= 2 * sum(
+            torch.Size(shape).numel() for shape in SHAPES.values()
+        )
 
 
 @pytest.mark.parametrize("files_that_fit", [0, 1])
@@ -174,7 +195,11 @@ def test_a_full_disk_is_told_with_advice_and_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(os, "posix_fallocate", full)
     states = HiddenStates(memory=0, directory=tmp_path)
     with pytest.raises(
-        OutputError, match=rf"need 2 × .* in {tmp_path} \(No space left on device\); make room, raise --memory, or use fewer or shorter windows"
+        OutputError,
+        match=(
+            rf"need 2 × .* in {tmp_path} \(No space left on device\); make room, raise --memory, or"
+            r" use fewer or shorter windows"
+        ),
     ):
         states.expect(SHAPES, torch.bfloat16)
     states.close()
@@ -196,7 +221,9 @@ def test_memory_figures_are_bytes():
     assert 2**20 < available_memory() < 2**46
 
 
-@pytest.mark.parametrize(("limit", "most"), [("1000000", 600_000), ("400000", 0), ("max", None), ("broken", None)])
+@pytest.mark.parametrize(
+    ("limit", "most"), [("1000000", 600_000), ("400000", 0), ("max", None), ("broken", None)]
+)
 def test_a_containers_limit_counts_as_the_memory_there_is(limit, most, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("400000\n")

@@ -1,4 +1,6 @@
-"""Tensors counted anew: the numbers of each Linear are found where they lie, and none is lost or read twice."""
+"""Tensors counted anew: the numbers of each Linear are found where they lie, and none is lost or
+read twice.
+"""
 
 from pathlib import Path
 
@@ -7,7 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit.checkpoint.reader import Checkpoint, MappedShard
-from quantkit.models.linear_views import as_matrices, find_stacks, transposed_weights, with_upright_weights
+from quantkit.models.linear_views import (
+    as_matrices,
+    find_stacks,
+    transposed_weights,
+    with_upright_weights,
+)
 
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -21,7 +28,10 @@ def stored(directory: Path, **tensors: torch.Tensor) -> Checkpoint:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_apart_are_the_parts_of_their_stack(tmp_path, transposed):
     experts, hidden, intermediate = 3, 10, 6
-    gate, up, down = (torch.randn(experts, *shape) for shape in ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate)))
+    gate, up, down = (
+        torch.randn(experts, *shape)
+        for shape in ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    )
     stacks = {"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down}
     if transposed:
         stacks = {leaf: stack.transpose(1, 2).contiguous() for leaf, stack in stacks.items()}
@@ -42,7 +52,10 @@ def test_experts_apart_are_the_parts_of_their_stack(tmp_path, transposed):
 def test_a_stack_is_known_by_its_shape_and_not_by_its_name():
     shapes = {"a.moe.input_linear.weight": (4, 96, 16), "a.moe.output_linear.weight": (4, 16, 48)}
     stacks = find_stacks(shapes)
-    assert stacks["a.moe.input_linear.weight"].linears(2) == ["a.moe.experts.2.gate_proj", "a.moe.experts.2.up_proj"]
+    assert stacks["a.moe.input_linear.weight"].linears(2) == [
+        "a.moe.experts.2.gate_proj",
+        "a.moe.experts.2.up_proj",
+    ]
     assert stacks["a.moe.output_linear.weight"].linears(0) == ["a.moe.experts.0.down_proj"]
     assert not any(stack.is_transposed for stack in stacks.values())
 
@@ -51,10 +64,16 @@ def test_a_stack_is_known_by_its_shape_and_not_by_its_name():
     "shapes",
     [
         {"a.experts.gate_up_proj": (4, 96, 16)},  # alone
-        {"a.experts.gate_up_proj": (4, 96, 16), "a.experts.down_proj": (4, 16, 40)},  # what one gives the other doesn't take
+        # what one gives the other doesn't take
+        {"a.experts.gate_up_proj": (4, 96, 16), "a.experts.down_proj": (4, 16, 40)},
         {"a.experts.gate_up_proj": (4, 96, 16), "a.experts.down_proj": (3, 16, 48)},
-        {"a.experts.up_proj": (4, 48, 16), "a.experts.down_proj": (4, 16, 48)},  # without a gate either may be transposed
-        {"a.experts.gate_up_proj": (4, 96, 16), "a.experts.down_proj": (4, 16, 48), "a.experts.gate_up_proj_bias": (4, 96)},
+        # without a gate either may be transposed
+        {"a.experts.up_proj": (4, 48, 16), "a.experts.down_proj": (4, 16, 48)},
+        {
+            "a.experts.gate_up_proj": (4, 96, 16),
+            "a.experts.down_proj": (4, 16, 48),
+            "a.experts.gate_up_proj_bias": (4, 96),
+        },
         {"a.rg_lru.input_gate_weight": (4, 16, 16), "a.rg_lru.recurrent_gate_weight": (4, 16, 16)},
     ],
 )
@@ -64,14 +83,20 @@ def test_what_cannot_be_told_is_no_stack(shapes):
 
 def test_a_transposed_weight_is_turned(tmp_path):
     weight = torch.randn(6, 18)
-    checkpoint = stored(tmp_path, **{"h.0.c_attn.weight": weight, "h.0.c_attn.bias": torch.zeros(18)})
+    checkpoint = stored(
+        tmp_path, **{"h.0.c_attn.weight": weight, "h.0.c_attn.bias": torch.zeros(18)}
+    )
     upright = with_upright_weights(checkpoint)
-    assert upright.tensors["h.0.c_attn.weight"].shape == (18, 6) and torch.equal(upright.read("h.0.c_attn.weight"), weight.T)
+    assert upright.tensors["h.0.c_attn.weight"].shape == (18, 6) and torch.equal(
+        upright.read("h.0.c_attn.weight"), weight.T
+    )
     assert upright.nbytes == checkpoint.nbytes
 
 
 def test_a_square_weight_is_transposed_where_others_are():
     square = {"h.0.c_proj.weight": (8, 8), "h.0.c_proj.bias": (8,)}
     assert transposed_weights(square) == set()
-    assert transposed_weights(square | {"h.0.c_attn.weight": (8, 24), "h.0.c_attn.bias": (24,)}) == {"h.0.c_proj.weight", "h.0.c_attn.weight"}
+    assert transposed_weights(
+        square | {"h.0.c_attn.weight": (8, 24), "h.0.c_attn.bias": (24,)}
+    ) == {"h.0.c_proj.weight", "h.0.c_attn.weight"}
     assert transposed_weights({"h.0.q_proj.weight": (24, 8), "h.0.q_proj.bias": (24,)}) == set()

@@ -1,4 +1,6 @@
-"""What predicts no token of a text is refused in a sentence, by every command that would begin with it."""
+"""What predicts no token of a text is refused in a sentence, by every command that would begin with
+it.
+"""
 
 import json
 
@@ -29,14 +31,23 @@ def test_masked_language_models_are_taken():
 
 
 def test_encoders_with_decoders_are_taken():
-    assert task_of({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "model") == TARGET
+    assert (
+        task_of(
+            {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "model"
+        )
+        == TARGET
+    )
 
 
 @pytest.mark.parametrize(
     "config",
     [
         {"architectures": ["T5Model"], "is_encoder_decoder": True},
-        {"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True, "num_mel_bins": 80},
+        {
+            "architectures": ["WhisperForConditionalGeneration"],
+            "is_encoder_decoder": True,
+            "num_mel_bins": 80,
+        },
         {"architectures": ["BertForSequenceClassification"]},
         {"architectures": ["BertLMHeadModel"]},
         {"architectures": ["Qwen3Model"]},
@@ -50,9 +61,22 @@ def test_others_are_named_and_refused(config):
 def test_every_command_refuses_them_before_it_starts(copy, llama, text, tmp_path, run):
     model = copy(llama)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    (model / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]})
+    )
     commands = (
-        ("calibrate", model, "-o", tmp_path / "calib", "--data", text, "--num-samples", 2, "--seq-len", 16),
+        (
+            "calibrate",
+            model,
+            "-o",
+            tmp_path / "calib",
+            "--data",
+            text,
+            "--num-samples",
+            2,
+            "--seq-len",
+            16,
+        ),
         ("export", model, "-o", tmp_path / "out", "--scheme", "fp8-dynamic"),
         ("eval", model, "--data", text, "--seq-len", 16, "--max-tokens", 64),
     )

@@ -12,7 +12,10 @@ from quantkit.schemes.pattern import covering_patterns
 
 def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, ModuleInfo]:
     """What the tensors of a checkpoint of these names and shapes are."""
-    tensors = {name: TensorInfo(name, "BF16", shape, Path("model.safetensors"), 0) for name, shape in shapes.items()}
+    tensors = {
+        name: TensorInfo(name, "BF16", shape, Path("model.safetensors"), 0)
+        for name, shape in shapes.items()
+    }
     return dict(linears_of(Checkpoint(Path("model"), {}, tensors)).roles)
 
 
@@ -21,12 +24,16 @@ def kinds(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 def assert_kinds(expected: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    assert kinds({tensor: shape for tensor, (shape, _) in expected.items()}) == {tensor: kind for tensor, (_, kind) in expected.items()}
+    assert kinds({tensor: shape for tensor, (shape, _) in expected.items()}) == {
+        tensor: kind for tensor, (_, kind) in expected.items()
+    }
 
 
 def test_llama():
     block = "model.layers.0."
-    linears = [f"self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")] + [f"mlp.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
+    linears = [f"self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")] + [
+        f"mlp.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")
+    ]
     assert_kinds(
         {f"{block}{name}.weight": ((8, 4), "linear") for name in linears}
         | {
@@ -41,7 +48,15 @@ def test_llama():
 
 
 def test_norms_of_queries_and_keys_are_norms():
-    for leaf in ("q_norm", "k_norm", "q_layernorm", "kv_a_layernorm", "ln_1", "ffn_norm", "pre_feedforward_layernorm"):
+    for leaf in (
+        "q_norm",
+        "k_norm",
+        "q_layernorm",
+        "kv_a_layernorm",
+        "ln_1",
+        "ffn_norm",
+        "pre_feedforward_layernorm",
+    ):
         assert set(kinds({f"model.layers.3.self_attn.{leaf}.weight": (8,)}).values()) == {"norm"}
         # Cohere's q_norm is two-dimensional: [heads, head_dim].
         assert set(kinds({f"model.layers.3.self_attn.{leaf}.weight": (4, 8)}).values()) == {"norm"}
@@ -51,7 +66,11 @@ def test_mixtral():
     moe = "model.layers.1.block_sparse_moe."
     assert_kinds(
         {f"{moe}gate.weight": ((2, 8), "router")}
-        | {f"{moe}experts.{expert}.{leaf}.weight": ((8, 8), "linear") for expert in (0, 1) for leaf in ("w1", "w2", "w3")}
+        | {
+            f"{moe}experts.{expert}.{leaf}.weight": ((8, 8), "linear")
+            for expert in (0, 1)
+            for leaf in ("w1", "w2", "w3")
+        }
     )
 
 
@@ -69,52 +88,101 @@ def test_qwen_moe():
 
 
 def test_a_router_by_name_is_a_router():
-    assert_kinds({"model.layers.0.mlp.router.weight": ((4, 8), "router"), "model.layers.0.mlp.router.layer.weight": ((4, 8), "router")})
+    assert_kinds(
+        {
+            "model.layers.0.mlp.router.weight": ((4, 8), "router"),
+            "model.layers.0.mlp.router.layer.weight": ((4, 8), "router"),
+        }
+    )
 
 
 def test_what_lies_in_a_router_is_one():
     """HunYuan's gate, ZAYA's, and what mixes Gemma 3n's streams."""
     mlp = "model.layers.0.mlp."
     assert_kinds(
-        {f"{mlp}gate.wg.weight": ((4, 8), "router"), f"{mlp}gate.router_mlp.fc1.weight": ((8, 8), "router"), f"{mlp}gate.down_proj.weight": ((8, 8), "router")}
-        | {f"{mlp}experts.0.down_proj.weight": ((8, 8), "linear"), f"{mlp}experts.0.gate.weight": ((8, 8), "linear")}
-        | {"model.layers.0.altup.modality_router.weight": ((4, 8), "router"), "model.layers.0.attn.gate.out_proj.weight": ((8, 8), "linear")}
+        {
+            f"{mlp}gate.wg.weight": ((4, 8), "router"),
+            f"{mlp}gate.router_mlp.fc1.weight": ((8, 8), "router"),
+            f"{mlp}gate.down_proj.weight": ((8, 8), "router"),
+        }
+        | {
+            f"{mlp}experts.0.down_proj.weight": ((8, 8), "linear"),
+            f"{mlp}experts.0.gate.weight": ((8, 8), "linear"),
+        }
+        | {
+            "model.layers.0.altup.modality_router.weight": ((4, 8), "router"),
+            "model.layers.0.attn.gate.out_proj.weight": ((8, 8), "linear"),
+        }
     )
 
 
 def test_an_embedding_in_parts_is_an_embedding():
     """Qwen 4's n-grams lie inside of a block."""
     ple = "model.layers.0.ple."
-    assert_kinds({f"{ple}ple_embedding.ngram_embedding.shard_0.weight": ((64, 8), "embedding"), f"{ple}key_proj.weight": ((8, 8), "linear")})
+    assert_kinds(
+        {
+            f"{ple}ple_embedding.ngram_embedding.shard_0.weight": ((64, 8), "embedding"),
+            f"{ple}key_proj.weight": ((8, 8), "linear"),
+        }
+    )
 
 
 def test_what_projects_embeddings_is_none():
-    """A runtime makes Linears of them, so they must be among those that the configuration ignores."""
-    names = ("model.altup_unembed_projections.0", "electra.embeddings_project", "rembert.encoder.embedding_hidden_mapping_in")
+    """A runtime makes Linears of them, so they must be among those that the configuration
+    ignores.
+    """
+    names = (
+        "model.altup_unembed_projections.0",
+        "electra.embeddings_project",
+        "rembert.encoder.embedding_hidden_mapping_in",
+    )
     assert_kinds({f"{name}.weight": ((8, 8), "outside the blocks") for name in names})
 
 
 def test_matrices_of_a_state_space_are_left():
     mamba = "model.layers.0.mamba."
     assert_kinds(
-        {f"{mamba}{leaf}": ((2, 64, 16), "used directly") for leaf in ("A_log", "dt_proj_weight", "x_proj_weight")}
-        | {f"{mamba}in_proj.weight": ((64, 64), "linear"), "model.layers.1.mamba.x_proj_weight": ((2, 64, 16), "unreached")}
+        {
+            f"{mamba}{leaf}": ((2, 64, 16), "used directly")
+            for leaf in ("A_log", "dt_proj_weight", "x_proj_weight")
+        }
+        | {
+            f"{mamba}in_proj.weight": ((64, 64), "linear"),
+            "model.layers.1.mamba.x_proj_weight": ((2, 64, 16), "unreached"),
+        }
     )
 
 
 def test_experts_whose_rows_mean_something_else_are_unreached_by_name():
     dbrx, inkling = "transformer.blocks.0.ffn.experts.mlp.", "model.llm.layers.0.mlp."
     shapes = {f"{dbrx}w1": (384, 64), f"{dbrx}w2": (384, 64)}
-    shapes |= {f"{inkling}experts.w13_weight": (4, 64, 32), f"{inkling}experts.w2_weight": (4, 32, 32), f"{inkling}w13_dn.weight": (64, 32)}
+    shapes |= {
+        f"{inkling}experts.w13_weight": (4, 64, 32),
+        f"{inkling}experts.w2_weight": (4, 32, 32),
+        f"{inkling}w13_dn.weight": (64, 32),
+    }
     infos = roles(shapes)
     assert {info.kind for info in infos.values()} == {"unreached"}
-    assert [("DBRX" in info.reason, "Inkling" in info.reason) for info in infos.values()] == [(True, False)] * 2 + [(False, True)] * 3
+    assert [("DBRX" in info.reason, "Inkling" in info.reason) for info in infos.values()] == [
+        (True, False)
+    ] * 2 + [(False, True)] * 3
     # The same pair under another name is gate above up, as everywhere else.
-    assert not find_stacks(shapes) and len(find_stacks({"m.experts.gate_up_proj": (4, 64, 32), "m.experts.down_proj": (4, 32, 32)})) == 2
+    assert (
+        not find_stacks(shapes)
+        and len(
+            find_stacks({"m.experts.gate_up_proj": (4, 64, 32), "m.experts.down_proj": (4, 32, 32)})
+        )
+        == 2
+    )
 
 
 def test_a_gate_beside_shared_experts_is_a_router():
-    assert_kinds({"model.layers.0.mlp.gate.weight": ((4, 8), "router"), "model.layers.0.mlp.shared_experts.up_proj.weight": ((8, 8), "linear")})
+    assert_kinds(
+        {
+            "model.layers.0.mlp.gate.weight": ((4, 8), "router"),
+            "model.layers.0.mlp.shared_experts.up_proj.weight": ((8, 8), "linear"),
+        }
+    )
 
 
 def test_what_joins_further_tokens_is_left():
@@ -130,7 +198,12 @@ def test_what_joins_further_tokens_is_left():
 
 
 def test_a_gate_without_experts_is_a_linear():
-    assert_kinds({"model.layers.0.mlp.gate.weight": ((8, 8), "linear"), "model.layers.1.mlp.experts.0.up_proj.weight": ((8, 8), "linear")})
+    assert_kinds(
+        {
+            "model.layers.0.mlp.gate.weight": ((8, 8), "linear"),
+            "model.layers.1.mlp.experts.0.up_proj.weight": ((8, 8), "linear"),
+        }
+    )
 
 
 def test_stacks_that_are_no_pair_of_experts_are_unreached():
@@ -140,7 +213,8 @@ def test_stacks_that_are_no_pair_of_experts_are_unreached():
             f"{experts}gate_up_proj": ((4, 16, 8), "unreached"),
             f"{experts}gate_up_proj_bias": ((4, 16), "unreached"),
             "model.layers.0.rg_lru.input_gate_weight": ((4, 16, 16), "unreached"),
-            "model.layers.0.attn.bias": ((1, 1, 64, 64), "not a matrix"),  # a mask that some checkpoints hold
+            # a mask that some checkpoints hold
+            "model.layers.0.attn.bias": ((1, 1, 64, 64), "not a matrix"),
             "model.layers.0.mlp.gate.weight": ((4, 8), "router"),
         }
     )
@@ -172,11 +246,21 @@ def test_other_towers_are_left(tensor):
 
 
 def test_the_language_model_of_a_multimodal_checkpoint_is_reached():
-    assert_kinds({"model.language_model.layers.0.mlp.up_proj.weight": ((8, 8), "linear"), "model.language_model.embed_tokens.weight": ((8, 8), "embedding")})
+    assert_kinds(
+        {
+            "model.language_model.layers.0.mlp.up_proj.weight": ((8, 8), "linear"),
+            "model.language_model.embed_tokens.weight": ((8, 8), "embedding"),
+        }
+    )
 
 
 def test_what_is_no_matrix_is_left():
-    assert_kinds({"model.layers.0.mixer.conv1d.weight": ((8, 1, 4), "not a matrix"), "model.layers.0.mixer.A_log": ((8,), "not a matrix")})
+    assert_kinds(
+        {
+            "model.layers.0.mixer.conv1d.weight": ((8, 1, 4), "not a matrix"),
+            "model.layers.0.mixer.A_log": ((8,), "not a matrix"),
+        }
+    )
 
 
 def test_an_empty_matrix_is_unreached():
@@ -184,9 +268,19 @@ def test_an_empty_matrix_is_unreached():
 
 
 def test_all_but_linears_come_with_a_reason():
-    infos = roles({"lm_head.weight": (8, 8), "model.layers.0.mlp.up_proj.weight": (8, 8), "model.layers.0.mlp.experts.down_proj": (2, 8, 8)})
+    infos = roles(
+        {
+            "lm_head.weight": (8, 8),
+            "model.layers.0.mlp.up_proj.weight": (8, 8),
+            "model.layers.0.mlp.experts.down_proj": (2, 8, 8),
+        }
+    )
     assert [bool(info.reason) for info in infos.values()] == [True, False, True]
-    assert [info.name for info in infos.values()] == ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.down_proj"]
+    assert [info.name for info in infos.values()] == [
+        "lm_head",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    ]
 
 
 def test_blocks_of_a_block_diagonal_matrix_are_left_and_other_stacks_are_not():
@@ -200,12 +294,19 @@ def test_blocks_of_a_block_diagonal_matrix_are_left_and_other_stacks_are_not():
     }
     kinds = {name: info.kind for name, info in roles(shapes).items()}
     assert kinds["model.layers.0.rg_lru.input_gate_weight"] == "used directly"
-    assert kinds["model.layers.1.mixer.stack"] == kinds["model.layers.1.mlp.experts.square"] == "unreached"
+    assert (
+        kinds["model.layers.1.mixer.stack"]
+        == kinds["model.layers.1.mlp.experts.square"]
+        == "unreached"
+    )
 
 
 def test_a_vector_beside_experts_is_no_bias_of_theirs():
     """What a router adds to its scores may lie among the experts (Laguna's)."""
-    stacks = {"model.layers.1.mlp.experts.gate_up_proj": (4, 64, 32), "model.layers.1.mlp.experts.down_proj": (4, 32, 32)}
+    stacks = {
+        "model.layers.1.mlp.experts.gate_up_proj": (4, 64, 32),
+        "model.layers.1.mlp.experts.down_proj": (4, 32, 32),
+    }
     vector = "model.layers.1.mlp.experts.e_score_correction_bias"
     assert roles(stacks | {vector: (4,)})[vector].kind == "not a matrix"
 
@@ -214,21 +315,43 @@ def test_a_vector_beside_experts_is_no_bias_of_theirs():
 
 
 def test_fused_sets_are_projections_side_by_side():
-    names = [f"model.layers.{block}.self_attn.{leaf}" for block in (0, 1) for leaf in ("v_proj", "q_proj", "k_proj", "o_proj")]
-    names += ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"]
-    sets = [tuple(f"model.layers.{block}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")) for block in (0, 1)]
-    assert sorted(fused_sets(names)) == sorted([*sets, ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")])
+    names = [
+        f"model.layers.{block}.self_attn.{leaf}"
+        for block in (0, 1)
+        for leaf in ("v_proj", "q_proj", "k_proj", "o_proj")
+    ]
+    names += [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
+    sets = [
+        tuple(f"model.layers.{block}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj"))
+        for block in (0, 1)
+    ]
+    assert sorted(fused_sets(names)) == sorted(
+        [*sets, ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")]
+    )
 
 
 def test_each_expert_is_a_fused_set_of_its_own():
     names = [f"mlp.experts.{expert}.{leaf}" for expert in (0, 1) for leaf in ("w1", "w2", "w3")]
-    assert fused_sets(names) == [("mlp.experts.0.w1", "mlp.experts.0.w3"), ("mlp.experts.1.w1", "mlp.experts.1.w3")]
+    assert fused_sets(names) == [
+        ("mlp.experts.0.w1", "mlp.experts.0.w3"),
+        ("mlp.experts.1.w1", "mlp.experts.1.w3"),
+    ]
 
 
 def test_queries_that_read_other_hidden_states_are_not_merged():
-    """As vLLM's models have them: of cross-attention one Linear for the queries, one for keys and values."""
+    """As vLLM's models have them: of cross-attention one Linear for the queries, one for keys and
+    values.
+    """
     for attention in ("encoder_attn", "cross_attn", "crossattention.self"):
-        leaves = ("query", "key", "value") if attention.endswith("self") else ("q_proj", "k_proj", "v_proj")
+        leaves = (
+            ("query", "key", "value")
+            if attention.endswith("self")
+            else ("q_proj", "k_proj", "v_proj")
+        )
         names = [f"decoder.layers.0.{attention}.{leaf}" for leaf in leaves]
         assert fused_sets(names) == [tuple(names[1:])]
 
@@ -248,7 +371,11 @@ def test_names_without_a_parent_fuse_too():
         (["m.0.e.up", "m.1.e.up"], ["m.0.e.down"], ["m.*.e.up"]),
         (["m.0.e.up", "m.0.a.q"], ["m.1.e.up", "m.1.a.q"], ["m.0.*"]),
         (["m.0.e.up"], ["m.1.e.up", "m.0.a.q"], ["m.0.e.up"]),
-        (["m.0.e.up", "m.3.e.up", "m.0.f.x"], ["m.1.e.up", "m.0.a.q", "m.3.a.q"], ["m.0.e.up", "m.3.e.up", "m.*.f.*"]),
+        (
+            ["m.0.e.up", "m.3.e.up", "m.0.f.x"],
+            ["m.1.e.up", "m.0.a.q", "m.3.a.q"],
+            ["m.0.e.up", "m.3.e.up", "m.*.f.*"],
+        ),
         ([], ["m.0.e.up"], []),
     ],
 )

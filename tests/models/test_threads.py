@@ -16,12 +16,23 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("count", [0, 1, 2, 17])
 def test_each_batch_gives_the_results_in_order(threads, count):
     numbers = [number * 7 % 19 for number in range(count)]
-    assert list(each_batch(lambda number: number**2, numbers, CPU, threads)) == [number**2 for number in numbers]
+    assert list(each_batch(lambda number: number**2, numbers, CPU, threads)) == [
+        number**2 for number in numbers
+    ]
 
 
 def test_each_batch_runs_as_many_at_once_as_there_are_threads():
     barrier = threading.Barrier(3)
-    assert len(set(each_batch(lambda number: (barrier.wait(10), threading.get_ident())[1], range(3), CPU, 3))) == 3
+    assert (
+        len(
+            set(
+                each_batch(
+                    lambda number: (barrier.wait(10), threading.get_ident())[1], range(3), CPU, 3
+                )
+            )
+        )
+        == 3
+    )
 
 
 def test_each_batch_works_no_further_ahead_than_its_threads():
@@ -37,7 +48,14 @@ def test_each_batch_works_no_further_ahead_than_its_threads():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_each_batch_is_one_thread_and_inference_and_ends_as_it_began(threads):
     before = torch.get_num_threads()
-    seen = list(each_batch(lambda _: (torch.get_num_threads(), torch.is_inference_mode_enabled()), range(8), CPU, threads))
+    seen = list(
+        each_batch(
+            lambda _: (torch.get_num_threads(), torch.is_inference_mode_enabled()),
+            range(8),
+            CPU,
+            threads,
+        )
+    )
     assert seen == [(1, True)] * 8
     assert (torch.get_num_threads(), torch.is_inference_mode_enabled()) == (before, False)
 
@@ -56,7 +74,9 @@ def test_each_batch_passes_an_exception_on_behind_the_results_before_it(threads)
 
 
 class Keeping(nn.Module):
-    """Keeps the sum of its inputs in itself while it works, as a recurrent layer may: a second thread would add to the first one's."""
+    """Keeps the sum of its inputs in itself while it works, as a recurrent layer may: a second
+    thread would add to the first one's.
+    """
 
     def __init__(self, as_buffer: bool) -> None:
         super().__init__()
@@ -97,7 +117,9 @@ def test_a_module_that_writes_to_itself_is_run_in_turn(as_buffer):
 
 def test_the_same_without_turns_mixes_states_up():
     module = Keeping(False)
-    found = list(each_batch(lambda number: module(torch.full((10,), float(number))).item(), range(8), CPU, 4))
+    found = list(
+        each_batch(lambda number: module(torch.full((10,), float(number))).item(), range(8), CPU, 4)
+    )
     assert found != [10.0 * number for number in range(8)]
 
 

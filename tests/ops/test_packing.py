@@ -8,7 +8,10 @@ from quantkit.ops.packing import pack_int8, unpack_int8
 
 def test_codes_lie_as_code_plus_128_first_byte_lowest():
     words = pack_int8(torch.tensor([[-128, -127, 0, 127, 1, 2, 3, 4]], dtype=torch.int8))
-    expected = [int.from_bytes(stored, "little", signed=True) for stored in (bytes([0, 1, 128, 255]), bytes([129, 130, 131, 132]))]
+    expected = [
+        int.from_bytes(stored, "little", signed=True)
+        for stored in (bytes([0, 1, 128, 255]), bytes([129, 130, 131, 132]))
+    ]
     assert words.dtype == torch.int32
     assert words.tolist() == [expected]
 

@@ -1,4 +1,6 @@
-"""Calibrations that are killed, stopped, shared or out of disk: whatever happens, CALIB is absent or whole, and --resume ends with the bytes of an undisturbed run."""
+"""Calibrations that are killed, stopped, shared or out of disk: whatever happens, CALIB is absent
+or whole, and --resume ends with the bytes of an undisturbed run.
+"""
 
 import json
 import re
@@ -75,7 +77,9 @@ def test_so_do_kills_of_an_encoder_with_a_decoder(kind, tmp_path):
 
 def test_a_kill_before_any_file_system_call_ends_with_the_same_bytes(tmp_path):
     # Each of the first block and of the end; the blocks between repeat the same calls.
-    numbers = "numbers = [number for number in range(1, count + 1) if number < 24 or number > count - 16]"
+    numbers = (
+        "numbers = [number for number in range(1, count + 1) if number < 24 or number > count - 16]"
+    )
     report = calibrating(tmp_path, numbers + KILLS_AT_CALLS)
     assert report["wrong"] == []
     assert report["faults"] == min(39, report["calls"]) and report["calls"] > 40
@@ -83,23 +87,34 @@ def test_a_kill_before_any_file_system_call_ends_with_the_same_bytes(tmp_path):
 
 def test_a_disk_that_fills_loses_nothing_that_was_finished(tmp_path):
     """Wherever in the run: an error of one line, and --resume ends with the same bytes."""
-    report = calibrating(tmp_path, f"rooms = [1, *range(nbytes // 6, nbytes, nbytes // 6), nbytes - 1]{FULL_DISKS}")
+    report = calibrating(
+        tmp_path, f"rooms = [1, *range(nbytes // 6, nbytes, nbytes // 6), nbytes - 1]{FULL_DISKS}"
+    )
     assert not report["wrong"], "\n".join(report["wrong"])
     assert report["faults"] >= 7, report
 
 
 def test_two_processes_measure_what_one_does(llama, text, tmp_path):
-    """Maxima and counts to the last bit; sums of squares too, where adding float64 in another order loses nothing that is seen here."""
+    """Maxima and counts to the last bit; sums of squares too, where adding float64 in another order
+    loses nothing that is seen here.
+    """
     import torch
     from safetensors.torch import load_file
 
-    one = subprocess.run([sys.executable, *command(llama, text, tmp_path / "one")], capture_output=True, text=True, timeout=200)
+    one = subprocess.run(
+        [sys.executable, *command(llama, text, tmp_path / "one")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert one.returncode == 0, one.stderr
     two = torchrun(*command(llama, text, tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     assert two.stderr.count("statistics of 8 inputs") == 1  # only the first one speaks
     assert (tmp_path / "two" / "calibration.json").exists()
-    described = [json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("one", "two")]
+    described = [
+        json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("one", "two")
+    ]
     for key in ("inputs", "kv", "tokens", "data", "fingerprint"):
         assert described[0][key] == described[1][key], key
     for file in sorted((tmp_path / "one").glob("*.safetensors")):
@@ -124,8 +139,18 @@ def test_a_rank_that_dies_ends_the_job_with_its_reason_and_resume_continues(llam
     assert refused.returncode != 0 and len(re.findall(r"Error: .*--resume", refused.stderr)) == 1
     again = torchrun(str(program), *arguments, "--resume")
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("gloo is gone") == 2, again.stderr  # a thread of gloo's that frees a tensor while Python ends would abort the process
-    whole = subprocess.run([sys.executable, *command(llama, text, tmp_path / "w")], capture_output=True, text=True, timeout=200)
+    # a thread of gloo's that frees a tensor while Python ends would abort the process
+    assert again.stderr.count("gloo is gone") == 2, again.stderr
+    whole = subprocess.run(
+        [sys.executable, *command(llama, text, tmp_path / "w")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert whole.returncode == 0, whole.stderr
     ours, theirs = contents(tmp_path / "c"), contents(tmp_path / "w")
-    assert ours.keys() == theirs.keys() and ours["calibration.json"].split(b'"files"')[0] == theirs["calibration.json"].split(b'"files"')[0]
+    assert (
+        ours.keys() == theirs.keys()
+        and ours["calibration.json"].split(b'"files"')[0]
+        == theirs["calibration.json"].split(b'"files"')[0]
+    )

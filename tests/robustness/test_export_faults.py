@@ -1,7 +1,9 @@
-"""Exports that are killed: whatever the moment, OUT is absent or whole, and the same command with --resume ends with the bytes of an undisturbed run.
+"""Exports that are killed: whatever the moment, OUT is absent or whole, and the same command with
+--resume ends with the bytes of an undisturbed run.
 
-A driver process imports torch and quantkit once and forks each attempt, so that fifty kills take seconds. Some kills come at a random time, the
-others at each file-system call in turn: those hit the moments between two renames, which random ones miss.
+A driver process imports torch and quantkit once and forks each attempt, so that fifty kills take
+seconds. Some kills come at a random time, the others at each file-system call in turn: those hit
+the moments between two renames, which random ones miss.
 """
 
 import signal
@@ -19,9 +21,15 @@ LAYERS, WIDTH = 30, 192
 
 def make_model(path: Path) -> Path:
     torch.manual_seed(0)
-    tensors = {"model.embed_tokens.weight": torch.randn(64, WIDTH).bfloat16(), "model.norm.weight": torch.ones(WIDTH).bfloat16()}
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(64, WIDTH).bfloat16(),
+        "model.norm.weight": torch.ones(WIDTH).bfloat16(),
+    }
     for layer in range(LAYERS):
-        tensors |= {f"model.layers.{layer}.mlp.{name}.weight": torch.randn(WIDTH, WIDTH).bfloat16() for name in ("gate_proj", "up_proj", "down_proj")}
+        tensors |= {
+            f"model.layers.{layer}.mlp.{name}.weight": torch.randn(WIDTH, WIDTH).bfloat16()
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
         tensors[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(WIDTH).bfloat16()
     path.mkdir()
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -31,7 +39,8 @@ def make_model(path: Path) -> Path:
     return path
 
 
-# Functions that the tests' programs share. `attempt` starts an export in a child; `found` says what lies at OUT.
+# Functions that the tests' programs share. `attempt` starts an export in a child; `found` says what
+# lies at OUT.
 DRIVER = (
     FORKING
     + """
@@ -198,7 +207,9 @@ def work(out, resume=False):
 def test_a_disk_that_fills_loses_no_finished_shard(tmp_path):
     """Wherever in the export: an error of one line, and --resume ends with the same bytes."""
     rooms = "rooms = [1, *range(nbytes // 9, nbytes, nbytes // 9), nbytes - 1]"
-    report = drive(tmp_path, FORKING + COMMAND + RESUMING + rooms + FULL_DISKS, make_model(tmp_path / "model"))
+    report = drive(
+        tmp_path, FORKING + COMMAND + RESUMING + rooms + FULL_DISKS, make_model(tmp_path / "model")
+    )
     assert not report["wrong"], "\n".join(report["wrong"])
     assert report["faults"] >= 10, report
 
@@ -206,12 +217,27 @@ def test_a_disk_that_fills_loses_no_finished_shard(tmp_path):
 def test_killed_command_resumes_to_the_same_bytes(tmp_path):
     """The real command, once."""
     model = make_model(tmp_path / "model")
-    command = [sys.executable, "-m", "quantkit", "export", str(model), "--scheme", "fp8-dynamic", "--max-shard-size", "80kB", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "export",
+        str(model),
+        "--scheme",
+        "fp8-dynamic",
+        "--max-shard-size",
+        "80kB",
+        "-q",
+    ]
     subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True)
     out = tmp_path / "out"
     process = subprocess.Popen([*command, "-o", str(out)])
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None and len(list((tmp_path / "out.partial").glob("*.safetensors"))) < 3:
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and len(list((tmp_path / "out.partial").glob("*.safetensors"))) < 3
+    ):
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -219,5 +245,7 @@ def test_killed_command_resumes_to_the_same_bytes(tmp_path):
     subprocess.run([*command, "-o", str(out), "--resume"], check=True)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in out.iterdir()) == names
-    assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+    assert all(
+        (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]

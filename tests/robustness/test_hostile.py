@@ -1,6 +1,7 @@
 """Models and places that are broken, or made to do harm, met through the command line.
 
-Each is refused with exit code 1 and one line that names the file or tensor and says what to do; nothing is written outside of OUT and OUT.partial.
+Each is refused with exit code 1 and one line that names the file or tensor and says what to do;
+nothing is written outside of OUT and OUT.partial.
 """
 
 import errno
@@ -23,26 +24,41 @@ from safetensors.torch import load_file, save_file
 from quantkit.checkpoint.output_dir import OutputDirectory
 from quantkit.checkpoint.reader import INDEX_FILE, MappedShard, read_header
 
-UP, DOWN, NORM = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
+UP, DOWN, NORM = (
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+    "model.norm.weight",
+)
 SHARD = "model.safetensors"
 # A sentence that advises uses one of these.
 ADVICE = re.compile(
-    r"\b(fetch|choose|remove|export from|export again|use|mend|put|convert|give|don't use|continue|make room|start again|copy|tell|leave|add|quantizes|reads)\b"
+    r"\b(fetch|choose|remove|export from|export again|use|mend|put|convert|give|don't"
+    r" use|continue|make room|start again|copy|tell|leave|add|quantizes|reads)\b"
 )
 
 
 def model_tensors(layers: int = 1, width: int = 128) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    tensors = {"model.embed_tokens.weight": torch.randn(16, width).bfloat16(), NORM: torch.ones(width).bfloat16()}
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(16, width).bfloat16(),
+        NORM: torch.ones(width).bfloat16(),
+    }
     for layer in range(layers):
-        tensors |= {f"model.layers.{layer}.mlp.{name}.weight": torch.randn(width, width).bfloat16() for name in ("up_proj", "down_proj")}
+        tensors |= {
+            f"model.layers.{layer}.mlp.{name}.weight": torch.randn(width, width).bfloat16()
+            for name in ("up_proj", "down_proj")
+        }
         tensors[f"model.layers.{layer}.mlp.up_proj.bias"] = torch.zeros(width).bfloat16()
     return tensors
 
 
-def make_model(path: Path, tensors: dict[str, torch.Tensor] | None = None, config: dict | None = None) -> Path:
+def make_model(
+    path: Path, tensors: dict[str, torch.Tensor] | None = None, config: dict | None = None
+) -> Path:
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True} | (config or {})))
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "tie_word_embeddings": True} | (config or {}))
+    )
     (path / "tokenizer.json").write_text('{"version": "1.0"}')
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
@@ -56,7 +72,9 @@ def model(tmp_path):
 
 
 def tree(path: Path) -> dict[str, str]:
-    """Everything below a directory: what it is, and the hash of what it holds. Links are not followed."""
+    """Everything below a directory: what it is, and the hash of what it holds. Links are not
+    followed.
+    """
     found = {}
     for entry in sorted(path.rglob("*")):
         mode = entry.lstat().st_mode
@@ -71,18 +89,31 @@ def tree(path: Path) -> dict[str, str]:
 
 
 def without_output(found: dict[str, str]) -> dict[str, str]:
-    return {name: content for name, content in found.items() if name.split("/")[0] not in ("out", "out.partial")}
+    return {
+        name: content
+        for name, content in found.items()
+        if name.split("/")[0] not in ("out", "out.partial")
+    }
 
 
 def export_command(run, model, *options, scheme: str = "fp8-dynamic"):
-    return run("export", model, "-o", model.parent / "out", *(() if "--recipe" in options else ("--scheme", scheme)), *options)
+    return run(
+        "export",
+        model,
+        "-o",
+        model.parent / "out",
+        *(() if "--recipe" in options else ("--scheme", scheme)),
+        *options,
+    )
 
 
 def one_line(result, *words: str) -> str:
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("Error: ") and "Traceback" not in lines[0], result.stderr
+    assert len(lines) == 1 and lines[0].startswith("Error: ") and "Traceback" not in lines[0], (
+        result.stderr
+    )
     for word in words:
         assert word in lines[0], lines[0]
     assert ADVICE.search(lines[0]), f"no advice: {lines[0]}"
@@ -91,9 +122,17 @@ def one_line(result, *words: str) -> str:
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """refused(model, word, ...) → the line; asserts that it holds the words and that nothing has changed."""
+    """refused(model, word, ...) → the line; asserts that it holds the words and that nothing has
+    changed.
+    """
 
-    def check(model: Path, *words: str, options: tuple = (), scheme: str = "fp8-dynamic", keeps_partial: bool = False) -> str:
+    def check(
+        model: Path,
+        *words: str,
+        options: tuple = (),
+        scheme: str = "fp8-dynamic",
+        keeps_partial: bool = False,
+    ) -> str:
         before = tree(tmp_path)
         line = one_line(export_command(run, model, *options, scheme=scheme), *words)
         after = tree(tmp_path)
@@ -122,19 +161,31 @@ def test_truncated_shard(model, refused, left):
 
 @pytest.mark.parametrize("claimed", [10**6, 2**40, 2**63, 2**64 - 1])
 def test_header_longer_than_the_file(model, refused, claimed):
-    with_header(model / SHARD, {UP: {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}, bytes(8), claimed)
+    with_header(
+        model / SHARD,
+        {UP: {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}},
+        bytes(8),
+        claimed,
+    )
     refused(model, SHARD)
 
 
-@pytest.mark.parametrize("second", [[0, 8], [4, 12], [8, 17], [10**6, 10**6 + 8], [-8, 0], [16, 8], [9, 17]])
+@pytest.mark.parametrize(
+    "second", [[0, 8], [4, 12], [8, 17], [10**6, 10**6 + 8], [-8, 0], [16, 8], [9, 17]]
+)
 def test_tensors_that_overlap_or_lie_out_of_range(model, refused, second):
-    header = {UP: {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, DOWN: {"dtype": "F32", "shape": [2, 1], "data_offsets": second}}
+    header = {
+        UP: {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
+        DOWN: {"dtype": "F32", "shape": [2, 1], "data_offsets": second},
+    }
     with_header(model / SHARD, header, bytes(16))
     refused(model, SHARD)
 
 
 def test_unknown_dtype(model, refused):
-    with_header(model / SHARD, {UP: {"dtype": "C64", "shape": [1, 1], "data_offsets": [0, 8]}}, bytes(8))
+    with_header(
+        model / SHARD, {UP: {"dtype": "C64", "shape": [1, 1], "data_offsets": [0, 8]}}, bytes(8)
+    )
     refused(model, UP, "C64")
 
 
@@ -159,12 +210,17 @@ def test_index_that_names_what_is_not_beside_it(model, refused, shard):
 
 def test_tensor_in_two_shards(model, refused):
     save_file({NORM: torch.ones(128)}, model / "second.safetensors")
-    (model / INDEX_FILE).write_text(json.dumps({"weight_map": {UP: SHARD, NORM: "second.safetensors"}}))
+    (model / INDEX_FILE).write_text(
+        json.dumps({"weight_map": {UP: SHARD, NORM: "second.safetensors"}})
+    )
     refused(model, NORM, "second.safetensors")
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX_FILE])
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"{" * 100_000, b'{"weight_map": 5}\0', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"null", b"\xff\xfe", b"{" * 100_000, b'{"weight_map": 5}\0', b"[" * 100_000],
+)
 def test_json_that_is_none(model, refused, file, content):
     (model / file).write_bytes(content)
     refused(model, file)
@@ -182,7 +238,9 @@ def test_lm_head_without_weights_is_refused_where_it_should_be_quantized(model, 
     refused(model, "lm_head", options=("--recipe", tmp_path / "recipe.yaml"))
 
 
-@pytest.mark.parametrize("name", ["model.empty", "model.embed_tokens.extra", "model.layers.0.mlp.up_proj.nothing"])
+@pytest.mark.parametrize(
+    "name", ["model.empty", "model.embed_tokens.extra", "model.layers.0.mlp.up_proj.nothing"]
+)
 @pytest.mark.parametrize("shape", [(0,), (0, 128), (128, 0), (3, 0, 5), (0, 2**40)])
 def test_other_tensors_without_values_are_exported_as_they_are(model, run, tmp_path, name, shape):
     save_file(model_tensors() | {name: torch.zeros(shape)}, model / SHARD)
@@ -198,11 +256,25 @@ def test_tensor_with_many_rows_and_no_values_takes_no_time(model, tmp_path):
     header, data = {}, b""
     for name, tensor in model_tensors().items():
         content = tensor.view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(content)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
         data += content
     header["model.nothing"] = {"dtype": "U8", "shape": [2**62, 0], "data_offsets": [len(data)] * 2}
     with_header(model / SHARD, header, data)
-    command = [sys.executable, "-m", "quantkit", "export", str(model), "-o", str(tmp_path / "out"), "--scheme", "fp8-dynamic"]
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "export",
+        str(model),
+        "-o",
+        str(tmp_path / "out"),
+        "--scheme",
+        "fp8-dynamic",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     if done.returncode:
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -217,23 +289,33 @@ def test_tensor_that_is_called_like_one_that_will_be_made_is_refused(model, refu
     refused(model, name, options=("--max-shard-size", "1"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool]
+)
 def test_other_tensors_are_carried_over_in_any_dtype(model, run, tmp_path, dtype):
     table = torch.arange(35).reshape(7, 5).to(dtype)
-    save_file(model_tensors() | {"model.table": table, "model.rotary_emb.inv_freq": table[0].clone()}, model / SHARD)
+    save_file(
+        model_tensors() | {"model.table": table, "model.rotary_emb.inv_freq": table[0].clone()},
+        model / SHARD,
+    )
     assert export_command(run, model).exit_code == 0
     assert torch.equal(load_file(tmp_path / "out" / SHARD)["model.table"], table)
 
 
 def test_line_stays_one_line_whatever_a_tensor_is_called(model, refused):
     """A name may hold newlines, and escapes that would write to the terminal."""
-    save_file(model_tensors() | {"model.norm\nError: all is well\x1b[2J": torch.tensor([float("nan")])}, model / SHARD)
+    save_file(
+        model_tensors() | {"model.norm\nError: all is well\x1b[2J": torch.tensor([float("nan")])},
+        model / SHARD,
+    )
     line = refused(model, "model.norm")
     assert "\x1b" not in line
 
 
 @pytest.mark.parametrize("content", ['{"a": "\\ud800"}', '{"\\ud800": {"b": 1}}'])
-def test_config_with_half_a_character_is_refused_before_the_work_or_carried_over(model, run, tmp_path, content):
+def test_config_with_half_a_character_is_refused_before_the_work_or_carried_over(
+    model, run, tmp_path, content
+):
     (model / "config.json").write_text(content)
     result = export_command(run, model)
     if result.exit_code:
@@ -247,7 +329,17 @@ def test_config_with_half_a_character_is_refused_before_the_work_or_carried_over
 # ---- Links, pipes, places.
 
 
-@pytest.mark.parametrize("name", [SHARD, "config.json", "tokenizer.json", "additional_chat_templates", "additional_chat_templates/tools.jinja", INDEX_FILE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        SHARD,
+        "config.json",
+        "tokenizer.json",
+        "additional_chat_templates",
+        "additional_chat_templates/tools.jinja",
+        INDEX_FILE,
+    ],
+)
 def test_link_that_leads_out_of_the_model(model, refused, name):
     secret = model.parent / "secret"
     if name == INDEX_FILE:
@@ -284,7 +376,9 @@ def test_layout_of_the_hub_cache_is_accepted(model, run, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert tree(repository) == before
     plain, out = tree(tmp_path / "plain"), tree(tmp_path / "out")
-    assert {name for name in plain if plain[name] != out[name]} <= {"quantkit.json"} and plain.keys() == out.keys()
+    assert {name for name in plain if plain[name] != out[name]} <= {
+        "quantkit.json"
+    } and plain.keys() == out.keys()
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", INDEX_FILE])
@@ -304,7 +398,9 @@ def test_output_in_progress_that_is_a_link(model, refused, tmp_path):
         refused(model, "out.partial", "link", options=options)
 
 
-def test_link_within_an_output_in_progress_is_not_written_through(model, run, tmp_path, monkeypatch):
+def test_link_within_an_output_in_progress_is_not_written_through(
+    model, run, tmp_path, monkeypatch
+):
     """Whoever shares the directory above OUT may have put it there."""
 
     class Killed(BaseException):
@@ -326,7 +422,9 @@ def test_link_within_an_output_in_progress_is_not_written_through(model, run, tm
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume",)])
-@pytest.mark.parametrize("kind", ["file", "link to a file", "link to nothing", "link to itself", "socket"])
+@pytest.mark.parametrize(
+    "kind", ["file", "link to a file", "link to nothing", "link to itself", "socket"]
+)
 def test_output_that_is_no_directory(model, refused, tmp_path, kind, options):
     (tmp_path / "thesis").write_text("years of work")
     if kind == "file":
@@ -334,12 +432,16 @@ def test_output_that_is_no_directory(model, refused, tmp_path, kind, options):
     elif kind == "socket":
         os.mknod(tmp_path / "out", stat.S_IFSOCK | 0o600)
     else:
-        (tmp_path / "out").symlink_to({"link to a file": "thesis", "link to nothing": "gone", "link to itself": "out"}[kind])
+        (tmp_path / "out").symlink_to(
+            {"link to a file": "thesis", "link to nothing": "gone", "link to itself": "out"}[kind]
+        )
     refused(model, "out", options=options)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_directory_beside_the_output_is_left_alone_whatever_it_is_called(model, run, tmp_path, overwrite):
+def test_directory_beside_the_output_is_left_alone_whatever_it_is_called(
+    model, run, tmp_path, overwrite
+):
     if overwrite:
         assert export_command(run, model).exit_code == 0
     (tmp_path / "out.replaced").mkdir()
@@ -358,7 +460,10 @@ PLACES = (UP, "model.embed_tokens.weight", NORM, "model.layers.0.mlp.up_proj.bia
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in PLACES for dtype in FLOATS if (name, dtype) != (UP, torch.float64)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in PLACES for dtype in FLOATS if (name, dtype) != (UP, torch.float64)],
+)
 def test_nan_and_infinity(model, refused, name, value, dtype):
     tensors = model_tensors()
     tensors[name] = tensors[name].to(dtype)
@@ -369,9 +474,36 @@ def test_nan_and_infinity(model, refused, name, value, dtype):
 
 # ---- Models that are quantized already.
 
-GROUP_4_BITS = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}}
-NVFP4 = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}}
-GROUP_FP8 = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}}
+GROUP_4_BITS = {
+    "targets": ["Linear"],
+    "weights": {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 128,
+    },
+}
+NVFP4 = {
+    "targets": ["Linear"],
+    "weights": {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group",
+        "group_size": 16,
+    },
+}
+GROUP_FP8 = {
+    "targets": ["Linear"],
+    "weights": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "channel",
+        "dynamic": False,
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -381,19 +513,47 @@ GROUP_FP8 = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", 
         ("awq", {"bits": 4, "version": "gemm", "zero_point": True}),
         ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
         ("mxfp4", {"modules_to_not_convert": ["lm_head"]}),
-        ("compressed-tensors", {"format": "naive-quantized", "ignore": ["lm_head"], "config_groups": {"group_0": GROUP_FP8}}),
-        ("compressed-tensors", {"format": "pack-quantized", "ignore": ["lm_head"], "config_groups": {"group_0": GROUP_4_BITS}}),
-        ("compressed-tensors", {"format": "nvfp4-pack-quantized", "ignore": ["lm_head"], "config_groups": {"group_0": NVFP4}}),
+        (
+            "compressed-tensors",
+            {
+                "format": "naive-quantized",
+                "ignore": ["lm_head"],
+                "config_groups": {"group_0": GROUP_FP8},
+            },
+        ),
+        (
+            "compressed-tensors",
+            {
+                "format": "pack-quantized",
+                "ignore": ["lm_head"],
+                "config_groups": {"group_0": GROUP_4_BITS},
+            },
+        ),
+        (
+            "compressed-tensors",
+            {
+                "format": "nvfp4-pack-quantized",
+                "ignore": ["lm_head"],
+                "config_groups": {"group_0": NVFP4},
+            },
+        ),
         ("modelopt", {"quant_algo": "FP8"}),
         ("torchao", {"quant_type": "int8_weight_only"}),
     ],
 )
 def test_quantized_model_is_refused_by_its_method(tmp_path, refused, method, more):
-    model = make_model(tmp_path / "model", config={"quantization_config": {"quant_method": method} | more})
+    model = make_model(
+        tmp_path / "model", config={"quantization_config": {"quant_method": method} | more}
+    )
     refused(model, method)
 
 
-BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+BLOCKS = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}
 
 
 def block_tensors() -> dict[str, torch.Tensor]:
@@ -417,7 +577,10 @@ def test_codes_without_scales_are_refused(tmp_path, refused):
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (4,), (), (3, 2), (0, 2), (2, 2, 1)])
 def test_scales_of_another_shape_are_refused(tmp_path, refused, shape):
     tensors = block_tensors() | {f"{DOWN}_scale_inv": torch.full(shape, 0.02)}
-    refused(make_model(tmp_path / "model", tensors, {"quantization_config": BLOCKS}), f"{DOWN}_scale_inv")
+    refused(
+        make_model(tmp_path / "model", tensors, {"quantization_config": BLOCKS}),
+        f"{DOWN}_scale_inv",
+    )
 
 
 @pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic", "int8-dynamic"])
@@ -425,12 +588,34 @@ def test_scales_of_another_shape_are_refused(tmp_path, refused, shape):
 def test_scales_that_are_no_numbers_are_refused(tmp_path, refused, value, scheme):
     tensors = block_tensors()
     tensors[f"{DOWN}_scale_inv"][1, 1] = value
-    refused(make_model(tmp_path / "model", tensors, {"quantization_config": BLOCKS}), DOWN, scheme=scheme)
+    refused(
+        make_model(tmp_path / "model", tensors, {"quantization_config": BLOCKS}),
+        DOWN,
+        scheme=scheme,
+    )
 
 
-@pytest.mark.parametrize("size", [[0, 128], [128, -1], [128], [128, 128, 128], "128", [1.5, 2], [True, True], [2**70, 128], None, {}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        [0, 128],
+        [128, -1],
+        [128],
+        [128, 128, 128],
+        "128",
+        [1.5, 2],
+        [True, True],
+        [2**70, 128],
+        None,
+        {},
+    ],
+)
 def test_blocks_of_impossible_sizes_are_refused(tmp_path, refused, size):
-    model = make_model(tmp_path / "model", block_tensors(), {"quantization_config": BLOCKS | {"weight_block_size": size}})
+    model = make_model(
+        tmp_path / "model",
+        block_tensors(),
+        {"quantization_config": BLOCKS | {"weight_block_size": size}},
+    )
     line = refused(model)
     assert "config" in line or "fp8" in line or "scale_inv" in line
 
@@ -483,14 +668,21 @@ for left in (0, 5, 100, 5000, len(content) // 2, len(content) - 5000, len(conten
 def test_shard_that_is_cut_short_before_or_after_it_is_mapped_is_refused(tmp_path, when):
     """In a process of its own: touching memory behind a file's end would end it with SIGBUS."""
     model = make_model(tmp_path / "model", model_tensors(3, 256))
-    done = subprocess.run([sys.executable, "-c", TRUNCATING, str(model), str(tmp_path / "out"), when], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", TRUNCATING, str(model), str(tmp_path / "out"), when],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != -signal.SIGBUS
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["refused"] * 8
 
 
 @pytest.mark.parametrize("left", [0, 100, 5000, -4])
-def test_shard_that_is_cut_short_after_the_plan_is_refused_in_one_line(model, run, tmp_path, monkeypatch, left):
+def test_shard_that_is_cut_short_after_the_plan_is_refused_in_one_line(
+    model, run, tmp_path, monkeypatch, left
+):
     import quantkit.exporter.plan
 
     planned = quantkit.exporter.plan.plan_export
@@ -531,9 +723,20 @@ def mounted(tmp_path):
     def mount(options: str) -> Path:
         place = tmp_path / f"disk{len(places)}"
         place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True) if shutil.which("mount") else None
+        done = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+                capture_output=True,
+                text=True,
+            )
+            if shutil.which("mount")
+            else None
+        )
         if done is None or done.returncode:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip() if done else 'no mount command'}")
+            pytest.skip(
+                "mounting is not allowed here:"
+                f" {done.stderr.strip() if done else 'no mount command'}"
+            )
         places.append(place)
         return place
 
@@ -556,7 +759,9 @@ def test_disk_that_is_too_small_is_refused_before_the_start(tmp_path, run, mount
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_disk_that_fills_up_meanwhile_ends_the_export_and_resume_completes_it(tmp_path, run, mounted, monkeypatch, after):
+def test_disk_that_fills_up_meanwhile_ends_the_export_and_resume_completes_it(
+    tmp_path, run, mounted, monkeypatch, after
+):
     model = make_model(tmp_path / "model", model_tensors(8))
     options = ("--scheme", "fp8-dynamic", "--max-shard-size", "50kB")
     assert run("export", model, "-o", tmp_path / "undisturbed", *options).exit_code == 0
@@ -588,8 +793,21 @@ def test_disk_that_fills_up_meanwhile_ends_the_export_and_resume_completes_it(tm
     assert [path.name for path in disk.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("function", "after"), [("pwrite", 0), ("pwrite", 1), ("pwrite", 7), ("pwrite", 25), ("fsync", 0), ("fsync", 3), ("fsync", 20)])
-def test_write_that_fails_for_want_of_room_ends_the_export_and_resume_completes_it(tmp_path, run, monkeypatch, function, after):
+@pytest.mark.parametrize(
+    ("function", "after"),
+    [
+        ("pwrite", 0),
+        ("pwrite", 1),
+        ("pwrite", 7),
+        ("pwrite", 25),
+        ("fsync", 0),
+        ("fsync", 3),
+        ("fsync", 20),
+    ],
+)
+def test_write_that_fails_for_want_of_room_ends_the_export_and_resume_completes_it(
+    tmp_path, run, monkeypatch, function, after
+):
     model = make_model(tmp_path / "model", model_tensors(8))
     options = ("--max-shard-size", "50kB")
     assert export_command(run, model, *options).exit_code == 0

@@ -8,11 +8,15 @@ from quantkit.schemes.number_formats import E8M0, FP8_E4M3, FP8_E5M2, INT8
 
 
 def value_of_e4m3(code: int) -> float:
-    """The value of a code from its bits, as the OCP specification has it: sign, 4 exponent bits (bias 7), 3 mantissa bits."""
+    """The value of a code from its bits, as the OCP specification has it: sign, 4 exponent bits
+    (bias 7), 3 mantissa bits.
+    """
     sign, exponent, mantissa = -1.0 if code & 0x80 else 1.0, (code >> 3) & 0xF, code & 0x7
     if (exponent, mantissa) == (15, 7):
         return float("nan")
-    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return sign * (
+        mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    )
 
 
 FINITE_CODES = [code for code in range(256) if code & 0x7F != 0x7F]
@@ -41,7 +45,9 @@ def test_nan_codes_stay_nan():
 
 def test_midpoints_between_e4m3_values_round_to_even():
     lower = list(POSITIVE_CODES)[:-1]
-    midpoints = torch.tensor([(value_of_e4m3(code) + value_of_e4m3(code + 1)) / 2 for code in lower])
+    midpoints = torch.tensor(
+        [(value_of_e4m3(code) + value_of_e4m3(code + 1)) / 2 for code in lower]
+    )
     even = [code + code % 2 for code in lower]
     assert encoded(midpoints) == even
     assert encoded(-midpoints) == [code | 0x80 for code in even]
@@ -49,21 +55,33 @@ def test_midpoints_between_e4m3_values_round_to_even():
 
 def test_values_beside_a_midpoint_round_to_the_nearer_e4m3_value():
     lower = list(POSITIVE_CODES)[:-1]
-    midpoints = torch.tensor([(value_of_e4m3(code) + value_of_e4m3(code + 1)) / 2 for code in lower])
+    midpoints = torch.tensor(
+        [(value_of_e4m3(code) + value_of_e4m3(code + 1)) / 2 for code in lower]
+    )
     assert encoded(torch.nextafter(midpoints, torch.zeros(()))) == lower
-    assert encoded(torch.nextafter(midpoints, torch.tensor(torch.inf))) == [code + 1 for code in lower]
+    assert encoded(torch.nextafter(midpoints, torch.tensor(torch.inf))) == [
+        code + 1 for code in lower
+    ]
 
 
 @pytest.mark.parametrize("number_format", [INT8, FP8_E4M3, FP8_E5M2], ids=lambda f: f.name)
 def test_limits_are_those_of_the_torch_dtype(number_format):
     dtype = getattr(torch, number_format.torch_name)
     limits = torch.iinfo(dtype) if number_format.kind == "int" else torch.finfo(dtype)
-    assert (number_format.min, number_format.max, number_format.bits) == (limits.min, limits.max, limits.bits)
+    assert (number_format.min, number_format.max, number_format.bits) == (
+        limits.min,
+        limits.max,
+        limits.bits,
+    )
 
 
 def test_smallest_subnormals_are_code_one():
     for number_format in (FP8_E4M3, FP8_E5M2):
-        least = torch.tensor([1], dtype=torch.uint8).view(getattr(torch, number_format.torch_name)).item()
+        least = (
+            torch.tensor([1], dtype=torch.uint8)
+            .view(getattr(torch, number_format.torch_name))
+            .item()
+        )
         assert number_format.smallest_subnormal == least
 
 

@@ -9,9 +9,25 @@ from quantkit.errors import RecipeError
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
 from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Algorithm, Recipe
-from quantkit.schemes.scheme import ALIASES, CHANNEL, SCHEMES, TENSOR, TOKEN, QuantScheme, QuantSpec, block, group
+from quantkit.schemes.scheme import (
+    ALIASES,
+    CHANNEL,
+    SCHEMES,
+    TENSOR,
+    TOKEN,
+    QuantScheme,
+    QuantSpec,
+    block,
+    group,
+)
 
-MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.10.mlp.down_proj", "lm_head"]
+MODULES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.down_proj",
+    "model.layers.1.mlp.down_proj",
+    "model.layers.10.mlp.down_proj",
+    "lm_head",
+]
 
 
 def matching(text: str) -> list[str]:
@@ -58,7 +74,11 @@ def test_sizes_that_are_no_positive_whole_number_are_refused(size):
 
 
 def test_every_scheme_is_what_the_design_says():
-    fp8, int8, mx = (QuantSpec(FP8_E4M3, CHANNEL), QuantSpec(INT8, CHANNEL), QuantSpec(FP8_E4M3, group(32), False, E8M0))
+    fp8, int8, mx = (
+        QuantSpec(FP8_E4M3, CHANNEL),
+        QuantSpec(INT8, CHANNEL),
+        QuantSpec(FP8_E4M3, group(32), False, E8M0),
+    )
     expected = {
         "fp8-dynamic": (fp8, QuantSpec(FP8_E4M3, TOKEN, True)),
         "fp8-static": (fp8, QuantSpec(FP8_E4M3, TENSOR)),
@@ -98,7 +118,9 @@ def test_names_ignore_case_and_the_kind_of_dash(name):
 
 
 def test_an_unknown_scheme_gets_the_nearest_name_and_all_of_them():
-    with pytest.raises(RecipeError, match="unknown scheme 'fp8-dynmic'; did you mean 'fp8-dynamic'") as refusal:
+    with pytest.raises(
+        RecipeError, match="unknown scheme 'fp8-dynmic'; did you mean 'fp8-dynamic'"
+    ) as refusal:
         QuantScheme.parse("fp8-dynmic")
     assert all(name in str(refusal.value) for name in SCHEMES)
 
@@ -115,25 +137,53 @@ def test_a_name_like_no_scheme_gets_no_guess():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_arguments_of_a_scheme_read_back_as_the_scheme(name):
     scheme = SCHEMES[name]
-    description = {"weights": scheme.weight.to_arguments(), "input_activations": scheme.input and scheme.input.to_arguments()}
+    description = {
+        "weights": scheme.weight.to_arguments(),
+        "input_activations": scheme.input and scheme.input.to_arguments(),
+    }
     assert QuantScheme.parse(description) is scheme
     assert QuantScheme.parse(scheme.to_description()) is scheme
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(INT8, group(64)), QuantSpec(FP8_E4M3, block(64, 32)), QuantSpec(FP8_E4M3, TOKEN, True)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(INT8, group(64)),
+        QuantSpec(FP8_E4M3, block(64, 32)),
+        QuantSpec(FP8_E4M3, TOKEN, True),
+    ],
+    ids=str,
+)
 def test_arguments_of_a_spec_read_back_as_the_spec(spec):
     assert QuantSpec.from_arguments(spec.to_arguments(), "weights") == spec
 
 
 def test_arguments_are_in_the_words_of_compressed_tensors():
-    assert SCHEMES["fp8-dynamic"].weight.to_arguments() == {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
-    assert SCHEMES["int8-dynamic"].input.to_arguments() == {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    assert SCHEMES["fp8-dynamic"].weight.to_arguments() == {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "channel",
+        "dynamic": False,
+    }
+    assert SCHEMES["int8-dynamic"].input.to_arguments() == {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
     assert SCHEMES["fp8-block"].weight.to_arguments()["block_structure"] == [128, 128]
-    assert SCHEMES["mxfp8"].weight.to_arguments() | {"group_size": 32, "scale_dtype": "torch.uint8"} == SCHEMES["mxfp8"].weight.to_arguments()
+    assert (
+        SCHEMES["mxfp8"].weight.to_arguments() | {"group_size": 32, "scale_dtype": "torch.uint8"}
+        == SCHEMES["mxfp8"].weight.to_arguments()
+    )
 
 
 def test_a_custom_scheme_keeps_its_arithmetic_through_its_description():
-    scheme = QuantScheme.parse({"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}})
+    scheme = QuantScheme.parse(
+        {"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}}
+    )
     assert (scheme.weight, scheme.input) == (QuantSpec(INT8, group(64)), None)
     assert scheme.name not in SCHEMES
     assert QuantScheme.parse(scheme.to_description()) == scheme
@@ -164,7 +214,10 @@ def test_arguments_that_make_no_sense_are_refused(arguments, words):
 
 
 def test_a_refusal_names_the_place():
-    description = {"weights": {"num_bits": 8, "strategy": "channel"}, "input_activations": {"num_bits": 3}}
+    description = {
+        "weights": {"num_bits": 8, "strategy": "channel"},
+        "input_activations": {"num_bits": 3},
+    }
     with pytest.raises(RecipeError, match="layers: lm_head: input_activations asks for 3 bits"):
         Recipe.from_mapping({"scheme": "fp8", "layers": {"lm_head": description}}, "recipe.yaml")
 
@@ -191,7 +244,11 @@ def test_a_scheme_with_an_unknown_key_is_refused():
 
 
 def test_static_inputs_need_calibration_and_no_others_do():
-    assert {name for name, scheme in SCHEMES.items() if scheme.needs_calibration} == {"fp8-static", "fp8-tensor", "int8-static"}
+    assert {name for name, scheme in SCHEMES.items() if scheme.needs_calibration} == {
+        "fp8-static",
+        "fp8-tensor",
+        "int8-static",
+    }
 
 
 # Patterns
@@ -281,9 +338,15 @@ def test_a_recipe_reads_back_from_its_mapping(tmp_path):
 
 
 def test_one_meaning_has_one_canonical_text():
-    one, alias = Recipe.from_mapping({"scheme": "W8A8"}, "a"), Recipe.from_mapping({"ignore": [], "scheme": "int8-dynamic"}, "b")
+    one, alias = (
+        Recipe.from_mapping({"scheme": "W8A8"}, "a"),
+        Recipe.from_mapping({"ignore": [], "scheme": "int8-dynamic"}, "b"),
+    )
     assert one.canonical() == alias.canonical()
-    assert one.canonical() != Recipe.from_mapping({"scheme": "int8-dynamic", "ignore": ["lm_head"]}, "c").canonical()
+    assert (
+        one.canonical()
+        != Recipe.from_mapping({"scheme": "int8-dynamic", "ignore": ["lm_head"]}, "c").canonical()
+    )
 
 
 def test_the_order_of_exceptions_is_part_of_the_meaning():
@@ -318,15 +381,26 @@ def test_a_recipe_that_makes_no_sense_is_refused(content, words):
 
 def test_settings_of_an_algorithm_are_not_dropped_in_silence():
     with pytest.raises(RecipeError, match="damping"):
-        Recipe.from_mapping({"scheme": "fp8-dynamic", "algorithms": [{"rtn": {"damping": 0.01}}]}, "recipe.yaml")
+        Recipe.from_mapping(
+            {"scheme": "fp8-dynamic", "algorithms": [{"rtn": {"damping": 0.01}}]}, "recipe.yaml"
+        )
 
 
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"smoothquant": {"strength": 1.5}}, "'strength' of the algorithm 'smoothquant' is 1.5, not a number from 0 to 1"),
+        (
+            {"smoothquant": {"strength": 1.5}},
+            "'strength' of the algorithm 'smoothquant' is 1.5, not a number from 0 to 1",
+        ),
         ({"gptq": {"act_order": 1}}, "allowed are true and false"),
-        ({"gptq": {"dampening": 0.1}}, "no setting 'dampening'; allowed are 'act_order', 'correct_inputs', 'damping', 'passes'"),
+        (
+            {"gptq": {"dampening": 0.1}},
+            (
+                "no setting 'dampening'; allowed are 'act_order', 'correct_inputs', 'damping',"
+                " 'passes'"
+            ),
+        ),
         ({"gptq": {"passes": 1.5}}, "is 1.5, not a whole number"),
         ({"gptq": {"passes": -1}}, "is -1, not a number from 0 to 100"),
         ({"gptq": [0.1]}, "must be a mapping"),
@@ -339,12 +413,24 @@ def test_a_setting_that_makes_no_sense_is_refused(entry, words):
 
 
 def test_settings_are_read_and_others_are_the_usual():
-    recipe = Recipe.from_mapping({"scheme": "int8", "algorithms": [{"smoothquant": {"strength": 0.5}}, "gptq"]}, "recipe.yaml")
-    assert recipe.chooses_weights and recipe.needs_calibration and Recipe.from_mapping(recipe.to_mapping(), "again") == recipe
-    assert recipe.algorithm("smoothquant")["strength"] == 0.5 and recipe.algorithm("gptq")["act_order"] is True
+    recipe = Recipe.from_mapping(
+        {"scheme": "int8", "algorithms": [{"smoothquant": {"strength": 0.5}}, "gptq"]},
+        "recipe.yaml",
+    )
+    assert (
+        recipe.chooses_weights
+        and recipe.needs_calibration
+        and Recipe.from_mapping(recipe.to_mapping(), "again") == recipe
+    )
+    assert (
+        recipe.algorithm("smoothquant")["strength"] == 0.5
+        and recipe.algorithm("gptq")["act_order"] is True
+    )
     assert not Recipe.from_mapping({"scheme": "int8", "algorithms": ["rtn"]}, "r").chooses_weights
     with pytest.raises(RecipeError, match="'gptq' stands twice"):
-        Recipe.from_mapping({"scheme": "int8", "algorithms": ["gptq", {"gptq": {"damping": 0.1}}]}, "r")
+        Recipe.from_mapping(
+            {"scheme": "int8", "algorithms": ["gptq", {"gptq": {"damping": 0.1}}]}, "r"
+        )
 
 
 def test_a_missing_or_broken_recipe_file_is_refused(tmp_path):
@@ -368,4 +454,6 @@ def test_a_recipe_needs_calibration_for_one_static_layer_or_a_cache():
     dynamic = {"scheme": "fp8-dynamic"}
     assert not Recipe.from_mapping(dynamic, "r").needs_calibration
     assert Recipe.from_mapping(dynamic | {"kv_cache": "fp8"}, "r").needs_calibration
-    assert Recipe.from_mapping(dynamic | {"layers": {"lm_head": "int8-static"}}, "r").needs_calibration
+    assert Recipe.from_mapping(
+        dynamic | {"layers": {"lm_head": "int8-static"}}, "r"
+    ).needs_calibration

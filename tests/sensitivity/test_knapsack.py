@@ -15,19 +15,28 @@ def random_items(generator: np.random.Generator, count: int, choices: int) -> li
         Item(
             tuple(map(str, range(choices))),
             tuple(int(size) for size in generator.integers(1, 12, choices)),
-            tuple(float(cost) for cost in generator.choice([0.0, 0.1, 0.25, *generator.random(3)], choices)),
+            tuple(
+                float(cost)
+                for cost in generator.choice([0.0, 0.1, 0.25, *generator.random(3)], choices)
+            ),
         )
         for _ in range(count)
     ]
 
 
-def brute_force(items: list[Item], max_size: int | None, max_cost: float | None) -> tuple[float, float] | None:
-    """(size, cost) of the best: least cost where a size is given, else least size and of these least cost."""
+def brute_force(
+    items: list[Item], max_size: int | None, max_cost: float | None
+) -> tuple[float, float] | None:
+    """(size, cost) of the best: least cost where a size is given, else least size and of these
+    least cost.
+    """
     found = []
     for chosen in itertools.product(*(range(len(item.sizes)) for item in items)):
         size = sum(item.sizes[number] for item, number in zip(items, chosen))
         cost = sum(item.costs[number] for item, number in zip(items, chosen))
-        if (max_size is None or size <= max_size) and (max_cost is None or cost <= max_cost * (1 + 1e-12)):
+        if (max_size is None or size <= max_size) and (
+            max_cost is None or cost <= max_cost * (1 + 1e-12)
+        ):
             found.append((cost, size) if max_size is not None else (size, cost))
     return min(found, default=None)
 
@@ -57,7 +66,13 @@ def test_a_hundred_and_sixty_sets_of_unlike_sizes_take_seconds():
     items = []
     for _ in range(160):
         size, cost = int(generator.integers(10_000, 60_000_000)), float(generator.lognormal(-8, 2))
-        items.append(Item(("recipe", "keep", "other"), (size, 2 * size, size + 512), (cost, 0.0, cost * float(generator.random()))))
+        items.append(
+            Item(
+                ("recipe", "keep", "other"),
+                (size, 2 * size, size + 512),
+                (cost, 0.0, cost * float(generator.random())),
+            )
+        )
     started = time.monotonic()
     for share in (1.01, 1.2, 1.7):
         assert solve(items, int(share * sum(item.sizes[0] for item in items)), None) is not None
@@ -69,10 +84,17 @@ def test_everything_fits_a_loose_budget_and_nothing_a_tight_one():
     items = [Item(("a", "b"), (1, 2), (1.0, 0.0))] * 3
     assert solve(items, 6, None) == [1, 1, 1]
     assert solve(items, 3, None) == [0, 0, 0]
-    assert solve(items, 2, None) is None and solve(items, None, -0.1) is None and solve(items, 3, 2.0) is None
+    assert (
+        solve(items, 2, None) is None
+        and solve(items, None, -0.1) is None
+        and solve(items, 3, 2.0) is None
+    )
     assert solve(items, None, 1.0).count(1) == 2
     # Costs that add up to nothing but for rounding.
-    uneven = [Item(("recipe", "keep"), (1, 2), (cost, 0.0)) for cost in (1.3e-1, 1.7e-4, 0.9e-3, 1.1e-7, 0.3)]
+    uneven = [
+        Item(("recipe", "keep"), (1, 2), (cost, 0.0))
+        for cost in (1.3e-1, 1.7e-4, 0.9e-3, 1.1e-7, 0.3)
+    ]
     assert solve(uneven, 10, None) == [1] * 5 and solve(uneven, None, 0.0) == [1] * 5
 
 

@@ -22,7 +22,16 @@ from quantkit.ops.reference import quantize, sqnr_db
 from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
-from quantkit.sensitivity.advice import KEEP, RECIPE, opened_result, predicted_kld, set_name, size_of, solution_recipe, solved_anew
+from quantkit.sensitivity.advice import (
+    KEEP,
+    RECIPE,
+    opened_result,
+    predicted_kld,
+    set_name,
+    size_of,
+    solution_recipe,
+    solved_anew,
+)
 from quantkit.sensitivity.layer_swap import SetInstaller, recovered_weight
 from quantkit.sensitivity.options import SensitivityOptions, linear_sets
 from quantkit.sensitivity.score import score_sensitivity
@@ -34,7 +43,9 @@ BAD = "model.layers.1.mlp.down_proj"
 
 
 def make_planted(directory, dtype=torch.bfloat16):
-    """A tiny Llama that is sure of its guesses; a channel of block 1's up projection is scaled up, and down's weights for it down: the same function, with outliers."""
+    """A tiny Llama that is sure of its guesses; a channel of block 1's up projection is scaled up,
+    and down's weights for it down: the same function, with outliers.
+    """
     make_llama(directory, num_hidden_layers=BLOCKS, dtype=dtype)
     path = directory / "model.safetensors"
     tensors = load_file(path)
@@ -52,7 +63,15 @@ def planted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(planted, _text_master):
-    return SensitivityOptions(planted, INT8, ("keep", "fp8-dynamic"), data=(str(_text_master),), max_tokens=256, seq_len=64, max_size="+10%")
+    return SensitivityOptions(
+        planted,
+        INT8,
+        ("keep", "fp8-dynamic"),
+        data=(str(_text_master),),
+        max_tokens=256,
+        seq_len=64,
+        max_size="+10%",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +85,35 @@ def result(options):
 def test_a_planted_bad_set_is_ranked_first_and_its_restoring_helps_most(result):
     worst = result["sets"][result["ranking"][0]]
     assert worst["name"] == BAD and worst["kind"] == "down"
-    gains = {entry["name"]: entry["restored"]["gain"] for entry in result["sets"] if "restored" in entry}
+    gains = {
+        entry["name"]: entry["restored"]["gain"] for entry in result["sets"] if "restored" in entry
+    }
     assert len(gains) == 10 and max(gains, key=gains.get) == BAD
-    assert worst["choices"]["fp8-dynamic"]["own_kld"] < worst["choices"][RECIPE]["own_kld"] / 4  # FP8 minds outliers less
-    outputs = {layer["name"]: layer["output_sqnr_db"] for entry in result["sets"] for layer in entry["layers"]}
+    # FP8 minds outliers less
+    assert worst["choices"]["fp8-dynamic"]["own_kld"] < worst["choices"][RECIPE]["own_kld"] / 4
+    outputs = {
+        layer["name"]: layer["output_sqnr_db"]
+        for entry in result["sets"]
+        for layer in entry["layers"]
+    }
     assert min(outputs, key=outputs.get) == BAD and len(outputs) == 7 * BLOCKS
 
 
 def test_sets_are_what_runtimes_merge_and_each_linear_is_in_one(result, planted):
-    assert len(result["sets"]) == SETS and [entry["kind"] for entry in result["sets"][:4]] == ["q+k+v", "o", "gate+up", "down"]
+    assert len(result["sets"]) == SETS and [entry["kind"] for entry in result["sets"][:4]] == [
+        "q+k+v",
+        "o",
+        "gate+up",
+        "down",
+    ]
     names = [name for entry in result["sets"] for name in entry["linears"]]
     assert len(names) == len(set(names)) == 7 * BLOCKS
     assert result["sets"][0]["name"] == "model.layers.0.self_attn.{q,k,v}_proj"
-    experts = [f"model.layers.0.mlp.experts.{number}.{leaf}" for number in range(3) for leaf in ("gate_proj", "up_proj", "down_proj")]
+    experts = [
+        f"model.layers.0.mlp.experts.{number}.{leaf}"
+        for number in range(3)
+        for leaf in ("gate_proj", "up_proj", "down_proj")
+    ]
     shared = [f"model.layers.0.mlp.shared_expert.{leaf}" for leaf in ("gate_proj", "up_proj")]
     found = linear_sets([[*experts, *shared]])
     assert [(each.kind, len(each.linears)) for each in found] == [("gate+up", 2), ("experts", 9)]
@@ -95,8 +130,19 @@ def test_a_scheme_that_changes_nothing_costs_nothing(tmp_path, text):
         tensors[name][:, 0] = 127
         tensors[name] /= 2.0**12
     save_file(tensors, path, {"format": "pt"})
-    found = score_sensitivity(SensitivityOptions(model, Recipe(QuantScheme.parse("int8-weight-only")), data=(str(text),), max_tokens=128, seq_len=64))
-    assert all(entry["choices"][RECIPE]["kld"] == 0 for entry in found["sets"]) and found["whole"][RECIPE]["kld"] == 0
+    found = score_sensitivity(
+        SensitivityOptions(
+            model,
+            Recipe(QuantScheme.parse("int8-weight-only")),
+            data=(str(text),),
+            max_tokens=128,
+            seq_len=64,
+        )
+    )
+    assert (
+        all(entry["choices"][RECIPE]["kld"] == 0 for entry in found["sets"])
+        and found["whole"][RECIPE]["kld"] == 0
+    )
     assert found["additivity"][RECIPE]["sum"] == 0
 
 
@@ -105,24 +151,35 @@ def test_a_layers_experts_are_scored_as_one_set(kind, tmp_path, text):
     """Whether they lie one by one on disk or stacked."""
     model = tmp_path / "model"
     make_model(model, kind, vocab_size=make_tokenizer(model))
-    found = score_sensitivity(SensitivityOptions(model, INT8, data=(str(text),), max_tokens=64, seq_len=32))
+    found = score_sensitivity(
+        SensitivityOptions(model, INT8, data=(str(text),), max_tokens=64, seq_len=32)
+    )
     experts = [entry for entry in found["sets"] if entry["kind"] == "experts"]
     assert [len(entry["linears"]) for entry in experts] == [4 * 3] * 2
     assert all(entry["choices"][RECIPE]["kld"] > 0 for entry in experts)
-    assert sum(entry["choices"][RECIPE]["bytes"] for entry in found["sets"]) < 0.6 * sum(entry["choices"][KEEP]["bytes"] for entry in found["sets"])
+    assert sum(entry["choices"][RECIPE]["bytes"] for entry in found["sets"]) < 0.6 * sum(
+        entry["choices"][KEEP]["bytes"] for entry in found["sets"]
+    )
 
 
 def test_sums_and_sizes_are_those_of_their_parts(result):
     nothing, everything = [KEEP] * SETS, [RECIPE] * SETS
-    assert predicted_kld(result, nothing) == 0 and size_of(result, nothing) == result["bytes"]["all_kept"] == result["model"]["bytes"]
+    assert (
+        predicted_kld(result, nothing) == 0
+        and size_of(result, nothing) == result["bytes"]["all_kept"] == result["model"]["bytes"]
+    )
     assert size_of(result, everything) == result["bytes"]["all_quantized"]
     entry = result["additivity"][RECIPE]
-    assert entry["sum"] == pytest.approx(sum(row["choices"][RECIPE]["own_kld"] for row in result["sets"]), rel=1e-12)
+    assert entry["sum"] == pytest.approx(
+        sum(row["choices"][RECIPE]["own_kld"] for row in result["sets"]), rel=1e-12
+    )
     assert predicted_kld(result, everything) == pytest.approx(entry["whole"] + result["floor"][0])
     for line in result["pareto"]:
         kld = [point["kld_predicted"] for point in line["points"]]
         assert len(kld) == SETS + 1 and (kld == sorted(kld, reverse=True) or line["to"] != KEEP)
-        assert line["points"][0]["measured"]["kld"] == pytest.approx(result["whole"][RECIPE]["kld"], rel=1e-9)
+        assert line["points"][0]["measured"]["kld"] == pytest.approx(
+            result["whole"][RECIPE]["kld"], rel=1e-9
+        )
     everything_kept = next(line for line in result["pareto"] if line["to"] == KEEP)["points"][-1]
     assert everything_kept["bytes"] == result["bytes"]["all_kept"]
 
@@ -137,7 +194,9 @@ def test_the_same_run_gives_the_same_figures(options, result):
 
 
 def run_alone(batches, installer, variant, block_of):
-    states = run_variants(installer.reopened("cpu"), dict(enumerate(batches)), [variant], block_of, installer.install)
+    states = run_variants(
+        installer.reopened("cpu"), dict(enumerate(batches)), [variant], block_of, installer.install
+    )
     try:
         return [states.get(0, window).clone() for window in range(len(batches))], states.block_runs
     finally:
@@ -151,20 +210,48 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
     plan = plan_export(ExportOptions(planted, planted.with_name("none"), INT8))
     installer = SetInstaller(planted, [None, plan], False)
     blocks = installer.open("cpu")
-    sets = linear_sets([[name for name in installer.linears_of(number) if name in plan.linears] for number in range(blocks)])
+    sets = linear_sets(
+        [
+            [name for name in installer.linears_of(number) if name in plan.linears]
+            for number in range(blocks)
+        ]
+    )
     installer.sets = [each.linears for each in sets]
     block_of = [each.block for each in sets]
     generator = np.random.default_rng(0)
-    variants = [tuple([0] * SETS), *(tuple(int(bit) for bit in generator.integers(0, 2, SETS) * (generator.random(SETS) < 0.4)) for _ in range(6))]
+    variants = [
+        tuple([0] * SETS),
+        *(
+            tuple(
+                int(bit) for bit in generator.integers(0, 2, SETS) * (generator.random(SETS) < 0.4)
+            )
+            for _ in range(6)
+        ),
+    ]
     batches = [torch.randint(0, 300, (1, 24)), torch.randint(0, 300, (1, 17))]
     with torch.inference_mode():
-        states = run_variants(installer.reopened("cpu"), dict(enumerate(batches)), variants, block_of, installer.install)
-        shared = [[states.get(number, window).clone() for window in range(2)] for number in range(len(variants))]
-        assert states.block_runs == count_block_runs(variants, block_of, BLOCKS) < BLOCKS * len(variants)
+        states = run_variants(
+            installer.reopened("cpu"),
+            dict(enumerate(batches)),
+            variants,
+            block_of,
+            installer.install,
+        )
+        shared = [
+            [states.get(number, window).clone() for window in range(2)]
+            for number in range(len(variants))
+        ]
+        assert (
+            states.block_runs
+            == count_block_runs(variants, block_of, BLOCKS)
+            < BLOCKS * len(variants)
+        )
         states.close()
         for variant, found in zip(variants, shared):
             alone, runs = run_alone(batches, installer, variant, block_of)
-            assert runs == BLOCKS and all(torch.equal(ours, theirs) for ours, theirs in zip(found, alone))
+            assert runs == BLOCKS and all(
+                torch.equal(ours, theirs) for ours, theirs in zip(found, alone)
+            )
 
 
 @pytest.mark.parametrize(
@@ -195,16 +282,27 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     export(plan)
     installer = SetInstaller(model, [None, plan], False)
     blocks = installer.open("cpu")
-    sets = linear_sets([[name for name in installer.linears_of(number) if name in plan.linears] for number in range(blocks)])
+    sets = linear_sets(
+        [
+            [name for name in installer.linears_of(number) if name in plan.linears]
+            for number in range(blocks)
+        ]
+    )
     installer.sets = [each.linears for each in sets]
     assert ("experts" in {each.kind for each in sets}) == (kind != "llama")
     assert {name for each in sets for name in each.linears} == set(plan.linears)
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
         states = run_variants(
-            installer.reopened("cpu"), {0: torch.tensor([window.tokens])}, [tuple([1] * len(sets))], [each.block for each in sets], installer.install
+            installer.reopened("cpu"),
+            {0: torch.tensor([window.tokens])},
+            [tuple([1] * len(sets))],
+            [each.block for each in sets],
+            installer.install,
         )
-        served = make_final_states(load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens))
+        served = make_final_states(
+            load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
+        )
         assert torch.equal(states.get(0, 0), served.states.get(0)[0])
     states.close(), served.close()
 
@@ -220,7 +318,9 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
 def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, tmp_path, text):
     """Not RWKV's, which hand on the state that they were given: none."""
     make_model(tmp_path / "model", kind, vocab_size=make_tokenizer(tmp_path / "model"), **settings)
-    options = SensitivityOptions(tmp_path / "model", INT8, ("keep",), data=(str(text),), max_tokens=64, seq_len=32)
+    options = SensitivityOptions(
+        tmp_path / "model", INT8, ("keep",), data=(str(text),), max_tokens=64, seq_len=32
+    )
     with pytest.raises(CheckpointError, match=message) if message else nullcontext():
         assert score_sensitivity(options)["sets"]
 
@@ -231,49 +331,75 @@ def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, t
 def test_scales_that_were_folded_before_rounding_are_found_again():
     generator = torch.Generator().manual_seed(0)
     original = torch.randn(96, 160, generator=generator)
-    folded = original * torch.rand(96, 1, generator=generator).add(0.2) * torch.rand(1, 160, generator=generator).mul(6).exp()
+    folded = (
+        original
+        * torch.rand(96, 1, generator=generator).add(0.2)
+        * torch.rand(1, 160, generator=generator).mul(6).exp()
+    )
     values = quantize(folded, SCHEMES["int8-dynamic"].weight).dequantize()
     assert float(sqnr_db(folded, recovered_weight(original, values))) > 50
     rotation = torch.linalg.qr(torch.randn(160, 160, generator=generator))[0]
     with pytest.raises(EvaluationError, match="with scaled rows and columns"):
-        recovered_weight(original, quantize(original @ rotation, SCHEMES["int8-dynamic"].weight).dequantize())
+        recovered_weight(
+            original, quantize(original @ rotation, SCHEMES["int8-dynamic"].weight).dequantize()
+        )
 
 
 def test_a_calibration_with_chosen_weights_is_scored_as_chosen(planted, text, tmp_path):
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
 
-    recipe = Recipe.from_mapping({"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]}, "test")
-    calibrate(CalibrationOptions(planted, tmp_path / "c", (str(text),), recipe, num_samples=4, seq_len=64))
+    recipe = Recipe.from_mapping(
+        {"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]}, "test"
+    )
+    calibrate(
+        CalibrationOptions(planted, tmp_path / "c", (str(text),), recipe, num_samples=4, seq_len=64)
+    )
     arguments = {"data": (str(text),), "max_tokens": 256, "seq_len": 64}
-    chosen = score_sensitivity(SensitivityOptions(planted, recipe, calibration=tmp_path / "c", **arguments))
+    chosen = score_sensitivity(
+        SensitivityOptions(planted, recipe, calibration=tmp_path / "c", **arguments)
+    )
     rounded = score_sensitivity(SensitivityOptions(planted, recipe, **arguments))
-    assert "rounded to nearest" in rounded["remarks"][0] and not any("rounded to nearest" in remark for remark in chosen["remarks"])
+    assert "rounded to nearest" in rounded["remarks"][0] and not any(
+        "rounded to nearest" in remark for remark in chosen["remarks"]
+    )
     assert chosen["whole"][RECIPE]["kld"] < rounded["whole"][RECIPE]["kld"] / 4
 
 
 def rotated_recipe(rotation, *others) -> Recipe:
-    return Recipe.from_mapping({"scheme": "int8-dynamic", "algorithms": [{"rotation": rotation}, *others]}, "test")
+    return Recipe.from_mapping(
+        {"scheme": "int8-dynamic", "algorithms": [{"rotation": rotation}, *others]}, "test"
+    )
 
 
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
         (rotated_recipe({"untie": True}), {"tie": True, "attention_bias": True}),
-        (rotated_recipe({"untie": True}, "smoothquant", "gptq"), {"num_attention_heads": 4, "num_key_value_heads": 2}),
-        (rotated_recipe({"residual": False}, "gptq"), {"tie": True, "num_attention_heads": 4, "num_key_value_heads": 2}),
+        (
+            rotated_recipe({"untie": True}, "smoothquant", "gptq"),
+            {"num_attention_heads": 4, "num_key_value_heads": 2},
+        ),
+        (
+            rotated_recipe({"residual": False}, "gptq"),
+            {"tie": True, "num_attention_heads": 4, "num_key_value_heads": 2},
+        ),
     ],
     ids=["untied", "with others", "heads alone"],
 )
 def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes, tmp_path, text):
-    """All sets quantized are the exported checkpoint, to the last bit; none quantized is the original model, up to what rotated weights lose in bfloat16."""
+    """All sets quantized are the exported checkpoint, to the last bit; none quantized is the
+    original model, up to what rotated weights lose in bfloat16.
+    """
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
     from quantkit.evaluation.final_states import make_final_states
     from quantkit.evaluation.quantized_model import load_served
 
     model, calib = make_llama(tmp_path / "model", **changes), tmp_path / "calib"
-    calibrate(CalibrationOptions(model, calib, (str(text),), recipe, num_samples=4, seq_len=32, seed=3))
+    calibrate(
+        CalibrationOptions(model, calib, (str(text),), recipe, num_samples=4, seq_len=32, seed=3)
+    )
     plan = plan_export(ExportOptions(model, tmp_path / "out", recipe, calib))
     export(plan)
     installer = SetInstaller(model, [None, plan], False)
@@ -285,15 +411,27 @@ def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes
     variants = [tuple([0] * len(sets)), tuple([1] * len(sets))]
     with torch.inference_mode():
         opened = installer.reopened("cpu")
-        states = run_variants(opened, {0: tokens}, variants, [each.block for each in sets], installer.install)
-        served = make_final_states(load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens))
+        states = run_variants(
+            opened, {0: tokens}, variants, [each.block for each in sets], installer.install
+        )
+        served = make_final_states(
+            load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
+        )
         assert torch.equal(states.get(1, 0), served.states.get(0)[0])
         original = make_final_states(load_served(model, "cpu"), {0: window}, len(window.tokens))
         original_head = load_served(model, "cpu").blocks
         original_head.load_outer(with_head=True)
-        before, after = (head.lm_head.weight.float() @ hidden.float().T for head, hidden in ((original_head.model, original.states.get(0)[0]), (opened.model, states.get(0, 0))))  # fmt: skip
+        before, after = (
+            head.lm_head.weight.float() @ hidden.float().T
+            for head, hidden in (
+                (original_head.model, original.states.get(0)[0]),
+                (opened.model, states.get(0, 0)),
+            )
+        )
         quantized = opened.model.lm_head.weight.float() @ states.get(1, 0).float().T
-        assert float((after - before).norm()) < min(0.02 * float(before.norm()), 0.8 * float((quantized - before).norm()))
+        assert float((after - before).norm()) < min(
+            0.02 * float(before.norm()), 0.8 * float((quantized - before).norm())
+        )
     states.close(), served.close(), original.close()
 
 
@@ -301,48 +439,143 @@ def test_a_budget_of_a_rotated_model_counts_what_was_untied(tmp_path, text, run,
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
 
-    model, recipe, mixed = make_llama(tmp_path / "model", tie=True), tmp_path / "r.yaml", tmp_path / "mixed.yaml"
+    model, recipe, mixed = (
+        make_llama(tmp_path / "model", tie=True),
+        tmp_path / "r.yaml",
+        tmp_path / "mixed.yaml",
+    )
     recipe.write_text(json.dumps(rotated_recipe({"untie": True}).to_mapping()))
-    calibrate(CalibrationOptions(model, tmp_path / "calib", (str(text),), Recipe.load(recipe), num_samples=4, seq_len=32))
-    scoring = ("--data", text, "--max-tokens", 128, "--seq-len", 64, "--max-size", "+10%", "--recipe-out", mixed)
-    result = run_json("sensitivity", model, "--recipe", recipe, "--calibration", tmp_path / "calib", *scoring)
-    assert result["solution"]["moved"] > 0 and result["bytes"]["untied"] == Checkpoint.open(model).tensors["model.embed_tokens.weight"].nbytes
-    calibrate(CalibrationOptions(model, tmp_path / "again", (str(text),), Recipe.load(mixed), num_samples=4, seq_len=32))
-    planned = run_json("export", model, "-o", tmp_path / "out", "--recipe", mixed, "--calibration", tmp_path / "again", "--dry-run")
+    calibrate(
+        CalibrationOptions(
+            model, tmp_path / "calib", (str(text),), Recipe.load(recipe), num_samples=4, seq_len=32
+        )
+    )
+    scoring = (
+        "--data",
+        text,
+        "--max-tokens",
+        128,
+        "--seq-len",
+        64,
+        "--max-size",
+        "+10%",
+        "--recipe-out",
+        mixed,
+    )
+    result = run_json(
+        "sensitivity", model, "--recipe", recipe, "--calibration", tmp_path / "calib", *scoring
+    )
+    assert (
+        result["solution"]["moved"] > 0
+        and result["bytes"]["untied"]
+        == Checkpoint.open(model).tensors["model.embed_tokens.weight"].nbytes
+    )
+    calibrate(
+        CalibrationOptions(
+            model, tmp_path / "again", (str(text),), Recipe.load(mixed), num_samples=4, seq_len=32
+        )
+    )
+    planned = run_json(
+        "export",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--recipe",
+        mixed,
+        "--calibration",
+        tmp_path / "again",
+        "--dry-run",
+    )
     assert planned["bytes_after"] == result["solution"]["bytes"]
 
 
 # ---- Budgets and recipes.
 
 
-def test_the_recipe_is_taken_by_export_has_the_size_promised_and_splits_no_fused_set(run, run_json, planted, text, tmp_path):
+def test_the_recipe_is_taken_by_export_has_the_size_promised_and_splits_no_fused_set(
+    run, run_json, planted, text, tmp_path
+):
     recipe, stored = tmp_path / "mixed.yaml", tmp_path / "r.json"
-    scoring = ("--data", text, "--max-tokens", 256, "--seq-len", 64, "--alternative", "keep", "--alternative", "fp8-dynamic")
-    done = run("sensitivity", planted, "--scheme", "int8-dynamic", *scoring, "--max-size", "+10%", "--recipe-out", recipe, "-o", stored)
+    scoring = (
+        "--data",
+        text,
+        "--max-tokens",
+        256,
+        "--seq-len",
+        64,
+        "--alternative",
+        "keep",
+        "--alternative",
+        "fp8-dynamic",
+    )
+    done = run(
+        "sensitivity",
+        planted,
+        "--scheme",
+        "int8-dynamic",
+        *scoring,
+        "--max-size",
+        "+10%",
+        "--recipe-out",
+        recipe,
+        "-o",
+        stored,
+    )
     assert done.exit_code == 0, done.output
-    assert BAD in done.stdout and "KL predicted" in done.stdout and f"--recipe {recipe}" in done.stderr
+    assert (
+        BAD in done.stdout and "KL predicted" in done.stdout and f"--recipe {recipe}" in done.stderr
+    )
     solution = json.loads(stored.read_text())["solution"]
-    assert solution["bytes"] <= solution["max_size_bytes"] and "measured" in solution and solution["moved"] > 0
+    assert (
+        solution["bytes"] <= solution["max_size_bytes"]
+        and "measured" in solution
+        and solution["moved"] > 0
+    )
     printed = run_json("export", planted, "-o", tmp_path / "out", "--recipe", recipe, "--dry-run")
     assert printed["bytes_after"] == solution["bytes"]
-    schemes = {row["name"].removesuffix(".weight"): row["scheme"] for row in printed["parameters"] if "_proj" in row["name"]}
+    schemes = {
+        row["name"].removesuffix(".weight"): row["scheme"]
+        for row in printed["parameters"]
+        if "_proj" in row["name"]
+    }
     assert all(len({schemes[member] for member in members}) == 1 for members in fused_sets(schemes))
     assert schemes[BAD] != "int8-dynamic"
 
-    exported = run("export", planted, "-o", tmp_path / "out", "--recipe", recipe, "--runtime", "vllm")
+    exported = run(
+        "export", planted, "-o", tmp_path / "out", "--recipe", recipe, "--runtime", "vllm"
+    )
     assert exported.exit_code == 0, exported.output
 
 
-def test_another_budget_is_solved_without_running_anything(run, result, planted, tmp_path, monkeypatch):
+def test_another_budget_is_solved_without_running_anything(
+    run, result, planted, tmp_path, monkeypatch
+):
     stored, recipe = tmp_path / "r.json", tmp_path / "m.yaml"
     stored.write_text(json.dumps(result))
-    monkeypatch.setattr("quantkit.sensitivity.variants.run_variants", lambda *_: pytest.fail("a model was run"))
-    done = run("sensitivity", planted, "--from", stored, "--max-kld", result["whole"][RECIPE]["kld"] / 3, "--recipe-out", recipe, "--json")
+    monkeypatch.setattr(
+        "quantkit.sensitivity.variants.run_variants", lambda *_: pytest.fail("a model was run")
+    )
+    done = run(
+        "sensitivity",
+        planted,
+        "--from",
+        stored,
+        "--max-kld",
+        result["whole"][RECIPE]["kld"] / 3,
+        "--recipe-out",
+        recipe,
+        "--json",
+    )
     assert done.exit_code == 0, done.output
     solution = json.loads(done.stdout)["solution"]
-    assert solution["kld_predicted"] <= result["whole"][RECIPE]["kld"] / 3 and "measured" not in solution
+    assert (
+        solution["kld_predicted"] <= result["whole"][RECIPE]["kld"] / 3
+        and "measured" not in solution
+    )
     assert Recipe.load(recipe).scheme == INT8.scheme
-    table = run("sensitivity", planted, "--from", stored, "--max-size", "+0%", "--alternative", "keep")
+    table = run(
+        "sensitivity", planted, "--from", stored, "--max-size", "+0%", "--alternative", "keep"
+    )
     assert table.exit_code == 0 and "budget: 0" in table.stdout
     for arguments, words in [
         (("--max-size", "500kB"), "the smallest is"),
@@ -359,47 +592,91 @@ def test_another_budget_is_solved_without_running_anything(run, result, planted,
 
 def test_a_looser_budget_never_predicts_more(result):
     sizes = ["+0%", "+2%", "+5%", "+20%", "+60%", "100%"]
-    predicted = [solved_anew(result, size, None, ["keep"])["solution"]["kld_predicted"] for size in sizes]
+    predicted = [
+        solved_anew(result, size, None, ["keep"])["solution"]["kld_predicted"] for size in sizes
+    ]
     assert predicted == sorted(predicted, reverse=True) and predicted[-1] == 0
 
 
 def test_exceptions_of_the_recipe_stay_and_patterns_match_nothing_else(result, planted):
     checkpoint = Checkpoint.open(planted)
-    mapping = {"scheme": "int8-dynamic", "ignore": ["re:.*layers\\.2\\..*"], "layers": {"re:.*o_proj": "fp8-dynamic"}}
+    mapping = {
+        "scheme": "int8-dynamic",
+        "ignore": ["re:.*layers\\.2\\..*"],
+        "layers": {"re:.*o_proj": "fp8-dynamic"},
+    }
     rows = [row for row in result["sets"] if row["block"] < 2]
-    mixed = dict(result) | {"recipe": mapping, "sets": rows, "solution": {"choices": ["fp8-dynamic", KEEP] + [RECIPE] * 6, "bytes": None}}
-    plan = plan_export(ExportOptions(planted, planted.with_name("none"), Recipe.from_mapping(mapping, "test")))
+    mixed = dict(result) | {
+        "recipe": mapping,
+        "sets": rows,
+        "solution": {"choices": ["fp8-dynamic", KEEP] + [RECIPE] * 6, "bytes": None},
+    }
+    plan = plan_export(
+        ExportOptions(planted, planted.with_name("none"), Recipe.from_mapping(mapping, "test"))
+    )
     sizes = {row.name.removesuffix(".weight"): row for row in plan.parameters}
     kept = sizes["model.layers.0.self_attn.o_proj"]
-    mixed["solution"]["bytes"] = plan.bytes_after + kept.bytes_before - kept.bytes_after  # FP8 takes what INT8 takes
+    # FP8 takes what INT8 takes
+    mixed["solution"]["bytes"] = plan.bytes_after + kept.bytes_before - kept.bytes_after
     made = solution_recipe(mixed, checkpoint)
-    assert [pattern.text for pattern in made.ignore] == ["re:.*layers\\.2\\..*", r"re:model\.layers\.0\.self_attn\.o_proj$"]
+    assert [pattern.text for pattern in made.ignore] == [
+        "re:.*layers\\.2\\..*",
+        r"re:model\.layers\.0\.self_attn\.o_proj$",
+    ]
     assert [(pattern.text, scheme.name) for pattern, scheme in made.layers] == [
-        (r"re:model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj)$", "fp8-dynamic"), ("re:.*o_proj", "fp8-dynamic")]  # fmt: skip
+        (r"re:model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj)$", "fp8-dynamic"),
+        ("re:.*o_proj", "fp8-dynamic"),
+    ]
 
 
 def test_the_recipe_of_a_solution_keeps_exceptions_for_stacked_experts(tmp_path):
-    """Both schemes have the same size, so that only the recipe itself tells whether they were lost."""
+    """Both schemes have the same size, so that only the recipe itself tells whether they were
+    lost.
+    """
     make_model(tmp_path / "moe", "granitemoe", times=2)
     checkpoint = Checkpoint.open(tmp_path / "moe")
-    linears = [name for name in assign_layers(checkpoint, INT8).linears if ".layers.0." in name and ".experts." in name]
+    linears = [
+        name
+        for name in assign_layers(checkpoint, INT8).linears
+        if ".layers.0." in name and ".experts." in name
+    ]
     whole = plan_export(ExportOptions(tmp_path / "moe", tmp_path / "none", INT8)).bytes_after
     solution = {"choices": ["fp8-dynamic"], "bytes": whole}
-    made = solution_recipe({"recipe": INT8.to_mapping(), "bytes": {}, "sets": [{"linears": linears}], "solution": solution}, checkpoint)
-    moved = {name for name, linear in assign_layers(checkpoint, made).linears.items() if linear.scheme.name == "fp8-dynamic"}
+    made = solution_recipe(
+        {
+            "recipe": INT8.to_mapping(),
+            "bytes": {},
+            "sets": [{"linears": linears}],
+            "solution": solution,
+        },
+        checkpoint,
+    )
+    moved = {
+        name
+        for name, linear in assign_layers(checkpoint, made).linears.items()
+        if linear.scheme.name == "fp8-dynamic"
+    }
     assert len(linears) == 12 and moved == set(linears)
 
 
 def test_patterns_name_blocks_together_and_experts_as_one():
     from quantkit.schemes.mixed_recipe import patterns_for
 
-    everything = [f"model.layers.{block}.mlp.experts.{number}.{leaf}" for block in range(12) for number in range(3) for leaf in ("gate_proj", "up_proj")]
+    everything = [
+        f"model.layers.{block}.mlp.experts.{number}.{leaf}"
+        for block in range(12)
+        for number in range(3)
+        for leaf in ("gate_proj", "up_proj")
+    ]
     everything += [f"model.layers.{block}.mlp.down_proj" for block in range(12)]
     names = [name for name in everything if re.match(r"model\.layers\.(1|11)\.", name)]
     patterns = patterns_for(names, set(everything) - set(names))
     assert len(patterns) == 2
-    assert [name for name in everything if any(pattern.matches(name) for pattern in patterns)] == names
-    some = [name for name in everything if ".experts.1." in name]  # what no pattern of whole layers can mean
+    assert [
+        name for name in everything if any(pattern.matches(name) for pattern in patterns)
+    ] == names
+    # what no pattern of whole layers can mean
+    some = [name for name in everything if ".experts.1." in name]
     assert set(patterns_for(some, set(everything) - set(some))) == {Pattern(name) for name in some}
 
 
@@ -410,18 +687,37 @@ def test_the_page_has_a_heat_map_and_needs_no_network(result):
     from quantkit.sensitivity.html import sensitivity_html
 
     page = sensitivity_html(result)
-    assert 'aria-label="sets"' in page and 'aria-label="lines"' in page and ">gate+up<" in page and BAD in page
+    assert (
+        'aria-label="sets"' in page
+        and 'aria-label="lines"' in page
+        and ">gate+up<" in page
+        and BAD in page
+    )
     assert "<script" not in page and "src=" not in page and page == sensitivity_html(result)
 
 
-def test_what_makes_no_sense_is_refused_before_anything_runs(run, planted, llama, export_to, text, tmp_path):
+def test_what_makes_no_sense_is_refused_before_anything_runs(
+    run, planted, llama, export_to, text, tmp_path
+):
     base = ("sensitivity", planted, "--data", text)
-    assert run(*base).exit_code == 2 and run(*base, "--scheme", "int8-dynamic", "--recipe-out", tmp_path / "r.yaml").exit_code == 2
-    assert run(*base, "--scheme", "int8-dynamic", "-o", tmp_path / "a", "--html", tmp_path / "a").exit_code == 2
+    assert (
+        run(*base).exit_code == 2
+        and run(*base, "--scheme", "int8-dynamic", "--recipe-out", tmp_path / "r.yaml").exit_code
+        == 2
+    )
+    assert (
+        run(
+            *base, "--scheme", "int8-dynamic", "-o", tmp_path / "a", "--html", tmp_path / "a"
+        ).exit_code
+        == 2
+    )
     for arguments, words in [
         (("--scheme", "int8-static"), "quantkit calibrate"),
         (("--scheme", "int8-dynamic", "--alternative", "int9"), "unknown scheme"),
-        (("--scheme", "int8-dynamic", "--alternative", "W8A8", "--alternative", "int8-dynamic"), "named twice"),
+        (
+            ("--scheme", "int8-dynamic", "--alternative", "W8A8", "--alternative", "int8-dynamic"),
+            "named twice",
+        ),
         (("--scheme", "int8-dynamic", "--max-kld", "0"), "--max-kld"),
         (("--scheme", "int8-dynamic", "-o", tmp_path / "gone" / "r.json"), "no directory"),
     ]:
@@ -429,6 +725,8 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(run, planted, llama
         assert refused.exit_code == 1 and words in refused.stderr, refused.output
     refused = run("sensitivity", export_to("fp8-dynamic"), "--scheme", "int8-dynamic")
     assert refused.exit_code == 1 and "quantized already" in refused.stderr
-    (tmp_path / "damaged.json").write_text('{"schema_version": 9, "sets": [], "model": {"fingerprint": "x"}}')
+    (tmp_path / "damaged.json").write_text(
+        '{"schema_version": 9, "sets": [], "model": {"fingerprint": "x"}}'
+    )
     with pytest.raises(EvaluationError, match="format 9"):
         opened_result(tmp_path / "damaged.json", Checkpoint.open(llama))

@@ -1,4 +1,6 @@
-"""The architectures that are tested, in which schemes, and what vLLM and transformers are known to serve of them."""
+"""The architectures that are tested, in which schemes, and what vLLM and transformers are known to
+serve of them.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +9,11 @@ import pytest
 from tiny_models import ARCHITECTURES, MASKED, MULTIMODAL, TARGET
 
 SERVED = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "architectures.json"
-PACKED_MODULES = json.loads((Path(__file__).parent / "packed_modules.json").read_text())["architectures"]
-# What all are exported in, and what a few are beside it: where a scheme's shape or its scales could go wrong in another way.
+PACKED_MODULES = json.loads((Path(__file__).parent / "packed_modules.json").read_text())[
+    "architectures"
+]
+# What all are exported in, and what a few are beside it: where a scheme's shape or its scales could
+# go wrong in another way.
 SCHEMES = ("fp8-dynamic", "int8-dynamic")
 MORE_SCHEMES = {
     "llama": ("int8-static", "fp8-block", "int8-weight-only", "mxfp8"),
@@ -56,12 +61,15 @@ def of_kinds(*kinds: str):
 KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
 
 
-# Those that benchmarks/architectures.py was not run for: encoders, and what came to the matrix since.
+# Those that benchmarks/architectures.py was not run for: encoders, and what came to the matrix
+# since.
 NOT_ASKED = (*MASKED, *TARGET)
 
 
 def served_by_vllm(kind: str) -> str:
-    """What benchmarks/architectures.py found: the schemes in which vLLM's probabilities are those of the file, and why others aren't among them."""
+    """What benchmarks/architectures.py found: the schemes in which vLLM's probabilities are those
+    of the file, and why others aren't among them.
+    """
     if kind in NOT_ASKED:
         return "not asked"
     found = [row for row in json.loads(SERVED.read_text())["rows"] if row["architecture"] == kind]
@@ -70,16 +78,36 @@ def served_by_vllm(kind: str) -> str:
         said = f"{row['verdict']}: {row['why']}" if "why" in row else row["verdict"]
         by_verdict.setdefault(said, []).append(row["scheme"])
     parts = [", ".join(by_verdict.pop("agrees", []))]
-    parts += [said if len(schemes) == len(found) else f"{', '.join(schemes)} {said}" for said, schemes in by_verdict.items()]
+    parts += [
+        said if len(schemes) == len(found) else f"{', '.join(schemes)} {said}"
+        for said, schemes in by_verdict.items()
+    ]
     return "; ".join(part for part in parts if part)
 
 
 def architecture_table() -> str:
     """What is tested here, as a table for the README: architecture × command."""
-    lines = ["| architecture | calibrate, verify | export | eval: the loss of | transformers' loader | vLLM |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        (
+            "| architecture | calibrate, verify | export | eval: the loss of | transformers' loader"
+            " | vLLM |"
+        ),
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for kind in sorted(KINDS):
-        schemes = ", ".join((*SCHEMES, *MORE_SCHEMES.get(kind, ()))) + (", experts left" if kind in OPTIONS else "")
-        scored = "hidden tokens" if kind in MASKED else "a target" if kind in TARGET else "the next token"
+        schemes = ", ".join((*SCHEMES, *MORE_SCHEMES.get(kind, ()))) + (
+            ", experts left" if kind in OPTIONS else ""
+        )
+        scored = (
+            "hidden tokens"
+            if kind in MASKED
+            else "a target"
+            if kind in TARGET
+            else "the next token"
+        )
         name = f"`{kind}`" + (" (its vision tower is left)" if kind in MULTIMODAL else "")
-        lines.append(f"| {name} | yes | {schemes} | {scored} | {TRANSFORMERS.get(kind, 'the same logits')} | {served_by_vllm(kind)} |")
+        lines.append(
+            f"| {name} | yes | {schemes} | {scored} | {TRANSFORMERS.get(kind, 'the same logits')} |"
+            f" {served_by_vllm(kind)} |"
+        )
     return "\n".join(lines) + "\n"

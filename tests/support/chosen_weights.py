@@ -1,4 +1,6 @@
-"""Weights chosen with data, for the tests of each algorithm: made, judged, and a model that needs them."""
+"""Weights chosen with data, for the tests of each algorithm: made, judged, and a model that needs
+them.
+"""
 
 from pathlib import Path
 
@@ -26,12 +28,16 @@ def quantized(options: CalibrationOptions, name: str = "out") -> Path:
 
 
 def kld(base: Path, quant: Path, text: Path) -> float:
-    result = evaluate(EvaluationOptions(base, (quant,), (str(text),), seq_len=64, max_tokens=640, cache=False))
+    result = evaluate(
+        EvaluationOptions(base, (quant,), (str(text),), seq_len=64, max_tokens=640, cache=False)
+    )
     return result["quants"][0]["kld"]["mean"]
 
 
 def with_outliers(model: Path, down: bool = True) -> Path:
-    """Some channels of every norm 256-fold, and the Linears behind it as much smaller: the same function, to the last bit. down: the same between up and down."""
+    """Some channels of every norm 256-fold, and the Linears behind it as much smaller: the same
+    function, to the last bit. down: the same between up and down.
+    """
     path = model / "model.safetensors"
     tensors = load_file(path)
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
@@ -39,7 +45,10 @@ def with_outliers(model: Path, down: bool = True) -> Path:
         prefix = f"model.layers.{layer}"
         scale = torch.ones(tensors[f"{prefix}.input_layernorm.weight"].numel())
         scale[3::32] = 256.0
-        for norm, readers in (("input_layernorm", ("q_proj", "k_proj", "v_proj")), ("post_attention_layernorm", ("gate_proj", "up_proj"))):
+        for norm, readers in (
+            ("input_layernorm", ("q_proj", "k_proj", "v_proj")),
+            ("post_attention_layernorm", ("gate_proj", "up_proj")),
+        ):
             tensors[f"{prefix}.{norm}.weight"] *= scale
             for name in readers:
                 part = "self_attn" if norm == "input_layernorm" else "mlp"
@@ -49,5 +58,9 @@ def with_outliers(model: Path, down: bool = True) -> Path:
             scale[5::64] = 256.0
             tensors[f"{prefix}.mlp.up_proj.weight"] *= scale[:, None]
             tensors[f"{prefix}.mlp.down_proj.weight"] /= scale
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
     return model

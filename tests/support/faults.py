@@ -1,7 +1,10 @@
-"""Programs that fork attempts at a piece of work and disturb them, with kills or a full disk: what the tests of faults share.
+"""Programs that fork attempts at a piece of work and disturb them, with kills or a full disk: what
+the tests of faults share.
 
-A driver process imports torch and transformers once and forks each attempt. A program begins with FORKING and ends by printing JSON; where the work is one command
-with an output of its own, RESUMING does the rest: whatever the fault, the output is absent or whole, and --resume ends with the bytes of an undisturbed run.
+A driver process imports torch and transformers once and forks each attempt. A program begins with
+FORKING and ends by printing JSON; where the work is one command with an output of its own, RESUMING
+does the rest: whatever the fault, the output is absent or whole, and --resume ends with the bytes
+of an undisturbed run.
 """
 
 import json
@@ -10,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 
-# `kill_at` dies before the call of a number among those that change the file system, and lists them; `fill_after` lets the disk be full after so many bytes, and
-# counts them; `attempt_of` runs work in a child, and `said` is what that wrote to stderr; `tree` is a file's hash, or those of a directory's files. The program's
-# own part sets `place`, a directory for notes.
+# `kill_at` dies before the call of a number among those that change the file system, and lists
+# them; `fill_after` lets the disk be full after so many bytes, and counts them; `attempt_of` runs
+# work in a child, and `said` is what that wrote to stderr; `tree` is a file's hash, or those of a
+# directory's files. The program's own part sets `place`, a directory for notes.
 FORKING = """
 import builtins, errno, hashlib, io, json, os, random, re, shutil, signal, sys, time
 from pathlib import Path
@@ -160,7 +164,8 @@ for number in numbers:
 print(json.dumps(report))
 """
 
-# Needs `rooms`: after which numbers of bytes; the run after each second of them finds half as much, which may be enough.
+# Needs `rooms`: after which numbers of bytes; the run after each second of them finds half as much,
+# which may be enough.
 FULL_DISKS = """
 for number, room in enumerate(rooms):
     note = f"room for {room} of {nbytes} bytes"
@@ -180,9 +185,13 @@ print(json.dumps(report))
 
 
 def drive(tmp_path, program: str, *arguments: object, timeout: float = 400) -> dict:
-    """Run a program that ends by printing a JSON object. It is given the arguments, and behind them a place: in memory where there is such a one, because what is
-    tested is the order of calls, and a disk would take a second for the flushes of each run."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
+    """Run a program that ends by printing a JSON object. It is given the arguments, and behind them
+    a place: in memory where there is such a one, because what is tested is the order of calls, and
+    a disk would take a second for the flushes of each run.
+    """
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    ) as place:
         command = [sys.executable, "-c", program, *map(str, arguments), place]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]

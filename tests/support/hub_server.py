@@ -1,4 +1,6 @@
-"""A hub on this machine for the tests: serves model directories the way the hub library asks for them, and counts what is fetched."""
+"""A hub on this machine for the tests: serves model directories the way the hub library asks for
+them, and counts what is fetched.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """models: id → directory. fetched: file name → bytes sent of it. on_fetch(file name) is called before a whole file is sent."""
+    """models: id → directory. fetched: file name → bytes sent of it. on_fetch(file name) is called
+    before a whole file is sent.
+    """
 
     def __init__(self, models: dict[str, Path]) -> None:
         self.models = models
@@ -27,9 +31,18 @@ class Hub:
 
 def _entry(path: Path, root: Path) -> dict:
     content = path.read_bytes()
-    entry = {"type": "file", "path": path.relative_to(root).as_posix(), "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    entry = {
+        "type": "file",
+        "path": path.relative_to(root).as_posix(),
+        "size": len(content),
+        "oid": hashlib.sha1(content).hexdigest(),
+    }
     if path.suffix == ".safetensors":
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        entry["lfs"] = {
+            "oid": hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "pointerSize": 130,
+        }
     return entry
 
 
@@ -52,8 +65,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             root = hub.models.get("/".join(parts[2:4]))
             if root is None:
                 return self._send(404, b"{}")
-            wanted = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
-            return self._json([_entry(root / name, root) for name in wanted if (root / name).is_file()])
+            wanted = (
+                json.loads(body)["paths"]
+                if body.startswith("{")
+                else parse_qs(body).get("paths", [])
+            )
+            return self._json(
+                [_entry(root / name, root) for name in wanted if (root / name).is_file()]
+            )
 
         def _answer(self, with_body: bool) -> None:
             path = unquote(urlparse(self.path).path)
@@ -76,12 +95,30 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             siblings = []
             for path in files:
                 entry = _entry(path, root)
-                sibling = {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
+                sibling = {
+                    "rfilename": entry["path"],
+                    "size": entry["size"],
+                    "blobId": entry["oid"],
+                }
                 if "lfs" in entry:
-                    sibling["lfs"] = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 130}
+                    sibling["lfs"] = {
+                        "sha256": entry["lfs"]["oid"],
+                        "size": entry["size"],
+                        "pointerSize": 130,
+                    }
                 siblings.append(sibling)
             name = "/".join(parts[2:4])
-            return self._json({"_id": "1", "id": name, "modelId": name, "sha": REVISION, "private": False, "tags": [], "siblings": siblings})
+            return self._json(
+                {
+                    "_id": "1",
+                    "id": name,
+                    "modelId": name,
+                    "sha": REVISION,
+                    "private": False,
+                    "tags": [],
+                    "siblings": siblings,
+                }
+            )
 
         def _file(self, path: Path, root: Path, with_body: bool) -> None:
             content, entry = path.read_bytes(), _entry(path, root)
@@ -105,7 +142,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _json(self, content: object) -> None:
             self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-        def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, with_body: bool = True) -> None:
+        def _send(
+            self,
+            status: int,
+            content: bytes,
+            headers: dict[str, str] | None = None,
+            with_body: bool = True,
+        ) -> None:
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)

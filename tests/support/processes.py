@@ -6,7 +6,23 @@ import sys
 
 
 def command(model, text, output, *more: object) -> list[str]:
-    arguments = ["-m", "quantkit", "calibrate", model, "-o", output, "--data", text, "--num-samples", 8, "--seq-len", 64, "--batch-size", 1, *more]
+    arguments = [
+        "-m",
+        "quantkit",
+        "calibrate",
+        model,
+        "-o",
+        output,
+        "--data",
+        text,
+        "--num-samples",
+        8,
+        "--seq-len",
+        64,
+        "--batch-size",
+        1,
+        *more,
+    ]
     return [str(argument) for argument in arguments]
 
 
@@ -28,7 +44,13 @@ def torchrun(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         "--rdzv-endpoint",
         "localhost:0",
     ]
-    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=200, env=os.environ | environment)
+    return subprocess.run(
+        [*launcher, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | environment,
+    )
 
 
 DYING = """

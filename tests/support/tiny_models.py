@@ -1,4 +1,6 @@
-"""Tiny random models of many architectures, as checkpoints, and the batches that go through them."""
+"""Tiny random models of many architectures, as checkpoints, and the batches that go through
+them.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,8 @@ SIZES = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT2_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 SHORT_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-# What each architecture needs beside SIZES. Together they have sliding windows, experts, latent attention, ALiBi, learned positions, state spaces.
+# What each architecture needs beside SIZES. Together they have sliding windows, experts, latent
+# attention, ALiBi, learned positions, state spaces.
 ARCHITECTURES = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -67,14 +70,25 @@ ARCHITECTURES = {
     "bloom": {"n_head": 4, "n_layer": 2},
     "phi3": {},
     "cohere2": SHORT_WINDOW,
-    "bamba": {"attn_layer_indices": [1], "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 16},
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_d_state": 16,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_chunk_size": 16,
+    },
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
     "cohere": {},
     "granite": {},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {},
     "qwen3_5_moe_text": {},
-    "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+    "minimax": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 16,
+    },
     "mamba": {"state_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 16, "n_groups": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 8},
@@ -95,7 +109,12 @@ ARCHITECTURES = {
         "laurel_rank": 16,
         "pad_token_id": 0,
     },
-    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "no_rope_layers": [1, 0], "attention_chunk_size": 8},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 96,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 8,
+    },
     "deepseek_v32": {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8},
 }
 
@@ -103,13 +122,26 @@ ARCHITECTURES = {
 ARCHITECTURES["deepseek_v2"] = ARCHITECTURES["deepseek_v3"]
 ARCHITECTURES["deepseek_v32"] |= ARCHITECTURES["deepseek_v3"]
 ARCHITECTURES["qwen3_5_moe_text"] = ARCHITECTURES["qwen3_next"]
-# ZAYA's routers read what the router of the block before found; of GLM-5's blocks some attend to the tokens that the block before chose.
+# ZAYA's routers read what the router of the block before found; of GLM-5's blocks some attend to
+# the tokens that the block before chose.
 HANDING_ON = {
     "zaya": {
-        "num_hidden_layers": 3, "num_experts": 4, "num_experts_per_tok": 1, "router_hidden_size": 32, "pad_token_id": 0, "layer_types": ["hybrid"] * 3,
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "router_hidden_size": 32,
+        "pad_token_id": 0,
+        "layer_types": ["hybrid"] * 3,
     },
-    "glm_moe_dsa": ARCHITECTURES["deepseek_v32"] | {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "shared"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
-}  # fmt: skip
+    "glm_moe_dsa": (
+        ARCHITECTURES["deepseek_v32"]
+        | {
+            "num_hidden_layers": 3,
+            "indexer_types": ["full", "shared", "shared"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        }
+    ),
+}
 # Zamba 2's: of three attentions two are stored.
 SHARING_BLOCKS = {
     "num_hidden_layers": 5,
@@ -127,7 +159,15 @@ SHARING_BLOCKS = {
 MASKED = {"bert": {}, "roberta": {"pad_token_id": 1}}
 # Models of an encoder and a decoder, which predict a target.
 TARGET = {
-    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "pad_token_id": 1, "decoder_start_token_id": 1},
+    "t5": {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "pad_token_id": 1,
+        "decoder_start_token_id": 1,
+    },
     "bart": {
         "d_model": 64,
         "encoder_layers": 2,
@@ -141,15 +181,46 @@ TARGET = {
     },
 }
 # Of models that read images too: their language model is as SIZES says.
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 # Settings that a wider model has more of; the others count layers, heads and experts.
 WIDTHS = {
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "d_model", "d_ff", "d_kv", "word_embed_proj_dim",
-    "n_embd", "head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_d_state",
-    "state_size", "kv_lora_rank", "q_lora_rank", "max_position_embeddings", "n_positions",
-}  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "ffn_dim",
+    "d_model",
+    "d_ff",
+    "d_kv",
+    "word_embed_proj_dim",
+    "n_embd",
+    "head_dim",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "mamba_d_head",
+    "mamba_d_state",
+    "state_size",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "max_position_embeddings",
+    "n_positions",
+}
 MULTIMODAL = {
-    "llava": {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model", **VISION}, "image_token_index": 5},
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "image_token_index": 5,
+    },
     "gemma3": {"text_config": SHORT_WINDOW, "vision_config": VISION, "image_token_index": 5},
 }
 
@@ -163,22 +234,34 @@ def widened(settings: dict, times: int) -> dict:
     return {name: wider(value) if name in WIDTHS else value for name, value in settings.items()}
 
 
-def make_model(directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, times: int = 1, **changes) -> nn.Module:
-    """A random model of a kind that transformers knows, `times` as wide as SIZES says, saved in `directory` and returned."""
+def make_model(
+    directory: Path, kind: str, dtype: torch.dtype = torch.bfloat16, times: int = 1, **changes
+) -> nn.Module:
+    """A random model of a kind that transformers knows, `times` as wide as SIZES says, saved in
+    `directory` and returned.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(0)
     if kind in MULTIMODAL:
-        settings = MULTIMODAL[kind] | {"text_config": widened(SIZES | MULTIMODAL[kind]["text_config"], times) | changes}
+        settings = MULTIMODAL[kind] | {
+            "text_config": widened(SIZES | MULTIMODAL[kind]["text_config"], times) | changes
+        }
     else:
         settings = widened(SIZES | (ARCHITECTURES | MASKED | TARGET).get(kind, {}), times) | changes
     if kind == "falcon":
         settings.pop("head_dim")
     if kind in TARGET:
-        settings = {name: value for name, value in settings.items() if name not in ("head_dim", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if name not in ("head_dim", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        }
     config = CONFIG_MAPPING[kind](**settings)
     if kind in MASKED or kind in TARGET:
-        config.architectures = [f"{kind}ForMaskedLM" if kind in MASKED else f"{kind}ForConditionalGeneration"]
+        config.architectures = [
+            f"{kind}ForMaskedLM" if kind in MASKED else f"{kind}ForConditionalGeneration"
+        ]
     model = auto_class(config).from_config(config, dtype=dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         # Norms and biases too: what isn't loaded must show.
@@ -195,12 +278,20 @@ def make_batches(*shapes: tuple[int, int]) -> list[Tensor]:
 
 def open_blockwise(directory: Path, **settings) -> BlockwiseModel:
     checkpoint = Checkpoint.open(directory)
-    return BlockwiseModel(build_skeleton(checkpoint, **settings), StoredWeights(checkpoint), str(directory))
+    return BlockwiseModel(
+        build_skeleton(checkpoint, **settings), StoredWeights(checkpoint), str(directory)
+    )
 
 
 def ordinary_hidden_states(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     """What the whole model's forward hands to its output head, batch by batch."""
     kind = model.config.model_type
-    body = model.get_decoder() if kind == "opt" else model.model if kind == "llama4_text" else model.base_model
+    body = (
+        model.get_decoder()
+        if kind == "opt"
+        else model.model
+        if kind == "llama4_text"
+        else model.base_model
+    )
     with one_thread(), torch.inference_mode():
         return [body(input_ids=tokens, use_cache=False)[0] for tokens in batches]
