@@ -20,58 +20,66 @@ from torch import Tensor
 from quantkit import ops
 from quantkit.checkpoint.files import blake3_file, cores
 from quantkit.checkpoint.formats import (
-    FP8_BLOCK_SUFFIX,
-    QuantizationLayout,
+    DEFAULT_FORMAT,
+    KV_SUFFIXES,
+    QuantizationConfig,
+    added_suffixes,
+    decode_scales,
     kv_scale_module,
-    layout_name,
-    linear_tensors,
+    read_quantization_config,
     stored_linears,
+    weight_scale_suffixes,
 )
 from quantkit.checkpoint.output_dir import MANIFEST_FILE, changed_tensors
 from quantkit.checkpoint.reader import Checkpoint, read_json
-from quantkit.checkpoint.stream import WeightStream
+from quantkit.checkpoint.stream import WeightStream, block_scales
 from quantkit.errors import CheckpointError
-from quantkit.exporter.runtimes import RUNTIMES, not_found_by_transformers, runtime_problems
-from quantkit.models.assignment import QuantizedLinearInfo
-from quantkit.models.linear_views import as_matrices
+from quantkit.exporter.runtimes import runtime_problems
+from quantkit.models.assignment import FLOATS, QuantizedLinearInfo
+from quantkit.models.linear_views import as_linear_views
 from quantkit.models.tensor_roles import ModelTensors, fused_sets, linears_of
-from quantkit.ops.packing import unpack_int8
 from quantkit.ops.reference import QuantizedTensor
+from quantkit.schemes.number_formats import NUMBER_FORMATS
 from quantkit.schemes.scheme import TENSOR, QuantScheme
+from quantkit.schemes.serving import RUNTIMES
 
 # Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
 LEAST_PLAUSIBLE_SQNR_DB = 15.0
-CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
-# What formats call the scales of weights, inputs, keys and values, queries and probabilities.
-_SCALES = (
-    "weight_scale",
+# Scales that some checkpoint has next to those of weights.
+_OTHER_SCALES = {
     "input_scale",
     "activation_scale",
     "output_scale",
-    "k_scale",
-    "v_scale",
     "q_scale",
     "prob_scale",
-    FP8_BLOCK_SUFFIX,
-)
+    *KV_SUFFIXES,
+}
+
+
+def holds_codes(dtype: str) -> bool:
+    """Whether a safetensors dtype is one of codes or of scales: no model's weights have it."""
+    return any(dtype == known.safetensors_name for known in NUMBER_FORMATS.values())
 
 
 @dataclass
 class Verification:
-    """What `verify` found. left: Linear that isn't quantized → why. sqnr_db: Linear → weight SQNR
-    against the base, where one was given.
+    """What `verify` found.
 
+    tensors, quantized: how many tensors, and how many quantized Linears.
+    left: Linear that isn't quantized → why.
+    faults: (tensor, message).
+    unequal: fused layers with several scales, as faults are written.
+    sqnr_db: Linear → weight SQNR against the base in dB, where one was given.
     changed: tensors that algorithms changed, by the manifest; they differ from the base's on
-    purpose and aren't compared with it.
+        purpose and aren't compared with it.
     """
 
     path: Path
     tensors: int = 0
     quantized: int = 0
     left: dict[str, str] = field(default_factory=dict)
-    faults: list[tuple[str, str]] = field(default_factory=list)  # (tensor, message)
+    faults: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    # fused sets with several scales, as faults are written
     unequal: list[tuple[str, str]] = field(default_factory=list)
     sqnr_db: dict[str, float] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
@@ -119,70 +127,73 @@ def verify(
         if not (path / "config.json").is_file():
             raise  # no checkpoint to find faults in
         return Verification(path, faults=[("", f"can't be opened: {error}")])
-    model_tensors = linears_of(checkpoint)
-    checkpoint = model_tensors.checkpoint
-    base_checkpoint = as_matrices(Checkpoint.open(base)) if base else None
-    base_layout = QuantizationLayout.read(base_checkpoint.config) if base_checkpoint else None
-    if base_layout is not None and base_layout.method != "fp8":
-        raise CheckpointError(f"the base {base} is quantized itself; give the original model")
-    layout = QuantizationLayout.read(checkpoint.config)
+    tensors = linears_of(checkpoint)
+    checkpoint, base_checkpoint = tensors.checkpoint, _open_base(base)
+    config = read_quantization_config(checkpoint.config)
     found = Verification(path, tensors=len(checkpoint.tensors), changed=changed_tensors(path))
     stored = stored_linears(checkpoint.tensors)
-    linears = _check_names(found, model_tensors, layout, stored) if layout else {}
-    if layout and layout.method == "compressed-tensors":
-        _check_formats(found, checkpoint.config["quantization_config"])
-    if layout is None:
-        for module in stored:
-            found.fault(
-                module,
-                "has quantized tensors but config.json has no quantization_config: a runtime would"
-                " read the codes as weights",
-            )
-        if not stored:
-            found.warnings.append("the checkpoint is not quantized")
+    linears: QuantizedLinears = {}
+    if config is None:
+        _check_unquantized(found, stored)
+    else:
+        linears = _check_linears(found, checkpoint, config, stored)
+        found.left = _check_skipped(found, tensors, config, stored)
+        stored_config = checkpoint.config["quantization_config"]
+        found.faults += config.file_format.config_faults(stored_config)
     found.quantized = len(linears)
     if base_checkpoint is not None:
         _check_config_against_base(found, checkpoint, base_checkpoint)
         _check_names_against_base(found, checkpoint, base_checkpoint, stored)
-    _check_values(found, checkpoint, base_checkpoint, stored, linears, on_progress)
+    _check_values(found, checkpoint, base_checkpoint, config, stored, linears, on_progress)
     if not as_stored:
         _check_manifest(found, checkpoint)
-    if layout and layout.kv_cache:
+    if config and config.kv_cache:
         _check_kv_scales(found, checkpoint)
-    _check_fused_sets(found, checkpoint, linears)
+    if config:
+        _check_fused_layers(found, checkpoint, config, linears)
     if not as_stored:
         found.faults += found.unequal
-    turned = {name for name, info in checkpoint.tensors.items() if not info.is_dense}
-    infos = [
-        QuantizedLinearInfo(name, shape, scheme, f"{name}.weight" in turned)
-        for name, (scheme, shape) in linears.items()
-    ]
-    for name in [runtime] if runtime else RUNTIMES:
-        for problem in runtime_problems(
-            name, infos, found.left, layout.method if layout else "compressed-tensors"
-        ):
-            if runtime:
-                found.fault("", problem)
-            else:
-                found.warnings.append(problem)
-    if runtime == "transformers" and (problem := not_found_by_transformers(checkpoint, linears)):
-        found.fault("", problem)
+    _check_runtimes(found, checkpoint, config, linears, runtime)
     return found
 
 
-def _check_names(
+# Quantized Linear → its scheme and its weight's shape [out_features, in_features].
+QuantizedLinears = dict[str, tuple[QuantScheme, tuple[int, int]]]
+
+
+def _open_base(base: Path | None) -> Checkpoint | None:
+    if base is None:
+        return None
+    checkpoint = as_linear_views(Checkpoint.open(base))
+    config = read_quantization_config(checkpoint.config)
+    if config is not None and not config.file_format.is_source:
+        raise CheckpointError(f"the base {base} is quantized itself; give the original model")
+    return checkpoint
+
+
+def _check_unquantized(found: Verification, stored: Mapping[str, list[str]]) -> None:
+    for module in stored:
+        found.fault(
+            module,
+            "has quantized tensors but config.json has no quantization_config: a runtime would"
+            " read the codes as weights",
+        )
+    if not stored:
+        found.warnings.append("the checkpoint is not quantized")
+
+
+def _check_linears(
     found: Verification,
-    model_tensors: ModelTensors,
-    layout: QuantizationLayout,
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
     stored: Mapping[str, list[str]],
-) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
-    """Every Linear is either quantized with all its tensors in the right shapes, or ignored by the
-    config. Returns the former.
+) -> QuantizedLinears:
+    """Every quantized Linear has all its tensors, as its format and scheme have them. Returns those
+    that do.
     """
-    checkpoint = model_tensors.checkpoint
-    linears: dict[str, tuple[QuantScheme, tuple[int, int]]] = {}
+    linears: QuantizedLinears = {}
     for module, suffixes in stored.items():
-        scheme = layout.scheme_of(module)
+        scheme = config.scheme_of(module)
         if scheme is None:
             found.fault(
                 module,
@@ -190,52 +201,40 @@ def _check_names(
                 " read the codes as weights",
             )
             continue
-        shape = _logical_shape(checkpoint, module)
-        if shape is None:
+        infos = {suffix: checkpoint.tensors[f"{module}.{suffix}"] for suffix in suffixes}
+        headers = {suffix: (info.dtype, info.shape) for suffix, info in infos.items()}
+        shape = config.file_format.weight_shape(
+            scheme, headers, lambda suffix, module=module: checkpoint.read(f"{module}.{suffix}")
+        )
+        if shape is None or len(shape) != 2:
             found.fault(f"{module}.weight", "is missing, though its scales are there")
             continue
-        whole = True
-        expected_tensors = linear_tensors(scheme, shape, layout.method)
-        for suffix in set(suffixes) - set(expected_tensors) - {"bias", "k_scale", "v_scale"}:
+        for suffix in config.file_format.unexpected(scheme, shape, suffixes):
             found.fault(f"{module}.{suffix}", f"is not a tensor of {scheme.name}")
-        for suffix, (dtype, expected) in expected_tensors.items():
-            name = f"{module}.{suffix}"
-            info = checkpoint.tensors.get(name)
-            if info is None:
-                found.fault(name, f"is missing; {scheme.name} needs it")
-                whole = False
-            elif (
-                suffix in ("weight", "weight_packed", "weight_shape")
-                and info.dtype != dtype
-                or suffix in ("weight_scale", FP8_BLOCK_SUFFIX)
-                and (info.dtype == "U8") != (dtype == "U8")
-            ):
-                found.fault(name, f"is stored as {info.dtype}; {scheme.name} has {dtype}")
-                whole = False
-            elif info.shape != expected and not (
-                layout.method == "modelopt" and (info.shape, expected) == ((1,), ())
-            ):
-                found.fault(
-                    name,
-                    f"has the shape {list(info.shape)}; transformers expects exactly"
-                    f" {list(expected)}",
-                )
-                whole = False
-        if whole:
-            linears[module] = (scheme, shape)
-    left: dict[str, str] = {}
-    for info in model_tensors.modules("linear", "lm_head", "router", "used directly").values():
+        faults = config.file_format.tensor_faults(module, scheme, shape, headers)
+        found.faults += faults
+        if not faults:
+            linears[module] = (scheme, (shape[0], shape[1]))
+    return linears
+
+
+def _check_skipped(
+    found: Verification,
+    tensors: ModelTensors,
+    config: QuantizationConfig,
+    stored: Mapping[str, list[str]],
+) -> dict[str, str]:
+    """Every other Linear is ignored by the config. Returns why, for each that is."""
+    skipped: dict[str, str] = {}
+    for info in tensors.modules("linear", "lm_head", "router", "used directly").values():
         if info.name in stored:
             continue
-        if layout.scheme_of(info.name) is None:
-            left[info.name] = info.reason or "ignored in quantization_config"
-        elif checkpoint.tensors[info.tensor].dtype in CODES:
+        dtype = tensors.checkpoint.tensors[info.tensor].dtype
+        if config.scheme_of(info.name) is None:
+            skipped[info.name] = info.reason or "ignored in quantization_config"
+        elif holds_codes(dtype):
             found.fault(info.tensor, "holds codes, but their scales are missing")
-        elif info.kind == "linear" or checkpoint.tensors[info.tensor].dtype not in (
-            "BF16",
-            "F16",
-            "F32",
-        ):
+        elif info.kind == "linear" or dtype not in FLOATS:
             found.fault(
                 info.tensor,
                 "is neither quantized nor ignored in quantization_config: vLLM would use scales"
@@ -247,56 +246,47 @@ def _check_names(
                 "is not quantized but quantization_config targets it; add it to 'ignore'",
             )
     if (
-        "lm_head" not in left
-        and checkpoint.config.get("tie_word_embeddings")
-        and layout.scheme_of("lm_head") is None
+        "lm_head" not in skipped
+        and tensors.stored.config.get("tie_word_embeddings")
+        and config.scheme_of("lm_head") is None
     ):
-        left["lm_head"] = "tied to the embedding"  # the module is there, the tensor is not
-    found.left = left
-    return linears
+        skipped["lm_head"] = "tied to the embedding"  # the module is there, the tensor is not
+    return skipped
 
 
-def _check_formats(found: Verification, stored: Mapping[str, Any]) -> None:
-    """Each group's `format` is one that runtimes decompress this scheme with."""
-    for name, entry in stored["config_groups"].items():
-        description = {
-            "weights": entry["weights"],
-            "input_activations": entry.get("input_activations"),
-        }
-        scheme = QuantScheme.parse(description, name)
-        plain = {"naive-quantized", f"{scheme.weight.format.kind}-quantized"}
-        allowed = (
-            {layout_name(scheme)}
-            if layout_name(scheme) in ("pack-quantized", "mxfp8-quantized")
-            else plain
-        )
-        declared = entry.get("format") or stored.get("format")
-        if declared not in allowed:
-            found.fault(
-                f"quantization_config.{name}",
-                f"declares the format {declared!r}; {scheme.name} is stored as"
-                f" {' or '.join(sorted(allowed))}",
-            )
+def _check_runtimes(
+    found: Verification,
+    checkpoint: Checkpoint,
+    config: QuantizationConfig | None,
+    linears: QuantizedLinears,
+    runtime: str | None,
+) -> None:
+    """What a runtime can't load is a fault where it was named, and a warning otherwise."""
+    infos = [
+        QuantizedLinearInfo(name, shape, scheme, _is_transposed(checkpoint, name))
+        for name, (scheme, shape) in linears.items()
+    ]
+    file_format = config.file_format.name if config else DEFAULT_FORMAT
+    if runtime is not None:
+        for problem in runtime_problems(runtime, infos, found.left, file_format, checkpoint):
+            found.fault("", problem)
+        return
+    for name in RUNTIMES:
+        found.warnings += runtime_problems(name, infos, found.left, file_format)
 
 
-def _logical_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
-    packed = checkpoint.tensors.get(f"{module}.weight_packed")
-    if packed is not None:
-        shape = checkpoint.tensors.get(f"{module}.weight_shape")
-        if shape is None or shape.shape != (2,):
-            return (packed.shape[0], packed.shape[1] * 4) if len(packed.shape) == 2 else None
-        rows, columns = checkpoint.read(shape.name).tolist()
-        return int(rows), int(columns)
+def _is_transposed(checkpoint: Checkpoint, module: str) -> bool:
     weight = checkpoint.tensors.get(f"{module}.weight")
-    return weight.shape if weight is not None and len(weight.shape) == 2 else None
+    return weight is not None and not weight.is_dense
 
 
 def _check_values(
     found: Verification,
     checkpoint: Checkpoint,
     base: Checkpoint | None,
+    config: QuantizationConfig | None,
     stored: Mapping[str, list[str]],
-    linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]],
+    linears: QuantizedLinears,
     on_progress: Callable[[int, int], None],
 ) -> None:
     """No NaN, no infinity, no scale that is zero or negative, and what the base has; some rows in
@@ -306,6 +296,7 @@ def _check_values(
         found,
         WeightStream(checkpoint, dequantizing=False),
         WeightStream(base) if base else None,
+        config,
         stored,
         linears,
     )
@@ -347,9 +338,10 @@ class _ValueReader:
     found: Verification
     stream: WeightStream
     base: WeightStream | None
+    config: QuantizationConfig | None
     stored: Mapping[str, list[str]]
-    linears: Mapping[str, tuple[QuantScheme, tuple[int, int]]]
-    # tensors that aren't quantized, and a little other than the base's
+    linears: QuantizedLinears
+    # tensors that aren't quantized, and differ a little from the base's
     differing: list[str] = field(default_factory=list)
 
     def check(self, names: list[str]) -> list[tuple[str, str]]:
@@ -372,7 +364,8 @@ class _ValueReader:
     def _values_fault(self, name: str) -> str | None:
         """What is wrong with the values of one tensor, if anything."""
         suffix = name.rpartition(".")[2]
-        is_scale = suffix in _SCALES  # a model may have others of its own, negative ones too
+        # A model may have scales of its own, negative ones too.
+        is_scale = suffix in _OTHER_SCALES or suffix in weight_scale_suffixes()
         for first, last in self.stream.steps(name):
             with self.stream.stored_rows(name, first, last) as rows:
                 if is_scale and rows.dtype == torch.uint8:
@@ -397,7 +390,7 @@ class _ValueReader:
         ours, theirs = self.stream.checkpoint.tensors[name], self.base.checkpoint.tensors[name]
         if ours.shape != theirs.shape:
             return [(name, f"has the shape {list(ours.shape)}; the base has {list(theirs.shape)}")]
-        if ours.dtype in CODES or name in self.found.changed:
+        if holds_codes(ours.dtype) or name in self.found.changed:
             # codes without their scales are a fault already; what algorithms changed is no longer
             # the base's
             return []
@@ -434,37 +427,7 @@ class _ValueReader:
             ]
         if name in self.found.changed:
             return []
-        signal = noise = 0.0
-        block_rows = scheme.weight.granularity.rows or 1
-        # The scales are a few kilobytes to a megabyte; the codes come in steps.
-        scales = self._scales(module, scheme, shape)
-        codes_name = (
-            f"{module}.weight_packed"
-            if f"{module}.weight_packed" in self.stream.checkpoint.tensors
-            else name
-        )
-        for first, last in self.base.steps(name, block_rows):
-            scale = (
-                scales
-                if scales.shape[0] == 1 and scheme.weight.granularity == TENSOR
-                else scales[first // block_rows : -(-last // block_rows)]
-            )
-            with (
-                self.stream.stored_rows(codes_name, first, last) as stored,
-                self.base.rows(name, first, last) as expected,
-            ):
-                codes = unpack_int8(stored)[:, : shape[1]] if codes_name != name else stored
-                values = expected.float()
-                rounded = ops.dequantize(QuantizedTensor(codes, scale, scheme.weight))
-                # float32 within a step, float64 over the steps: good to 0.001 dB.
-                signal += float(torch.dot(values.flatten(), values.flatten()))
-                difference = (
-                    values.sub_(rounded).flatten()
-                    if values is not expected
-                    else (values - rounded).flatten()
-                )
-                noise += float(torch.dot(difference, difference))
-        sqnr = self.found.sqnr_db[module] = _decibels(signal, noise)
+        sqnr = self.found.sqnr_db[module] = self._sqnr_db(module, name)
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
             return [
                 (
@@ -477,18 +440,38 @@ class _ValueReader:
             ]
         return []
 
-    def _scales(self, module: str, scheme: QuantScheme, shape: tuple[int, int]) -> Tensor:
-        """The weight's scales in float32, [block rows, block columns], however the checkpoint
-        stores them.
-        """
-        suffix = (
-            FP8_BLOCK_SUFFIX
-            if f"{module}.{FP8_BLOCK_SUFFIX}" in self.stream.checkpoint.tensors
-            else "weight_scale"
-        )
-        stored = self.stream.checkpoint.read(f"{module}.{suffix}")
-        scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
-        return scale.reshape(scheme.weight.granularity.scale_shape(*shape))
+    def _sqnr_db(self, module: str, name: str) -> float:
+        """Signal to noise of a quantized weight against the base's weight `name`."""
+        assert self.base is not None and self.config is not None
+        (scheme, shape), file_format = self.linears[module], self.config.file_format
+        signal = noise = 0.0
+        block_rows = scheme.weight.granularity.rows or 1
+        # The scales are a few kilobytes to a megabyte; the codes come in steps.
+        stored_scales = self.stream.checkpoint.read(f"{module}.{file_format.scale_suffix}")
+        scales = decode_scales(stored_scales).reshape(scheme.weight.granularity.scale_shape(*shape))
+        codes_name = f"{module}.{file_format.codes_suffix(scheme)}"
+        for first, last in self.base.steps(name, block_rows):
+            scale = (
+                scales
+                if scales.shape[0] == 1 and scheme.weight.granularity == TENSOR
+                else scales[first // block_rows : -(-last // block_rows)]
+            )
+            with (
+                self.stream.stored_rows(codes_name, first, last) as stored,
+                self.base.rows(name, first, last) as expected,
+            ):
+                codes = file_format.decode_codes(stored, scheme, shape[1])
+                values = expected.float()
+                rounded = ops.dequantize(QuantizedTensor(codes, scale, scheme.weight))
+                # float32 within a step, float64 over the steps: good to 0.001 dB.
+                signal += float(torch.dot(values.flatten(), values.flatten()))
+                difference = (
+                    values.sub_(rounded).flatten()
+                    if values is not expected
+                    else (values - rounded).flatten()
+                )
+                noise += float(torch.dot(difference, difference))
+        return _decibels(signal, noise)
 
 
 def _decibels(signal: float, noise: float) -> float:
@@ -544,7 +527,7 @@ def _has_nonfinite_codes(tensor: Tensor) -> bool:
 
 
 def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
-    by_suffix: dict[str, set[str]] = {"k_scale": set(), "v_scale": set()}
+    by_suffix: dict[str, set[str]] = {suffix: set() for suffix in KV_SUFFIXES}
     for name in checkpoint.tensors:
         module = kv_scale_module(name)
         if module is not None:
@@ -564,8 +547,11 @@ def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_fused_sets(
-    found: Verification, checkpoint: Checkpoint, linears: Mapping[str, tuple[QuantScheme, Any]]
+def _check_fused_layers(
+    found: Verification,
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
+    linears: QuantizedLinears,
 ) -> None:
     """Where a runtime merges Linears and a scale is per tensor, all members must carry the same
     one.
@@ -574,7 +560,7 @@ def _check_fused_sets(
         schemes = [linears[member][0] for member in members]
         suffixes = []
         if all(scheme.weight.granularity == TENSOR for scheme in schemes):
-            suffixes.append("weight_scale")
+            suffixes.append(config.file_format.scale_suffix)
         if all(scheme.needs_calibration for scheme in schemes):
             suffixes.append("input_scale")
         for suffix in suffixes:
@@ -632,27 +618,20 @@ def _check_names_against_base(
     found: Verification, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]
 ) -> None:
     """Every tensor of the base is here, as it was or quantized, and nothing else is."""
+    base_scales = {scale.rpartition(".")[2] for scale in block_scales(base).values()}
     for name in base.tensors:
         module, _, suffix = name.rpartition(".")
         if (
             name not in checkpoint.tensors
             and not (suffix == "weight" and module in stored)
-            and suffix != FP8_BLOCK_SUFFIX
+            and suffix not in base_scales
         ):
             found.fault(name, "is in the base but not in this checkpoint")
-    scales = (
-        "weight_scale",
-        FP8_BLOCK_SUFFIX,
-        "input_scale",
-        "weight_shape",
-        "weight_packed",
-        "k_scale",
-        "v_scale",
-    )
+    added = added_suffixes()
     for name in checkpoint.tensors:
         if (
             name not in base.tensors
-            and name.rpartition(".")[2] not in scales
+            and name.rpartition(".")[2] not in added
             and name not in found.changed
         ):
             found.fault(name, "is not in the base")
