@@ -1,112 +1,40 @@
 """`verify`: is a checkpoint whole, finite and consistent, and will a runtime load it?
 
 A fault is something that a runtime would refuse or, worse, wouldn't notice: a missing scale, a NaN
-code, two scales in one fused set. A warning names a runtime that can't load a checkpoint which is
+code, two scales in fused layers. A warning names a runtime that can't load a checkpoint which is
 sound in itself.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from quantkit import ops
-from quantkit.checkpoint.files import blake3_file, cores
+from quantkit.checkpoint.files import blake3_file
 from quantkit.checkpoint.formats import (
     DEFAULT_FORMAT,
     KV_SUFFIXES,
     QuantizationConfig,
     added_suffixes,
-    decode_scales,
     kv_scale_module,
     read_quantization_config,
     stored_linears,
-    weight_scale_suffixes,
 )
 from quantkit.checkpoint.output_dir import MANIFEST_FILE, changed_tensors
 from quantkit.checkpoint.reader import Checkpoint, read_json
-from quantkit.checkpoint.stream import WeightStream, block_scales
+from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import CheckpointError
 from quantkit.exporter.runtimes import runtime_problems
+from quantkit.exporter.verification import QuantizedLinears, Verification, holds_codes
+from quantkit.exporter.verify_values import check_values
 from quantkit.models.assignment import FLOATS, QuantizedLinearInfo
 from quantkit.models.linear_views import as_linear_views
 from quantkit.models.tensor_roles import ModelTensors, fused_sets, linears_of
-from quantkit.ops.reference import QuantizedTensor
-from quantkit.schemes.number_formats import NUMBER_FORMATS
-from quantkit.schemes.scheme import TENSOR, QuantScheme
+from quantkit.schemes.scheme import TENSOR
 from quantkit.schemes.serving import RUNTIMES
-
-# Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
-LEAST_PLAUSIBLE_SQNR_DB = 15.0
-# Scales that some checkpoint has next to those of weights.
-_OTHER_SCALES = {
-    "input_scale",
-    "activation_scale",
-    "output_scale",
-    "q_scale",
-    "prob_scale",
-    *KV_SUFFIXES,
-}
-
-
-def holds_codes(dtype: str) -> bool:
-    """Whether a safetensors dtype is one of codes or of scales: no model's weights have it."""
-    return any(dtype == known.safetensors_name for known in NUMBER_FORMATS.values())
-
-
-@dataclass
-class Verification:
-    """What `verify` found.
-
-    tensors, quantized: how many tensors, and how many quantized Linears.
-    left: Linear that isn't quantized → why.
-    faults: (tensor, message).
-    unequal: fused layers with several scales, as faults are written.
-    sqnr_db: Linear → weight SQNR against the base in dB, where one was given.
-    changed: tensors that algorithms changed, by the manifest; they differ from the base's on
-        purpose and aren't compared with it.
-    """
-
-    path: Path
-    tensors: int = 0
-    quantized: int = 0
-    left: dict[str, str] = field(default_factory=dict)
-    faults: list[tuple[str, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    unequal: list[tuple[str, str]] = field(default_factory=list)
-    sqnr_db: dict[str, float] = field(default_factory=dict)
-    changed: frozenset[str] = frozenset()
-
-    def fault(self, tensor: str, message: str) -> None:
-        self.faults.append((tensor, message))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ok": self.ok,
-            "faults": [{"tensor": tensor, "message": message} for tensor, message in self.faults],
-            "warnings": list(self.warnings),
-            "path": str(self.path),
-            "tensors": self.tensors,
-            "quantized": self.quantized,
-            "changed": len(self.changed),
-            "left": [{"name": name, "reason": reason} for name, reason in self.left.items()],
-            "layers": [{"name": name, "weight_sqnr_db": value} for name, value in self.worst_first],
-        }
-
-    @property
-    def ok(self) -> bool:
-        return not self.faults
-
-    @property
-    def worst_first(self) -> list[tuple[str, float]]:
-        return sorted(self.sqnr_db.items(), key=lambda item: item[1])
 
 
 def verify(
@@ -119,7 +47,7 @@ def verify(
     """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all).
 
     as_stored: ask only whether it can be computed as it is stored; that its files were changed
-    since they were exported, or that a fused set has several scales, is no fault then.
+    since they were exported, or that fused layers have several scales, is no fault then.
     """
     try:
         checkpoint = Checkpoint.open(path)
@@ -144,7 +72,7 @@ def verify(
     if base_checkpoint is not None:
         _check_config_against_base(found, checkpoint, base_checkpoint)
         _check_names_against_base(found, checkpoint, base_checkpoint, stored)
-    _check_values(found, checkpoint, base_checkpoint, config, stored, linears, on_progress)
+    check_values(found, checkpoint, base_checkpoint, config, stored, linears, on_progress)
     if not as_stored:
         _check_manifest(found, checkpoint)
     if config and config.kv_cache:
@@ -155,10 +83,6 @@ def verify(
         found.faults += found.unequal
     _check_runtimes(found, checkpoint, config, linears, runtime)
     return found
-
-
-# Quantized Linear → its scheme and its weight's shape [out_features, in_features].
-QuantizedLinears = dict[str, tuple[QuantScheme, tuple[int, int]]]
 
 
 def _open_base(base: Path | None) -> Checkpoint | None:
@@ -203,9 +127,8 @@ def _check_linears(
             continue
         infos = {suffix: checkpoint.tensors[f"{module}.{suffix}"] for suffix in suffixes}
         headers = {suffix: (info.dtype, info.shape) for suffix, info in infos.items()}
-        shape = config.file_format.weight_shape(
-            scheme, headers, lambda suffix, module=module: checkpoint.read(f"{module}.{suffix}")
-        )
+        read = functools.partial(_read_tensor, checkpoint, module)
+        shape = config.file_format.weight_shape(scheme, headers, read)
         if shape is None or len(shape) != 2:
             found.fault(f"{module}.weight", "is missing, though its scales are there")
             continue
@@ -216,6 +139,10 @@ def _check_linears(
         if not faults:
             linears[module] = (scheme, (shape[0], shape[1]))
     return linears
+
+
+def _read_tensor(checkpoint: Checkpoint, module: str, suffix: str) -> Tensor:
+    return checkpoint.read(f"{module}.{suffix}")
 
 
 def _check_skipped(
@@ -280,209 +207,8 @@ def _is_transposed(checkpoint: Checkpoint, module: str) -> bool:
     return weight is not None and not weight.is_dense
 
 
-def _check_values(
-    found: Verification,
-    checkpoint: Checkpoint,
-    base: Checkpoint | None,
-    config: QuantizationConfig | None,
-    stored: Mapping[str, list[str]],
-    linears: QuantizedLinears,
-    on_progress: Callable[[int, int], None],
-) -> None:
-    """No NaN, no infinity, no scale that is zero or negative, and what the base has; some rows in
-    memory for each of as many threads as there are cores.
-    """
-    reader = _ValueReader(
-        found,
-        WeightStream(checkpoint, dequantizing=False),
-        WeightStream(base) if base else None,
-        config,
-        stored,
-        linears,
-    )
-    threads_before = torch.get_num_threads()
-    done = 0
-    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        units = [
-            [f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()
-        ]
-        units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
-        futures = {pool.submit(reader.check, unit): unit for unit in units}
-        try:
-            for future in as_completed(futures):
-                for tensor, message in future.result():
-                    found.fault(tensor, message)
-                done += len(futures[future])
-                on_progress(done, found.tensors)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads_before)
-    # Threads finish in any order; what is reported doesn't depend on it.
-    order = {name: number for number, name in enumerate(checkpoint.tensors)}
-    found.faults.sort(key=lambda fault: order.get(fault[0], -1))
-    if reader.differing:
-        others = f" (and {len(reader.differing) - 1} more)" if len(reader.differing) > 1 else ""
-        found.warnings.append(
-            f"{min(reader.differing, key=order.get)} differs from the base's, though it isn't"
-            f" quantized{others}"
-        )
-    found.warnings.sort()
-
-
-@dataclass
-class _ValueReader:
-    """Checks the values of a Linear's tensors, or of one tensor, against rules and against the
-    base.
-    """
-
-    found: Verification
-    stream: WeightStream
-    base: WeightStream | None
-    config: QuantizationConfig | None
-    stored: Mapping[str, list[str]]
-    linears: QuantizedLinears
-    # tensors that aren't quantized, and differ a little from the base's
-    differing: list[str] = field(default_factory=list)
-
-    def check(self, names: list[str]) -> list[tuple[str, str]]:
-        faults = []
-        for name in names:
-            message = self._values_fault(name)
-            if message:
-                faults.append((name, message))
-        module = names[0].rpartition(".")[0]
-        if self.base is not None and module in self.stored:
-            faults += (
-                self._against_base(module, f"{module}.weight")
-                if not faults and module in self.linears
-                else []
-            )
-        elif self.base is not None and names[0] in self.base.checkpoint.tensors and not faults:
-            faults += self._left_against_base(names[0])
-        return faults
-
-    def _values_fault(self, name: str) -> str | None:
-        """What is wrong with the values of one tensor, if anything."""
-        suffix = name.rpartition(".")[2]
-        # A model may have scales of its own, negative ones too.
-        is_scale = suffix in _OTHER_SCALES or suffix in weight_scale_suffixes()
-        for first, last in self.stream.steps(name):
-            with self.stream.stored_rows(name, first, last) as rows:
-                if is_scale and rows.dtype == torch.uint8:
-                    if (rows == 255).any():
-                        return "holds NaN scales (the byte 255)"
-                elif is_scale:
-                    if not torch.isfinite(rows.float()).all():
-                        return "holds NaN or infinite scales"
-                    if (rows.float() <= 0).any():
-                        return "holds scales that are zero or negative"
-                elif rows.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-                    if _has_nonfinite_codes(rows):
-                        return "holds NaN or infinite codes"
-                elif rows.is_floating_point() and not torch.isfinite(rows).all():
-                    return "holds NaN or infinity"
-        return None
-
-    def _left_against_base(self, name: str) -> list[tuple[str, str]]:
-        """A tensor that isn't quantized is the base's; one that some algorithm has changed a little
-        is worth a warning.
-        """
-        ours, theirs = self.stream.checkpoint.tensors[name], self.base.checkpoint.tensors[name]
-        if ours.shape != theirs.shape:
-            return [(name, f"has the shape {list(ours.shape)}; the base has {list(theirs.shape)}")]
-        if holds_codes(ours.dtype) or name in self.found.changed:
-            # codes without their scales are a fault already; what algorithms changed is no longer
-            # the base's
-            return []
-        signal = noise = 0.0
-        for first, last in self.base.steps(name):
-            with (
-                self.stream.stored_rows(name, first, last) as rows,
-                self.base.rows(name, first, last) as expected,
-            ):
-                if not torch.equal(rows, expected.to(rows.dtype)):
-                    expected, difference = expected.double(), rows.double() - expected.double()
-                    noise += float(difference.square().sum())
-                signal += float(expected.double().square().sum())
-        sqnr = _decibels(signal, noise)
-        if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
-            return [
-                (
-                    name,
-                    f"isn't quantized but is {sqnr:.1f} dB from the base's: it is another tensor",
-                )
-            ]
-        if noise or ours.dtype != theirs.dtype and name not in self.base.block_scales:
-            self.differing.append(name)
-        return []
-
-    def _against_base(self, module: str, name: str) -> list[tuple[str, str]]:
-        original = self.base.checkpoint.tensors.get(name)
-        scheme, shape = self.linears[module]
-        if original is None:
-            return []
-        if original.shape != shape:
-            return [
-                (name, f"stands for the shape {list(shape)}; the base has {list(original.shape)}")
-            ]
-        if name in self.found.changed:
-            return []
-        sqnr = self.found.sqnr_db[module] = self._sqnr_db(module, name)
-        if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
-            return [
-                (
-                    name,
-                    (
-                        f"is {sqnr:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB"
-                        " or more"
-                    ),
-                )
-            ]
-        return []
-
-    def _sqnr_db(self, module: str, name: str) -> float:
-        """Signal to noise of a quantized weight against the base's weight `name`."""
-        assert self.base is not None and self.config is not None
-        (scheme, shape), file_format = self.linears[module], self.config.file_format
-        signal = noise = 0.0
-        block_rows = scheme.weight.granularity.rows or 1
-        # The scales are a few kilobytes to a megabyte; the codes come in steps.
-        stored_scales = self.stream.checkpoint.read(f"{module}.{file_format.scale_suffix}")
-        scales = decode_scales(stored_scales).reshape(scheme.weight.granularity.scale_shape(*shape))
-        codes_name = f"{module}.{file_format.codes_suffix(scheme)}"
-        for first, last in self.base.steps(name, block_rows):
-            scale = (
-                scales
-                if scales.shape[0] == 1 and scheme.weight.granularity == TENSOR
-                else scales[first // block_rows : -(-last // block_rows)]
-            )
-            with (
-                self.stream.stored_rows(codes_name, first, last) as stored,
-                self.base.rows(name, first, last) as expected,
-            ):
-                codes = file_format.decode_codes(stored, scheme, shape[1])
-                values = expected.float()
-                rounded = ops.dequantize(QuantizedTensor(codes, scale, scheme.weight))
-                # float32 within a step, float64 over the steps: good to 0.001 dB.
-                signal += float(torch.dot(values.flatten(), values.flatten()))
-                difference = (
-                    values.sub_(rounded).flatten()
-                    if values is not expected
-                    else (values - rounded).flatten()
-                )
-                noise += float(torch.dot(difference, difference))
-        return _decibels(signal, noise)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Signal to noise of two sums of squares: infinite for no noise, minus infinity for noise
-    alone.
-    """
-    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
-
-
 def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
-    """Files that quantkit wrote are the ones that lie here now. Weights must be; a config,
+    """Files that quantkit wrote are the ones that are here now. Weights must be; a config,
     tokenizer or card may have been edited since.
     """
     path = checkpoint.path / MANIFEST_FILE
@@ -518,12 +244,6 @@ def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
             )
         else:
             found.warnings.append(f"{name} {message}")
-
-
-def _has_nonfinite_codes(tensor: Tensor) -> bool:
-    magnitude = tensor.view(torch.uint8) & 0x7F
-    # E4M3 has NaN at 0x7F alone; E5M2 has infinity at 0x7C and NaN above.
-    return bool((magnitude >= (0x7F if tensor.dtype == torch.float8_e4m3fn else 0x7C)).any())
 
 
 def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
