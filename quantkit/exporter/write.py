@@ -1,26 +1,23 @@
 """`export`: safetensors in, safetensors out, a few rows at a time; the model is never built.
 
 The output's headers are known from the plan, so as many threads as there are cores take one tensor
-after the other, make its codes and put them where they belong, while a thread for each shard
-follows, reads back what has been written and hashes it. Source rows are looked at in the page cache
-and codes go from a core's own cache to the file: memory holds a few megabytes for each thread,
-whatever the model's size.
+after the other, make its codes (`tensor_maker`) and write them to their place, while a thread for
+each shard follows, reads back what has been written and hashes it. Source rows are read from the
+page cache and codes go from a core's own cache to the file: memory holds a few megabytes for each
+thread, whatever the model's size.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from quantkit import ops
 from quantkit.checkpoint.files import cores
-from quantkit.checkpoint.formats import KV_SUFFIXES, kv_scale_module
 from quantkit.checkpoint.interrupts import stop_between_steps
 from quantkit.checkpoint.output_dir import (
     OutputDirectory,
@@ -28,7 +25,6 @@ from quantkit.checkpoint.output_dir import (
     check_output,
     finished_already,
 )
-from quantkit.checkpoint.reader import DTYPES, read_tensor
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.checkpoint.writer import (
     ShardWriter,
@@ -40,9 +36,7 @@ from quantkit.checkpoint.writer import (
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.exporter.plan import ExportPlan, file_times
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest
-from quantkit.models.assignment import QuantizedLinearInfo
-from quantkit.ops.reference import QuantizedTensor, choose_scale, kv_scale
-from quantkit.schemes.scheme import TENSOR
+from quantkit.exporter.tensor_maker import Job, TensorMaker, plan_jobs
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def export(
         return replace(summary, was_finished=True)
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
     others = checkpoint.other_files()
-    jobs = _jobs(plan)
+    jobs = plan_jobs(plan)
     shards = plan_shards([job.tensors for job in jobs], options.max_shard_bytes)
     names = shard_names(len(shards))
     check_disk_space(options.output, plan.bytes_after + sum(path.stat().st_size for path in others))
@@ -127,45 +121,6 @@ def _inputs(plan: ExportPlan) -> list[Path]:
     return [plan.checkpoint.path, *([plan.calibration.path] if plan.calibration else [])]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Tensors that are made from one parameter, together: a Linear's weight with its scales, a
-    tensor as it was, or the scale of a KV cache.
-    """
-
-    source: str | None
-    linear: QuantizedLinearInfo | None
-    tensors: tuple[TensorPlan, ...]
-    bytes_read: int
-
-
-def _jobs(plan: ExportPlan) -> list[_Job]:
-    jobs, file_format = [], plan.file_format
-    for row in plan.parameters:
-        info = plan.checkpoint.tensors[plan.added.get(row.name, row.name)]
-        linear = (
-            plan.linears.get(row.name.removesuffix(".weight"))
-            if row.status == "quantized"
-            else None
-        )
-        dtype = plan.dense_dtype if row.name in plan.block_scales else info.dtype
-        tensors = (
-            linear.tensors(file_format) if linear else [TensorPlan(row.name, dtype, info.shape)]
-        )
-        jobs.append(_Job(row.name, linear, tuple(tensors), row.bytes_before))
-    if plan.options.recipe.kv_cache:
-        names = [
-            file_format.kv_scale_name(module, suffix)
-            for module in plan.calibration.kv_amax
-            for suffix in KV_SUFFIXES
-        ]
-        jobs += [
-            _Job(None, None, (TensorPlan(name, "F32", file_format.scalar_shape),), 0)
-            for name in names
-        ]
-    return jobs
-
-
 class _Run:
     """The threads of one export, and what they share.
 
@@ -175,8 +130,8 @@ class _Run:
 
     @staticmethod
     def by_shard(
-        jobs: Sequence[_Job], names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]
-    ) -> dict[str, list[_Job]]:
+        jobs: Sequence[Job], names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]
+    ) -> dict[str, list[Job]]:
         by_first = {job.tensors[0].name: job for job in jobs}
         return {
             name: [by_first[tensor.name] for tensor in tensors if tensor.name in by_first]
@@ -187,12 +142,12 @@ class _Run:
         self,
         plan: ExportPlan,
         output: OutputDirectory,
-        shards: dict[str, list[_Job]],
+        shards: dict[str, list[Job]],
         finished: dict[str, Any],
     ) -> None:
         self._plan, self._output = plan, output
         self._stream = WeightStream(plan.checkpoint)
-        self._amax = _SharedAmax(plan, self._stream)
+        self._maker = TensorMaker(plan, self._stream)
         self._todo = {name: jobs for name, jobs in shards.items() if name not in finished}
         self._jobs = iter([(name, job) for name, jobs in self._todo.items() for job in jobs])
         self._read = sum(job.bytes_read for name in finished for job in shards[name])
@@ -207,7 +162,7 @@ class _Run:
     def run(self, on_progress: Callable[[int, int], None]) -> None:
         for jobs in self._todo.values():
             for job in jobs:
-                self._stream.expect(self._touched(job))
+                self._stream.expect(self._maker.touched(job))
         threads_before = torch.get_num_threads()
         makers = [
             threading.Thread(target=self._guarded, args=(self._make,), name=f"maker {number}")
@@ -268,17 +223,18 @@ class _Run:
         torch.set_num_threads(1)  # for this thread: the parallelism is over tensors
         while not self._stopping.is_set():
             with self._lock:
-                name, job = next(self._jobs, (None, None))
-            if job is None:
+                shard_and_job = next(self._jobs, None)
+            if shard_and_job is None:
                 return
+            name, job = shard_and_job
             writer = self._writer(name)
             if writer is None:
                 return
-            for tensor, content, offset in self._parts(job):
+            for tensor, content, offset in self._maker.parts(job):
                 if writer.is_abandoned:
                     return
                 writer.write_part(tensor, tensor_bytes(content), offset)
-            self._stream.done(self._touched(job))
+            self._stream.done(self._maker.touched(job))
             with self._lock:
                 self._read += job.bytes_read
 
@@ -318,197 +274,3 @@ class _Run:
                     name, {"bytes": (self._output.partial / name).stat().st_size, "blake3": digest}
                 )
                 self._recorded += 1
-
-    # ---- One job: parts of tensors, each a name, rows of it, and their place in bytes.
-
-    def _touched(self, job: _Job) -> list[str]:
-        """The tensors that making this one reads: its own, and with one scale for a whole fused set
-        the other members'.
-        """
-        if job.source is None or job.source in self._plan.added:
-            return []
-        if job.linear is not None and job.linear.scheme.weight.granularity == TENSOR:
-            return [
-                f"{member}.weight"
-                for member in self._plan.fused_with.get(job.linear.name, (job.linear.name,))
-            ]
-        return [job.source]
-
-    def _parts(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
-        if job.source is None:
-            yield job.tensors[0].name, _kv_scale(self._plan, job.tensors[0]), 0
-        elif job.linear is None:
-            yield from self._copied(job.source, job.tensors[0])
-        elif (chosen := self._chosen(job)) is not None:
-            yield from self._chosen_codes(job, chosen)
-        elif self._stream.source_spec == job.linear.scheme.weight:
-            yield from self._codes_as_they_are(job)
-        else:
-            yield from self._quantized(job)
-
-    def _chosen(self, job: _Job) -> QuantizedTensor | None:
-        """What calibration chose for a Linear."""
-        calibration = self._plan.calibration
-        return (
-            calibration.quantized_weight(job.linear.name, job.linear.scheme.weight)
-            if calibration
-            else None
-        )
-
-    def _chosen_codes(
-        self, job: _Job, quantized: QuantizedTensor
-    ) -> Iterator[tuple[str, Tensor, int]]:
-        """Codes and scales that algorithms chose, as they are: rounding anew would undo their
-        work.
-        """
-        linear = job.linear
-        if not torch.isfinite(quantized.scale).all():
-            raise _not_finite(job.source)
-        places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
-        for suffix, part in self._plan.file_format.encode_rows(quantized, linear.scheme).items():
-            yield places[suffix].name, _as_stored(part, suffix, linear), 0
-        yield from self._constants(linear, places, quantized.scale)
-
-    def _constants(
-        self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor
-    ) -> Iterator[tuple[str, Tensor, int]]:
-        shared = weight_scale if linear.scheme.weight.granularity == TENSOR else None
-        input_scale = (
-            input_scale_of(linear, self._plan) if linear.scheme.needs_calibration else None
-        )
-        for suffix, constant in self._plan.file_format.encode_constants(
-            linear.scheme, linear.shape, shared, input_scale
-        ).items():
-            yield places[suffix].name, constant, 0
-
-    def _copied(self, name: str, tensor: TensorPlan) -> Iterator[tuple[str, Tensor, int]]:
-        changed = self._plan.calibration.weights.get(name) if self._plan.calibration else None
-        if changed is not None:
-            yield name, read_tensor(changed), 0
-            return
-        dtype = getattr(torch, DTYPES[tensor.dtype][1])
-        row_bytes = tensor.nbytes // max(1, tensor.shape[0] if tensor.shape else 1)
-        for first, last in self._stream.steps(name):
-            with self._stream.rows(name, first, last) as rows:
-                if rows.is_floating_point() and rows.element_size() > 1 and not _is_finite(rows):
-                    raise _not_finite(name)
-                yield name, rows.to(dtype), first * row_bytes
-
-    def _codes_as_they_are(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
-        """The source's blocks are the scheme's: rounding them anew would only lose."""
-        weight, scale = job.tensors
-        with self._stream.stored_rows(
-            self._plan.block_scales[job.source], 0, scale.shape[0]
-        ) as scales:
-            if not _is_finite(scales):
-                raise _not_finite(self._plan.block_scales[job.source])
-            yield scale.name, scales.float(), 0
-        for first, last in self._stream.steps(job.source):
-            with self._stream.stored_rows(job.source, first, last) as codes:
-                if (codes.view(torch.uint8) & 0x7F == 0x7F).any():
-                    raise _not_finite(job.source)
-                yield weight.name, codes, first * weight.shape[1]
-
-    def _quantized(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
-        linear = job.linear
-        spec = linear.scheme.weight
-        amax = self._amax.of(linear.name) if spec.granularity == TENSOR else None
-        places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
-        block_rows = spec.granularity.rows or 1
-        for first, last in self._stream.steps(job.source, block_rows):
-            with self._stream.rows(job.source, first, last) as rows:
-                quantized = ops.quantize(rows, spec, amax)
-            if not torch.isfinite(quantized.scale).all():
-                raise _not_finite(job.source)
-            for suffix, part in self._plan.file_format.encode_rows(
-                quantized, linear.scheme
-            ).items():
-                tensor = places[suffix]
-                row = (
-                    first
-                    if linear.is_transposed or tensor.shape[0] == linear.shape[0]
-                    else first // block_rows
-                )
-                yield (
-                    tensor.name,
-                    _as_stored(part, suffix, linear),
-                    row * (tensor.nbytes // tensor.shape[0]),
-                )
-        yield from self._constants(linear, places, quantized.scale)
-
-
-def _as_stored(part: Tensor, suffix: str, linear: QuantizedLinearInfo) -> Tensor:
-    """Codes as the weight lay on disk; a transposed weight comes as a whole."""
-    return part.T.contiguous() if linear.is_transposed and suffix == "weight" else part
-
-
-def _is_finite(rows: Tensor) -> bool:
-    if not rows.numel():
-        return True
-    row = rows.reshape(1, -1)
-    return bool(torch.isfinite(torch.ops.quantkit.block_amax(row, 1, row.shape[1])).all())
-
-
-class _SharedAmax:
-    """Largest weight of each Linear that has one scale, over its fused set where it is in one; each
-    set is measured when its first member comes.
-    """
-
-    def __init__(self, plan: ExportPlan, stream: WeightStream) -> None:
-        self._stream = stream
-        self._sets = plan.fused_with
-        self._amax: dict[tuple[str, ...], Any] = {}
-        self._locks: dict[tuple[str, ...], threading.Lock] = {}
-        self._lock = threading.Lock()
-
-    def of(self, name: str) -> Tensor:
-        """[1, 1] float32."""
-        members = self._sets.get(name, (name,))
-        with self._lock:
-            lock = self._locks.setdefault(members, threading.Lock())
-        with lock:
-            if members not in self._amax:
-                self._amax[members] = self._measure([f"{member}.weight" for member in members])
-            return self._amax[members]
-
-    def _measure(self, names: Sequence[str]) -> Tensor:
-        largest = torch.zeros(1, 1)
-        for name in names:
-            for first, last in self._stream.steps(name):
-                with self._stream.rows(name, first, last) as rows:
-                    largest = torch.maximum(
-                        largest, torch.ops.quantkit.block_amax(rows, *rows.shape)
-                    )
-            if not torch.isfinite(largest).all():
-                raise _not_finite(name)
-        return largest
-
-
-def _not_finite(tensor: str) -> CheckpointError:
-    return CheckpointError(
-        f"the weight {tensor} holds NaN or infinity; a model with it is ruined, so fetch it again"
-        " or mend it"
-    )
-
-
-def _kv_scale(plan: ExportPlan, tensor: TensorPlan) -> Tensor:
-    k_amax, v_amax = plan.calibration.kv_amax[kv_scale_module(tensor.name)]
-    return kv_scale(torch.tensor(k_amax if tensor.name.endswith("k_scale") else v_amax)).reshape(
-        tensor.shape
-    )
-
-
-def input_scale_of(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
-    """The static scale of a Linear's input, [1, 1]."""
-    return choose_scale(torch.tensor([[_static_amax(linear, plan)]]), linear.scheme.input)
-
-
-def _static_amax(linear: QuantizedLinearInfo, plan: ExportPlan) -> float:
-    """The magnitude that a static input scale must reach, over the whole fused set: runtimes keep
-    one scale for it.
-    """
-    members = plan.fused_with.get(linear.name, (linear.name,))
-    return max(
-        plan.calibration.static_amax(member, linear.scheme.input, plan.options.recipe.observer)
-        for member in members
-    )

@@ -28,7 +28,7 @@ from quantkit.evaluation.quantized_experts import (
     register_serving_experts,
 )
 from quantkit.exporter.plan import ExportPlan
-from quantkit.exporter.write import input_scale_of
+from quantkit.exporter.tensor_maker import input_scale_of
 from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.models.blockwise import BlockwiseModel
 from quantkit.models.distributed import Ranks
