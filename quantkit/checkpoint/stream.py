@@ -50,7 +50,7 @@ class WeightStream:
         """
         info = self.checkpoint.tensors[name]
         if name in self.block_scales:
-            multiple = math.lcm(multiple, self.source_spec.granularity.rows)
+            multiple = math.lcm(multiple, self._source_block()[0])
         if not info.nbytes:
             return
         rows, row_bytes = row_count(info), max(1, info.nbytes // max(1, row_count(info)))
@@ -68,18 +68,23 @@ class WeightStream:
             if name not in self.block_scales:
                 yield stored
                 return
-            block = self.source_spec.granularity
+            block_rows, block_columns = self._source_block()
             with self.stored_rows(
-                self.block_scales[name], first // block.rows, -(-last // block.rows)
+                self.block_scales[name], first // block_rows, -(-last // block_rows)
             ) as scale:
                 import torch
 
                 import quantkit.ops  # noqa: F401 (declares the op)
 
                 values = torch.ops.quantkit.dequantize_blocks(
-                    stored, scale.float(), block.rows, block.columns
+                    stored, scale.float(), block_rows, block_columns
                 )
             yield values
+
+    def _source_block(self) -> tuple[int, int]:
+        """The rows and columns of a block of the source's weights."""
+        assert self.source_spec is not None, "block scales come with their spec"
+        return self.source_spec.granularity.block_shape(1, 1)
 
     @contextmanager
     def stored_rows(self, name: str, first: int, last: int) -> Iterator[Tensor]:

@@ -34,7 +34,7 @@ class UserPath(click.Path):
     def convert(
         self, value: Any, param: click.Parameter | None, context: click.Context | None
     ) -> Path:
-        return Path(super().convert(value, param, context)).expanduser()
+        return Path(os.fsdecode(super().convert(value, param, context))).expanduser()
 
 
 class Size(click.ParamType):
@@ -52,8 +52,9 @@ class Size(click.ParamType):
         except QuantkitError as error:
             self.fail(one_line(str(error)), param, context)
         if not count:
+            option = param.opts[0] if param else self.name
             raise click.UsageError(
-                f"{param.opts[0]} must be more than 0; write for example 5GB or 500MB", context
+                f"{option} must be more than 0; write for example 5GB or 500MB", context
             )
         return count
 

@@ -341,15 +341,14 @@ def _runtime_warnings(
 def _observer_warnings(recipe: Recipe, linears: Mapping[str, QuantizedLinearInfo]) -> list[str]:
     if recipe.observer.kind == "absmax":
         return []
-    static = [linear.scheme for linear in linears.values() if linear.scheme.needs_calibration]
+    inputs = [linear.scheme.input for linear in linears.values()]
+    static = [spec for spec in inputs if spec is not None and not spec.dynamic]
     if not static:
         return [
             f"the observer {recipe.observer} changes nothing: no scheme here has static input"
             " scales"
         ]
-    if recipe.observer.kind == "percentile" and any(
-        scheme.input.format.kind == "float" for scheme in static
-    ):
+    if recipe.observer.kind == "percentile" and any(spec.format.kind == "float" for spec in static):
         return [
             f"the observer {recipe.observer} clips inputs that FP8 has range for; absmax or mse"
             " usually loses less"

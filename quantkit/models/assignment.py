@@ -122,12 +122,12 @@ def assign_layers(
         if name not in scale_tensors
     }
     reasons |= {name: reasons[part] for name, part in whole.items() if part in reasons}
-    linears = {
-        module: QuantizedLinearInfo(
-            module, mixed.tensors[f"{module}.weight"].shape, scheme, tensors.is_transposed(module)
+    linears = {}
+    for module, scheme in schemes.items():
+        rows, columns = mixed.tensors[f"{module}.weight"].shape
+        linears[module] = QuantizedLinearInfo(
+            module, (rows, columns), scheme, tensors.is_transposed(module)
         )
-        for module, scheme in schemes.items()
-    }
     assignment = Assignment(mixed, roles, linears, reasons, scales)
     _refuse_dtypes(assignment)
     _refuse_clashes(assignment, form)

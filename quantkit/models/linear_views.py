@@ -93,11 +93,11 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
         if len(names) != 2 or shapes[names[0]][0] != shapes[names[1]][0]:
             continue
         for first, down in (names, names[::-1]):
-            (_, a, b), (_, c, d) = shapes[first], shapes[down]
+            (experts, a, b), (_, c, d) = shapes[first], shapes[down]
             plain, transposed = (a, b) == (2 * d, c), (a, b) == (d, 2 * c)
             if plain or transposed:
-                stacks[first] = Stack(first, module, shapes[first], GATE_UP, transposed)
-                stacks[down] = Stack(down, module, shapes[down], DOWN, transposed)
+                stacks[first] = Stack(first, module, (experts, a, b), GATE_UP, transposed)
+                stacks[down] = Stack(down, module, (experts, c, d), DOWN, transposed)
     return stacks
 
 

@@ -1,55 +1,17 @@
-"""A recipe in which some Linears take other choices than the rest: written as few patterns, which
-match what is meant and nothing else.
+"""A recipe in which some Linears have another scheme than the rest, written as few patterns, which
+match those Linears and no others.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantkit.schemes.pattern import Pattern
+from quantkit.schemes.pattern import patterns_for
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
-
-
-def patterns_for(names: Iterable[str], others: Iterable[str]) -> list[Pattern]:
-    """Patterns that match all of `names` and none of `others`: blocks of one kind of Linear
-    together, experts of a layer as one.
-    """
-    names, others = list(dict.fromkeys(names)), list(others)
-    # what stands before a block's number and behind it → blocks
-    by_path: dict[tuple[str, str], list[str]] = defaultdict(list)
-    alone: list[str] = []
-    for name in names:
-        match = re.match(r"(.*?\.)(\d+)(\..+)", name)
-        if match is None:
-            alone.append(name)
-            continue
-        numbers = by_path[match[1], re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(match[3]))]
-        if match[2] not in numbers:
-            numbers.append(match[2])
-    by_blocks: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for (before, behind), numbers in by_path.items():
-        parent, _, leaf = behind.rpartition(r"\.")
-        by_blocks[before, parent, tuple(sorted(numbers, key=int))].append(leaf)
-    found = []
-    for (before, parent, numbers), leaves in by_blocks.items():
-        pattern = Pattern(f"re:{re.escape(before)}{_either(numbers)}{parent}\\.{_either(leaves)}$")
-        found.append(pattern)
-    meant, matched = (
-        set(names) - set(alone),
-        {name for name in (*names, *others) if any(pattern.matches(name) for pattern in found)},
-    )
-    # Numbers that mean something else than an expert's may be told apart by exact names only.
-    return [*(found if matched == meant else map(Pattern, sorted(meant))), *map(Pattern, alone)]
-
-
-def _either(words: Iterable[str]) -> str:
-    words = list(words)
-    return words[0] if len(words) == 1 else f"({'|'.join(words)})"
 
 
 def mixed_recipe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -43,7 +44,7 @@ class Pattern:
         return self._regex.match(name) is not None
 
     def require_match(self, names: Iterable[str], purpose: str) -> None:
-        """Refuse a pattern that matches none of `names`: a typo here would quantize, or leave, the
+        """Refuse a pattern that matches none of `names`: a typo here would quantize, or skip, the
         wrong layers.
         """
         names = list(names)
@@ -72,6 +73,11 @@ class Pattern:
 BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
 
 
+# Two ways to write names as patterns. `covering_patterns` makes globs for a person to type after
+# --ignore: as few as possible, each as wide as the other names allow. `patterns_for` makes regular
+# expressions for a recipe file: exactly these blocks, so that the recipe says which they are.
+
+
 def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """As few patterns for --ignore as match all of `names` and none of `others`: a whole module
     where all in it is meant, numbers as `*`, or a whole block.
@@ -98,3 +104,48 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
                 break
             refused.add(text)
     return [pattern.text for pattern in patterns]
+
+
+def patterns_for(names: Iterable[str], others: Iterable[str]) -> list[Pattern]:
+    """Patterns for a recipe that match all of `names` and none of `others`: one for the blocks that
+    share their kinds of Linear, with the experts of a layer as one.
+    """
+    names, others = list(dict.fromkeys(names)), list(others)
+    found, unnumbered = _block_patterns(names)
+    meant = set(names) - set(unnumbered)
+    matched = {name for name in (*names, *others) if any(p.matches(name) for p in found)}
+    # Numbers that mean something else than an expert's may be told apart by exact names only.
+    numbered = found if matched == meant else [Pattern(name) for name in sorted(meant)]
+    return [*numbered, *map(Pattern, unnumbered)]
+
+
+def _block_patterns(names: list[str]) -> tuple[list[Pattern], list[str]]:
+    """A pattern for each set of blocks and the Linears that are meant in them, whatever the numbers
+    of experts; and the names without a block's number.
+    """
+    # (before a block's number, after it) → numbers
+    by_path: dict[tuple[str, str], list[str]] = defaultdict(list)
+    unnumbered: list[str] = []
+    for name in names:
+        match = re.match(r"(.*?\.)(\d+)(\..+)", name)
+        if match is None:
+            unnumbered.append(name)
+            continue
+        path = re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(match[3]))
+        numbers = by_path[match[1], path]
+        if match[2] not in numbers:
+            numbers.append(match[2])
+    by_blocks: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for (before, path), numbers in by_path.items():
+        parent, _, leaf = path.rpartition(r"\.")
+        by_blocks[before, parent, tuple(sorted(numbers, key=int))].append(leaf)
+    patterns = [
+        Pattern(f"re:{re.escape(before)}{_either(blocks)}{parent}\\.{_either(leaves)}$")
+        for (before, parent, blocks), leaves in by_blocks.items()
+    ]
+    return patterns, unnumbered
+
+
+def _either(words: Iterable[str]) -> str:
+    words = list(words)
+    return words[0] if len(words) == 1 else f"({'|'.join(words)})"

@@ -381,3 +381,37 @@ def test_names_without_a_parent_fuse_too():
 )
 def test_patterns_cover_the_names_and_no_others(names, others, patterns):
     assert covering_patterns(names, others) == patterns
+
+
+ATTENTION, MOE = "model.layers.0.self_attn", "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape", "kind"),
+    [
+        # lm_head and embeddings are outside of the blocks too, and may be of another tower.
+        ("lm_head.weight", (32, 8), "lm_head"),
+        ("vision_tower.lm_head.weight", (32, 8), "lm_head"),
+        ("model.embed_tokens.weight", (32, 8), "embedding"),
+        ("vision_tower.embed_tokens.weight", (32, 8), "other tower"),
+        ("model.layers.0.shared_head.head.weight", (32, 8), "lm_head"),
+        # A Linear's shape in another tower, or outside of the blocks.
+        ("vision_tower.layers.0.q_proj.weight", (8, 8), "other tower"),
+        ("model.projector.weight", (8, 8), "outside the blocks"),
+        # Norms and embeddings are vectors or matrices.
+        (f"{ATTENTION}.k_norm.weight", (8,), "norm"),
+        (f"{ATTENTION}.k_norm.weight", (4, 8), "norm"),
+        (f"{ATTENTION}.relative_attention_bias.weight", (32, 8), "embedding"),
+        # A router next to experts has a Linear's shape; its bias is a router's too.
+        (f"{MOE}.gate.weight", (2, 8), "router"),
+        (f"{MOE}.gate.bias", (2,), "router"),
+        # Names that are used directly, before empty shapes.
+        (f"{ATTENTION}.dt_proj.weight", (0, 8), "used directly"),
+        (f"{ATTENTION}.q_proj.weight", (0, 8), "unreached"),
+        (f"{ATTENTION}.q_proj.bias", (8,), "not a matrix"),
+        (f"{ATTENTION}.q_proj.weight", (8, 8), "linear"),
+    ],
+)
+def test_the_first_rule_that_applies_decides(tensor, shape, kind):
+    experts = {f"{MOE}.experts.0.up_proj.weight": (8, 8)}
+    assert kinds(experts | {tensor: shape})[tensor] == kind

@@ -660,7 +660,7 @@ def test_the_recipe_of_a_solution_keeps_exceptions_for_stacked_experts(tmp_path)
 
 
 def test_patterns_name_blocks_together_and_experts_as_one():
-    from quantkit.schemes.mixed_recipe import patterns_for
+    from quantkit.schemes.pattern import patterns_for
 
     everything = [
         f"model.layers.{block}.mlp.experts.{number}.{leaf}"
