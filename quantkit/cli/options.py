@@ -201,7 +201,7 @@ export_options = options(
         type=click.Choice(list(FORMATS)),
         default=DEFAULT_FORMAT,
         show_default=True,
-        help="Layout of the files.",
+        help="Format of the files.",
     ),
     click.option(
         "--max-shard-size",

@@ -43,6 +43,7 @@ from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.weight_map import WeightMap
 from quantkit.ops.linear import OPS, QuantizedLinear, kernel_for
 from quantkit.ops.reference import QuantizedTensor
+from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.scheme import QuantScheme
 
 
@@ -254,7 +255,7 @@ class QuantizedWeights:
             if attention is not None:
                 self.kv_tensors[f"{attention}.{suffix}"] = checkpoint.read(name).float().reshape(-1)
             elif module not in self._stored:
-                if info.dtype in ("I8", "F8_E4M3", "F8_E5M2", "U8"):
+                if holds_codes(info.dtype):
                     raise CheckpointError(
                         f"{name} holds codes, but {module}.weight_scale is missing; `quantkit"
                         f" verify {shlex.quote(str(checkpoint.path))}` lists all faults"

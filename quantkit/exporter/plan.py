@@ -69,8 +69,13 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What becomes of one parameter: a row of `export --dry-run`. status: "quantized", "left" or
-    "unreached".
+    """What becomes of one parameter: a row of `export --dry-run`.
+
+    name: the tensor's.
+    status: "quantized"; "left", if it is skipped; or "unreached", if it should be quantized but
+        can't be.
+    reason: how, or why not.
+    bytes_before, bytes_after: with its scales.
     """
 
     name: str
@@ -95,9 +100,14 @@ class ParameterPlan:
 class ExportPlan:
     """Everything that decides the output, before its first byte.
 
-    checkpoint: with each Linear as one matrix (`linear_views.as_linear_views`).
-    block_scales: weight → the tensor of its block scales, where the input is FP8 block already.
-    dense_dtype: what such weights become if they are left.
+    checkpoint: with a view of each quantized weight (`linear_views`).
+    fingerprint: everything that the output's bytes depend on, as text, for `--resume`.
+    parameters: a row for each parameter.
+    linears: module name → quantized Linear.
+    left: names of the Linears that are skipped, lm_head among them.
+    warnings: one sentence each.
+    block_scales: weight → the tensor of its block scales, where the input is in FP8 blocks already.
+    dense_dtype: the safetensors dtype that such weights get if they are skipped.
     """
 
     options: ExportOptions
@@ -105,8 +115,8 @@ class ExportPlan:
     calibration: Calibration | None
     fingerprint: dict[str, str]
     parameters: tuple[ParameterPlan, ...]
-    linears: dict[str, QuantizedLinearInfo]  # the quantized ones, by module name
-    left: tuple[str, ...]  # Linears that stay, lm_head among them
+    linears: dict[str, QuantizedLinearInfo]
+    left: tuple[str, ...]
     warnings: tuple[str, ...]
     block_scales: Mapping[str, str]
     dense_dtype: str
@@ -117,9 +127,7 @@ class ExportPlan:
 
     @property
     def changed(self) -> list[str]:
-        """Tensors of the checkpoint that algorithms changed, and Linears whose codes they chose, by
-        the names that they have there.
-        """
+        """Names of the tensors that algorithms changed or quantized."""
         return (
             [
                 name
@@ -146,15 +154,15 @@ class ExportPlan:
         )
 
     @property
-    def left_elsewhere(self) -> list[str]:
-        """Patterns for Linears that stay beside the decoder blocks: a runtime may have them in
+    def skipped_elsewhere(self) -> list[str]:
+        """Patterns for skipped Linears outside the decoder blocks: a runtime may have them in
         another module (vLLM keeps Gemma 3n's projections in its `self_decoder`).
         """
         block = next(filter(None, map(BLOCK.match, self.linears)), None)
         if block is None:
             return []
         parent = block["prefix"][: block["prefix"].rfind(".") + 1]
-        beside = [
+        outside = [
             name
             for name in self.left
             if name.startswith(parent)
@@ -162,13 +170,13 @@ class ExportPlan:
         ]
         return [
             rf"re:.*\.{re.escape(name.removeprefix(parent))}$"
-            for name in beside
+            for name in outside
             if not is_of_other_tower(name)
         ]
 
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
-        """Quantized Linear → the fused set that it is a member of, if it is."""
+        """Quantized Linear → the Linears that runtimes fuse it with, itself among them."""
         return {member: members for members in fused_sets(self.linears) for member in members}
 
     def to_json(self) -> dict[str, Any]:
@@ -194,15 +202,18 @@ def plan_export(
 ) -> ExportPlan:
     """Decide what becomes of every parameter, and refuse what can't be done.
 
-    calibration_follows: the plan is looked at before the calibration that it will need is made.
+    calibration_follows: plan before the calibration that the export will need is made.
     checkpoint: options.model where it is open already. Raises CheckpointError, RecipeError,
     CalibrationError or RuntimeLimitError with one sentence.
     """
-    checkpoint = checkpoint or Checkpoint.open(options.model)
+    checkpoint, file_format = (
+        checkpoint or Checkpoint.open(options.model),
+        FORMATS[options.file_format],
+    )
     assignment = assign_layers(
         checkpoint, options.recipe, options.file_format, options.allow_unreached
     )
-    linears, left = assignment.linears, _left_linears(assignment)
+    linears, left = assignment.linears, _skipped_linears(assignment)
     warnings = (
         _shape_warnings(assignment.reasons)
         + _runtime_warnings(options, assignment, left)
@@ -216,28 +227,18 @@ def plan_export(
     )
     if options.recipe.kv_cache and calibration:
         made = {
-            FORMATS[options.file_format].kv_scale_name(module, suffix)
+            file_format.kv_scale_name(module, suffix)
             for module in calibration.kv_amax
             for suffix in KV_SUFFIXES
         }
         refuse_taken_names(assignment, made)
-    fingerprint = {
-        "model": model,
-        "model files": file_times(assignment.checkpoint),
-        "recipe": options.recipe.canonical(),
-        "format": options.file_format,
-        "quantkit version": __version__,
-        "torch version": version("torch"),
-        "calibration": sha256_file(calibration.path / CALIBRATION_FILE) if calibration else "",
-        "shard size": str(options.max_shard_bytes),
-    }
     dense_dtype = _dense_dtype(checkpoint)
-    parameters = _parameter_plans(assignment, FORMATS[options.file_format], dense_dtype)
+    parameters = _parameter_plans(assignment, file_format, dense_dtype)
     plan = ExportPlan(
         options,
         assignment.checkpoint,
         calibration,
-        fingerprint,
+        _fingerprint(options, assignment.checkpoint, model, calibration),
         tuple(parameters),
         dict(linears),
         tuple(left),
@@ -254,9 +255,25 @@ def plan_export(
     return replace(plan, parameters=(*plan.parameters, *untied))
 
 
+def _fingerprint(
+    options: ExportOptions, checkpoint: Checkpoint, model: str, calibration: Calibration | None
+) -> dict[str, str]:
+    """model: the fingerprint of the checkpoint's contents."""
+    return {
+        "model": model,
+        "model files": file_times(checkpoint),
+        "recipe": options.recipe.canonical(),
+        "format": options.file_format,
+        "quantkit version": __version__,
+        "torch version": version("torch"),
+        "calibration": sha256_file(calibration.path / CALIBRATION_FILE) if calibration else "",
+        "shard size": str(options.max_shard_bytes),
+    }
+
+
 def file_times(checkpoint: Checkpoint) -> str:
-    """Sizes and times of the shards: the fingerprint of their contents is taken from samples, and
-    an edit in place may lie between them.
+    """Sizes and times of the shards. The fingerprint of their contents is taken from samples, and
+    an edit in place may fall between two samples.
     """
     if checkpoint.identity is not None:
         return ""
@@ -277,12 +294,12 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
-    """One sentence for all Linears that stay because of their shape."""
+    """One sentence for all Linears that are skipped because of their shape."""
     left = [tensor for tensor, reason in reasons.items() if reason.startswith(SHAPE)]
     return [f"{left[0]}{more(len(left))} stays unquantized, {reasons[left[0]]}"] if left else []
 
 
-def _left_linears(assignment: Assignment) -> list[str]:
+def _skipped_linears(assignment: Assignment) -> list[str]:
     """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not
     quantized.
     """

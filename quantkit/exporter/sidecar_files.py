@@ -38,7 +38,12 @@ def write_config(partial: Path, plan: ExportPlan) -> None:
     # every architecture.
     by_name = task_of(plan.checkpoint.config, plan.checkpoint.path) == MASKED
     layers = QuantizedLayers(
-        schemes, plan.left, recipe.scheme, recipe.kv_cache is not None, by_name, plan.left_elsewhere
+        schemes,
+        plan.left,
+        recipe.scheme,
+        recipe.kv_cache is not None,
+        by_name,
+        plan.skipped_elsewhere,
     )
     config = dict(plan.checkpoint.config) | {"quantization_config": file_format.config(layers)}
     if plan.calibration and plan.calibration.untied:

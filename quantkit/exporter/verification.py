@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.schemes.number_formats import NUMBER_FORMATS
 from quantkit.schemes.scheme import QuantScheme
 
 # Quantized Linear → its scheme and its weight's shape [out_features, in_features].
@@ -59,8 +58,3 @@ class Verification:
     @property
     def worst_first(self) -> list[tuple[str, float]]:
         return sorted(self.sqnr_db.items(), key=lambda item: item[1])
-
-
-def holds_codes(dtype: str) -> bool:
-    """Whether a safetensors dtype is one of codes or of scales: no model's weights have it."""
-    return any(dtype == known.safetensors_name for known in NUMBER_FORMATS.values())

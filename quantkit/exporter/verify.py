@@ -28,11 +28,12 @@ from quantkit.checkpoint.reader import Checkpoint, read_json
 from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import CheckpointError
 from quantkit.exporter.runtimes import runtime_problems
-from quantkit.exporter.verification import QuantizedLinears, Verification, holds_codes
+from quantkit.exporter.verification import QuantizedLinears, Verification
 from quantkit.exporter.verify_values import check_values
 from quantkit.models.assignment import FLOATS, QuantizedLinearInfo
 from quantkit.models.linear_views import as_linear_views
 from quantkit.models.tensor_roles import ModelTensors, fused_sets, linears_of
+from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.scheme import TENSOR
 from quantkit.schemes.serving import RUNTIMES
 

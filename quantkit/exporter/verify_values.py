@@ -22,8 +22,9 @@ from quantkit.checkpoint.formats import (
 )
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.exporter.verification import QuantizedLinears, Verification, holds_codes
+from quantkit.exporter.verification import QuantizedLinears, Verification
 from quantkit.ops.reference import QuantizedTensor
+from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.scheme import TENSOR
 
 # Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.

@@ -101,3 +101,8 @@ NUMBER_FORMATS: dict[str, NumberFormat] = {
 CODE_FORMATS: dict[tuple[int, str], NumberFormat] = {
     (number_format.bits, number_format.kind): number_format for number_format in (INT8, FP8_E4M3)
 }
+
+
+def holds_codes(safetensors_name: str) -> bool:
+    """Whether a safetensors dtype is one of codes or of scales: no model's weights have it."""
+    return any(safetensors_name == known.safetensors_name for known in NUMBER_FORMATS.values())

@@ -330,7 +330,7 @@ def test_names_win_over_patterns_and_patterns_over_classes():
     assert config.scheme_of("a.k_proj", "Embedding") is None
 
 
-def test_an_unquantized_model_has_no_layout():
+def test_an_unquantized_model_has_no_quantization_config():
     assert read_quantization_config({"model_type": "llama"}) is None
 
 

@@ -344,10 +344,10 @@ def test_linears_beside_the_blocks_are_ignored_wherever_a_runtime_has_them(tiny)
     NaN.
     """
     config = json.loads((tiny.exported("fp8-dynamic") / "config.json").read_text())
-    layout = read_quantization_config(config)
+    quantization = read_quantization_config(config)
     assert [
         entry for entry in config["quantization_config"]["ignore"] if entry.startswith("re:")
-    ] == tiny.plan("fp8-dynamic").left_elsewhere
+    ] == tiny.plan("fp8-dynamic").skipped_elsewhere
     if tiny.kind == "gemma3n_text":
         for name in (
             "altup_projections.0",
@@ -355,8 +355,8 @@ def test_linears_beside_the_blocks_are_ignored_wherever_a_runtime_has_them(tiny)
             "per_layer_model_projection",
         ):
             assert (
-                layout.scheme_of(f"model.{name}")
-                is layout.scheme_of(f"model.self_decoder.{name}")
+                quantization.scheme_of(f"model.{name}")
+                is quantization.scheme_of(f"model.self_decoder.{name}")
                 is None
             )
-    assert layout.scheme_of("model.layers.0.mlp.up_proj") is not None
+    assert quantization.scheme_of("model.layers.0.mlp.up_proj") is not None

@@ -137,13 +137,13 @@ def test_ignore_and_layers_decide_and_the_config_says_so(llama, export_to):
     )
     out = export_to(recipe)
     config = json.loads((out / "config.json").read_text())
-    layout = read_quantization_config(config)
+    stored_config = read_quantization_config(config)
     assert config["quantization_config"]["format"] == "mixed-precision"
-    assert layout.scheme_of("model.layers.1.mlp.down_proj").name == "fp8-dynamic"
-    assert layout.scheme_of("model.layers.1.mlp.up_proj").name == "int8-dynamic"
+    assert stored_config.scheme_of("model.layers.1.mlp.down_proj").name == "fp8-dynamic"
+    assert stored_config.scheme_of("model.layers.1.mlp.up_proj").name == "int8-dynamic"
     assert (
-        layout.scheme_of("model.layers.0.mlp.up_proj") is None
-        and layout.scheme_of("lm_head") is None
+        stored_config.scheme_of("model.layers.0.mlp.up_proj") is None
+        and stored_config.scheme_of("lm_head") is None
     )
     tensors = load_file(out / "model.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16

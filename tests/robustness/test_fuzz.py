@@ -618,13 +618,13 @@ def test_odd_config_is_refused_or_planned_with(linear, config, cut):
     (linear / "config.json").write_bytes(as_text(config, cut))
     try:
         checkpoint = Checkpoint.open(linear)
-        layout = read_quantization_config(checkpoint.config)
+        quantization = read_quantization_config(checkpoint.config)
     except CheckpointError as error:
         assert str(error)
         return
-    if layout is not None:
+    if quantization is not None:
         for name in ("lm_head", "model.layers.0.mlp.up_proj"):
-            layout.scheme_of(name)
+            quantization.scheme_of(name)
     try:
         plan_export(
             ExportOptions(linear, linear / "unused", Recipe(QuantScheme.parse("fp8-dynamic"))),
