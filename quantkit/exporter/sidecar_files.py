@@ -76,8 +76,8 @@ def copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None
 
 
 def write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
-    """What lies here and from what it was made, for `verify` and for `--resume` of a run that was
-    finished already.
+    """The files of the output and what it was made from, for `verify` and for `--resume` of a run
+    that was finished already.
     """
     files = {name: entry for name, entry in output.done.items() if name.endswith(".safetensors")}
     for path in sorted(output.partial.rglob("*")):

@@ -56,7 +56,7 @@ class QuantizedLinearInfo:
 class Assignment:
     """What a recipe does to each tensor of a checkpoint.
 
-    checkpoint: quantized Linears as matrices, everything else as it is stored.
+    checkpoint: quantized weights as views [out_features, in_features], everything else as stored.
     roles: tensor of `checkpoint` → what it is; block scales of an FP8-block model have none.
     linears: module → each Linear that is quantized.
     reasons: tensor → why it isn't quantized, where that is not by rule.

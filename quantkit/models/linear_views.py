@@ -140,15 +140,15 @@ def transposed_weights(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
         for name in shapes
         if f"{name.removesuffix('.weight')}.bias" in shapes
     }
-    matrices = {
+    weights = {
         name: bias
         for name, bias in with_bias.items()
         if name.endswith(".weight") and len(shapes[name]) == 2 and len(bias) == 1
     }
     found = {
-        name for name, bias in matrices.items() if bias[0] == shapes[name][1] != shapes[name][0]
+        name for name, bias in weights.items() if bias[0] == shapes[name][1] != shapes[name][0]
     }
-    return found | {name for name in matrices if found and shapes[name][0] == shapes[name][1]}
+    return found | {name for name in weights if found and shapes[name][0] == shapes[name][1]}
 
 
 def conv1d_as_linear(checkpoint: Checkpoint) -> Checkpoint:
