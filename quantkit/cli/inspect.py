@@ -8,8 +8,8 @@ from typing import Any
 
 from quantkit.calibration.describe import is_unsettled
 from quantkit.calibration.results import Calibration
+from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import QuantizationLayout, stored_linears
-from quantkit.checkpoint.output_dir import CALIBRATION_FILE
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.models.tensor_roles import linears_of

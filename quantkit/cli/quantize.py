@@ -123,7 +123,8 @@ def quantize_command(
                 )
             )
     if calibrates:
-        from quantkit.checkpoint.output_dir import MANIFEST_FILE, check_output
+        from quantkit.checkpoint.finished_output import MANIFEST_FILE
+        from quantkit.checkpoint.output_checks import check_output
 
         if not (resume and (output / MANIFEST_FILE).is_file()):
             check_output(output, overwrite=overwrite, reads=[options.model])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.checkpoint.files import blake3_file, cores
+from quantkit.checkpoint.finished_output import MANIFEST_FILE, changed_tensors
 from quantkit.checkpoint.formats import (
     FP8_BLOCK_SUFFIX,
     QuantizationLayout,
@@ -27,8 +28,8 @@ from quantkit.checkpoint.formats import (
     linear_tensors,
     stored_linears,
 )
-from quantkit.checkpoint.output_dir import MANIFEST_FILE, changed_tensors
-from quantkit.checkpoint.reader import Checkpoint, read_json
+from quantkit.checkpoint.model_files import read_json
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.errors import CheckpointError
 from quantkit.exporter.runtimes import RUNTIMES, not_found_by_transformers, runtime_problems

@@ -20,28 +20,21 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.checkpoint.files import cores
+from quantkit.checkpoint.finished_output import finished_already
 from quantkit.checkpoint.formats import (
     encode_constants,
     encode_rows,
     kv_scale_module,
     kv_scale_name,
 )
+from quantkit.checkpoint.header import DTYPES
 from quantkit.checkpoint.interrupts import stop_between_steps
-from quantkit.checkpoint.output_dir import (
-    OutputDirectory,
-    check_disk_space,
-    check_output,
-    finished_already,
-)
-from quantkit.checkpoint.reader import DTYPES, read_tensor
+from quantkit.checkpoint.output_checks import check_disk_space, check_output
+from quantkit.checkpoint.output_dir import OutputDirectory
+from quantkit.checkpoint.shard_plan import TensorPlan, plan_shards, shard_names
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.checkpoint.writer import (
-    ShardWriter,
-    TensorPlan,
-    plan_shards,
-    shard_names,
-    tensor_bytes,
-)
+from quantkit.checkpoint.tensor_reader import read_tensor
+from quantkit.checkpoint.writer import ShardWriter, tensor_bytes
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.exporter.plan import ExportPlan, file_times
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest

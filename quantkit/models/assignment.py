@@ -17,8 +17,8 @@ from quantkit.checkpoint.formats import (
     shape_obstacle,
 )
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.shard_plan import TensorPlan
 from quantkit.checkpoint.stream import block_scales
-from quantkit.checkpoint.writer import TensorPlan
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.models.linear_views import as_stored_where_left, find_stacks
 from quantkit.models.task import task_of

@@ -9,15 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import quantkit.checkpoint.output_dir
-from quantkit.checkpoint.output_dir import OutputDirectory, check_disk_space, check_output
+from quantkit.checkpoint.output_checks import check_disk_space, check_output
+from quantkit.checkpoint.output_dir import OutputDirectory
+from quantkit.checkpoint.shard_plan import TensorPlan, plan_shards
 from quantkit.checkpoint.units import parse_bytes
-from quantkit.checkpoint.writer import (
-    ShardWriter,
-    TensorPlan,
-    plan_shards,
-    tensor_bytes,
-    write_tensors,
-)
+from quantkit.checkpoint.writer import ShardWriter, tensor_bytes, write_tensors
 from quantkit.errors import OutputError
 
 TENSORS = {

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.data.windows import (
-    MIN_REST,
-    PIECE,
-    Window,
-    Windows,
-    calibration_windows,
-    count_known_windows,
-    evaluation_windows,
-    read_source,
-    token_pieces,
-    window_length,
-)
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.sampling import MIN_REST, calibration_windows
+from quantkit.data.sources import read_source
+from quantkit.data.text_overlap import PIECE, count_known_windows, token_pieces
+from quantkit.data.windows import Window, Windows, window_length
 from quantkit.errors import DataError
 
 BOS, EOS = 1, 2
@@ -597,7 +590,7 @@ def test_the_data_hash_depends_on_every_source(write):
 
 
 def test_the_bundled_texts_are_readable():
-    from quantkit.data.windows import BUNDLED_CALIBRATION, BUNDLED_EVALUATION
+    from quantkit.data.bundled import BUNDLED_CALIBRATION, BUNDLED_EVALUATION
 
     for path in (BUNDLED_CALIBRATION, BUNDLED_EVALUATION):
         assert Path(path).is_file()

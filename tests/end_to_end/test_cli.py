@@ -48,13 +48,13 @@ def test_every_command_has_the_common_options(command, run):
 def test_choices_of_the_command_line_are_those_of_the_package():
     """cli/console.py repeats these names so that --help imports nothing."""
     from quantkit.cli import bench, options
-    from quantkit.data import windows
+    from quantkit.data import protocols
     from quantkit.exporter import runtimes
 
     assert (
         options.RUNTIME_NAMES == runtimes.RUNTIMES
         and options.HARDWARE_NAMES == runtimes.HARDWARE
-        and options.PROTOCOL_NAMES == windows.PROTOCOLS
+        and options.PROTOCOL_NAMES == protocols.PROTOCOLS
     )
     assert options.BENCHMARK_KINDS == bench.KINDS
 
@@ -487,12 +487,12 @@ def test_read_only_place_is_refused(run, llama, tmp_path):
 
 
 def test_full_disk_is_one_sentence_and_leaves_no_output(run, llama, tmp_path, monkeypatch):
-    import quantkit.checkpoint.reader
+    import quantkit.checkpoint.writer
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quantkit.checkpoint.reader.os, "pwrite", full)
+    monkeypatch.setattr(quantkit.checkpoint.writer.os, "pwrite", full)
     refusal(run("export", llama, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"), "No space left")
     assert not (tmp_path / "o").exists()
 
