@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint or a CALIB holds, read from headers alone."""
+"""`inspect`: the content of a checkpoint or a calibration, read from headers alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantkit.models.tensor_roles import linears_of
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """A description of whatever lies there; `kind` is "checkpoint" or "calibration"."""
+    """A description of what is at `path`; its `kind` is "checkpoint" or "calibration"."""
     if not path.exists():
         raise CheckpointError(
             f"there is nothing at {path}; give a model directory or a calibration directory"
