@@ -27,7 +27,9 @@ from export import RESULTS, Run, make_model, measure
 from quantkit.checkpoint.files import write_json
 from quantkit.cli.bench import processor
 from quantkit.cli.demo import smollm2
-from quantkit.data.windows import BUNDLED_CALIBRATION, calibration_windows, load_tokenizer
+from quantkit.data.bundled import BUNDLED_CALIBRATION
+from quantkit.data.sampling import calibration_windows
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.report import markdown_table
 from quantkit.ops import native
 

@@ -27,7 +27,9 @@ from quality import machine
 
 from quantkit.checkpoint.files import write_json
 from quantkit.cli.demo import smollm2
-from quantkit.data.windows import BUNDLED_CALIBRATION, load_tokenizer, read_source
+from quantkit.data.bundled import BUNDLED_CALIBRATION
+from quantkit.data.sources import read_source
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.report import markdown_table
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export

@@ -26,7 +26,8 @@ import click
 import torch
 
 from quantkit.checkpoint.files import write_json
-from quantkit.checkpoint.writer import TensorPlan, plan_shards, shard_names, write_tensors
+from quantkit.checkpoint.shard_plan import TensorPlan, plan_shards, shard_names
+from quantkit.checkpoint.writer import write_tensors
 from quantkit.cli.bench import processor
 from quantkit.evaluation.report import markdown_table
 from quantkit.ops import native

@@ -38,7 +38,9 @@ from quantkit.checkpoint.units import format_bytes
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.cli.bench import processor
 from quantkit.cli.demo import smollm2
-from quantkit.data.windows import evaluation_windows, load_tokenizer, read_source
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.sources import read_source
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.report import interval_text, markdown_table

@@ -31,7 +31,8 @@ from quantkit.checkpoint.formats import QuantizationLayout, decode_linear, store
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.cli.demo import smollm2
-from quantkit.data.windows import evaluation_windows, load_tokenizer
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.report import markdown_table

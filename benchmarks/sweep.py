@@ -35,7 +35,9 @@ from torch import Tensor, nn
 from quantkit import __version__
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.data.windows import BUNDLED_CALIBRATION, evaluation_windows, load_tokenizer
+from quantkit.data.bundled import BUNDLED_CALIBRATION
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions

@@ -1,61 +1,69 @@
-"""What quantkit refuses or fails at, each a sentence for the user and an exit code.
+"""What quantkit refuses or fails at: one sentence for the user, and an exit code.
 
-    QuantkitError            1   failed: what was given, what is allowed, what to do
-    ├── CheckpointError      1   a model directory that can't be read or isn't supported
-    ├── DownloadError        1   a shard that the hub didn't give; what is done is kept
-    ├── RecipeError          1   a scheme, recipe or pattern that makes no sense for this model
-    ├── CalibrationError     1   statistics missing, or of another model or recipe
-    ├── DataError            1   text that can't be read or is too short
-    ├── OutputError          1   a place that can't be written to
-    ├── EvaluationError      1   a model that can't be judged
-    │   └── NonFiniteError   1   one that computes NaN or infinity
+    QuantkitError            1   anything below, or a fault of the machine
+    ├── CheckpointError      1   a model directory can't be read or isn't supported
+    ├── DownloadError        1   the hub didn't give a shard; finished work is kept
+    ├── RecipeError          1   a scheme, recipe or pattern makes no sense for this model
+    ├── CalibrationError     1   statistics are missing, or belong to another model or recipe
+    ├── DataError            1   a text can't be read or is too short
+    ├── OutputError          1   an output can't be written, or must not be replaced
+    ├── EvaluationError      1   a model can't be evaluated
+    │   └── NonFiniteError   1   a model computes NaN or infinity
     ├── RuntimeLimitError    1   the named runtime or hardware can't run this
-    ├── FaultsFound          3   a gate failed, or `verify` found a fault
-    ├── Inconclusive         4   `eval --strict`: the text can't decide a gate
-    ├── NotComparableError   5   results of different protocols, tokens or bases
-    ├── FollowerStopped      n   a process of several, ended because the first one refused; says
-    nothing itself
-    └── Interrupted         75   stopped by a signal; `--resume` continues
+    ├── FaultsFound          3   a gate failed, or a checkpoint has faults
+    ├── Inconclusive         4   `eval --strict`: the text is too short to decide a gate
+    ├── NotComparableError   5   two results have different protocols, tokens or base models
+    ├── FollowerStopped      n   another process of the same run has failed and says why
+    └── Interrupted         75   a signal stopped the run; `--resume` continues it
 
-The command line turns these into one line in one place; every other exception is a bug and keeps
-its traceback.
+The command line prints these as one line, in one place (`cli/console.py`). Every other exception is
+a bug and keeps its traceback.
 """
+
+from __future__ import annotations
+
+import re
 
 
 class QuantkitError(Exception):
+    """A sentence that says what was given, what is allowed and what to do.
+
+    exit_code: of the command that ends with it.
+    """
+
     exit_code = 1
 
 
 class CheckpointError(QuantkitError):
-    pass
+    """A model directory, hub id or GGUF file can't be read, is damaged or isn't supported."""
 
 
 class DownloadError(QuantkitError):
-    pass
+    """The hub didn't give a shard after the work had begun. `--resume` continues it."""
 
 
 class RecipeError(QuantkitError):
-    pass
+    """A scheme, recipe or pattern doesn't parse, or makes no sense for this model."""
 
 
 class CalibrationError(QuantkitError):
-    pass
+    """Statistics are missing, or were made from another model or for another recipe."""
 
 
 class DataError(QuantkitError):
-    pass
+    """A text or tokenizer can't be read, or the text is too short."""
 
 
 class OutputError(QuantkitError):
-    pass
+    """An output can't be written, or what is in its place must not be replaced or continued."""
 
 
 class EvaluationError(QuantkitError):
-    pass
+    """A model can't be evaluated, or two can't be compared."""
 
 
 class NonFiniteError(EvaluationError):
-    """path: of the model."""
+    """A model computes NaN or infinity. path: the model's directory."""
 
     def __init__(self, message: str, path: str) -> None:
         super().__init__(message)
@@ -63,26 +71,49 @@ class NonFiniteError(EvaluationError):
 
 
 class RuntimeLimitError(QuantkitError):
-    pass
+    """The runtime or hardware that the user named can't run this scheme or model."""
 
 
 class FaultsFound(QuantkitError):
+    """A gate failed, `verify` found a fault, or the sanity check failed. The files are kept."""
+
     exit_code = 3
 
 
 class Inconclusive(QuantkitError):
+    """With `eval --strict`: the confidence interval contains a gate's limit."""
+
     exit_code = 4
 
 
 class NotComparableError(QuantkitError):
+    """Two results have different protocols, tokens or base models."""
+
     exit_code = 5
 
 
 class FollowerStopped(QuantkitError):
+    """Ends a process of a distributed run after another has failed; that one prints its error, this
+    one nothing. exit_code: the other's.
+    """
+
     def __init__(self, exit_code: int) -> None:
         super().__init__("")
         self.exit_code = exit_code
 
 
 class Interrupted(QuantkitError):
+    """A signal stopped the run between two steps. `--resume` continues it."""
+
     exit_code = 75
+
+
+def brief(error: Exception, limit: int = 200) -> str:
+    """Another library's message as part of a sentence: on one line, at most `limit` characters;
+    whole sentences where one fits, else whole words.
+    """
+    text = " ".join(str(error).split())
+    if len(text) <= limit:
+        return text
+    sentences = re.match(rf".{{1,{limit - 1}}}[.!?](?= )", text)
+    return sentences[0] if sentences else text[:limit].rpartition(" ")[0] + " …"

@@ -24,24 +24,18 @@ from quantkit.calibration.describe import chosen_remarks, describe_block, is_uns
 from quantkit.calibration.options import CalibrationOptions, Progress
 from quantkit.calibration.results import SCHEMA_VERSION, Calibration
 from quantkit.checkpoint.files import blake3_file, write_json
+from quantkit.checkpoint.finished_output import CALIBRATION_FILE, finished_already
 from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
-from quantkit.checkpoint.output_dir import (
-    CALIBRATION_FILE,
-    OutputDirectory,
-    check_output,
-    finished_already,
-)
+from quantkit.checkpoint.output_checks import check_output
+from quantkit.checkpoint.output_dir import OutputDirectory
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
-from quantkit.data.windows import (
-    BUNDLED_CALIBRATION,
-    Windows,
-    calibration_windows,
-    load_tokenizer,
-    token_pieces,
-    window_length,
-)
+from quantkit.data.bundled import BUNDLED_CALIBRATION
+from quantkit.data.sampling import calibration_windows
+from quantkit.data.text_overlap import token_pieces
+from quantkit.data.tokenizer import load_tokenizer
+from quantkit.data.windows import Windows, window_length
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.assignment import assign_layers
 from quantkit.models.distributed import Ranks, joined_ranks

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.files import blake3_file
-from quantkit.checkpoint.output_dir import CALIBRATION_FILE
-from quantkit.checkpoint.reader import Checkpoint, TensorInfo, read_header, read_json, read_tensor
+from quantkit.checkpoint.finished_output import CALIBRATION_FILE
+from quantkit.checkpoint.header import TensorInfo, read_header
+from quantkit.checkpoint.model_files import read_json
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError
 from quantkit.schemes.recipe import ObserverChoice, Recipe
 from quantkit.schemes.scheme import QuantSpec

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from quantkit.calibration.block_quantizer import BlockChooser
 from quantkit.calibration.rotate import put_outer, rotated_outer, try_rotation
 from quantkit.checkpoint.files import blake3_file
+from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.output_dir import OutputDirectory
-from quantkit.checkpoint.reader import read_header, read_tensor
+from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.errors import QuantkitError
 from quantkit.models.blockwise import BlockwiseModel

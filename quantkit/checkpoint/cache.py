@@ -1,10 +1,8 @@
-"""What is kept between runs, in the user's cache directory: the demo's model, checkpoints made of
-GGUF files, and the final hidden states of bases that were judged.
+"""The user's cache directory: the demo's model, checkpoints converted from GGUF files, and final
+hidden states of base models.
 
-Hidden states are kept under a hash of everything that decides them. A file counts only with its
-description beside it, which is written last and holds the file's hash: what was cut short or
-damaged is made again. Together they stay below a limit; those that weren't used for longest go
-first.
+Each kind of content has a limit in bytes. Where it is reached, the entries that were used longest
+ago are removed first.
 """
 
 from __future__ import annotations
@@ -14,24 +12,24 @@ import shutil
 import time
 from pathlib import Path
 
+# An entry that was used within a day may be in use by another process.
 SECONDS_UNTIL_ABANDONED = 86400.0
 
 
 def cache_directory() -> Path:
     """$QUANTKIT_CACHE, else quantkit in the user's cache directory."""
     named = os.environ.get("QUANTKIT_CACHE")
-    return (
-        Path(named)
-        if named
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
-    )
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
 
 
 def make_room(directory: Path, needed: int, most_bytes: int) -> None:
-    """Remove what was used longest ago of the directories in `directory` until so many bytes more
-    stay below the limit; nothing that was used within a day.
+    """Remove entries of a cache until `needed` more bytes fit below its limit. An entry is a
+    subdirectory of `directory`; its modification time says when it was used last. Those used within
+    a day are kept.
 
-    A directory's time says when it was used last.
+    needed, most_bytes: in bytes.
     """
     try:
         sizes = {
@@ -41,7 +39,7 @@ def make_room(directory: Path, needed: int, most_bytes: int) -> None:
         }
         used = sorted((path.stat().st_mtime, path) for path in sizes)
     except OSError:
-        return  # another process is writing there, and will make room
+        return  # another process changes the cache meanwhile, and makes room itself
     held = sum(sizes.values())
     for used_last, path in used:
         if held + needed > most_bytes and time.time() - used_last > SECONDS_UNTIL_ABANDONED:
@@ -50,8 +48,8 @@ def make_room(directory: Path, needed: int, most_bytes: int) -> None:
 
 
 def directory_state(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file of a model: a file that was changed in place has another
-    time.
+    """Name, size in bytes and modification time in ns of each file of a model, which tell whether
+    one was changed in place.
     """
     return sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Files written so that they are whole or absent, hashed, and put in each other's place."""
+"""Files that are written whole or not at all, their hashes, and the exchange of two names."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import math
 import os
 import sys
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 
-def new_file(path: Path) -> Any:
-    """A file made anew for reading and writing, unbuffered: what lies there under its name, a link
-    above all, is removed and not written to.
+def new_file(path: Path) -> FileIO:
+    """A new file for reading and writing, unbuffered. What has its name already is removed first,
+    so that nothing is written through a link.
     """
     path.unlink(missing_ok=True)
     return open(path, "x+b", buffering=0)
 
 
 def finite(content: Any) -> Any:
-    """The same as JSON can hold it: null for what is not finite."""
+    """The same content as JSON can hold it: None (null) in place of NaN and infinity."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
@@ -33,7 +34,7 @@ def finite(content: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A JSON file, durable and atomic."""
+    """Write a JSON file, durable and atomic."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         text.encode()
@@ -43,7 +44,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, durable and atomic. A device or pipe is written into, never replaced."""
+    """Write a text file, durable and atomic. A device or pipe is written to, not replaced."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
@@ -54,15 +55,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """A file made anew, flushed. Where the disk fills, nothing of it stays, and the error names
+    """Write a new file and flush it. Where that fails, the file is removed, and the OSError names
     it.
     """
     try:
         with new_file(path) as file:
             view = memoryview(content)
             while view:
-                # a system takes less than all of it, without an error, where that is the last that
-                # fits
+                # Where the disk is nearly full, the system writes a part without an error.
                 view = view[file.write(view) :]
             os.fsync(file.fileno())
     except OSError as error:
@@ -86,30 +86,23 @@ def blake3_file(path: Path) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """A file's SHA-256 hash, as `sha256sum` prints it."""
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_stream(file)
-        )
-
-
-def _sha256_stream(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 @cache
 def c_function(name: str) -> Any:
-    """A function of the C library, or None where it has none of that name."""
+    """A function of the C library, or None where it lacks it."""
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def exchange_names(first: Path, second: Path) -> bool:
-    """Exchange two files or directories in one step; False, with nothing done, where this system
-    can't (Linux can, on most file systems).
+    """Exchange the names of two files or directories in one step. Returns False, with nothing done,
+    where the system can't; Linux can on most file systems.
     """
     function, current_directory, rename_exchange = c_function("renameat2"), -100, 2
     if function is None or sys.platform != "linux":
@@ -127,5 +120,5 @@ def exchange_names(first: Path, second: Path) -> bool:
 
 
 def cores() -> int:
-    """How many threads can run at once: the cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

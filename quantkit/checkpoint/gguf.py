@@ -1,9 +1,8 @@
-"""A GGUF file as MODEL: transformers reads it, its weights are dequantized to bfloat16, and what
-comes of it is an ordinary checkpoint in the cache.
+"""A GGUF file as MODEL: transformers reads it, dequantizes its weights to bfloat16, and saves an
+ordinary checkpoint in the cache.
 
-Made once for a file (its name, size and time); the whole model is in memory meanwhile. A checkpoint
-made from 4-bit weights can be no better than these. When another is made, those that weren't used
-for longest make room for it.
+It is made once for a file (name, size and time), with the whole model in memory. A checkpoint made
+from 4-bit weights is no better than these.
 """
 
 from __future__ import annotations
@@ -15,19 +14,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from quantkit.checkpoint.cache import cache_directory, make_room
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, brief
 
-# Of all checkpoints made from GGUF files together: two of 8 billion parameters.
+# The limit of all converted checkpoints in the cache: two of 8 billion parameters.
 MOST_BYTES = 40_000_000_000
 
 
 def is_gguf(model: str | Path) -> bool:
-    """Whether MODEL is meant as a GGUF file, by its name; it may not be there."""
+    """Whether MODEL is meant as a GGUF file, by its name. The file may be missing."""
     path = Path(model).expanduser()
     return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def require_file(path: Path) -> None:
+    """Raise CheckpointError where there is no such file."""
     if not path.is_file():
         raise CheckpointError(
             f"there is no file {path}; check the name, or give a model directory or a hub id such"
@@ -36,8 +36,9 @@ def require_file(path: Path) -> None:
 
 
 def checkpoint_of_gguf(path: Path) -> Path:
-    """The directory of the bfloat16 checkpoint that a GGUF file stands for, made on the first
-    call.
+    """The directory of the bfloat16 checkpoint of a GGUF file. It is made on the first call.
+
+    Raises CheckpointError where the file can't be converted.
     """
     state = path.stat()
     named = hashlib.sha256(
@@ -45,18 +46,18 @@ def checkpoint_of_gguf(path: Path) -> Path:
     ).hexdigest()[:16]
     target = cache_directory() / "gguf" / f"{path.stem}-{named}"
     if (target / "config.json").is_file():
-        with suppress(OSError):  # a cache of another user's is read all the same
+        with suppress(OSError):  # a cache that belongs to another user can be read all the same
             os.utime(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The file is no smaller than a quarter of what it becomes: 4 bits or more a weight.
+    # From 4 bits or more a weight to 16: the checkpoint is at most four times as large.
     make_room(target.parent, 4 * state.st_size, MOST_BYTES)
     keep_converted(path, target)
     return target
 
 
 def keep_converted(path: Path, target: Path) -> None:
-    """The checkpoint of a GGUF file as the directory `target`, which is whole or absent."""
+    """Convert a GGUF file to a checkpoint in the directory `target`, which is whole or absent."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         convert_gguf(path, Path(temporary) / "model")
@@ -68,8 +69,10 @@ def keep_converted(path: Path, target: Path) -> None:
 
 
 def require_readers(what: str, extra: str) -> None:
-    """what: the sentence's subject; extra: of quantkit's optional dependencies, the one that brings
-    them.
+    """Raise CheckpointError where the packages that read GGUF files are missing.
+
+    what: the beginning of the error's sentence.
+    extra: the optional dependency of quantkit that contains them.
     """
     try:
         import accelerate  # noqa: F401
@@ -81,9 +84,7 @@ def require_readers(what: str, extra: str) -> None:
 
 
 def convert_gguf(gguf_file: Path, target: Path) -> None:
-    """Write what transformers reads from a GGUF file, tokenizer included, as a bfloat16
-    checkpoint.
-    """
+    """Read a GGUF file with transformers and save model and tokenizer as a bfloat16 checkpoint."""
     require_readers(f"{gguf_file.name} is read", "gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -95,13 +96,11 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=name, dtype=torch.bfloat16, quantization_config=settings
         )
-    except Exception as error:  # transformers and the reader raise every kind
-        raise CheckpointError(
-            f"transformers can't read {gguf_file}: {' '.join(str(error).split())[:300]}"
-        ) from None
-    # It is an ordinary model now; transformers would otherwise write down how it came.
+    except Exception as error:  # transformers and the reader raise exceptions of many kinds
+        raise CheckpointError(f"transformers can't read {gguf_file}: {brief(error, 300)}") from None
+    # The model is an ordinary one now: otherwise transformers would save it as quantized.
     model.config.__dict__.pop("quantization_config", None)
-    model.is_quantized, model.hf_quantizer = False, None
+    vars(model).update(is_quantized=False, hf_quantizer=None)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     (target / "README.md").write_text(

@@ -1,8 +1,8 @@
-"""Models on the hub: a whole one into the hub library's cache, or one shard at a time as an export
-comes to it.
+"""Models on the hub: fetched as a whole into the hub library's cache, or shard by shard while an
+export runs.
 
-A streamed model is planned from its shards' headers, which are fetched alone; names and headers are
-checked as those of files are.
+An export of a hub model is planned from its shards' headers, which are fetched alone. They are
+checked like those of local files.
 """
 
 from __future__ import annotations
@@ -19,19 +19,13 @@ from typing import Any
 
 from quantkit.checkpoint.formats import side_files
 from quantkit.checkpoint.gguf import checkpoint_of_gguf, is_gguf, require_file
-from quantkit.checkpoint.reader import (
-    INDEX_FILE,
-    Checkpoint,
-    indexed_shards,
-    is_carried_over,
-    merge_headers,
-    parse_header,
-    read_config,
-    read_json,
-)
+from quantkit.checkpoint.header import TensorInfo, parse_header
+from quantkit.checkpoint.model_files import INDEX_FILE, is_carried_over, read_config, read_json
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.shards import indexed_shards, is_shard_name, merge_headers
 from quantkit.errors import CheckpointError, DownloadError, QuantkitError
 
-# Never fetched: other frameworks' weights, and second copies.
+# Never fetched: weights of other frameworks, and second copies of the weights.
 IGNORED = (
     "*.bin",
     "*.pt",
@@ -46,7 +40,7 @@ IGNORED = (
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether MODEL names no path but looks like a hub id."""
+    """Whether MODEL looks like a hub id (org/name) and names no path."""
     path = Path(model).expanduser()
     return (
         not path.exists()
@@ -57,8 +51,10 @@ def is_hub_id(model: str) -> bool:
 
 
 def resolve_model(model: str) -> Path:
-    """The local directory of MODEL: all of it fetched from the hub when it is a hub id, a
-    checkpoint made from it when it is a GGUF file.
+    """The local directory of MODEL. A hub id is fetched as a whole, and a GGUF file is converted to
+    a checkpoint in the cache. A path is returned as it is, even where nothing is there.
+
+    Raises CheckpointError where that fails.
     """
     if is_gguf(model):
         require_file(Path(model).expanduser())
@@ -73,6 +69,7 @@ def resolve_model(model: str) -> Path:
 
 @contextmanager
 def _hub_errors(model: str) -> Iterator[None]:
+    """Turn whatever the hub library raises meanwhile into a CheckpointError."""
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -81,51 +78,91 @@ def _hub_errors(model: str) -> Iterator[None]:
         yield
     except QuantkitError:
         raise
-    except Exception as error:  # the hub library raises its own, its HTTP client's and the system's
-        reason = str(error).strip().split("\n")[0][:200]
+    except Exception as error:  # its own, its HTTP client's and the system's
         raise CheckpointError(
             f"there is no directory {model}, and as a hub id it can't be fetched"
-            f" ({type(error).__name__}: {reason}); check the name or give a local directory"
+            f" ({type(error).__name__}: {_first_line(error)}); check the name or give a local"
+            " directory"
         ) from None
 
 
 def open_hub_model(model: str, download_to: Path | None = None) -> Checkpoint:
-    """A hub model opened from its headers: its shards are fetched when they are first read.
+    """Open a hub model from its shards' headers; each shard is fetched when it is first read.
 
-    download_to: keep shards there, and only while they are needed (`--stream-download`); None keeps
-    them in the hub library's cache. Without a connection, the model must lie in the cache as a
-    whole.
+    model: a hub id.
+    download_to: a directory for shards, each of which is removed when it is no longer needed
+        (`--stream-download`); None keeps them in the hub library's cache.
+
+    Without a connection, the whole model must be in the cache already. Raises CheckpointError where
+    the model can't be fetched or isn't supported.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import snapshot_download
 
     with _hub_errors(model):
-        try:
-            info = HfApi().model_info(model, files_metadata=True)
-        except HfHubHTTPError:
-            raise  # the hub has answered
-        except (
-            Exception
-        ) as error:  # offline, or no connection: as many kinds as there are ways to be so
-            if download_to is not None:
-                raise CheckpointError(
-                    "--stream-download needs the hub, which can't be reached"
-                    f" ({type(error).__name__}); leave it out to use the cache"
-                ) from None
+        revision = _revision(model, is_streamed=download_to is not None)
+        if revision is None:
             return Checkpoint.open(resolve_model(model))
-        small = [
-            sibling.rfilename for sibling in info.siblings if _is_small_file(sibling.rfilename)
-        ]
-        directory = Path(snapshot_download(model, revision=info.sha, allow_patterns=small))
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
+        small = [name for name in revision.sizes if _is_small_file(name)]
+        directory = Path(snapshot_download(model, revision=revision.sha, allow_patterns=small))
     index = read_json(directory / INDEX_FILE, "") if (directory / INDEX_FILE).is_file() else None
-    names = (
-        indexed_shards(directory / INDEX_FILE, index)
-        if index
-        else sorted(name for name in sizes if _is_shard(name))
+    names = _shard_names(model, revision, directory, index)
+    target = download_to or directory
+    source = HubShards(model, revision.sha, target, keep=download_to is None)
+    with _hub_errors(model):
+        headers = {target / name: source.header(name, revision.sizes[name]) for name in names}
+    identity = json.dumps([[name, revision.sizes[name], revision.hashes[name]] for name in names])
+    tensors = merge_headers(directory, headers, index)
+    return Checkpoint(directory, read_config(directory), tensors, source, identity)
+
+
+@dataclass(frozen=True)
+class _Revision:
+    """One revision of a hub model.
+
+    sha: the commit.
+    sizes: file name → bytes.
+    hashes: file name → SHA-256 of a large file, else git's hash.
+    """
+
+    sha: str | None
+    sizes: dict[str, int]
+    hashes: dict[str, str | None]
+
+
+def _revision(model: str, is_streamed: bool) -> _Revision | None:
+    """The newest revision of a model, or None where the hub can't be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(model, files_metadata=True)
+    except HfHubHTTPError:
+        raise  # the hub has answered
+    except Exception as error:  # without a connection, exceptions of many kinds
+        if is_streamed:
+            raise CheckpointError(
+                "--stream-download needs the hub, which can't be reached"
+                f" ({type(error).__name__}); leave it out to use the cache"
+            ) from None
+        return None
+    files = info.siblings or []
+    return _Revision(
+        info.sha,
+        {file.rfilename: file.size or 0 for file in files},
+        {file.rfilename: getattr(file.lfs, "sha256", None) or file.blob_id for file in files},
     )
+
+
+def _shard_names(
+    model: str, revision: _Revision, directory: Path, index: Mapping[str, Any] | None
+) -> list[str]:
+    """The model's shards, by its index where there is one; CheckpointError where one is missing."""
+    if index:
+        names = indexed_shards(directory / INDEX_FILE, index)
+    else:
+        names = sorted(name for name in revision.sizes if is_shard_name(name) and "/" not in name)
     for name in names:
-        if name not in sizes:
+        if name not in revision.sizes:
             raise CheckpointError(
                 f"{INDEX_FILE} of {model} names the shard {name}, which the hub doesn't have; tell"
                 " its publisher"
@@ -134,47 +171,38 @@ def open_hub_model(model: str, download_to: Path | None = None) -> Checkpoint:
         raise CheckpointError(
             f"the hub's {model} has no *.safetensors file; quantkit reads no other"
         )
-    target = download_to or directory
-    source = HubShards(model, info.sha, target, keep=download_to is None)
-    with _hub_errors(model):
-        headers = {target / name: source.header(name, sizes[name]) for name in names}
-    hashes = {
-        sibling.rfilename: getattr(sibling.lfs, "sha256", None) or sibling.blob_id
-        for sibling in info.siblings
-        if sibling.rfilename in names
-    }
-    identity = json.dumps([[name, sizes[name], hashes[name]] for name in names])
-    return Checkpoint(
-        directory,
-        read_config(directory),
-        merge_headers(directory, headers, index),
-        source,
-        identity,
-    )
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
 
 
 def _is_small_file(name: str) -> bool:
+    """Whether a file is fetched at once: config, index, and what an export copies."""
     folder, _, leaf = name.rpartition("/")
     if folder not in ("", "additional_chat_templates"):
         return False
     return leaf in ("config.json", INDEX_FILE, *side_files()) or is_carried_over(leaf)
 
 
-def _is_shard(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name and not name.startswith("adapter_")
-
-
 @dataclass
 class HubShards:
-    """The shards of one revision of a hub model, for `Checkpoint.source`."""
+    """The shards of one revision of a hub model (a `ShardSource`).
+
+    model: the hub id.
+    revision: the commit; None for the newest.
+    directory: where shards are put.
+    keep: whether they stay there: in the hub library's cache.
+    """
 
     model: str
-    revision: str
+    revision: str | None
     directory: Path
     keep: bool
 
-    def header(self, name: str, size: int) -> Mapping[str, Any]:
-        """A shard's tensors, from its first bytes alone."""
+    def header(self, name: str, size: int) -> dict[str, TensorInfo]:
+        """A shard's tensors by name, from its first bytes alone. size: of the shard, in bytes."""
         from huggingface_hub import HfFileSystem
 
         with HfFileSystem().open(
@@ -183,6 +211,7 @@ class HubShards:
             return parse_header(file, size, self.directory / name)
 
     def fetch(self, path: Path) -> None:
+        """Download a shard unless it is there; DownloadError where that fails."""
         from huggingface_hub import hf_hub_download
 
         if self.keep and path.is_file():
@@ -194,21 +223,18 @@ class HubShards:
                 revision=self.revision,
                 local_dir=None if self.keep else self.directory,
             )
-        except (
-            Exception
-        ) as error:  # as many kinds as for `_hub_errors`; here a part of the work is done
-            reason = str(error).strip().split("\n")[0][:200]
+        except Exception as error:  # of as many kinds as in `_hub_errors`
             raise DownloadError(
-                f"{self.model}'s {path.name} can't be fetched ({type(error).__name__}: {reason});"
-                " go on with --resume"
+                f"{self.model}'s {path.name} can't be fetched ({type(error).__name__}:"
+                f" {_first_line(error)}); continue with --resume"
             ) from None
 
     def release(self, path: Path) -> None:
-        if self.keep:
-            return
-        path.unlink(missing_ok=True)
+        """Remove a shard that won't be read again, unless shards are kept."""
+        if not self.keep:
+            path.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove what was fetched and is not kept, and the hub library's notes beside it."""
+        """Remove the fetched shards and the hub library's own files, unless shards are kept."""
         if not self.keep:
             shutil.rmtree(self.directory, ignore_errors=True)

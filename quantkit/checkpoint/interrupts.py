@@ -1,5 +1,5 @@
-"""Stopping where it is safe: the first SIGINT or SIGTERM asks, and the work stops at its next whole
-step.
+"""Stopping between two steps of the work: the first SIGINT or SIGTERM requests it, a second ends
+the process at once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from quantkit.errors import Interrupted
 
 @dataclass
 class StopRequest:
+    """Whether a signal has come. signal_name: its name, or empty."""
+
     signal_name: str = ""
 
     def check(self, where: str) -> None:
-        """Raise Interrupted (exit 75) if a signal has come. where: what is done and kept."""
+        """Raise Interrupted (exit code 75) if a signal has come. where: "after block 3 of 30"."""
         if self.signal_name:
             raise Interrupted(
                 f"stopped by {self.signal_name} {where}; run the same command with --resume to"
@@ -28,8 +30,8 @@ class StopRequest:
 
 @contextmanager
 def stop_between_steps() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM for the duration; the work calls `check` between its steps. A second
-    signal ends the process at once.
+    """Catch SIGINT and SIGTERM meanwhile; the work calls `check` between its steps. Only the main
+    thread can install handlers: in others nothing is caught.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

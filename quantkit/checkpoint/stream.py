@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.formats import read_quantization_config
-from quantkit.checkpoint.reader import Checkpoint, MappedShard, row_count
+from quantkit.checkpoint.header import row_count
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.tensor_reader import MappedShard
 from quantkit.schemes.scheme import QuantSpec
 
 if TYPE_CHECKING:

@@ -8,21 +8,21 @@ from quantkit.errors import OutputError
 
 
 def format_bytes(count: float) -> str:
-    """A size for people: decimal units, as disks and hubs count."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit in ("bytes", "kB") else f"{count:.1f} {unit}"
+    """Bytes as 1.5 GB, in decimal units, as disks and hubs count."""
+    for unit in ("bytes", "kB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{count:.1f} MB" if abs(count) < 1000 else f"{count / 1000:.1f} GB"
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things for people."""
+    """A number of things: "1 tensor", "2 tensors"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as 5GB, 500MB or 2GiB in bytes."""
+    """The bytes of a size such as 5GB, 500MB or 2GiB; OutputError where it is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
     if not match or len(match[1]) > 12:
         raise OutputError(f"the size '{text}' is not understood; write for example 5GB or 500MB")

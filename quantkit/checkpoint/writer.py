@@ -1,63 +1,43 @@
-"""Safetensors files written: planned shards, filled in any order, hashed on the way to the disk."""
+"""Safetensors files written: any thread puts parts of tensors at their places, in any order, while
+another re-reads and hashes the file from its beginning.
+
+The re-reading goes through the page cache. It shows that every byte of the file was written once,
+at its place, and that the hash is that of the content that was made; it can't show that the disk
+will return the same bytes later. `quantkit verify` compares the hashes again.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import json
-import math
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from quantkit.checkpoint.files import c_function, fsync_directory, new_file
-from quantkit.checkpoint.reader import DTYPES, SINGLE_FILE, read_header
+from quantkit.checkpoint.header import DTYPES, read_header
+from quantkit.checkpoint.shard_plan import TensorPlan, lay_out_shard
 from quantkit.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """A tensor to be written: known before its values are."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][0]
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in memory order, without a copy where it is contiguous already."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-
-
-# A piece of a file as it was made: where it is, how long, and a sum over its bytes.
-@dataclass(frozen=True)
-class _Piece:
-    start: int
-    nbytes: int
-    checksum: int
+# So many bytes are handed to the disk at a time while a file grows, so that the last flush has
+# little left to do.
+_FLUSH_BYTES = 32_000_000
 
 
 class ShardWriter:
-    """One safetensors file whose tensors are known beforehand; complete and re-read, or not there
-    at all.
+    """One safetensors file whose tensors are known beforehand. It gets its name when it is complete
+    and re-read; until then it is `PATH.tmp`.
 
-    Threads `write` tensors, or parts of them, at their final places in `PATH.tmp`. `finish` reads
-    the file back from its beginning as far as it has come, compares each piece with what was made,
-    flushes and renames; it may run in a thread of its own while others write.
+    Threads `write` tensors, or parts of them, at their final places. `finish` follows them from the
+    file's beginning, compares each piece with what was made, flushes and renames; it may run in a
+    thread of its own while others write.
     """
 
     def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
@@ -66,38 +46,24 @@ class ShardWriter:
         self._plans = {plan.name: plan for plan in plans}
         if len(self._plans) < len(plans):
             raise AssertionError(f"{path.name}: a tensor is planned twice")
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._offsets: dict[str, int] = {}
-        offset = 0
-        for plan in _in_file_order(plans):
-            header[plan.name] = {
-                "dtype": plan.dtype,
-                "shape": list(plan.shape),
-                "data_offsets": [offset, offset + plan.nbytes],
-            }
-            self._offsets[plan.name] = offset
-            offset += plan.nbytes
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
-        self._start = 8 + len(raw)
-        self._size = self._start + offset
-        self._left = {plan.name: plan.nbytes for plan in plans if plan.nbytes}
-        self._pieces: dict[int, _Piece] = {}
-        self._changed = threading.Condition()
-        self._abandoned = False
+        self._layout = lay_out_shard(plans)
+        self._missing = {plan.name: plan.nbytes for plan in plans if plan.nbytes}
+        self._missing_lock = threading.Lock()
+        self._pieces = _WrittenPieces()
         self._file = new_file(self._partial)
-        self._put(memoryview(bytearray(len(raw).to_bytes(8, "little") + raw)), 0)
+        self._put(memoryview(bytearray(self._layout.header)), 0)
 
     @property
     def is_complete(self) -> bool:
-        return not self._left
+        """Whether every byte of every tensor has been written."""
+        return not self._missing
 
     @property
     def is_abandoned(self) -> bool:
-        return self._abandoned
+        return self._pieces.is_abandoned
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """A whole tensor."""
+        """Write a whole tensor, of the shape and dtype that were planned."""
         plan = self._plans[name]
         if (
             tuple(tensor.shape) != plan.shape
@@ -110,23 +76,23 @@ class ShardWriter:
         self.write_part(name, tensor_bytes(tensor), 0)
 
     def write_part(self, name: str, content: memoryview, offset: int) -> None:
-        """Bytes of a tensor, `offset` bytes from its beginning; each byte comes once."""
-        plan, start = self._plans[name], self._start + self._offsets[name] + offset
+        """Write bytes of a tensor, `offset` bytes from its beginning. Each byte is written once."""
+        plan = self._plans[name]
         if (
             offset < 0
             or offset + len(content) > plan.nbytes
-            or len(content) > self._left.get(name, 0)
+            or len(content) > self._missing.get(name, 0)
         ):
             raise AssertionError(
                 f"{name}: {len(content)} bytes at {offset} of {plan.nbytes} don't fit, or were"
                 " written before"
             )
         if content:
-            self._put(content, start)
-            with self._changed:
-                self._left[name] -= len(content)
-                if not self._left[name]:
-                    del self._left[name]
+            self._put(content, self._layout.starts[name] + offset)
+            with self._missing_lock:
+                self._missing[name] -= len(content)
+                if not self._missing[name]:
+                    del self._missing[name]
 
     def _put(self, content: memoryview, start: int) -> None:
         view, position = content, start
@@ -137,58 +103,59 @@ class ShardWriter:
                 error.filename = str(self._partial)
                 raise
             view, position = view[written:], position + written
-        with self._changed:
-            if start in self._pieces:
-                raise AssertionError(f"{self.path.name}: two pieces begin at byte {start}")
-            self._pieces[start] = _Piece(start, len(content), checksum(content))
-            self._changed.notify_all()
+        self._pieces.add(_Piece(start, len(content), checksum(content)))
 
     def finish(self) -> str | None:
         """Wait for what is missing, re-read everything, flush, rename. Returns the file's BLAKE3
         hash, or None if it was abandoned.
+
+        Raises OutputError where the file holds other bytes than were written.
         """
+        digest = self._hash_as_written()
+        if digest is None:
+            return None
+        self._check_header()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self.path)
+        fsync_directory(self.path.parent)
+        return digest
+
+    def _hash_as_written(self) -> str | None:
+        """Follow the pieces from the file's beginning: re-read, compare and hash each."""
         digest, position, flushed, buffer = blake3(), 0, 0, bytearray()
-        while position < self._size:
-            with self._changed:
-                self._changed.wait_for(lambda at=position: at in self._pieces or self._abandoned)
-                if self._abandoned:
-                    return None
-                piece = self._pieces.pop(position)
+        while position < self._layout.nbytes:
+            piece = self._pieces.take(position)
+            if piece is None:
+                return None
             if len(buffer) < piece.nbytes:
                 buffer = bytearray(piece.nbytes)
             content = memoryview(buffer)[: piece.nbytes]
-            self._read_back(content, position)
+            self._read_into(content, position)
             if checksum(content) != piece.checksum:
                 raise OutputError(
-                    f"{self.path.name} holds other bytes at {position} than were written there; its"
-                    " disk fails, so choose another -o"
+                    f"{self.path.name} holds other bytes at {position} than were written there:"
+                    " another process changed it, or its disk fails; choose another -o"
                 )
             digest.update(content)
             position += piece.nbytes
             if position - flushed >= _FLUSH_BYTES:
                 start_flush(self._file.fileno(), flushed, position - flushed)
                 flushed = position
-        self._check_header()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.path)
-        fsync_directory(self.path.parent)
         return digest.hexdigest()
 
-    def _read_back(self, content: memoryview, position: int) -> None:
+    def _read_into(self, content: memoryview, position: int) -> None:
         while content:
             count = os.preadv(self._file.fileno(), [content], position)
             if not count:
                 raise OutputError(
-                    f"{self.path.name} ends at byte {position}, though more was written; its disk"
-                    " fails, so choose another -o"
+                    f"{self.path.name} ends at byte {position}, though more was written: another"
+                    " process cut it short, or its disk fails; choose another -o"
                 )
             content, position = content[count:], position + count
 
     def _check_header(self) -> None:
-        """Every planned tensor stands in the file once, with its dtype and shape, and no other
-        does.
-        """
+        """Every planned tensor is in the file once, with its dtype and shape, and no other is."""
         found = {
             name: (info.dtype, info.shape) for name, info in read_header(self._partial).items()
         }
@@ -202,43 +169,74 @@ class ShardWriter:
             raise AssertionError(f"{self.path.name}: {names[0]} is not in the file as planned")
 
     def close(self) -> str:
-        """`finish` after the last write; refuses to wait for tensors that never came."""
-        if self._left:
-            raise AssertionError(f"never written: {', '.join(sorted(self._left)[:5])}")
-        return self.finish()
+        """`finish` after the last write; refuses to wait for tensors that were never written."""
+        if self._missing:
+            raise AssertionError(f"never written: {', '.join(sorted(self._missing)[:5])}")
+        digest = self.finish()
+        if digest is None:
+            raise AssertionError(f"{self.path.name} was abandoned")
+        return digest
 
     def abandon(self) -> None:
         """Give up the file: `finish` returns None. The `.tmp` stays for whoever cleans the
         directory.
         """
-        with self._changed:
-            self._abandoned = True
-            self._changed.notify_all()
+        self._pieces.abandon()
 
     def release(self) -> None:
         """Close the file; after `finish` has returned or raised."""
         self._file.close()
 
 
-# As much is handed to the disk at a time while a file grows, so that the last flush has little left
-# to do.
-_FLUSH_BYTES = 32_000_000
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a file as it was written: its first byte, its length in bytes, its checksum."""
+
+    start: int
+    nbytes: int
+    checksum: int
 
 
-def _in_file_order(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Tensors whose size is a multiple of 8 bytes keep their order, so that a reader goes through a
-    model from front to back; after them the others, larger elements first: every tensor starts
-    aligned for its elements.
+class _WrittenPieces:
+    """The pieces that were written and not yet re-read, passed from the threads that write to the
+    one that follows.
     """
-    even = [plan for plan in plans if plan.nbytes % 8 == 0]
-    return even + sorted(
-        (plan for plan in plans if plan.nbytes % 8), key=lambda plan: -DTYPES[plan.dtype][0]
-    )
+
+    def __init__(self) -> None:
+        self._by_start: dict[int, _Piece] = {}
+        self._changed = threading.Condition()
+        self.is_abandoned = False
+
+    def add(self, piece: _Piece) -> None:
+        with self._changed:
+            if piece.start in self._by_start:
+                raise AssertionError(f"two pieces begin at byte {piece.start}")
+            self._by_start[piece.start] = piece
+            self._changed.notify_all()
+
+    def take(self, start: int) -> _Piece | None:
+        """Wait for the piece that begins at byte `start`; None where the file is abandoned."""
+        with self._changed:
+            self._changed.wait_for(lambda: start in self._by_start or self.is_abandoned)
+            return None if self.is_abandoned else self._by_start.pop(start)
+
+    def abandon(self) -> None:
+        with self._changed:
+            self.is_abandoned = True
+            self._changed.notify_all()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in memory order, without a copy where it is contiguous on the CPU."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def checksum(content: memoryview) -> int:
-    """A sum over 8-byte words modulo 2^64 and their count: tells what was put in a place from
-    whatever else may be found there.
+    """The sum of the 8-byte words, of the rest and of the length, modulo 2^64. It is meant for
+    errors of placing, not for an attacker.
     """
     import torch
 
@@ -248,8 +246,8 @@ def checksum(content: memoryview) -> int:
 
 
 def start_flush(descriptor: int, start: int, nbytes: int) -> None:
-    """Have the kernel begin to write these bytes out, without waiting; a hint, so its errors are
-    left to fsync.
+    """Have the kernel begin to write these bytes out, without waiting. It is only a hint: a failed
+    write shows at the fsync.
     """
     begin_writing = 2  # SYNC_FILE_RANGE_WRITE
     function = c_function("sync_file_range")
@@ -263,8 +261,8 @@ def start_flush(descriptor: int, start: int, nbytes: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A whole safetensors file at once, durable and atomic. What the mapping makes of a name is
-    asked for twice: for its shape, and when its turn comes to be written.
+    """Write a whole safetensors file at once, durable and atomic. A lazy mapping is asked for each
+    tensor twice: for its shape, and when it is written.
     """
     names = {f"torch.{torch_name}": name for name, (_, torch_name) in DTYPES.items()}
     writer = ShardWriter(
@@ -280,25 +278,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         writer.close()
     finally:
         writer.release()
-
-
-def plan_shards(groups: Iterable[Sequence[TensorPlan]], max_bytes: int) -> list[list[TensorPlan]]:
-    """Fill shards up to `max_bytes`, keeping each group (a Linear's weight and scales) in one
-    shard, in the given order.
-    """
-    shards: list[list[TensorPlan]] = []
-    used = 0
-    for group in groups:
-        size = sum(plan.nbytes for plan in group)
-        if not shards or (used and used + size > max_bytes):
-            shards.append([])
-            used = 0
-        shards[-1].extend(group)
-        used += size
-    return shards
-
-
-def shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [SINGLE_FILE]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,7 +1,8 @@
-"""`bench`: the compiled kernels beside torch's own ops, on one thread.
+"""`bench`: the compiled kernels compared with torch's own ops, on one thread.
 
-Of each case kernel and rivals run in turns; a figure is the median of the turns' thread CPU times,
-a ratio the median of the ratios within a turn, so that what else the machine does falls on both.
+In each case the kernel and its rivals run in turns. A time is the median of the turns' thread CPU
+times. A ratio is the median of the ratios within a turn, because other load on the machine slows
+both sides of a turn.
 """
 
 from __future__ import annotations
@@ -25,18 +26,26 @@ if TYPE_CHECKING:
 
 SHAPES = ((576, 1536), (2048, 2048), (4096, 4096))
 TOKENS = (1, 16, 128, 512)
-# torch multiplies FP8 with a loop of 0.4 GFLOP/s: no more than this is asked of it.
+# Operations of a case: torch multiplies FP8 at 0.4 GFLOP/s, so larger cases are left out.
 MOST_SCALED_MM = 3e8
-# weights of one token's case, together: they come from memory, as they do while a server decodes
+# Bytes of weight copies for one token: they come from memory, as they do while a server decodes.
 COLD_BYTES = 256 << 20
+# What is compared in one case: the kernel, under that name, and its rivals.
+Sides = dict[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One kernel on one shape. gops: 10⁹ multiplications and additions per second of CPU time;
-    gb_per_s: weight bytes read, or bytes converted.
+    """One kernel on one shape.
 
-    times: rival → how many times as fast as it the kernel is.
+    kind: one of `BENCHMARK_KINDS`.
+    what: the kernel or conversion.
+    in_features, out_features: of the weight.
+    tokens: rows of the input; 0 for a conversion.
+    microseconds: CPU time of a call.
+    gops: 10⁹ multiplications and additions per second; None for a conversion.
+    gb_per_s: 10⁹ bytes per second of weights read, or of values read and written.
+    times: rival → speed of the kernel as a multiple of the rival's.
     """
 
     kind: str
@@ -57,8 +66,12 @@ def benchmark(
     turns: int = 5,
     seconds: float = 0.03,
 ) -> Iterator[Figure]:
-    """Figures of each kind, shape (in_features, out_features) and number of tokens. seconds: how
-    long each side of a turn runs at least.
+    """Measure each kind with each shape (in_features, out_features) and number of tokens.
+
+    turns: how often each side runs.
+    seconds: the least time that a side runs in a turn.
+
+    Raises QuantkitError where there are no compiled kernels.
     """
     import torch
 
@@ -85,7 +98,7 @@ def benchmark(
 
 
 def read_bandwidth(turns: int = 5) -> float:
-    """GB/s at which one thread reads memory: a sum over 512 MB."""
+    """The GB/s at which one thread reads memory, from a sum over 512 MB."""
     import torch
 
     threads = torch.get_num_threads()
@@ -97,7 +110,7 @@ def read_bandwidth(turns: int = 5) -> float:
 
 
 def processor() -> str:
-    """The processor's name, as the system has it."""
+    """The processor's name, from the system."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.is_file() else []
     return next(
@@ -107,7 +120,7 @@ def processor() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The machine and versions that figures depend on."""
+    """The machine and the versions that times depend on."""
     import torch
 
     return {
@@ -121,62 +134,17 @@ def describe() -> dict[str, Any]:
 def _multiplication(
     kind: str, in_features: int, out_features: int, tokens: int, turns: int, seconds: float
 ) -> Figure:
+    """Inputs [tokens, in_features] times weights [out_features, in_features]."""
     import torch
 
-    ops = torch.ops.quantkit
     weight = torch.randn(out_features, in_features).bfloat16()
     inputs = torch.randn(tokens, in_features).bfloat16()
-    scale = torch.rand(1, out_features) / in_features
-    group, end = in_features, (None, torch.bfloat16)
-    sides: dict[str, Callable[[], Any]] = {}
-    if kind == "bf16":
-        rotated = _cold(ops.pack_weight(weight, "bf16"), tokens)
-        sides["kernel"] = lambda: ops.matmul_bf16(
-            inputs, rotated(), out_features, None, torch.float32
-        )
-        float_inputs, float_weight = inputs.float(), _cold(weight.float(), tokens)
-        sides["float32 linear"] = lambda: torch.nn.functional.linear(float_inputs, float_weight())
-    elif kind == "int8":
-        codes = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
-        rotated = _cold(ops.pack_weight(codes, "int8_dot"), tokens)
-
-        def int8() -> Tensor:
-            quantized, own = ops.quantize_rows(inputs, in_features, "INT8", "dynamic")
-            return ops.matmul_int8(quantized, own, rotated(), scale, group, None, None, *end)
-
-        sides["kernel"] = int8
-        sides["onednn.qlinear"] = _qlinear(codes, scale, inputs, tokens)
-    elif kind == "fp8":
-        codes = weight.to(torch.float8_e4m3fn)
-        rotated = _cold(ops.pack_weight(codes, "e4m3"), tokens)
-
-        def fp8() -> Tensor:
-            quantized, own = ops.quantize_rows(inputs, in_features, "FP8_E4M3", "dynamic")
-            return ops.matmul_fp8(quantized, own, rotated(), scale, group, False, *end)
-
-        sides["kernel"] = fp8
-        if 2 * tokens * in_features * out_features <= MOST_SCALED_MM:
-            quantized, one = inputs.to(torch.float8_e4m3fn), torch.ones(())
-            with suppress(RuntimeError):  # oneDNN has it for some instruction sets only
-                sides["torch._scaled_mm"] = _tried(
-                    lambda: torch._scaled_mm(
-                        quantized, codes.t(), one, one, out_dtype=torch.bfloat16
-                    )
-                )
-    else:
-        codes = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
-        rotated = _cold(ops.pack_weight(codes, "int8"), tokens)
-        sides["kernel"] = lambda: ops.matmul_weight_only(
-            inputs, rotated(), "int8", scale, group, False, *end
-        )
     weights = _cold(weight, tokens)
+    sides = _MULTIPLICATIONS[kind](weight, inputs)
     sides["bfloat16 linear"] = lambda: torch.nn.functional.linear(inputs, weights())
     taken = _turns(sides, turns, seconds)
     own = statistics.median(taken["kernel"])
-    operations, read = (
-        2 * tokens * in_features * out_features,
-        in_features * out_features * (2 if kind == "bf16" else 1),
-    )
+    products = in_features * out_features
     return Figure(
         kind,
         f"matmul_{kind.replace('-', '_')}",
@@ -184,20 +152,101 @@ def _multiplication(
         out_features,
         tokens,
         own * 1e6,
-        operations / own / 1e9,
-        read / own / 1e9,
+        2 * tokens * products / own / 1e9,
+        products * (2 if kind == "bf16" else 1) / own / 1e9,
         _ratios(taken),
     )
 
 
+def _bf16_sides(weight: Tensor, inputs: Tensor) -> Sides:
+    import torch
+
+    ops, tokens, out_features = torch.ops.quantkit, len(inputs), len(weight)
+    packed = _cold(ops.pack_weight(weight, "bf16"), tokens)
+    float_inputs, float_weight = inputs.float(), _cold(weight.float(), tokens)
+    return {
+        "kernel": lambda: ops.matmul_bf16(inputs, packed(), out_features, None, torch.float32),
+        "float32 linear": lambda: torch.nn.functional.linear(float_inputs, float_weight()),
+    }
+
+
+def _int8_sides(weight: Tensor, inputs: Tensor) -> Sides:
+    import torch
+
+    ops, tokens, group = torch.ops.quantkit, len(inputs), weight.shape[1]
+    codes, scale = _int8_codes(weight), _scales(weight)
+    packed = _cold(ops.pack_weight(codes, "int8_dot"), tokens)
+
+    def kernel() -> Tensor:
+        rows, own = ops.quantize_rows(inputs, group, "INT8", "dynamic")
+        return ops.matmul_int8(rows, own, packed(), scale, group, None, None, None, torch.bfloat16)
+
+    return {"kernel": kernel, "onednn.qlinear": _qlinear(codes, scale, inputs, tokens)}
+
+
+def _fp8_sides(weight: Tensor, inputs: Tensor) -> Sides:
+    import torch
+
+    ops, tokens, group = torch.ops.quantkit, len(inputs), weight.shape[1]
+    codes, scale = weight.to(torch.float8_e4m3fn), _scales(weight)
+    packed = _cold(ops.pack_weight(codes, "e4m3"), tokens)
+
+    def kernel() -> Tensor:
+        rows, own = ops.quantize_rows(inputs, group, "FP8_E4M3", "dynamic")
+        return ops.matmul_fp8(rows, own, packed(), scale, group, False, None, torch.bfloat16)
+
+    sides: Sides = {"kernel": kernel}
+    if 2 * tokens * weight.numel() <= MOST_SCALED_MM:
+        quantized, one = inputs.to(torch.float8_e4m3fn), torch.ones(())
+        with suppress(RuntimeError):  # oneDNN has it for some instruction sets only
+            sides["torch._scaled_mm"] = _tried(
+                lambda: torch._scaled_mm(quantized, codes.t(), one, one, out_dtype=torch.bfloat16)
+            )
+    return sides
+
+
+def _weight_only_sides(weight: Tensor, inputs: Tensor) -> Sides:
+    import torch
+
+    ops, group, scale = torch.ops.quantkit, weight.shape[1], _scales(weight)
+    packed = _cold(ops.pack_weight(_int8_codes(weight), "int8"), len(inputs))
+    return {
+        "kernel": lambda: ops.matmul_weight_only(
+            inputs, packed(), "int8", scale, group, False, None, torch.bfloat16
+        )
+    }
+
+
+_MULTIPLICATIONS: dict[str, Callable[[Tensor, Tensor], Sides]] = {
+    "int8": _int8_sides,
+    "fp8": _fp8_sides,
+    "weight-only": _weight_only_sides,
+    "bf16": _bf16_sides,
+}
+
+
+def _int8_codes(weight: Tensor) -> Tensor:
+    import torch
+
+    return torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+
+
+def _scales(weight: Tensor) -> Tensor:
+    """One scale for each output channel, [1, out_features]."""
+    import torch
+
+    return torch.rand(1, len(weight)) / weight.shape[1]
+
+
 def _tried(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return `run` after running it once; raises what it raises."""
     run()
     return run
 
 
 def _qlinear(codes: Tensor, scale: Tensor, inputs: Tensor, tokens: int) -> Callable[[], Any]:
-    """torch's INT8 Linear as its own quantization runs it: activations to unsigned bytes with one
-    scale, then the prepacked product to bfloat16.
+    """torch's INT8 Linear as torch's own quantization runs it: activations as unsigned bytes with
+    one scale, multiplied by prepacked weights, to bfloat16.
     """
     import torch
 
@@ -228,31 +277,16 @@ def _qlinear(codes: Tensor, scale: Tensor, inputs: Tensor, tokens: int) -> Calla
 def _conversions(
     in_features: int, out_features: int, turns: int, seconds: float
 ) -> Iterator[Figure]:
+    """E4M3 codes [out_features, in_features] to floats and back."""
     import torch
 
-    ops, shape = torch.ops.quantkit, (out_features, in_features)
+    shape = (out_features, in_features)
     codes, one = torch.randn(shape).to(torch.float8_e4m3fn), torch.ones(1, 1)
-    for what, kernel, rival, read in (
-        (
-            "E4M3 → bfloat16",
-            lambda: ops.dequantize_blocks(codes, one, *shape, torch.bfloat16),
-            lambda: codes.to(torch.bfloat16),
-            3,
-        ),
-        (
-            "E4M3 → float32",
-            lambda: ops.dequantize_blocks(codes, one, *shape),
-            lambda: codes.to(torch.float32),
-            5,
-        ),
-        *(
-            (
-                f"{str(dtype).removeprefix('torch.')} → E4M3",
-                *_encoding(torch.randn(shape).to(dtype), one),
-                size,
-            )
-            for dtype, size in ((torch.bfloat16, 3), (torch.float32, 5))
-        ),
+    for what, bytes_each, kernel, rival in (
+        _decoding("bfloat16", 3, codes, one),
+        _decoding("float32", 5, codes, one),
+        _encoding("bfloat16", 3, shape, one),
+        _encoding("float32", 5, shape, one),
     ):
         taken = _turns({"kernel": kernel, "torch's .to": rival}, turns, seconds)
         own = statistics.median(taken["kernel"])
@@ -264,21 +298,42 @@ def _conversions(
             0,
             own * 1e6,
             None,
-            codes.numel() * read / own / 1e9,
+            codes.numel() * bytes_each / own / 1e9,
             _ratios(taken),
         )
 
 
-def _encoding(values: Tensor, one: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _decoding(
+    dtype: str, bytes_each: int, codes: Tensor, one: Tensor
+) -> tuple[str, int, Callable[[], Any], Callable[[], Any]]:
+    """A conversion: its name, bytes read and written per element, the kernel, torch's own."""
     import torch
 
-    return lambda: torch.ops.quantkit.encode_blocks(
-        values, one, *values.shape, "FP8_E4M3"
-    ), lambda: values.to(torch.float8_e4m3fn)
+    ops, torch_dtype = torch.ops.quantkit, getattr(torch, dtype)
+    return (
+        f"E4M3 → {dtype}",
+        bytes_each,
+        lambda: ops.dequantize_blocks(codes, one, *codes.shape, torch_dtype),
+        lambda: codes.to(torch_dtype),
+    )
+
+
+def _encoding(
+    dtype: str, bytes_each: int, shape: tuple[int, int], one: Tensor
+) -> tuple[str, int, Callable[[], Any], Callable[[], Any]]:
+    import torch
+
+    ops, values = torch.ops.quantkit, torch.randn(shape).to(getattr(torch, dtype))
+    return (
+        f"{dtype} → E4M3",
+        bytes_each,
+        lambda: ops.encode_blocks(values, one, *shape, "FP8_E4M3"),
+        lambda: values.to(torch.float8_e4m3fn),
+    )
 
 
 def _cold(weight: Tensor, tokens: int) -> Callable[[], Tensor]:
-    """A weight; for one token one of so many copies, in turn, that it comes from memory."""
+    """Returns a weight. For one token it returns copies in turn, so that each comes from memory."""
     if tokens > 1:
         return lambda: weight
     copies = [
@@ -294,10 +349,8 @@ def _cold(weight: Tensor, tokens: int) -> Callable[[], Tensor]:
     return following
 
 
-def _turns(
-    sides: dict[str, Callable[[], Any]], turns: int, seconds: float
-) -> dict[str, list[float]]:
-    """Thread CPU seconds of one call, of each side in each turn."""
+def _turns(sides: Sides, turns: int, seconds: float) -> dict[str, list[float]]:
+    """Side → thread CPU seconds of a call, in each turn."""
     for run in sides.values():
         run()
     taken: dict[str, list[float]] = {name: [] for name in sides}
@@ -315,6 +368,7 @@ def _turns(
 
 
 def _ratios(taken: dict[str, list[float]]) -> dict[str, float]:
+    """Rival → its time as a multiple of the kernel's: the median over turns."""
     return {
         name: statistics.median(rival / own for rival, own in zip(rivals, taken["kernel"]))
         for name, rivals in taken.items()

@@ -27,7 +27,10 @@ from quantkit.cli.options import (
 @click.option(
     "--recipe",
     type=UserPath(),
-    help="Run its algorithms, and serve it alone; without, the statistics serve every scheme.",
+    help=(
+        "Run this recipe's algorithms; the calibration is then valid for this recipe only."
+        "  [default: statistics for every scheme]"
+    ),
 )
 @calibration_options
 @resume_options
@@ -39,10 +42,10 @@ def calibrate_command(
     recipe: Path | None,
     **options: Any,
 ) -> None:
-    """Run text through MODEL, block by block, and record the statistics of every Linear's input.
+    """Run text through MODEL, block by block, and record statistics of every Linear's input.
 
-    Without --data a small text that comes with quantkit is used. Several processes share the work:
-    torchrun --nproc-per-node N -m quantkit calibrate ...
+    Without --data, a small text that comes with quantkit is used. Several processes can share the
+    work: torchrun --nproc-per-node N -m quantkit calibrate ...
     """
     from quantkit.checkpoint.hub import resolve_model
     from quantkit.schemes.recipe import Recipe

@@ -14,10 +14,9 @@ from quantkit.cli.options import UserPath
 @click.argument("first", metavar="A.json", type=UserPath(dir_okay=False))
 @click.argument("second", metavar="B.json", type=UserPath(dir_okay=False))
 def compare_command(out: Output, first: Path, second: Path) -> None:
-    """Quant against quant, paired: two results of `eval -o` against the same base, on the same
-    text.
+    """Compare two results of `eval -o`, token by token.
 
-    Exit code 5 where they can't be compared.
+    Both must have the same base model and text; the exit code is 5 where they differ.
     """
     from quantkit.cli.tables import print_json, print_table
     from quantkit.evaluation.compare import compare

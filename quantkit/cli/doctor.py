@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what will run, and what is broken."""
+"""`doctor`: which packages, kernels and devices there are, and whether they work."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 import platform
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
 
-# The least version that quantkit works with; optional ones give features and are no fault when
-# missing.
-REQUIRED = {
+if TYPE_CHECKING:
+    from quantkit.schemes.scheme import QuantScheme
+
+# Package → the oldest version that quantkit works with; () for any.
+REQUIRED: dict[str, tuple[int, ...]] = {
     "torch": (2, 10),
     "transformers": (5,),
     "safetensors": (),
@@ -22,6 +24,7 @@ REQUIRED = {
     "rich": (),
     "blake3": (),
 }
+# Package → the extra of quantkit that installs it. A missing one is no fault.
 OPTIONAL = {
     "gguf": "demo",
     "accelerate": "demo",
@@ -29,10 +32,11 @@ OPTIONAL = {
     "pyarrow": "hub",
     "datasets": "hub",
 }
+_USE_REFERENCE = "set QUANTKIT_KERNELS=reference"
 
 
 def examine() -> dict[str, Any]:
-    """Every check: name, what was found, status "ok", "note" or "broken"."""
+    """All checks, each with its name, what was found, and a status: "ok", "note" or "broken"."""
     checks = [_check("quantkit", __version__), _check("Python", platform.python_version())]
     for package, least in REQUIRED.items():
         checks.append(_package(package, least))
@@ -70,13 +74,13 @@ def _package(package: str, least: tuple[int, ...]) -> dict[str, str]:
 
 
 def _check_arithmetic() -> dict[str, str]:
-    """A few codes whose values are known, through this torch's casts."""
+    """Whether this torch's casts give the right codes for a few values."""
     import torch
 
     from quantkit.ops.reference import encode_codes
     from quantkit.schemes.number_formats import FP8_E4M3, INT8
 
-    # 17 lies halfway between the E4M3 neighbours 16 and 18; the tie goes to 16, whose last mantissa
+    # 17 is halfway between the E4M3 neighbours 16 and 18; the tie goes to 16, whose last mantissa
     # bit is even.
     fp8 = (
         encode_codes(torch.tensor([448.0, 1000.0, -1000.0, 17.0, 0.001]), FP8_E4M3).float().tolist()
@@ -92,43 +96,25 @@ def _check_arithmetic() -> dict[str, str]:
 
 
 def _check_kernels() -> dict[str, str]:
-    """Which CPU kernels run, and whether they give the reference's codes here."""
-    import torch
-
-    from quantkit import ops
-    from quantkit.ops import native, reference
-    from quantkit.schemes.scheme import SCHEMES
+    """Which CPU kernels run, and whether their codes are those of the reference here."""
+    from quantkit.ops import native
 
     level = native.cpu_level()
     if level == "reference":
-        asked = os.environ.get("QUANTKIT_KERNELS") == "reference"
-        why = (
-            "switched off by QUANTKIT_KERNELS"
-            if asked
-            else "not built: install quantkit again where there is a C++ compiler"
-        )
+        why = _why_no_kernels("a C++ compiler")
         return _check("CPU kernels", f"none ({why}); the reference arithmetic runs, slower", "note")
-    values = torch.linspace(-3, 3, 257 * 33).reshape(257, 33).bfloat16()
-    for scheme in SCHEMES.values():
-        ours, expected = (
-            ops.quantize(values, scheme.weight),
-            reference.quantize(values, scheme.weight),
-        )
-        if not torch.equal(
-            ours.qdata.view(torch.uint8), expected.qdata.view(torch.uint8)
-        ) or not torch.equal(ours.scale, expected.scale):
-            return _check(
-                "CPU kernels",
-                f"{level} gives other codes than the reference for {scheme.name}; set"
-                " QUANTKIT_KERNELS=reference",
-                "broken",
-            )
-    fault = _multiplication_fault()
-    if fault:
+    fault = _quantization_fault()
+    if fault is not None:
         return _check(
             "CPU kernels",
-            f"{level} multiplies {fault} otherwise than the reference; set"
-            " QUANTKIT_KERNELS=reference",
+            f"{level}: codes for {fault} differ from the reference's; {_USE_REFERENCE}",
+            "broken",
+        )
+    fault = _multiplication_fault()
+    if fault is not None:
+        return _check(
+            "CPU kernels",
+            f"{level}: products for {fault} differ from the reference's; {_USE_REFERENCE}",
             "broken",
         )
     return _check(
@@ -137,9 +123,15 @@ def _check_kernels() -> dict[str, str]:
     )
 
 
+def _why_no_kernels(needs: str) -> str:
+    if os.environ.get("QUANTKIT_KERNELS") == "reference":
+        return "switched off by QUANTKIT_KERNELS"
+    return f"not built: install quantkit again where there is {needs}"
+
+
 def _check_cuda_kernels() -> dict[str, str]:
-    """Which CUDA kernels there are, what this machine's device runs of them, and whether they give
-    the reference's outputs.
+    """Which CUDA kernels were built, which of them run on this machine's device, and whether their
+    outputs agree with the reference.
     """
     import torch
 
@@ -147,15 +139,7 @@ def _check_cuda_kernels() -> dict[str, str]:
 
     architectures = native.cuda_architectures()
     if not architectures:
-        asked = os.environ.get("QUANTKIT_KERNELS") == "reference"
-        why = (
-            "switched off by QUANTKIT_KERNELS"
-            if asked
-            else (
-                "not built: install quantkit again where there is nvcc, or beside its extra"
-                " cuda-build"
-            )
-        )
+        why = _why_no_kernels("nvcc, or together with its extra cuda-build")
         return _check("CUDA kernels", f"none ({why}); on a GPU torch's own ops run, slower", "note")
     built = f"built for {', '.join(f'sm_{name}' for name in architectures)}"
     if not torch.cuda.is_available():
@@ -167,15 +151,12 @@ def _check_cuda_kernels() -> dict[str, str]:
         fault = _multiplication_fault("cuda")
     except RuntimeError as error:
         return _check(
-            "CUDA kernels",
-            f"{built}; {str(error).splitlines()[0]}; set QUANTKIT_KERNELS=reference",
-            "broken",
+            "CUDA kernels", f"{built}; {str(error).splitlines()[0]}; {_USE_REFERENCE}", "broken"
         )
-    if fault:
+    if fault is not None:
         return _check(
             "CUDA kernels",
-            f"{built}; {fault} is multiplied otherwise than by the reference; set"
-            " QUANTKIT_KERNELS=reference",
+            f"{built}; products for {fault} differ from the reference's; {_USE_REFERENCE}",
             "broken",
         )
     return _check(
@@ -185,50 +166,57 @@ def _check_cuda_kernels() -> dict[str, str]:
     )
 
 
+def _quantization_fault() -> str | None:
+    """The first scheme whose weights the kernels quantize otherwise than the reference, if any."""
+    import torch
+
+    from quantkit import ops
+    from quantkit.ops import reference
+    from quantkit.schemes.scheme import SCHEMES
+
+    values = torch.linspace(-3, 3, 257 * 33).reshape(257, 33).bfloat16()
+    for scheme in SCHEMES.values():
+        ours = ops.quantize(values, scheme.weight)
+        expected = reference.quantize(values, scheme.weight)
+        same_codes = torch.equal(ours.qdata.view(torch.uint8), expected.qdata.view(torch.uint8))
+        if not same_codes or not torch.equal(ours.scale, expected.scale):
+            return scheme.name
+    return None
+
+
 def _multiplication_fault(device: str = "cpu") -> str | None:
-    """The scheme that a kernel multiplies wrong here, if one does."""
+    """The first scheme whose products on this device differ from the reference's, if any."""
     import torch
 
     from quantkit import ops
     from quantkit.ops.linear import QuantizedLinear
-    from quantkit.schemes.number_formats import INT8
     from quantkit.schemes.scheme import SCHEMES
 
-    values, inputs = (
-        torch.linspace(-3, 3, 48 * 256).sin().reshape(48, 256).bfloat16(),
-        torch.linspace(-2, 2, 33 * 256).cos().reshape(33, 256).bfloat16(),
-    )
+    values = torch.linspace(-3, 3, 48 * 256).sin().reshape(48, 256).bfloat16()
+    inputs = torch.linspace(-2, 2, 33 * 256).cos().reshape(33, 256).bfloat16()
     for scheme in SCHEMES.values():
-        weight, scale = (
-            ops.quantize(values, scheme.weight),
-            torch.tensor([0.0156]) if scheme.needs_calibration else None,
-        )
-        moved, moved_scale = (
-            replace(weight, qdata=weight.qdata.to(device), scale=weight.scale.to(device)),
-            None if scale is None else scale.to(device),
-        )
-        ours = (
-            QuantizedLinear(moved, scheme, moved_scale, None, torch.bfloat16)(inputs.to(device))
-            .float()
-            .cpu()
-        )
-        expected = QuantizedLinear(weight, scheme, scale, None, torch.bfloat16, False)(
-            inputs
-        ).float()
-        exact = scheme.weight.format is INT8 and scheme.input is not None
-        # INT8 sums are exact; others differ by float32's rounding of 256 products (on Hopper FP8
-        # sums have fewer bits), and then by one step of bfloat16 at most.
-        if not torch.allclose(
-            ours,
-            expected,
-            **(
-                {"rtol": 0, "atol": 0}
-                if exact
-                else {"rtol": 2.0**-7, "atol": 1e-4 if device == "cpu" else 0.05}
-            ),
-        ):
+        weight = ops.quantize(values, scheme.weight)
+        scale = torch.tensor([0.0156]) if scheme.needs_calibration else None
+        moved = replace(weight, qdata=weight.qdata.to(device), scale=weight.scale.to(device))
+        moved_scale = None if scale is None else scale.to(device)
+        kernel = QuantizedLinear(moved, scheme, moved_scale, None, torch.bfloat16)
+        reference = QuantizedLinear(weight, scheme, scale, None, torch.bfloat16, False)
+        ours, expected = kernel(inputs.to(device)).float().cpu(), reference(inputs).float()
+        relative, absolute = _tolerances(scheme, device)
+        if not torch.allclose(ours, expected, rtol=relative, atol=absolute):
             return scheme.name
     return None
+
+
+def _tolerances(scheme: QuantScheme, device: str) -> tuple[float, float]:
+    """Relative and absolute. INT8 sums are exact. Others differ by float32's rounding of 256
+    products (on Hopper, FP8 sums have fewer bits), and then by one step of bfloat16 at most.
+    """
+    from quantkit.schemes.number_formats import INT8
+
+    if scheme.weight.format is INT8 and scheme.input is not None:
+        return 0.0, 0.0
+    return 2.0**-7, 1e-4 if device == "cpu" else 0.05
 
 
 def _devices() -> list[dict[str, str]]:

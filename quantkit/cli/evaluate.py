@@ -10,7 +10,7 @@ import click
 
 from quantkit.cli.console import Output, command
 from quantkit.cli.options import UserPath, device_option, different_sources, remote_code_option
-from quantkit.data.windows import PROTOCOLS
+from quantkit.data.protocols import PROTOCOLS
 from quantkit.errors import FaultsFound, Inconclusive, OutputError
 from quantkit.schemes.serving import HARDWARE
 
@@ -29,29 +29,37 @@ from quantkit.schemes.serving import HARDWARE
 @click.option(
     "--seq-len",
     type=click.IntRange(2),
-    help="Tokens per window.  [default: 2048, or the model's positions; 64 of a masked model]",
+    help="Tokens per window.  [default: 2048 (masked LMs: 64), or the model's positions if fewer]",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), help="Stop after the windows that hold this many."
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Evaluate at most this many tokens, in whole windows.",
 )
 @click.option(
     "--protocol",
     type=click.Choice(PROTOCOLS),
     default="gptq",
     show_default=True,
-    help="How windows are cut and scored.",
+    help="How the text is cut into windows and scored.",
 )
 @click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
-@click.option("--html", type=UserPath(dir_okay=False), help="Write a self-contained page.")
-@click.option("--markdown", type=UserPath(dir_okay=False), help="Write a section for a model card.")
+@click.option("--html", type=UserPath(dir_okay=False), help="Write a self-contained HTML report.")
+@click.option(
+    "--markdown",
+    type=UserPath(dir_okay=False),
+    help="Write the result as a section for a model card.",
+)
 @click.option(
     "--gate",
     "gates",
     multiple=True,
     metavar="EXPR",
-    help="Exit 3 unless e.g. 'ppl_delta_pct<=1.0' holds; also kld_mean, top1, size_ratio.",
+    help="Exit with 3 unless it holds, e.g. 'ppl_delta_pct<=1.0'; also kld_mean, top1, size_ratio.",
 )
-@click.option("--strict", is_flag=True, help="Exit 4 when the text can't decide a gate.")
+@click.option(
+    "--strict", is_flag=True, help="Exit with 4 when the text is too short to decide a gate."
+)
 @click.option(
     "--exec",
     "exec_",
@@ -59,20 +67,20 @@ from quantkit.schemes.serving import HARDWARE
     default="auto",
     show_default=True,
     help=(
-        "Compiled kernels (refused where a Linear has none), the reference arithmetic, or kernels"
-        " where there are any."
+        "auto: compiled kernels where available; kernel: refuse Linears without one; reference:"
+        " reference arithmetic only."
     ),
 )
 @click.option(
-    "--hardware", type=click.Choice(HARDWARE), help="Compute what this hardware computes."
+    "--hardware", type=click.Choice(HARDWARE), help="Emulate the arithmetic of this hardware."
 )
 @click.option(
-    "--noise-floor", is_flag=True, help="Measure too what rounding noise alone would change."
+    "--noise-floor", is_flag=True, help="Also measure the effect of rounding noise alone."
 )
 @click.option(
     "--no-cache",
     is_flag=True,
-    help="Neither take the base's hidden states from an earlier run nor keep them.",
+    help="Neither reuse BASE's hidden states from an earlier run nor store them.",
 )
 @device_option
 @remote_code_option
@@ -90,11 +98,11 @@ def eval_command(
     no_cache: bool,
     **options: Any,
 ) -> None:
-    """Compare quantized checkpoints with BASE on the same text, from the files as exported.
+    """Compare quantized checkpoints (QUANT) with BASE on the same text.
 
-    With BASE alone: its perplexity. Several processes share the windows: torchrun --nproc-per-node
-    N
-    -m quantkit eval ...
+    The exported files are evaluated with the arithmetic of a runtime. With BASE alone, its
+    perplexity is reported. Several processes can share the windows:
+    torchrun --nproc-per-node N -m quantkit eval ...
     """
     from quantkit.checkpoint.files import finite, write_json, write_text
     from quantkit.checkpoint.hub import resolve_model

@@ -54,7 +54,9 @@ def make_export_options(
 @recipe_options
 @export_options
 @click.option(
-    "--stream-download", is_flag=True, help="Of a hub id, keep only the shards in work on the disk."
+    "--stream-download",
+    is_flag=True,
+    help="For a hub id: remove each downloaded shard as soon as it is quantized.",
 )
 @resume_options
 def export_command(
@@ -76,9 +78,9 @@ def export_command(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Write MODEL's quantized checkpoint, a few rows at a time.
+    """Write MODEL as a quantized checkpoint, reading a few rows of a tensor at a time.
 
-    A hub id's shards are fetched as they are needed.
+    The shards of a hub id are downloaded when they are needed.
     """
     from quantkit.exporter.plan import plan_export
 

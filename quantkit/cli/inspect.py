@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint or a CALIB holds, read from headers alone."""
+"""`inspect`: the content of a checkpoint or a calibration, read from headers alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from quantkit.calibration.describe import is_unsettled
 from quantkit.calibration.results import Calibration
+from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import QuantizationConfig, read_quantization_config, stored_linears
-from quantkit.checkpoint.output_dir import CALIBRATION_FILE
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.models.tensor_roles import linears_of
@@ -17,7 +17,7 @@ from quantkit.schemes.scheme import QuantScheme
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """A description of what is at `path`; `kind` is "checkpoint" or "calibration"."""
+    """A description of what is at `path`; its `kind` is "checkpoint" or "calibration"."""
     if not path.exists():
         raise CheckpointError(
             f"there is nothing at {path}; give a model directory or a calibration directory"

@@ -1,5 +1,6 @@
-"""The command line: the group, and the commands that only show something. torch and transformers
-are imported inside commands, so that `--help` answers at once.
+"""The command line: the group of all commands, and those commands that need no file of their own.
+
+torch and transformers are imported inside commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from quantkit.errors import QuantkitError
 @click.group(cls=ErrorGroup, context_settings=CONTEXT)
 @click.version_option(__version__, "--version", prog_name="quantkit")
 def main() -> None:
-    """Quantize Hugging Face checkpoints to FP8 or INT8, and measure what that costs.
+    """Quantize Hugging Face checkpoints to FP8 or INT8, and measure the loss.
 
-    MODEL is a directory with safetensors, a hub id or a .gguf file. A first walk:
+    MODEL is a directory with safetensors files, a hub id or a .gguf file. To start:
 
     \b
       quantkit quantize MODEL -o OUT --scheme fp8-dynamic
       quantkit eval MODEL OUT --data text.txt
 
-    Exit codes: 0 done, 1 failed, 2 bad usage, 3 a gate failed or verify found a fault,
+    Exit codes: 0 success, 1 failure, 2 bad usage, 3 a gate, verify or the sanity check failed,
     4 inconclusive (eval --strict), 5 not comparable, 75 interrupted (--resume continues).
     """
 
@@ -40,7 +41,7 @@ def main() -> None:
 @command("inspect")
 @click.argument("path")
 def inspect_command(out: Output, path: str) -> None:
-    """What a checkpoint or a calibration holds."""
+    """Describe the content of a checkpoint or a calibration."""
     from quantkit.checkpoint.hub import resolve_model
     from quantkit.cli.inspect import inspect_path
     from quantkit.cli.tables import inspection_tables, print_json, print_table
@@ -55,7 +56,7 @@ def inspect_command(out: Output, path: str) -> None:
 
 @command("schemes")
 def schemes_command(out: Output) -> None:
-    """The schemes, and which runtime and hardware takes which."""
+    """List the schemes, and which runtimes and hardware support each."""
     from quantkit.cli.tables import print_json, print_table, schemes_description, schemes_tables
 
     if out.as_json:
@@ -67,7 +68,7 @@ def schemes_command(out: Output) -> None:
 
 @command("doctor")
 def doctor_command(out: Output) -> None:
-    """Versions, kernels, devices; exit code 1 if something is broken."""
+    """Check versions, kernels and devices; exit code 1 if something is broken."""
     from quantkit.cli.doctor import examine
     from quantkit.cli.tables import print_json, print_table
 
@@ -97,13 +98,13 @@ def doctor_command(out: Output) -> None:
     "shapes",
     multiple=True,
     type=Shape(),
-    help="Input × output features, e.g. 4096x4096.  [default: three of small models]",
+    help="Input × output features, e.g. 4096x4096.  [default: those of small models]",
 )
 @click.option(
     "--tokens",
     multiple=True,
     type=click.IntRange(1),
-    help="Tokens at a time.  [default: 1, 16, 128, 512]",
+    help="Tokens per call.  [default: 1, 16, 128, 512]",
 )
 def bench_command(
     out: Output,
@@ -111,7 +112,7 @@ def bench_command(
     shapes: tuple[tuple[int, int], ...],
     tokens: tuple[int, ...],
 ) -> None:
-    """The compiled kernels beside torch's own ops, on one thread."""
+    """Compare the speed of the compiled kernels with torch's own ops, on one thread."""
     from dataclasses import asdict
 
     from quantkit.cli.bench import SHAPES, TOKENS, benchmark, describe, read_bandwidth
@@ -145,9 +146,9 @@ def bench_command(
     show_default=True,
     help="Directory for the results.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier demo's results.")
+@click.option("--overwrite", is_flag=True, help="Replace the results of an earlier demo.")
 def demo_command(out: Output, output: Path, overwrite: bool) -> None:
-    """The whole story on a real small model (SmolLM2-135M), in minutes."""
+    """Quantize and evaluate a small real model (SmolLM2-135M), in minutes."""
     from quantkit.cli.demo import run_demo
     from quantkit.cli.tables import print_json, print_table
 

@@ -96,7 +96,7 @@ directory_output = click.option(
     "--output",
     required=True,
     type=UserPath(),
-    help="Directory to write; appears when it is whole.",
+    help="Directory to write; it appears when it is complete.",
 )
 
 
@@ -118,17 +118,19 @@ data_option = click.option(
     multiple=True,
     callback=different_sources,
     metavar="FILE",
-    help=".txt, .jsonl (text or messages), .parquet, or dataset:NAME[:CONFIG[:SPLIT]].",
+    help=".txt, .jsonl or .parquet (text, messages), or dataset:NAME[:CONFIG[:SPLIT]]; repeatable.",
 )
 device_option = click.option(
-    "--device", type=Device(), default="auto", show_default=True, help="auto, cpu or cuda."
+    "--device", type=Device(), default="auto", show_default=True, help="auto, cpu or cuda[:N]."
 )
 remote_code_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run Python code that lies in the checkpoint."
+    "--trust-remote-code", is_flag=True, help="Run Python code from the checkpoint."
 )
 resume_options = options(
     click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-    click.option("--overwrite", is_flag=True, help="Replace what is at the output."),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace an existing output, or an interrupted run."
+    ),
 )
 calibration_options = options(
     click.option(
@@ -136,61 +138,70 @@ calibration_options = options(
         type=click.IntRange(1),
         default=128,
         show_default=True,
-        help="Windows of text.",
+        help="Number of calibration windows.",
     ),
     click.option(
         "--seq-len",
         type=click.IntRange(2),
-        help="Tokens per window.  [default: 2048, or the model's positions]",
+        help="Tokens per window.  [default: 2048, or the model's positions if fewer]",
     ),
     click.option(
         "--batch-size",
         type=click.IntRange(1),
-        help="Windows at a time.  [default: about 1024 tokens on a CPU, 8192 on a GPU]",
+        help="Windows per batch.  [default: about 1024 tokens on a CPU, 8192 on a GPU]",
     ),
     click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of the choice of windows."
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Seed for sampling calibration windows.",
     ),
     click.option(
         "--memory",
         type=Size(),
         help=(
-            "What hidden states may hold, e.g. 8GB, before they go to a file.  [default: half of"
-            " what is free]"
+            "Memory for hidden states, e.g. 8GB; beyond it, they go to a file.  [default: half of"
+            " the free memory]"
         ),
     ),
     click.option(
         "--all-experts",
         is_flag=True,
-        help="Show every token to every expert; slower, and no expert starves.",
+        help="Run every token through every expert: slower, but no expert sees too few tokens.",
     ),
     device_option,
     remote_code_option,
 )
 recipe_options = options(
-    click.option("--scheme", help="One of those that `quantkit schemes` lists."),
-    click.option("--recipe", type=UserPath(), help="YAML file: a scheme with exceptions."),
+    click.option("--scheme", help="A scheme; `quantkit schemes` lists them."),
+    click.option(
+        "--recipe", type=UserPath(), help="YAML file: a scheme, exceptions for layers, algorithms."
+    ),
 )
 export_options = options(
     click.option(
-        "--calibration", type=UserPath(), metavar="CALIB", help="Statistics for static scales."
+        "--calibration",
+        type=UserPath(),
+        metavar="CALIB",
+        help="Output of `quantkit calibrate`, for static scales and algorithms.",
     ),
     click.option(
         "--ignore",
         multiple=True,
         metavar="PATTERN",
-        help="Leave these Linears: a name, a glob, or re:REGEX.",
+        help="Don't quantize these Linears: a name, a glob, or re:REGEX; repeatable.",
     ),
     click.option(
         "--observer",
         metavar="NAME",
         help=(
-            "How static scales follow from statistics: absmax, percentile[:P], mse.  [default: the"
-            " recipe's, or absmax]"
+            "How static scales are computed from statistics: absmax, percentile[:P] or mse."
+            "  [default: the recipe's, or absmax]"
         ),
     ),
     click.option(
-        "--kv-cache", type=click.Choice(["fp8"]), help="Write scales for a quantized KV cache."
+        "--kv-cache", type=click.Choice(["fp8"]), help="Also write scales for a quantized KV cache."
     ),
     click.option(
         "--runtime", type=click.Choice(RUNTIMES), help="Refuse what this runtime can't load."
@@ -201,24 +212,24 @@ export_options = options(
         type=click.Choice(list(FORMATS)),
         default=DEFAULT_FORMAT,
         show_default=True,
-        help="Format of the files.",
+        help="Checkpoint format.",
     ),
     click.option(
         "--max-shard-size",
         type=Size(),
         default="5GB",
         show_default=True,
-        help="Start a new file beyond this size.",
+        help="Maximum size of a weight file.",
     ),
     click.option(
         "--allow-unreached",
         is_flag=True,
         help=(
-            "Leave parameters that should be quantized but can't be, instead of refusing the model."
+            "Skip parameters that should be quantized but can't be, instead of refusing the model."
         ),
     ),
     click.option(
-        "--dry-run", is_flag=True, help="Print what would become of every parameter; write nothing."
+        "--dry-run", is_flag=True, help="Print what would be done to each parameter; write nothing."
     ),
 )
 

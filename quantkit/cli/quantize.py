@@ -38,16 +38,16 @@ from quantkit.schemes.serving import HARDWARE
 @click.option(
     "--hardware",
     type=click.Choice(HARDWARE),
-    help="Where it will be served: decides the default scheme, and what the judge computes.",
+    help="Target hardware: decides the default scheme and the sanity check's arithmetic.",
 )
 @click.option(
     "--judge-tokens",
     type=click.IntRange(2),
     default=4096,
     show_default=True,
-    help="How much text the result is judged on.",
+    help="Tokens of text for the sanity check.",
 )
-@click.option("--no-judge", is_flag=True, help="Don't run the result.")
+@click.option("--no-judge", is_flag=True, help="Skip the sanity check.")
 @resume_options
 def quantize_command(
     out: Output,
@@ -72,13 +72,14 @@ def quantize_command(
     overwrite: bool,
     **calibrating: Any,
 ) -> None:
-    """Calibrate where the recipe needs it, export, verify, judge: MODEL to a checked checkpoint.
+    """Quantize MODEL in one step: calibrate if needed, export, verify, and run a sanity check.
 
-    Without --scheme and --recipe it takes the scheme that is served in the most places, and says
-    why. The calibration is kept beside the output, as OUT-calibration. At the end the result and
-    MODEL run over some text (--data where no calibration has read it, else one that comes with
-    quantkit): exit code 3, with the files kept, where it is ruined (perplexity +10 % or a mean KL
-    of 0.15, beyond doubt).
+    Without --scheme and --recipe, it picks the scheme that most runtimes can load, and says why. A
+    calibration is stored next to the output, as OUT-calibration.
+
+    The sanity check compares the result with MODEL on some text: on --data if calibration didn't
+    use it, else on text that comes with quantkit. Where perplexity is certainly 10 % higher, or the
+    mean KL above 0.15, the exit code is 3 and the files are kept.
     """
     from dataclasses import replace
 
@@ -123,7 +124,8 @@ def quantize_command(
                 )
             )
     if calibrates:
-        from quantkit.checkpoint.output_dir import MANIFEST_FILE, check_output
+        from quantkit.checkpoint.finished_output import MANIFEST_FILE
+        from quantkit.checkpoint.output_checks import check_output
 
         if not (resume and (output / MANIFEST_FILE).is_file()):
             check_output(output, overwrite=overwrite, reads=[options.model])

@@ -28,7 +28,7 @@ from quantkit.cli.options import (
     "--calibration",
     type=UserPath(),
     metavar="CALIB",
-    help="Statistics for static scales, or weights that the recipe's algorithms chose.",
+    help="Calibration for static scales, or for the recipe's algorithms.",
 )
 @data_option
 @click.option(
@@ -36,55 +36,57 @@ from quantkit.cli.options import (
     type=click.IntRange(2),
     default=2048,
     show_default=True,
-    help="How much text each variant is run on.",
+    help="Tokens of text that each variant runs on.",
 )
 @click.option(
     "--seq-len",
     type=click.IntRange(2),
-    help="Tokens per window.  [default: 256, or the model's positions]",
+    help="Tokens per window.  [default: 256, or the model's positions if fewer]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed for sampling windows of text."
+)
 @click.option(
     "--alternative",
     "alternatives",
     multiple=True,
     metavar="SCHEME",
-    help="What a set may be given instead: keep (its stored dtype), or a scheme.  [default: keep]",
+    help="What a layer group may use instead: keep (stored dtype), or a scheme.  [default: keep]",
 )
 @click.option(
     "--max-size",
     metavar="SIZE",
     help=(
-        "Budget: 150MB, 65% of the model, or +5% over all quantized; spends it where it helps most."
+        "Budget of bytes: 150MB, 65% (of MODEL), or +5% (over the recipe everywhere); the KL is"
+        " minimized."
     ),
 )
 @click.option(
-    "--max-kld",
-    type=float,
-    metavar="NATS",
-    help="Budget: the mean KL that the result may have; as small as it allows.",
+    "--max-kld", type=float, metavar="NATS", help="Budget of mean KL; the size is minimized."
 )
 @click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
 @click.option(
-    "--html", type=UserPath(dir_okay=False), help="Write a self-contained page with a heat map."
+    "--html",
+    type=UserPath(dir_okay=False),
+    help="Write a self-contained HTML report with a heat map.",
 )
 @click.option(
     "--recipe-out",
     type=UserPath(dir_okay=False),
     metavar="FILE",
-    help="Write the budget's recipe, for export and quantize.",
+    help="Write the recipe for the budget, for export and quantize.",
 )
 @click.option(
     "--from",
     "earlier",
     type=UserPath(dir_okay=False),
     metavar="RESULT.json",
-    help="Solve another budget from an earlier -o, without running anything.",
+    help="Solve for another budget from an earlier result (-o), without running the model.",
 )
 @device_option
 @remote_code_option
-@click.option("--resume", is_flag=True, help="Continue an interrupted run; needs its -o.")
-@click.option("--overwrite", is_flag=True, help="Start again where an interrupted run was left.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; needs the same -o.")
+@click.option("--overwrite", is_flag=True, help="Discard an interrupted run and start again.")
 def sensitivity_command(
     out: Output,
     model: str,
@@ -99,15 +101,14 @@ def sensitivity_command(
     max_kld: float | None,
     **scoring: Any,
 ) -> None:
-    """Which Linears of MODEL cost most by being quantized, and the recipe that spares the right
-    ones.
+    """Rank the Linears of MODEL by what quantizing them costs, and fit a recipe to a budget.
 
-    Each set that runtimes compute as one (q/k/v, gate/up, all experts of a layer) is quantized
-    alone
-    and compared with MODEL on a little text (calibration text that comes with quantkit, without
-    --data). Sums of what sets cost predict what several cost together; how well is measured. With a
-    budget the best choice for each set follows, exactly on these sums. Several processes share the
-    windows: torchrun --nproc-per-node N -m quantkit sensitivity ...
+    Layers that runtimes fuse (q/k/v, gate/up, all experts of a layer) form one group. Each group is
+    quantized alone and compared with MODEL on --data, or else on the calibration text that comes
+    with quantkit. The cost of several groups is predicted as the sum of their costs, and the error
+    of that prediction is measured. With a budget, the recipe that is optimal for these sums
+    follows. Several processes can share the windows:
+    torchrun --nproc-per-node N -m quantkit sensitivity ...
     """
     from quantkit.checkpoint.files import finite, write_json, write_text
     from quantkit.checkpoint.hub import resolve_model

@@ -18,13 +18,16 @@ WORST_SHOWN = 5  # of the layers that `verify --base` compares
 
 @command("verify")
 @click.argument("checkpoint")
-@click.option("--base", help="The original model: compare every weight with it.")
+@click.option("--base", help="The original model, to compare every weight with.")
 @click.option(
-    "--runtime", type=click.Choice(RUNTIMES), help="Count what this runtime can't load as a fault."
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    help="Report as a fault whatever this runtime can't load.",
 )
 def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str | None) -> None:
-    """Is CHECKPOINT whole, finite and consistent, and will a runtime load it? Exit code 3 on a
-    fault.
+    """Check that CHECKPOINT is complete, finite and consistent, and that runtimes can load it.
+
+    The exit code is 3 where it has a fault.
     """
     from quantkit.checkpoint.hub import resolve_model
     from quantkit.cli.tables import print_json, print_table

@@ -1,1 +1,1 @@
-"""Texts and questions to windows of tokens."""
+"""Text to windows of tokens, for calibration and evaluation."""

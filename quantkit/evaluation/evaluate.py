@@ -22,10 +22,13 @@ import numpy as np
 
 from quantkit import __version__
 from quantkit.checkpoint.cache import directory_state
+from quantkit.checkpoint.finished_output import MANIFEST_FILE
 from quantkit.checkpoint.formats import stored_linears
-from quantkit.checkpoint.output_dir import MANIFEST_FILE
-from quantkit.checkpoint.reader import Checkpoint, read_json
-from quantkit.data.windows import Window, Windows, count_known_windows, load_tokenizer
+from quantkit.checkpoint.model_files import read_json
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.data.text_overlap import count_known_windows
+from quantkit.data.tokenizer import load_tokenizer
+from quantkit.data.windows import Window, Windows
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.evaluation import metrics
 from quantkit.evaluation.gates import Gate, judged_gates

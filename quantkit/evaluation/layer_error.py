@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
+from quantkit.checkpoint.finished_output import changed_tensors
 from quantkit.checkpoint.formats import read_quantization_config, stored_linears
-from quantkit.checkpoint.output_dir import changed_tensors
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.evaluation.final_states import Watch

@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.data.windows import (
-    Windows,
-    evaluation_windows,
-    load_tokenizer,
-    targets_of,
-    window_length,
-)
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.tokenizer import load_tokenizer
+from quantkit.data.windows import Windows, targets_of, window_length
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.exporter.runtimes import as_computed
 from quantkit.models.task import CAUSAL, MASKED, TARGET, task_of

@@ -26,7 +26,8 @@ from quantkit.checkpoint.formats import (
     read_quantization_config,
     stored_linears,
 )
-from quantkit.checkpoint.reader import Checkpoint, torch_dtype
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.tensor_reader import torch_dtype
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.evaluation.quantized_experts import (
     EXPERTS_IMPLEMENTATION,

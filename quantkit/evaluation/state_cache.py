@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.cache import SECONDS_UNTIL_ABANDONED, cache_directory
 from quantkit.checkpoint.files import blake3_file, write_json
-from quantkit.checkpoint.reader import DTYPES, TensorInfo, read_header, read_tensor
-from quantkit.checkpoint.writer import ShardWriter, TensorPlan
+from quantkit.checkpoint.header import DTYPES, TensorInfo, read_header
+from quantkit.checkpoint.shard_plan import TensorPlan
+from quantkit.checkpoint.tensor_reader import read_tensor
+from quantkit.checkpoint.writer import ShardWriter
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:

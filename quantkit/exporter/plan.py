@@ -20,10 +20,10 @@ from typing import Any
 from quantkit import __version__
 from quantkit.calibration.results import Calibration
 from quantkit.checkpoint.files import sha256_file
+from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, KV_SUFFIXES, Format
-from quantkit.checkpoint.output_dir import CALIBRATION_FILE
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.writer import TensorPlan
+from quantkit.checkpoint.shard_plan import TensorPlan
 from quantkit.errors import CalibrationError, RuntimeLimitError
 from quantkit.exporter.runtimes import runtime_problems
 from quantkit.models.assignment import (

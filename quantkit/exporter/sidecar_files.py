@@ -11,11 +11,12 @@ from pathlib import Path
 
 from quantkit import __version__
 from quantkit.checkpoint.files import blake3_file, write_bytes, write_json, write_text
+from quantkit.checkpoint.finished_output import MANIFEST_FILE, PROGRESS_FILE
 from quantkit.checkpoint.formats import QuantizedLayers
-from quantkit.checkpoint.output_dir import MANIFEST_FILE, PROGRESS_FILE, OutputDirectory
-from quantkit.checkpoint.reader import INDEX_FILE
+from quantkit.checkpoint.model_files import INDEX_FILE
+from quantkit.checkpoint.output_dir import OutputDirectory
+from quantkit.checkpoint.shard_plan import TensorPlan
 from quantkit.checkpoint.units import counted, format_bytes
-from quantkit.checkpoint.writer import TensorPlan
 from quantkit.errors import OutputError
 from quantkit.exporter.plan import ExportPlan
 from quantkit.models.task import MASKED, task_of

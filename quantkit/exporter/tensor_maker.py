@@ -11,9 +11,10 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.checkpoint.formats import KV_SUFFIXES
-from quantkit.checkpoint.reader import DTYPES, read_tensor
+from quantkit.checkpoint.header import DTYPES
+from quantkit.checkpoint.shard_plan import TensorPlan
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.checkpoint.writer import TensorPlan
+from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import CheckpointError
 from quantkit.exporter.plan import ExportPlan
 from quantkit.models.assignment import QuantizedLinearInfo

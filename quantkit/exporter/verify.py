@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from quantkit.checkpoint.files import blake3_file
+from quantkit.checkpoint.finished_output import MANIFEST_FILE, changed_tensors
 from quantkit.checkpoint.formats import (
     DEFAULT_FORMAT,
     KV_SUFFIXES,
@@ -23,8 +24,8 @@ from quantkit.checkpoint.formats import (
     read_quantization_config,
     stored_linears,
 )
-from quantkit.checkpoint.output_dir import MANIFEST_FILE, changed_tensors
-from quantkit.checkpoint.reader import Checkpoint, read_json
+from quantkit.checkpoint.model_files import read_json
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import CheckpointError
 from quantkit.exporter.runtimes import runtime_problems

@@ -18,21 +18,13 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint.files import cores
+from quantkit.checkpoint.finished_output import finished_already
 from quantkit.checkpoint.interrupts import stop_between_steps
-from quantkit.checkpoint.output_dir import (
-    OutputDirectory,
-    check_disk_space,
-    check_output,
-    finished_already,
-)
+from quantkit.checkpoint.output_checks import check_disk_space, check_output
+from quantkit.checkpoint.output_dir import OutputDirectory
+from quantkit.checkpoint.shard_plan import TensorPlan, plan_shards, shard_names
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.checkpoint.writer import (
-    ShardWriter,
-    TensorPlan,
-    plan_shards,
-    shard_names,
-    tensor_bytes,
-)
+from quantkit.checkpoint.writer import ShardWriter, tensor_bytes
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.exporter.plan import ExportPlan, file_times
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest

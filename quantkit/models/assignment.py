@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, Format, read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.shard_plan import TensorPlan
 from quantkit.checkpoint.stream import block_scales
-from quantkit.checkpoint.writer import TensorPlan
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.models.linear_views import as_stored_where_skipped, find_stacks
 from quantkit.models.task import task_of

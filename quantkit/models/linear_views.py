@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
-from quantkit.checkpoint.reader import Checkpoint, TensorInfo
+from quantkit.checkpoint.header import TensorInfo
+from quantkit.checkpoint.reader import Checkpoint
 
 GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 BIASED = (

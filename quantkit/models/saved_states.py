@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.checkpoint.files import blake3_file
+from quantkit.checkpoint.finished_output import is_as_recorded
+from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.interrupts import StopRequest
-from quantkit.checkpoint.output_dir import WorkDirectory, is_as_recorded
-from quantkit.checkpoint.reader import read_header, read_tensor
+from quantkit.checkpoint.output_dir import WorkDirectory
+from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantkit.checkpoint.reader import DTYPES, Checkpoint
+from quantkit.checkpoint.header import DTYPES
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import block_scales, source_spec
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.models.experts import adopt_experts

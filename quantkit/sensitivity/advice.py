@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.reader import Checkpoint, read_json
+from quantkit.checkpoint.model_files import read_json
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.models.tensor_roles import linears_of

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.calibration.rotate import RotatedLinear, Rotation, make_rotation
-from quantkit.checkpoint.reader import read_tensor
+from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.quantized_experts import (
     EXPERTS_IMPLEMENTATION,

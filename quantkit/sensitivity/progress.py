@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.files import blake3_file, write_json
+from quantkit.checkpoint.finished_output import require_same_fingerprint, resolved_output
 from quantkit.checkpoint.interrupts import StopRequest
-from quantkit.checkpoint.output_dir import (
-    WorkDirectory,
-    check_disk_space,
-    require_same_fingerprint,
-    resolved_output,
-)
-from quantkit.checkpoint.reader import read_json
+from quantkit.checkpoint.model_files import read_json
+from quantkit.checkpoint.output_checks import check_disk_space
+from quantkit.checkpoint.output_dir import WorkDirectory
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates

@@ -26,13 +26,10 @@ import numpy as np
 from quantkit import __version__
 from quantkit.checkpoint.files import finite, write_json
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
-from quantkit.data.windows import (
-    BUNDLED_CALIBRATION,
-    Windows,
-    calibration_windows,
-    load_tokenizer,
-    window_length,
-)
+from quantkit.data.bundled import BUNDLED_CALIBRATION
+from quantkit.data.sampling import calibration_windows
+from quantkit.data.tokenizer import load_tokenizer
+from quantkit.data.windows import Windows, window_length
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.intervals import paired_interval, perplexity_change_pct
 from quantkit.models.distributed import Ranks, joined_ranks

@@ -17,7 +17,8 @@ from quantkit.calibration.hooks import require_linears
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.results import Calibration
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.data.windows import calibration_windows, load_tokenizer
+from quantkit.data.sampling import calibration_windows
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.errors import CalibrationError, CheckpointError, OutputError
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export

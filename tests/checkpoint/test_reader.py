@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.checkpoint.reader import Checkpoint, read_header
+from quantkit.checkpoint.header import read_header
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
 
 TENSORS = {

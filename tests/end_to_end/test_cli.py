@@ -473,12 +473,12 @@ def test_read_only_place_is_refused(run, llama, tmp_path):
 
 
 def test_full_disk_is_one_sentence_and_leaves_no_output(run, llama, tmp_path, monkeypatch):
-    import quantkit.checkpoint.reader
+    import quantkit.checkpoint.writer
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quantkit.checkpoint.reader.os, "pwrite", full)
+    monkeypatch.setattr(quantkit.checkpoint.writer.os, "pwrite", full)
     refusal(run("export", llama, "-o", tmp_path / "o", "--scheme", "fp8-dynamic"), "No space left")
     assert not (tmp_path / "o").exists()
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.formats import read_quantization_config
-from quantkit.data.windows import evaluation_windows, load_tokenizer
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.final_states import make_final_states, rounding_noise

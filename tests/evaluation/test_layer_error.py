@@ -139,7 +139,8 @@ def test_output_figures_are_those_of_the_layer_alone(export_to, llama, text):
     from the files.
     """
     from quantkit.checkpoint.reader import Checkpoint
-    from quantkit.data.windows import evaluation_windows, load_tokenizer
+    from quantkit.data.protocols import evaluation_windows
+    from quantkit.data.tokenizer import load_tokenizer
     from quantkit.evaluation.final_states import make_final_states
     from quantkit.evaluation.layer_error import LayerProbe
     from quantkit.evaluation.quantized_model import load_served

@@ -12,7 +12,8 @@ from transformers import AutoModelForMaskedLM
 
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.data.windows import evaluation_windows, load_tokenizer
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.results import Calibration
-from quantkit.data.windows import evaluation_windows, load_tokenizer
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.quantized_experts import serving_experts

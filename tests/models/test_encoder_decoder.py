@@ -16,7 +16,9 @@ from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.results import Calibration
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.data.windows import evaluation_windows, load_tokenizer, targets_of
+from quantkit.data.protocols import evaluation_windows
+from quantkit.data.tokenizer import load_tokenizer
+from quantkit.data.windows import targets_of
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.models import saved_states

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.checkpoint.reader import Checkpoint, MappedShard
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.tensor_reader import MappedShard
 from quantkit.models.linear_views import (
     as_linear_views,
     conv1d_as_linear,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.checkpoint.reader import Checkpoint, TensorInfo
+from quantkit.checkpoint.header import TensorInfo
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.models.linear_views import find_stacks
 from quantkit.models.tensor_roles import ModuleInfo, fused_sets, linears_of
 from quantkit.schemes.pattern import covering_patterns

@@ -27,15 +27,10 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from quantkit.checkpoint.formats import read_quantization_config
-from quantkit.checkpoint.reader import (
-    DTYPES,
-    INDEX_FILE,
-    Checkpoint,
-    MappedShard,
-    read_header,
-    read_tensor,
-    row_count,
-)
+from quantkit.checkpoint.header import DTYPES, read_header, row_count
+from quantkit.checkpoint.model_files import INDEX_FILE
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.tensor_reader import MappedShard, read_tensor
 from quantkit.checkpoint.writer import tensor_bytes
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.exporter.plan import ExportOptions, plan_export

@@ -21,8 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.checkpoint.header import read_header
+from quantkit.checkpoint.model_files import INDEX_FILE
 from quantkit.checkpoint.output_dir import OutputDirectory
-from quantkit.checkpoint.reader import INDEX_FILE, MappedShard, read_header
+from quantkit.checkpoint.tensor_reader import MappedShard
 
 UP, DOWN, NORM = (
     "model.layers.0.mlp.up_proj.weight",
@@ -630,7 +632,7 @@ def test_sound_block_model_is_exported(tmp_path, run):
 TRUNCATING = """
 import os, sys
 from pathlib import Path
-import quantkit.checkpoint.reader as checkpoint
+import quantkit.checkpoint.tensor_reader as checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.exporter.write import export
 from quantkit.exporter.plan import ExportOptions, plan_export

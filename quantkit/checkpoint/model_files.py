@@ -1,0 +1,101 @@
+"""The files of a model directory apart from its tensors: config.json, JSON in general, and what an
+export copies.
+
+A directory may come from a stranger: no link in it may lead out of it, and JSON is read as an
+object or refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.formats import config_of_side_file, side_files
+from quantkit.errors import CheckpointError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    advice: how the error's sentence ends where the file is missing.
+
+    Raises CheckpointError where there is no such file, or it holds anything else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing{'; ' + advice if advice else ''}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not readable as JSON; fetch or copy it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is JSON but not an object; fetch or copy it again")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory, with the quantization_config of a side file where it has
+    none (ModelOpt's).
+    """
+    require_inside(path / "config.json", path)
+    config = read_json(
+        path / "config.json",
+        "every Hugging Face checkpoint has one; copy it from where the model comes from",
+    )
+    for name in side_files():
+        if config.get("quantization_config") is None and (path / name).is_file():
+            require_inside(path / name, path)
+            stored = config_of_side_file(name, read_json(path / name, ""))
+            config = config | {"quantization_config": stored}
+    return config
+
+
+def require_inside(path: Path, directory: Path) -> Path:
+    """Return `path` unless it is a link that leads out of the directory: a checkpoint from a
+    stranger must not make quantkit read this machine's own files.
+
+    The hub's cache consists of links from snapshots/REVISION to blobs, next to snapshots; these
+    count as inside.
+    """
+    try:
+        root, target = directory.resolve(), path.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(
+            f"{path} is a link to itself; put a copy of the file in its place"
+        ) from None
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise CheckpointError(
+            f"{path} is a link to {target}, out of its directory; put a copy in its place if you"
+            " trust it"
+        )
+    return path
+
+
+def is_carried_over(name: str) -> bool:
+    """Whether an export copies the file of this name unchanged."""
+    made = {"config.json", INDEX_FILE, *side_files(), "quantkit.json"}
+    weights = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", *PICKLE_SUFFIXES)
+    return name not in made and not name.endswith(weights) and not name.startswith(".")
+
+
+def carried_over_files(directory: Path) -> list[Path]:
+    """The files that an export copies: tokenizer, templates, generation config, licence and model
+    card. Neither weights nor config.json are among them.
+    """
+    files = [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and is_carried_over(path.name)
+    ]
+    templates = directory / "additional_chat_templates"
+    if templates.is_dir():
+        files += sorted(
+            path for path in require_inside(templates, directory).iterdir() if path.is_file()
+        )
+    return [require_inside(path, directory) for path in files]

@@ -1,0 +1,104 @@
+"""Refusals before the work begins: an output that exists, contains the input, can't be written to,
+or won't fit on its disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from quantkit.checkpoint.finished_output import (
+    CALIBRATION_FILE,
+    MANIFEST_FILE,
+    partial_directory,
+    resolved_output,
+)
+from quantkit.checkpoint.units import format_bytes
+from quantkit.errors import OutputError
+
+
+def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
+    """Refuse an output directory that can't be written, or that holds what must not be replaced.
+
+    overwrite: whether an earlier checkpoint or calibration at `path` may be replaced.
+    reads: the inputs, which the output must neither be nor contain.
+
+    Raises OutputError.
+    """
+    _require_apart_from_inputs(path, reads)
+    # A device, pipe or socket is neither file nor directory, and must never be moved away for an
+    # output.
+    if (path.exists() and not path.is_dir()) or (path.is_symlink() and not path.exists()):
+        raise OutputError(f"{path} is a file; choose a directory for -o")
+    if path.is_dir() and any(path.iterdir()):
+        _require_replaceable(path, overwrite)
+    _require_writable(path)
+
+
+def _require_apart_from_inputs(path: Path, reads: Iterable[Path]) -> None:
+    resolved = resolved_output(path)
+    for source in reads:
+        if resolved == source.resolve() or resolved in source.resolve().parents:
+            raise OutputError(
+                f"the output {path} is, or contains, the input {source}; choose another -o"
+            )
+    if resolved in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(
+            f"the output {path} is, or contains, the current directory; name a directory to be made"
+        )
+
+
+def _require_replaceable(path: Path, overwrite: bool) -> None:
+    """Only what quantkit made, or a quantized checkpoint, is ever replaced."""
+    if not overwrite:
+        raise OutputError(f"{path} exists and is not empty; choose another -o or pass --overwrite")
+    if not any((path / name).is_file() for name in ("config.json", CALIBRATION_FILE)):
+        raise OutputError(
+            f"{path} is neither a checkpoint nor a calibration, so --overwrite won't replace it;"
+            " choose another -o"
+        )
+    is_ours = any((path / name).is_file() for name in (CALIBRATION_FILE, MANIFEST_FILE))
+    if any(path.glob("*.safetensors")) and not is_ours and not _is_quantized(path):
+        raise OutputError(
+            f"{path} is a model that is not quantized, so --overwrite won't replace it; choose"
+            " another -o"
+        )
+
+
+def _is_quantized(path: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return True  # without a readable config.json it is no model that anything loads
+
+
+def _require_writable(path: Path) -> None:
+    """The nearest directory that exists must take new files."""
+    parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"can't write to {parent}; choose another -o")
+    if os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise OutputError(f"{parent} is on a read-only file system; choose another -o")
+
+
+def check_disk_space(path: Path, needed: int, what: str = "the output") -> None:
+    """Refuse an output that won't fit on its disk.
+
+    needed: bytes of the whole output. The files of an interrupted run count as room, because they
+        are continued or replaced.
+    what: the subject of the error's sentence.
+    """
+    path = resolved_output(path)
+    partial = partial_directory(path)
+    if partial.is_dir():
+        needed -= sum(file.stat().st_size for file in partial.iterdir() if file.is_file())
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{what} needs {format_bytes(needed)} but {parent} has {format_bytes(free)} free;"
+            " choose another -o or make room"
+        )

@@ -1,0 +1,71 @@
+"""Calibration windows: drawn with a seed, evenly from all sources."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from quantkit.data.sources import Source, read_source
+from quantkit.data.tokenizer import encode, leading_special_tokens, prepend
+from quantkit.data.windows import Window, Windows
+from quantkit.errors import DataError
+
+# Fewer tokens at a source's end make no window: most of them would be first positions or near one.
+MIN_REST = 32
+
+
+def calibration_windows(
+    names: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
+) -> Windows:
+    """Draw `num_samples` windows of `seq_len` tokens, evenly from all sources. A source's windows
+    don't overlap.
+
+    Where the text holds fewer, the rest at each source's end is a shorter window of its own. The
+    result may still hold fewer windows than asked for.
+
+    names: `--data` arguments.
+    seed: of the order in which a source's windows are drawn.
+
+    Raises DataError where a source holds no whole window, or there are more sources than windows.
+    """
+    if num_samples < len(names):
+        raise DataError(
+            f"--num-samples {num_samples} leaves some of the {len(names)} sources of --data without"
+            f" a window; ask for {len(names)} or more"
+        )
+    sources = [read_source(name, tokenizer) for name in names]
+    available, rests = [], []
+    for source in sources:
+        windows, rest = _windows_and_rest(source, tokenizer, seq_len)
+        random.Random(f"{seed}:{source.sha256}").shuffle(windows)
+        available.append(windows)
+        if len(rest) >= min(seq_len, MIN_REST):
+            rests.append(Window(rest))
+    drawn: list[Window] = []
+    while len(drawn) < num_samples and any(available):
+        drawn += [windows.pop() for windows in available if windows][: num_samples - len(drawn)]
+    drawn += rests[: num_samples - len(drawn)]
+    return Windows(tuple(drawn), tuple(source.sha256 for source in sources))
+
+
+def _windows_and_rest(
+    source: Source, tokenizer: Any, seq_len: int
+) -> tuple[list[Window], tuple[int, ...]]:
+    """A source's whole windows in order, and the tokens after the last."""
+    prefix = leading_special_tokens(tokenizer)
+    stream = [
+        token
+        for document in source.documents
+        for token in prepend(prefix, encode(tokenizer, document))
+    ]
+    windows = [
+        Window(tuple(stream[start : start + seq_len]))
+        for start in range(0, len(stream) - seq_len + 1, seq_len)
+    ]
+    if not windows:
+        raise DataError(
+            f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}; give"
+            " more text or a smaller --seq-len"
+        )
+    return windows, tuple(stream[len(windows) * seq_len :])

@@ -1,0 +1,153 @@
+"""The text of a `--data` argument, as documents.
+
+A source is a text file, JSON lines, a parquet file, or `dataset:NAME[:CONFIG[:SPLIT]]` on the hub.
+A record has a `text`, or `messages` that the tokenizer's chat template renders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import DataError, brief
+
+# What reading a hub dataset or a parquet file needs beyond quantkit itself.
+_HUB_EXTRA = "install it with: pip install 'quantkit[hub]'"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text source.
+
+    name: the `--data` argument.
+    documents: its texts, in order; a text file is one.
+    sha256: the hash of the file's bytes, or of a hub dataset's documents.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+    sha256: str
+
+
+def read_source(name: str, tokenizer: Any) -> Source:
+    """Read one `--data` argument.
+
+    tokenizer: renders records of chat messages.
+
+    Raises DataError where there is no such file, or it holds anything but text.
+    """
+    if name.startswith("dataset:"):
+        return _hub_dataset(name, tokenizer)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"there is no data file {name}; give a .txt, .jsonl or .parquet file, or"
+            " dataset:NAME[:CONFIG[:SPLIT]]"
+        )
+    raw = path.read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    if path.suffix.lower() == ".parquet":
+        return Source(name, tuple(_parquet_documents(path, tokenizer)), digest)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
+    # As Python reads text files everywhere: a line ends in "\n", however the file spells it.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return Source(name, tuple(_json_documents(name, text, tokenizer)), digest)
+    return Source(name, (text,), digest)
+
+
+def _json_documents(name: str, text: str, tokenizer: Any) -> Iterable[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"line {number} of {name} is not JSON; each line must be an object with 'text' or"
+                " 'messages'"
+            ) from None
+        yield _record_text(record, f"line {number} of {name}", tokenizer)
+
+
+def _parquet_documents(path: Path, tokenizer: Any) -> Iterable[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"reading {path} needs pyarrow; {_HUB_EXTRA}") from None
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not readable as parquet: {error}") from None
+    columns = [name for name in ("text", "messages") if name in table.column_names]
+    if not columns:
+        raise DataError(
+            f"{path} has no column 'text' or 'messages'; it has {', '.join(table.column_names)}"
+        )
+    for number, record in enumerate(table.select(columns).to_pylist(), 1):
+        yield _record_text(record, f"row {number} of {path}", tokenizer)
+
+
+def _hub_dataset(name: str, tokenizer: Any) -> Source:
+    """The source `dataset:NAME[:CONFIG[:SPLIT]]`; the split is `train` where none is named."""
+    parts = name.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
+        raise DataError(
+            f"'{name}' is not understood; write dataset:NAME, dataset:NAME:CONFIG or"
+            " dataset:NAME:CONFIG:SPLIT"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"reading {name} needs the datasets package; {_HUB_EXTRA}") from None
+    config = (parts[1] or None) if len(parts) > 1 else None
+    split = parts[2] if len(parts) > 2 else "train"
+    try:
+        records = datasets.load_dataset(parts[0], config, split=split)
+    except Exception as error:  # its many backends raise many kinds
+        raise DataError(
+            f"{name} can't be loaded ({brief(error)}); give a local file instead"
+        ) from None
+    documents = tuple(
+        _record_text(record, f"record {number} of {name}", tokenizer)
+        for number, record in enumerate(records, 1)
+    )
+    return Source(name, documents, hashlib.sha256("\0".join(documents).encode()).hexdigest())
+
+
+def _record_text(record: Any, where: str, tokenizer: Any) -> str:
+    """A record's text. where: names the record in messages."""
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return _require_text(record["text"], where)
+    if isinstance(record, dict) and isinstance(record.get("messages"), (list, tuple)):
+        try:
+            rendered = tokenizer.apply_chat_template(list(record["messages"]), tokenize=False)
+        except Exception as error:  # Jinja templates raise what they like
+            raise DataError(
+                f"the chat template can't render {where} ({brief(error)}); use records with 'text'"
+            ) from None
+        return _require_text(rendered, where)
+    raise DataError(f"{where} has neither a 'text' string nor a 'messages' list")
+
+
+def _require_text(text: str, where: str) -> str:
+    """Return the text, unless it holds half of a surrogate pair: JSON allows the escape, but no
+    encoding and no tokenizer does.
+    """
+    half = re.search("[\ud800-\udfff]", text)
+    if half is not None:
+        raise DataError(
+            f"{where} holds \\u{ord(half[0]):x}, half of a surrogate pair, which is no text; mend"
+            " it or leave the record out"
+        )
+    return text
