@@ -7,7 +7,6 @@ sound in itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.models.linear_views import as_matrices
 from quantkit.models.tensor_roles import ModelTensors, fused_sets, linears_of
 from quantkit.ops.packing import unpack_int8
-from quantkit.ops.reference import QuantizedTensor
+from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.scheme import TENSOR, QuantScheme
 
 # Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
@@ -411,7 +410,7 @@ class _ValueReader:
                     expected, difference = expected.double(), rows.double() - expected.double()
                     noise += float(difference.square().sum())
                 signal += float(expected.double().square().sum())
-        sqnr = _decibels(signal, noise)
+        sqnr = power_ratio_db_of_floats(signal, noise)
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
             return [
                 (
@@ -464,7 +463,7 @@ class _ValueReader:
                     else (values - rounded).flatten()
                 )
                 noise += float(torch.dot(difference, difference))
-        sqnr = self.found.sqnr_db[module] = _decibels(signal, noise)
+        sqnr = self.found.sqnr_db[module] = power_ratio_db_of_floats(signal, noise)
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
             return [
                 (
@@ -489,13 +488,6 @@ class _ValueReader:
         stored = self.stream.checkpoint.read(f"{module}.{suffix}")
         scale = torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
         return scale.reshape(scheme.weight.granularity.scale_shape(*shape))
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Signal to noise of two sums of squares: infinite for no noise, minus infinity for noise
-    alone.
-    """
-    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
 
 
 def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:

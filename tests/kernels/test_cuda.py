@@ -17,11 +17,13 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.ops import cuda, fallback, native, reference
-from quantkit.ops.arguments import FORMAT_NUMBERS, INPUT_NUMBERS
+from quantkit.ops.arguments import FLOAT_NUMBERS, FORMAT_NUMBERS
 from quantkit.ops.linear import QuantizedLinear, kernel_for
+from quantkit.ops.torch_ops import ALL_OPS
 from quantkit.schemes.number_formats import FP8_E4M3, INT8
 from quantkit.schemes.scheme import SCHEMES, QuantSpec, block
 
+KERNELS = {op.name: op.cuda for op in ALL_OPS}
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 UNIT = 2.0**-24  # rounding of float32
@@ -57,8 +59,8 @@ class Machine:
             argument.to(self.device) if isinstance(argument, Tensor) else argument
             for argument in arguments
         ]
-        result = cuda.KERNELS[op](*moved)
-        assert result is not None, f"no kernel takes {op}"
+        result = KERNELS[op](*moved)
+        assert result is not NotImplemented, f"no kernel takes {op}"
         return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -567,9 +569,7 @@ def test_rows_are_quantized_as_the_reference_does(machine, format, rule):
             rows = values.to(dtype)
             for group in (rows.shape[1], part):
                 codes, scale = machine.run("quantize_rows", rows, group, format, rule)
-                expected, expected_scale = fallback.reference_quantize_rows(
-                    rows, group, format, rule
-                )
+                expected, expected_scale = fallback.quantize_rows(rows, group, format, rule)
                 assert torch.equal(scale.nan_to_num(-1.0), expected_scale.nan_to_num(-1.0))
                 assert same_codes(codes, expected, expected_scale)
 
@@ -587,9 +587,7 @@ def test_rows_to_quantize_may_have_a_stride(machine):
                     "FP8_E4M3",
                     "dynamic",
                 )
-                expected = fallback.reference_quantize_rows(
-                    wide[:, :columns], group, "FP8_E4M3", "dynamic"
-                )
+                expected = fallback.quantize_rows(wide[:, :columns], group, "FP8_E4M3", "dynamic")
                 assert torch.equal(
                     ours[0].view(torch.uint8), expected[0].view(torch.uint8)
                 ) and torch.equal(ours[1], expected[1])
@@ -602,7 +600,7 @@ def test_keys_and_values_are_quantized_by_static_scales(machine, format):
         for dtype in DTYPES:
             states = (torch.randn(shape) * 50).to(dtype)
             for scale in (torch.tensor([0.11]), torch.rand(shape[1]) + 0.05):
-                expected = fallback.reference_quantize_kv(states, scale, format)
+                expected = fallback.quantize_kv(states, scale, format)
                 assert torch.equal(
                     machine.run("quantize_kv", states, scale, format).view(torch.uint8),
                     expected.view(torch.uint8),
@@ -619,7 +617,7 @@ def test_a_static_scale_serves_a_matrix_or_each_row(machine):
     values = torch.randn(9, 70).bfloat16() * 100
     for rows, scale in ((9, torch.tensor([[0.3]])), (1, torch.rand(9, 1) + 0.1)):
         ours = machine.run("encode_blocks", values, scale, rows, 70, "INT8")
-        assert torch.equal(ours, fallback.reference_encode_blocks(values, scale, rows, 70, "INT8"))
+        assert torch.equal(ours, fallback.encode_blocks(values, scale, rows, 70, "INT8"))
 
 
 def test_dequantize_equals_its_reference(machine):
@@ -690,7 +688,7 @@ def test_16_bit_numbers_are_read_and_rounded_as_torch_does(host, dtype):
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     values = torch.empty(65536)
     host.qk_host_widen(
-        INPUT_NUMBERS[dtype],
+        FLOAT_NUMBERS[dtype],
         ctypes.c_void_p(bits.data_ptr()),
         ctypes.c_int64(65536),
         ctypes.c_void_p(values.data_ptr()),
@@ -708,7 +706,7 @@ def test_16_bit_numbers_are_read_and_rounded_as_torch_does(host, dtype):
     )
     narrowed = torch.empty(len(some), dtype=torch.int16)
     host.qk_host_narrow(
-        INPUT_NUMBERS[dtype],
+        FLOAT_NUMBERS[dtype],
         ctypes.c_void_p(some.data_ptr()),
         ctypes.c_int64(len(some)),
         ctypes.c_void_p(narrowed.data_ptr()),
@@ -774,7 +772,7 @@ def test_what_no_kernel_takes_is_left_to_the_reference(machine):
         cuda.matmul_int8(
             int8_codes(0, 64), own[:0], packed, scale, 64, None, None, None, torch.float32
         )
-        is None
+        is NotImplemented
     )
     assert (
         cuda.matmul_int8(
@@ -788,10 +786,13 @@ def test_what_no_kernel_takes_is_left_to_the_reference(machine):
             None,
             torch.float32,
         )
-        is None
+        is NotImplemented
     )
-    assert cuda.quantize_rows(torch.ones(2, 2, dtype=torch.float64), 2, "INT8", "dynamic") is None
-    assert cuda.quantize_blocks(torch.ones(2, 2), 2, 2, "INT8", "dynamic") is None
+    assert (
+        cuda.quantize_rows(torch.ones(2, 2, dtype=torch.float64), 2, "INT8", "dynamic")
+        is NotImplemented
+    )
+    assert cuda.quantize_blocks(torch.ones(2, 2), 2, 2, "INT8", "dynamic") is NotImplemented
 
 
 def test_what_a_kernel_would_read_beyond_is_refused(machine):
@@ -996,7 +997,7 @@ def test_calls_may_be_captured_in_a_graph_and_replayed_on_a_stream(tokens):
             inputs.copy_(changed)
             graph.replay()
             stream.synchronize()
-            rows, own = fallback.reference_quantize_rows(changed, 300, "INT8", "dynamic")
+            rows, own = fallback.quantize_rows(changed, 300, "INT8", "dynamic")
             assert torch.equal(output.cpu(), exact_int8(rows, own, codes, scale))
 
 

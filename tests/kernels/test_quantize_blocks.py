@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.ops import native, reference
-from quantkit.ops.arguments import INPUT_NUMBERS
+from quantkit.ops.arguments import FLOAT_NUMBERS
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
 from quantkit.schemes.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
 
@@ -608,7 +608,7 @@ def test_kernels_stay_inside_their_buffers(dtype, granularity):
         values = sample(shape, dtype, 5)
         _memory, pointer, stride = fenced(values, torch.nan)
         blocks = granularity.block_shape(*shape)
-        matrix = (pointer, INPUT_NUMBERS[dtype], *shape, stride, *blocks)
+        matrix = (pointer, FLOAT_NUMBERS[dtype], *shape, stride, *blocks)
         scale_shape = granularity.scale_shape(*shape)
         for level in LEVELS_HERE:
             LIBRARY.qk_select_cpu_level(level)
