@@ -244,10 +244,12 @@ def markdown(records: list[dict], level: str, rounds: int) -> str:
 
 Machine: {machine()}; instruction set {level}.
 
-Thread CPU time, medians of {rounds} interleaved rounds ({min(rounds, REFERENCE_ROUNDS)} for the reference). GB/s: the input's bytes once, the codes' and the scales'. Per tensor
-reads the matrix twice, and counts it once. Copy: torch `copy_` of half as many bytes, read and written; kernel and copy write to buffers that
-exist already. Share of copy: median of the ratios within a round. Torch op: `torch.ops.quantkit.quantize_blocks`, which allocates its
-outputs, as the reference does. A matrix and its codes may stay in a last cache as large as this one between runs.
+Thread CPU time, medians of {rounds} interleaved rounds ({min(rounds, REFERENCE_ROUNDS)} for the
+reference). GB/s: the input's bytes once, the codes' and the scales'. Per tensor reads the matrix
+twice, and counts it once. Copy: torch `copy_` of half as many bytes, read and written; kernel and
+copy write to buffers that exist already. Share of copy: median of the ratios within a round. Torch
+op: `torch.ops.quantkit.quantize_blocks`, which allocates its outputs, as the reference does. A
+matrix and its codes may stay in a last cache as large as this one between runs.
 
 {table}{other_table}"""
 

@@ -477,17 +477,22 @@ def test_a_kernel_writes_its_output_alone(machine):
                 (tokens * out_features + 128,), 12345.0, dtype=dtype, device=machine.device
             )
             guarded[64:-64] = float("nan")
-            product = cuda._Product(
-                activations,
-                machine.pack(codes),
-                torch.ones(1, out_features, device=machine.device),
-                144,
-                None,
-                dtype,
-                None,
+            packed = machine.pack(codes)
+            scale = torch.ones(1, out_features, device=machine.device)
+            product = native.Product(
+                activations=activations.data_ptr(),
+                weight=packed.data_ptr(),
+                tokens=tokens,
+                features=out_features,
+                inner=144,
+                group=144,
+                row_stride=144,
+                weight_scale=scale.data_ptr(),
+                scale_columns=1,
+                output=guarded.data_ptr() + 64 * guarded.element_size(),
+                output_type=FLOAT_NUMBERS[dtype],
             )
-            product.fields.output = guarded.data_ptr() + 64 * guarded.element_size()
-            product.run("qk_cuda_matmul_fp8")
+            assert machine.library.qk_cuda_matmul_fp8(ctypes.byref(product), None) == 0
             written = guarded[64:-64].reshape(tokens, out_features).float().cpu()
             assert torch.equal(
                 written, (activations.cpu().float() @ codes.float().T).to(dtype).float()
@@ -793,6 +798,11 @@ def test_what_no_kernel_takes_is_left_to_the_reference(machine):
         is NotImplemented
     )
     assert cuda.quantize_blocks(torch.ones(2, 2), 2, 2, "INT8", "dynamic") is NotImplemented
+    # A format that kernels have no number for.
+    assert cuda.quantize_rows(torch.ones(2, 2), 2, "FP8_E5M2", "dynamic") is NotImplemented
+    states = torch.ones(1, 1, 2, 2)
+    assert cuda.quantize_kv(states, torch.ones(1), "FP8_E5M2") is NotImplemented
+    assert cuda.dequantize_blocks(torch.ones(2, 2), torch.ones(2, 1), 1, 2) is NotImplemented
 
 
 def test_what_a_kernel_would_read_beyond_is_refused(machine):
