@@ -29,6 +29,8 @@ WITHOUT_TORCH = (
     "schemes.pattern",
     "schemes.recipe",
     "schemes.scheme",
+    "schemes.serving",
+    "checkpoint.formats",
     "checkpoint.interrupts",
     "cli.console",
     "cli.options",

@@ -24,7 +24,7 @@ from quantkit.calibration.describe import chosen_remarks, describe_block, is_uns
 from quantkit.calibration.options import CalibrationOptions, Progress
 from quantkit.calibration.results import SCHEMA_VERSION, Calibration
 from quantkit.checkpoint.files import blake3_file, write_json
-from quantkit.checkpoint.formats import QuantizationLayout
+from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
 from quantkit.checkpoint.output_dir import (
     CALIBRATION_FILE,
@@ -104,8 +104,8 @@ def calibrate(
         options.output, overwrite=options.overwrite or options.resume, reads=[options.model]
     )
     checkpoint = Checkpoint.open(options.model)
-    layout = QuantizationLayout.read(checkpoint.config)
-    if layout is not None and layout.method != "fp8":
+    source = read_quantization_config(checkpoint.config)
+    if source is not None and not source.file_format.is_source:
         raise CheckpointError(
             f"{options.model} is quantized already; calibrate the original model, or one in FP8"
             " blocks"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.formats import side_files
 from quantkit.checkpoint.gguf import checkpoint_of_gguf, is_gguf, require_file
 from quantkit.checkpoint.reader import (
     INDEX_FILE,
@@ -156,7 +157,7 @@ def _is_small_file(name: str) -> bool:
     folder, _, leaf = name.rpartition("/")
     if folder not in ("", "additional_chat_templates"):
         return False
-    return leaf in ("config.json", INDEX_FILE, "hf_quant_config.json") or is_carried_over(leaf)
+    return leaf in ("config.json", INDEX_FILE, *side_files()) or is_carried_over(leaf)
 
 
 def _is_shard(name: str) -> bool:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from quantkit.checkpoint.formats import config_of_side_file, side_files
 from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ DTYPES: dict[str, tuple[int, str]] = {
 # The reference implementation refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-MODELOPT_FILE = "hf_quant_config.json"
 # Of a shard's and of each tensor's bytes, how many a sample for the fingerprint has.
 SAMPLE_BYTES = 4096
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -492,7 +492,7 @@ def _sample_place(info: TensorInfo) -> int:
 
 def is_carried_over(name: str) -> bool:
     """Whether a file of a model directory goes into an export of it as it is."""
-    made = {"config.json", INDEX_FILE, MODELOPT_FILE, "quantkit.json"}
+    made = {"config.json", INDEX_FILE, *side_files(), "quantkit.json"}
     weights = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", *PICKLE_SUFFIXES)
     return name not in made and not name.endswith(weights) and not name.startswith(".")
 
@@ -520,22 +520,19 @@ def require_inside(path: Path, directory: Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory; a ModelOpt checkpoint may keep its quantization_config in a
-    file of its own.
+    """config.json of a model directory, with the quantization_config of a side file where it has
+    none (ModelOpt's).
     """
     require_inside(path / "config.json", path)
     config = read_json(
         path / "config.json",
         "every Hugging Face checkpoint has one; copy it from where the model comes from",
     )
-    if config.get("quantization_config") is None and (path / MODELOPT_FILE).is_file():
-        require_inside(path / MODELOPT_FILE, path)
-        stored = read_json(path / MODELOPT_FILE, "").get("quantization")
-        config = config | {
-            "quantization_config": (
-                {"quant_method": "modelopt"} | (stored if isinstance(stored, dict) else {})
-            )
-        }
+    for name in side_files():
+        if config.get("quantization_config") is None and (path / name).is_file():
+            require_inside(path / name, path)
+            stored = config_of_side_file(name, read_json(path / name, ""))
+            config = config | {"quantization_config": stored}
     return config
 
 

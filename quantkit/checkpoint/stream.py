@@ -1,8 +1,8 @@
-"""Rows of a checkpoint's tensors, a few megabytes at a time, where they lie in the page cache; FP8
-blocks are dequantized on the way.
+"""Rows of a checkpoint's tensors, a few megabytes at a time, read from the page cache; FP8 blocks
+are dequantized on the way.
 
-Several threads may read at once. What has been read is let go of at once, so a process holds a few
-steps of rows however large the model is.
+Several threads may read at once. Pages are released as soon as they have been read, so a process
+holds a few steps of rows however large the model is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint.formats import FP8_BLOCK_SUFFIX, QuantizationLayout
+from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint, MappedShard, row_count
-from quantkit.errors import CheckpointError
 from quantkit.schemes.scheme import QuantSpec
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class WeightStream:
         if not info.nbytes:
             return
         rows, row_bytes = row_count(info), max(1, info.nbytes // max(1, row_count(info)))
-        # Rows of a transposed matrix lie across all of it, which is looked at once.
+        # The rows of a transposed view are spread over the whole tensor, which is read at once.
         step = max(1, STEP_BYTES // row_bytes // multiple) * multiple if info.is_dense else rows
         for first in range(0, rows, step):
             yield first, min(first + step, rows)
@@ -110,7 +109,7 @@ class WeightStream:
                 self._shards[path] = shard
             return shard
 
-    # A shard that came from elsewhere is let go of when the last tensor that needs it is done.
+    # A shard that was fetched is released when the last tensor that needs it is done.
 
     def expect(self, names: Iterable[str]) -> None:
         """These tensors will be read; each call is answered by one of `done`."""
@@ -139,40 +138,20 @@ class WeightStream:
 
 
 def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Weight → the tensor of its block scales, for a checkpoint in the `fp8` format; empty for
-    others.
+    """Weight → the tensor of its block scales, for a checkpoint that is dequantized on the way;
+    empty for others.
 
     Raises CheckpointError where codes lack their scales, or scales their codes.
     """
-    layout = QuantizationLayout.read(checkpoint.config)
-    if layout is None or layout.method != "fp8":
+    config = read_quantization_config(checkpoint.config)
+    if config is None or not config.file_format.is_source:
         return {}
-    spec, scales = source_spec(checkpoint), {}
-    for name, info in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix == FP8_BLOCK_SUFFIX:
-            weight = checkpoint.tensors.get(f"{module}.weight")
-            if weight is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
-                raise CheckpointError(
-                    f"{name} scales no matrix of FP8 codes called {module}.weight; fetch the model"
-                    " again"
-                )
-            expected = spec.granularity.scale_shape(*weight.shape)
-            if info.shape != expected or info.dtype not in ("F32", "BF16", "F16"):
-                raise CheckpointError(
-                    f"{name} is {info.dtype} {list(info.shape)}: blocks of {list(weight.shape)}"
-                    f" need floating-point scales {list(expected)}; fetch the model again"
-                )
-            scales[f"{module}.weight"] = name
-    for name, info in checkpoint.tensors.items():
-        if info.dtype.startswith("F8_") and name not in scales:
-            raise CheckpointError(
-                f"{name} holds FP8 codes without {FP8_BLOCK_SUFFIX}, the scales of their blocks;"
-                " fetch the model again"
-            )
-    return scales
+    stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    return config.file_format.block_scales(stored, config.schemes[0].weight)
 
 
 def source_spec(checkpoint: Checkpoint) -> QuantSpec:
     """How the weights of a checkpoint in FP8 blocks are quantized."""
-    return QuantizationLayout.read(checkpoint.config).schemes[0].weight
+    config = read_quantization_config(checkpoint.config)
+    assert config is not None, "block scales come with a quantization_config"
+    return config.schemes[0].weight

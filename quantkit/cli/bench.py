@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.cli.options import BENCHMARK_KINDS
 from quantkit.errors import QuantkitError
 from quantkit.ops.native import cpu_kernels, cpu_level
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("int8", "fp8", "weight-only", "bf16", "convert")
 SHAPES = ((576, 1536), (2048, 2048), (4096, 4096))
 TOKENS = (1, 16, 128, 512)
 # torch multiplies FP8 with a loop of 0.4 GFLOP/s: no more than this is asked of it.
@@ -51,7 +51,7 @@ class Figure:
 
 
 def benchmark(
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = BENCHMARK_KINDS,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     tokens: Sequence[int] = TOKENS,
     turns: int = 5,

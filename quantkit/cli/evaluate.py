@@ -9,15 +9,10 @@ from typing import Any
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.cli.options import (
-    HARDWARE_NAMES,
-    PROTOCOL_NAMES,
-    UserPath,
-    device_option,
-    different_sources,
-    remote_code_option,
-)
+from quantkit.cli.options import UserPath, device_option, different_sources, remote_code_option
+from quantkit.data.windows import PROTOCOLS
 from quantkit.errors import FaultsFound, Inconclusive, OutputError
+from quantkit.schemes.serving import HARDWARE
 
 
 @command("eval")
@@ -41,7 +36,7 @@ from quantkit.errors import FaultsFound, Inconclusive, OutputError
 )
 @click.option(
     "--protocol",
-    type=click.Choice(PROTOCOL_NAMES),
+    type=click.Choice(PROTOCOLS),
     default="gptq",
     show_default=True,
     help="How windows are cut and scored.",
@@ -69,7 +64,7 @@ from quantkit.errors import FaultsFound, Inconclusive, OutputError
     ),
 )
 @click.option(
-    "--hardware", type=click.Choice(HARDWARE_NAMES), help="Compute what this hardware computes."
+    "--hardware", type=click.Choice(HARDWARE), help="Compute what this hardware computes."
 )
 @click.option(
     "--noise-floor", is_flag=True, help="Measure too what rounding noise alone would change."

@@ -8,15 +8,16 @@ from typing import Any
 
 from quantkit.calibration.describe import is_unsettled
 from quantkit.calibration.results import Calibration
-from quantkit.checkpoint.formats import QuantizationLayout, stored_linears
+from quantkit.checkpoint.formats import QuantizationConfig, read_quantization_config, stored_linears
 from quantkit.checkpoint.output_dir import CALIBRATION_FILE
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.models.tensor_roles import linears_of
+from quantkit.schemes.scheme import QuantScheme
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """A description of whatever lies there; `kind` is "checkpoint" or "calibration"."""
+    """A description of what is at `path`; `kind` is "checkpoint" or "calibration"."""
     if not path.exists():
         raise CheckpointError(
             f"there is nothing at {path}; give a model directory or a calibration directory"
@@ -55,17 +56,15 @@ def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    layout = QuantizationLayout.read(checkpoint.config)
+    config = read_quantization_config(checkpoint.config)
     stored, tensors = stored_linears(checkpoint.tensors), linears_of(checkpoint)
+    scheme_of = {module: config.scheme_of(module) if config else None for module in stored}
     by_dtype: dict[str, dict[str, int]] = {}
     for info in checkpoint.tensors.values():
         entry = by_dtype.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += info.nbytes
-    schemes: Counter[str] = Counter()
-    for module in stored:
-        scheme = layout.scheme_of(module) if layout else None
-        schemes[scheme.name if scheme else "unknown"] += 1
+    schemes = Counter(scheme.name if scheme else "unknown" for scheme in scheme_of.values())
     left = [name for name in tensors.modules("linear") if name not in stored]
     return {
         "path": str(checkpoint.path),
@@ -77,8 +76,8 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "dtypes": by_dtype,
         "quantization": (
-            {"method": layout.method, "kv_cache": "fp8" if layout.kv_cache else None}
-            if layout
+            {"method": config.file_format.name, "kv_cache": "fp8" if config.kv_cache else None}
+            if config
             else None
         ),
         "schemes": dict(schemes),
@@ -87,22 +86,22 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "linears": [
             {
                 "name": module,
-                "scheme": layout.scheme_of(module).name,
-                "shape": list(_weight_shape(tensors.checkpoint, module)),
+                "scheme": scheme.name,
+                "shape": _weight_shape(tensors.checkpoint, module, stored[module], config, scheme),
             }
-            for module in stored
-            if layout and layout.scheme_of(module)
+            for module, scheme in scheme_of.items()
+            if config and scheme
         ],
     }
 
 
-def _weight_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    weight = checkpoint.tensors.get(f"{module}.weight")
-    if weight is not None:
-        return weight.shape
-    packed = checkpoint.tensors.get(f"{module}.weight_packed")
-    return (
-        (packed.shape[0], packed.shape[1] * 4)
-        if packed is not None and len(packed.shape) == 2
-        else ()
-    )
+def _weight_shape(
+    checkpoint: Checkpoint,
+    module: str,
+    suffixes: list[str],
+    config: QuantizationConfig,
+    scheme: QuantScheme,
+) -> list[int]:
+    infos = {suffix: checkpoint.tensors[f"{module}.{suffix}"] for suffix in suffixes}
+    headers = {suffix: (info.dtype, info.shape) for suffix, info in infos.items()}
+    return list(config.file_format.weight_shape(scheme, headers, None) or ())

@@ -114,10 +114,10 @@ def bench_command(
     """The compiled kernels beside torch's own ops, on one thread."""
     from dataclasses import asdict
 
-    from quantkit.cli.bench import KINDS, SHAPES, TOKENS, benchmark, describe, read_bandwidth
+    from quantkit.cli.bench import SHAPES, TOKENS, benchmark, describe, read_bandwidth
     from quantkit.cli.tables import Progress, benchmark_rows, print_json, print_table
 
-    cases = (kinds or KINDS, shapes or SHAPES, tokens or TOKENS)
+    cases = (kinds or BENCHMARK_KINDS, shapes or SHAPES, tokens or TOKENS)
     total = len(cases[1]) * sum(3 if kind == "convert" else len(cases[2]) for kind in cases[0])
     with Progress("bench", out.quiet) as progress:
         figures, bandwidth = [], read_bandwidth()

@@ -10,13 +10,12 @@ from typing import Any
 
 import click
 
+from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS
 from quantkit.cli.console import one_line
 from quantkit.errors import QuantkitError
+from quantkit.schemes.serving import RUNTIMES
 
-RUNTIME_NAMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
-FORMAT_NAMES = ("compressed-tensors", "fp8", "modelopt")
-PROTOCOL_NAMES = ("gptq", "llamacpp", "lmeval")
-HARDWARE_NAMES = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
+# What `bench` measures.
 BENCHMARK_KINDS = ("int8", "fp8", "weight-only", "bf16", "convert")
 
 
@@ -193,13 +192,13 @@ export_options = options(
         "--kv-cache", type=click.Choice(["fp8"]), help="Write scales for a quantized KV cache."
     ),
     click.option(
-        "--runtime", type=click.Choice(RUNTIME_NAMES), help="Refuse what this runtime can't load."
+        "--runtime", type=click.Choice(RUNTIMES), help="Refuse what this runtime can't load."
     ),
     click.option(
         "--format",
-        "layout",
-        type=click.Choice(FORMAT_NAMES),
-        default="compressed-tensors",
+        "file_format",
+        type=click.Choice(list(FORMATS)),
+        default=DEFAULT_FORMAT,
         show_default=True,
         help="Layout of the files.",
     ),

@@ -14,7 +14,6 @@ from quantkit.cli.calibrate import run_calibration
 from quantkit.cli.console import Output, command
 from quantkit.cli.export import make_export_options, print_plan, run_export
 from quantkit.cli.options import (
-    HARDWARE_NAMES,
     calibration_options,
     data_option,
     directory_output,
@@ -26,6 +25,7 @@ from quantkit.cli.options import (
 )
 from quantkit.cli.verify import raise_faults, verified
 from quantkit.errors import DataError, FaultsFound, OutputError, QuantkitError
+from quantkit.schemes.serving import HARDWARE
 
 
 @command("quantize")
@@ -37,7 +37,7 @@ from quantkit.errors import DataError, FaultsFound, OutputError, QuantkitError
 @export_options
 @click.option(
     "--hardware",
-    type=click.Choice(HARDWARE_NAMES),
+    type=click.Choice(HARDWARE),
     help="Where it will be served: decides the default scheme, and what the judge computes.",
 )
 @click.option(
@@ -61,7 +61,7 @@ def quantize_command(
     observer: str | None,
     kv_cache: str | None,
     runtime: str | None,
-    layout: str,
+    file_format: str,
     max_shard_size: int,
     allow_unreached: bool,
     dry_run: bool,
@@ -88,7 +88,7 @@ def quantize_command(
 
     path = resolve_model(model)
     if scheme is None and recipe is None:
-        scheme = _default_scheme(out, path, runtime, hardware, layout)
+        scheme = _default_scheme(out, path, runtime, hardware, file_format)
     chosen = recipe_of_options(scheme, recipe, ignore, kv_cache, observer)
     for each in chosen.schemes:
         as_computed(each, hardware)
@@ -98,7 +98,7 @@ def quantize_command(
         chosen,
         calibration,
         runtime,
-        layout,
+        file_format,
         max_shard_size,
         resume,
         overwrite,
@@ -184,12 +184,12 @@ def quantize_command(
 
 
 def _default_scheme(
-    out: Output, model: Path, runtime: str | None, hardware: str | None, layout: str
+    out: Output, model: Path, runtime: str | None, hardware: str | None, file_format: str
 ) -> str:
     from quantkit.checkpoint.reader import Checkpoint
     from quantkit.exporter.default_scheme import default_scheme
 
-    choice = default_scheme(Checkpoint.open(model), runtime, hardware, layout)
+    choice = default_scheme(Checkpoint.open(model), runtime, hardware, file_format)
     out.note(f"Neither --scheme nor --recipe: {choice.scheme.name}, because {choice.reason}")
     return choice.scheme.name
 

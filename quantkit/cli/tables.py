@@ -8,17 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.files import finite
+from quantkit.checkpoint.formats import FORMATS
 from quantkit.checkpoint.units import counted, format_bytes
-from quantkit.exporter.runtimes import (
-    FORMAT_SCHEMES,
-    FORMAT_SUPPORT,
-    HARDWARE,
-    RUNTIMES,
-    SUPPORT,
-    Support,
-    hardware_mode,
-)
-from quantkit.schemes.scheme import ALIASES, SCHEMES
+from quantkit.schemes.scheme import CATALOGUE
+from quantkit.schemes.serving import HARDWARE, RUNTIMES, Support
 
 if TYPE_CHECKING:
     from quantkit.cli.bench import Figure
@@ -86,21 +79,23 @@ def plan_rows(plan: ExportPlan) -> list[tuple[str, ...]]:
 def schemes_description() -> list[dict[str, Any]]:
     """Schemes × runtimes × hardware, from `runtimes`."""
     described = []
-    for name, scheme in SCHEMES.items():
+    for name, row in CATALOGUE.items():
+        scheme = row.scheme
         described.append(
             {
                 "scheme": name,
-                "aliases": [alias for alias, target in ALIASES.items() if target == name],
+                "aliases": list(row.aliases),
                 "weight": str(scheme.weight),
                 "input": str(scheme.input) if scheme.input else None,
                 "needs_calibration": scheme.needs_calibration,
-                "runtimes": _support(SUPPORT[name]),
+                "runtimes": _support(row.runtimes),
                 "formats": {
-                    layout: _support(FORMAT_SUPPORT[layout])
-                    for layout, only in FORMAT_SCHEMES.items()
-                    if only == name
+                    file_format.name: _support(file_format.runtimes)
+                    for file_format in FORMATS.values()
+                    if file_format.runtimes is not None
+                    and file_format.only_scheme in (None, scheme)
                 },
-                "hardware": {hardware: hardware_mode(scheme, hardware) for hardware in HARDWARE},
+                "hardware": {hardware: row.hardware[hardware] for hardware in HARDWARE},
             }
         )
     return described
@@ -160,8 +155,8 @@ def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
             for mode in entry["hardware"].values()
         ]
         where.append([entry["scheme"], *loads, *modes])
-        for layout, runtimes in entry["formats"].items():
-            name = f"{entry['scheme']}, --format {layout}"
+        for file_format, runtimes in entry["formats"].items():
+            name = f"{entry['scheme']}, --format {file_format}"
             where.append(
                 [
                     name,

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.cli.options import RUNTIME_NAMES
 from quantkit.errors import FaultsFound
+from quantkit.schemes.serving import RUNTIMES
 
 WORST_SHOWN = 5  # of the layers that `verify --base` compares
 
@@ -20,9 +20,7 @@ WORST_SHOWN = 5  # of the layers that `verify --base` compares
 @click.argument("checkpoint")
 @click.option("--base", help="The original model: compare every weight with it.")
 @click.option(
-    "--runtime",
-    type=click.Choice(RUNTIME_NAMES),
-    help="Count what this runtime can't load as a fault.",
+    "--runtime", type=click.Choice(RUNTIMES), help="Count what this runtime can't load as a fault."
 )
 def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str | None) -> None:
     """Is CHECKPOINT whole, finite and consistent, and will a runtime load it? Exit code 3 on a

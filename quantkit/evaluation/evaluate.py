@@ -32,12 +32,12 @@ from quantkit.evaluation.gates import Gate, judged_gates
 from quantkit.evaluation.intervals import Interval, paired_interval, perplexity_change_pct
 from quantkit.evaluation.preflight import EvaluationOptions, prepare_evaluation
 from quantkit.evaluation.state_cache import StateCache
-from quantkit.exporter.runtimes import HARDWARE
 from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import peak_memory_bytes
 from quantkit.models.task import CAUSAL, MASKED, task_of
 from quantkit.models.tensor_roles import linears_of
 from quantkit.ops.native import cpu_level
+from quantkit.schemes.serving import HARDWARE
 
 if TYPE_CHECKING:
     from quantkit.evaluation.final_states import FinalStates

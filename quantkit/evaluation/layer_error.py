@@ -9,7 +9,6 @@ adds to the error by itself, whatever came before it. Nothing of the base stays 
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,23 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
-from quantkit.checkpoint.formats import QuantizationLayout, decode_linear, stored_linears
+from quantkit.checkpoint.formats import read_quantization_config, stored_linears
 from quantkit.checkpoint.output_dir import changed_tensors
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.evaluation.final_states import Watch
 from quantkit.evaluation.quantized_model import ServedModel
-from quantkit.models.linear_views import as_matrices
+from quantkit.models.linear_views import as_linear_views
 from quantkit.models.threads import each_batch
 from quantkit.models.weight_map import names_on_disk
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor, expand_scale, power_ratio_db, quantize
-from quantkit.schemes.number_formats import FP8_E4M3, INT8, NumberFormat
+from quantkit.schemes.number_formats import NumberFormat
 
 # Rows of each input that are kept: of so many windows, evenly spread, so many positions each.
 SAMPLED_WINDOWS, SAMPLED_POSITIONS = 8, 32
-# A value is clipped where it lies more than half a step beyond the largest code.
-_CLIPPED_ABOVE = {INT8.name: 127.5, FP8_E4M3.name: 464.0}
 
 
 # Layers of one model differ by about this much, or by their median distance from the median where
@@ -70,14 +67,14 @@ class LayerProbe:
     """
 
     def __init__(self, served: ServedModel, base: Checkpoint, numbers: Sequence[int]) -> None:
-        base = as_matrices(base)
-        self._served, self._candidate = served, as_matrices(served.checkpoint)
+        base = as_linear_views(base)
+        self._served, self._candidate = served, as_linear_views(served.checkpoint)
         self._base = WeightStream(base)
         self._is_quantized = {module for module in stored_linears(base.tensors)} - {
             name.rpartition(".")[0] for name in self._base.block_scales
         }
-        self._layout = QuantizationLayout.read(self._candidate.config)
-        self._stored = stored_linears(self._candidate.tensors) if self._layout else {}
+        self._config = read_quantization_config(self._candidate.config)
+        self._stored = stored_linears(self._candidate.tensors) if self._config else {}
         self._changed = changed_tensors(self._candidate.path)
         step = max(1, len(numbers) // SAMPLED_WINDOWS)
         self._sampled = set(list(numbers)[::step][:SAMPLED_WINDOWS])
@@ -155,7 +152,7 @@ class LayerProbe:
             tensors = {suffix: self._candidate.read(f"{module}.{suffix}") for suffix in suffixes}
             self._compare(
                 module,
-                decode_linear(tensors, self._layout.scheme_of(module), module)[0],
+                self._config.file_format.decode(tensors, self._config.scheme_of(module), module)[0],
                 None,
                 None,
             )
@@ -270,7 +267,7 @@ def _output_figures(module: QuantizedLinear, inputs: Tensor, expected: Tensor) -
 
 
 def _count_clipped(values: Tensor, scale: Tensor, number_format: NumberFormat) -> int:
-    bounds = scale * _CLIPPED_ABOVE.get(number_format.name, math.inf)
+    bounds = scale * number_format.clips_above
     if bounds.shape[1] == 1:
         # Where no row's largest value is clipped, no other is: one pass over the values without
         # memory of its own.

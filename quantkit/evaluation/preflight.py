@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint.formats import QuantizationLayout
+from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.windows import (
     Windows,
@@ -109,7 +109,7 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
     """Refuse what `verify` finds faults in; returns what must be said of the rest."""
     from quantkit.exporter.verify import verify
 
-    if QuantizationLayout.read(checkpoint.config) is None:
+    if read_quantization_config(checkpoint.config) is None:
         return []
     found, path = verify(checkpoint.path, as_stored=True), checkpoint.path
     if found.faults:
@@ -131,19 +131,19 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
 
 def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Checkpoint:
     checkpoint = Checkpoint.open(path)
-    layout = QuantizationLayout.read(checkpoint.config)
+    config = read_quantization_config(checkpoint.config)
     codes = [
         name
         for name, info in checkpoint.tensors.items()
         if info.dtype in ("I8", "F8_E4M3", "F8_E5M2")
     ]
-    if layout is None and codes:
+    if config is None and codes:
         raise CheckpointError(
             f"{codes[0]} of {path} holds codes, but config.json has no quantization_config;"
             f" `quantkit verify {shlex.quote(str(path))}` lists all faults"
         )
     if hardware is not None:
-        for scheme in layout.schemes if layout else ():
+        for scheme in config.schemes if config else ():
             as_computed(scheme, hardware)
     for key in ("vocab_size", "hidden_size"):
         ours, theirs = base.config.get(key), checkpoint.config.get(key)

@@ -2,7 +2,7 @@
 values kept in FP8.
 
 Codes and scales come from the files as they lie on disk, block by block; any checkpoint that
-`layouts` understands can be loaded, whoever wrote it. `hardware` computes what that hardware
+`checkpoint.formats` reads can be loaded, whoever wrote it. `hardware` computes what that hardware
 computes (`runtimes.as_computed`).
 """
 
@@ -21,9 +21,9 @@ from transformers import DynamicCache
 
 from quantkit.checkpoint.formats import (
     KV_SPEC,
-    QuantizationLayout,
-    decode_linear,
+    QuantizationConfig,
     kv_scale_module,
+    read_quantization_config,
     stored_linears,
 )
 from quantkit.checkpoint.reader import Checkpoint, torch_dtype
@@ -37,7 +37,7 @@ from quantkit.exporter.runtimes import as_computed
 from quantkit.models.blockwise import BlockwiseModel
 from quantkit.models.encoder_decoder import open_blockwise
 from quantkit.models.experts import Restacked
-from quantkit.models.linear_views import with_upright_weights
+from quantkit.models.linear_views import conv1d_as_linear
 from quantkit.models.null_cache import PassingCache
 from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.weight_map import WeightMap
@@ -109,12 +109,12 @@ def load_served(
     are any, "kernel" refuses Linears that have none.
     """
     checkpoint = Checkpoint.open(path)
-    layout = QuantizationLayout.read(checkpoint.config)
+    config = read_quantization_config(checkpoint.config)
     register_serving_experts()
     skeleton = build_skeleton(
         checkpoint, trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION
     )
-    if layout is None:
+    if config is None:
         dtype = str(
             checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
         )
@@ -128,8 +128,8 @@ def load_served(
             None,
             {},
         )
-    computed = {scheme: as_computed(scheme, hardware) for scheme in layout.schemes}
-    weights = QuantizedWeights(checkpoint, layout, skeleton, computed, device, exec != "reference")
+    computed = {scheme: as_computed(scheme, hardware) for scheme in config.schemes}
+    weights = QuantizedWeights(checkpoint, config, skeleton, computed, device, exec != "reference")
     if exec == "kernel":
         weights.require_kernels()
     blocks = open_blockwise(skeleton, weights, str(path), device)
@@ -160,13 +160,13 @@ def load_served(
     activations: bool | str = (
         inputs_quantized == total if inputs_quantized in (0, total) else "partial"
     )
-    names = list(dict.fromkeys(scheme.name for scheme in layout.schemes))
+    names = list(dict.fromkeys(scheme.name for scheme in config.schemes))
     weights_only = [name for name in weights.linears if name not in reached | beyond]
     dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
     on_disk = {
         path.rpartition(".")[0]: name.rpartition(".")[0] for name, path in weights.modules.items()
     }
-    kv_scales = _kv_scales(layout, skeleton, weights.kv_tensors, on_disk, device)
+    kv_scales = _kv_scales(config, skeleton, weights.kv_tensors, on_disk, device)
     scheme = names[0] if len(names) == 1 else "mixed"
     return ServedModel(
         blocks,
@@ -194,13 +194,13 @@ class QuantizedWeights:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        layout: QuantizationLayout,
+        config: QuantizationConfig,
         skeleton: nn.Module,
         computed: Mapping[QuantScheme, QuantScheme],
         device: str,
         use_kernels: bool = True,
     ) -> None:
-        checkpoint = with_upright_weights(checkpoint)
+        checkpoint = conv1d_as_linear(checkpoint)
         self._checkpoint, self._computed, self._device, self._use_kernels = (
             checkpoint,
             computed,
@@ -208,10 +208,11 @@ class QuantizedWeights:
             use_kernels,
         )
         self._dtype = skeleton.config.dtype
+        self._file_format = config.file_format
         self._stored = stored_linears(checkpoint.tensors)
         self.linears: dict[str, QuantScheme] = {}
         for module in self._stored:
-            scheme = layout.scheme_of(module)
+            scheme = config.scheme_of(module)
             if scheme is None:
                 raise CheckpointError(
                     f"{module} has quantized tensors but quantization_config ignores it; `quantkit"
@@ -311,7 +312,7 @@ class QuantizedWeights:
                 if suffix == "weight_shape"
                 else torch.empty(info.shape, dtype=torch_dtype(info), device="meta")
             )
-        decode_linear(tensors, self.linears[module], module)
+        self._file_format.decode(tensors, self.linears[module], module)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes = {name: self._checkpoint.tensors[name].shape for name in self._others}
@@ -334,7 +335,7 @@ class QuantizedWeights:
         tensors = {
             suffix: self._checkpoint.read(f"{module}.{suffix}") for suffix in self._stored[module]
         }
-        return decode_linear(tensors, self.linears[module], module)
+        return self._file_format.decode(tensors, self.linears[module], module)
 
     def read(self, name: str) -> Tensor:
         """A tensor as transformers shall have it. A weight whose codes come in its place later is a
@@ -411,7 +412,7 @@ def _computes_as_linear(kind: type[nn.Linear]) -> bool:
 
 
 def _kv_scales(
-    layout: QuantizationLayout,
+    config: QuantizationConfig,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     on_disk: Mapping[str, str],
@@ -420,7 +421,7 @@ def _kv_scales(
     """Scale of keys and of values by layer. on_disk: what modules are called in the checkpoint,
     where that is known.
     """
-    if not layout.kv_cache:
+    if not config.kv_cache:
         return None
     scales = {}
     for name, module in model.named_modules():

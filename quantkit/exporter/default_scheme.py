@@ -1,7 +1,7 @@
 """The scheme that `quantize` takes where none is named: the one that can be served in the most
-places, by `runtimes`' tables and this model's shapes.
+places, by the catalogue, the runtimes' rules and this model's shapes.
 
-Only schemes without static scales are asked, since those want no data. Without a runtime or
+Only schemes with a `default_rank` are asked, since the others need data. Without a runtime or
 hardware in mind, what counts is how many runtimes load the checkpoint, then on how much hardware it
 is served, then on how much of that natively; with hardware in mind, whether that is native comes
 first.
@@ -12,31 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantkit.checkpoint.formats import format_obstacle, shape_obstacle
+from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, Format
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import RecipeError
-from quantkit.exporter.runtimes import (
-    FORMAT_SCHEMES,
-    HARDWARE,
-    RUNTIMES,
-    hardware_mode,
-    runtime_problems,
-)
+from quantkit.exporter.runtimes import hardware_mode, runtime_problems
 from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.models.tensor_roles import linears_of
-from quantkit.schemes.scheme import SCHEMES, QuantScheme
-
-# What decides between schemes that are served in as many places: speed and size before loss, and no
-# condition on shapes that tensor parallelism may break.
-_PREFERENCE = (
-    "fp8-dynamic",
-    "int8-dynamic",
-    "fp8-block",
-    "int8-weight-only",
-    "fp8-weight-only",
-    "mxfp8",
-)
+from quantkit.schemes.scheme import CATALOGUE, SCHEMES, QuantScheme
+from quantkit.schemes.serving import HARDWARE, NATIVE, RUNTIMES, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -74,13 +58,12 @@ def default_scheme(
     checkpoint: Checkpoint,
     runtime: str | None = None,
     hardware: str | None = None,
-    layout: str = "compressed-tensors",
+    file_format: str = DEFAULT_FORMAT,
 ) -> DefaultChoice:
     """Raises RecipeError where nothing that needs no data can be served so."""
-    if layout in FORMAT_SCHEMES:
-        return DefaultChoice(
-            SCHEMES[FORMAT_SCHEMES[layout]], f"the one scheme that --format {layout} holds"
-        )
+    form = FORMATS[file_format]
+    if form.only_scheme is not None:
+        return DefaultChoice(form.only_scheme, f"the one scheme that --format {form.name} holds")
     if block_scales(checkpoint):
         return DefaultChoice(
             SCHEMES["fp8-block"], "the model is in FP8 blocks already, whose codes stay as they are"
@@ -90,10 +73,13 @@ def default_scheme(
         name: (role.shape, tensors.is_transposed(name))
         for name, role in tensors.modules("linear").items()
     }
+    ranked = [
+        (row.default_rank, row.scheme) for row in CATALOGUE.values() if row.default_rank is not None
+    ]
     reaches = [
-        _reach(SCHEMES[name], linears, layout)
-        for name in _PREFERENCE
-        if format_obstacle(layout, [SCHEMES[name]], False) is None
+        _reach(scheme, linears, form)
+        for _, scheme in sorted(ranked, key=lambda pair: pair[0])
+        if form.obstacle([scheme], False) is None
     ]
     fitting = [
         reach
@@ -113,21 +99,23 @@ def default_scheme(
 
 
 def _reach(
-    scheme: QuantScheme, shapes: dict[str, tuple[tuple[int, ...], bool]], layout: str
+    scheme: QuantScheme, shapes: dict[str, tuple[tuple[int, ...], bool]], file_format: Format
 ) -> _Reach:
     """shapes: Linear → its shape, and whether it is stored transposed."""
     linears = [
-        QuantizedLinearInfo(name, shape, scheme, is_transposed)
+        QuantizedLinearInfo(name, (shape[0], shape[1]), scheme, is_transposed)
         for name, (shape, is_transposed) in shapes.items()
-        if shape_obstacle(scheme, shape) is None
+        if file_format.shape_obstacle(scheme, shape) is None
     ]
     runtimes = tuple(
-        runtime for runtime in RUNTIMES if not runtime_problems(runtime, linears, (), layout)
+        runtime
+        for runtime in RUNTIMES
+        if not runtime_problems(runtime, linears, (), file_format.name)
     )
     modes = {hardware: hardware_mode(scheme, hardware) for hardware in HARDWARE}
     native, weights_only = (
         tuple(hardware for hardware, mode in modes.items() if mode == wanted)
-        for wanted in ("native", "weights")
+        for wanted in (NATIVE, WEIGHTS)
     )
     return _Reach(scheme, runtimes, native, weights_only, len(shapes) - len(linears))
 

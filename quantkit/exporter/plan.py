@@ -20,12 +20,12 @@ from typing import Any
 from quantkit import __version__
 from quantkit.calibration.results import Calibration
 from quantkit.checkpoint.files import sha256_file
-from quantkit.checkpoint.formats import kv_scale_name
+from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, KV_SUFFIXES, Format
 from quantkit.checkpoint.output_dir import CALIBRATION_FILE
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import TensorPlan
 from quantkit.errors import CalibrationError, RuntimeLimitError
-from quantkit.exporter.runtimes import RUNTIMES, runtime_problems
+from quantkit.exporter.runtimes import runtime_problems
 from quantkit.models.assignment import (
     IGNORED,
     SHAPE,
@@ -40,12 +40,19 @@ from quantkit.models.tensor_roles import fused_sets, is_of_other_tower
 from quantkit.schemes.pattern import BLOCK
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
+from quantkit.schemes.serving import RUNTIMES
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """layout: the format of the files, one of `formats.FORMATS`. allow_unreached: leave what should
-    be quantized but can't be, instead of refusing the model.
+    """What `export` is asked for.
+
+    model, output: directories.
+    calibration: the CALIB directory, where the recipe needs one.
+    runtime: refuse what this runtime can't load.
+    file_format: one of `checkpoint.formats.FORMATS`, by its name.
+    max_shard_bytes: a shard that would grow beyond it starts a new file.
+    allow_unreached: skip what should be quantized but can't be, instead of refusing the model.
     """
 
     model: Path
@@ -53,7 +60,7 @@ class ExportOptions:
     recipe: Recipe
     calibration: Path | None = None
     runtime: str | None = None
-    layout: str = "compressed-tensors"
+    file_format: str = DEFAULT_FORMAT
     max_shard_bytes: int = 5_000_000_000
     resume: bool = False
     overwrite: bool = False
@@ -88,7 +95,7 @@ class ParameterPlan:
 class ExportPlan:
     """Everything that decides the output, before its first byte.
 
-    checkpoint: with each Linear as one matrix (`linear_views.as_matrices`).
+    checkpoint: with each Linear as one matrix (`linear_views.as_linear_views`).
     block_scales: weight → the tensor of its block scales, where the input is FP8 block already.
     dense_dtype: what such weights become if they are left.
     """
@@ -103,6 +110,10 @@ class ExportPlan:
     warnings: tuple[str, ...]
     block_scales: Mapping[str, str]
     dense_dtype: str
+
+    @property
+    def file_format(self) -> Format:
+        return FORMATS[self.options.file_format]
 
     @property
     def changed(self) -> list[str]:
@@ -188,7 +199,9 @@ def plan_export(
     CalibrationError or RuntimeLimitError with one sentence.
     """
     checkpoint = checkpoint or Checkpoint.open(options.model)
-    assignment = assign_layers(checkpoint, options.recipe, options.layout, options.allow_unreached)
+    assignment = assign_layers(
+        checkpoint, options.recipe, options.file_format, options.allow_unreached
+    )
     linears, left = assignment.linears, _left_linears(assignment)
     warnings = (
         _shape_warnings(assignment.reasons)
@@ -203,23 +216,23 @@ def plan_export(
     )
     if options.recipe.kv_cache and calibration:
         made = {
-            kv_scale_name(module, suffix, options.layout)
+            FORMATS[options.file_format].kv_scale_name(module, suffix)
             for module in calibration.kv_amax
-            for suffix in ("k_scale", "v_scale")
+            for suffix in KV_SUFFIXES
         }
         refuse_taken_names(assignment, made)
     fingerprint = {
         "model": model,
         "model files": file_times(assignment.checkpoint),
         "recipe": options.recipe.canonical(),
-        "format": options.layout,
+        "format": options.file_format,
         "quantkit version": __version__,
         "torch version": version("torch"),
         "calibration": sha256_file(calibration.path / CALIBRATION_FILE) if calibration else "",
         "shard size": str(options.max_shard_bytes),
     }
     dense_dtype = _dense_dtype(checkpoint)
-    parameters = _parameter_plans(assignment, options.layout, dense_dtype)
+    parameters = _parameter_plans(assignment, FORMATS[options.file_format], dense_dtype)
     plan = ExportPlan(
         options,
         assignment.checkpoint,
@@ -310,22 +323,18 @@ def _left_linears(assignment: Assignment) -> list[str]:
 def _runtime_warnings(
     options: ExportOptions, assignment: Assignment, left: Sequence[str]
 ) -> list[str]:
-    linears = assignment.linears
+    linears, file_format = assignment.linears.values(), options.file_format
     if options.runtime is not None:
-        problems = runtime_problems(options.runtime, linears.values(), left, options.layout)
-        if options.runtime == "transformers" and not problems:
-            from quantkit.exporter.runtimes import not_found_by_transformers
-
-            problems = list(
-                filter(None, [not_found_by_transformers(assignment.checkpoint, linears)])
-            )
+        problems = runtime_problems(
+            options.runtime, linears, left, file_format, assignment.checkpoint
+        )
         if problems:
             raise RuntimeLimitError(problems[0] + more(len(problems)))
         return []
     return [
         problem
         for name in RUNTIMES
-        for problem in runtime_problems(name, linears.values(), left, options.layout)
+        for problem in runtime_problems(name, linears, left, file_format)
     ]
 
 
@@ -400,7 +409,9 @@ def _calibration_for(
     return calibration
 
 
-def _parameter_plans(assignment: Assignment, layout: str, dense_dtype: str) -> list[ParameterPlan]:
+def _parameter_plans(
+    assignment: Assignment, file_format: Format, dense_dtype: str
+) -> list[ParameterPlan]:
     rows, tensors, scales = [], assignment.checkpoint.tensors, assignment.block_scales
     for tensor, role in assignment.roles.items():
         before = after = tensors[tensor].nbytes
@@ -411,7 +422,7 @@ def _parameter_plans(assignment: Assignment, layout: str, dense_dtype: str) -> l
             reason += f"; FP8 blocks become {dense_dtype}"
         linear = assignment.linears.get(role.name) if tensor.endswith(".weight") else None
         if linear is not None:
-            after = sum(plan.nbytes for plan in linear.tensors(layout))
+            after = sum(plan.nbytes for plan in linear.tensors(file_format))
             rows.append(
                 ParameterPlan(
                     tensor, "quantized", str(linear.scheme.weight), linear.scheme, before, after

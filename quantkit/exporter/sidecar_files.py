@@ -1,5 +1,5 @@
-"""What stands beside the shards: the index, the configuration, the model card, the manifest, and
-the model's other files.
+"""The files next to the shards: the index, the configuration, the model card, the manifest, and the
+model's other files.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from quantkit import __version__
 from quantkit.checkpoint.files import blake3_file, write_bytes, write_json, write_text
-from quantkit.checkpoint.formats import modelopt_file, quantization_config
+from quantkit.checkpoint.formats import QuantizedLayers
 from quantkit.checkpoint.output_dir import MANIFEST_FILE, PROGRESS_FILE, OutputDirectory
-from quantkit.checkpoint.reader import INDEX_FILE, MODELOPT_FILE
+from quantkit.checkpoint.reader import INDEX_FILE
 from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.checkpoint.writer import TensorPlan
 from quantkit.errors import OutputError
@@ -32,23 +32,22 @@ def write_index(
 
 
 def write_config(partial: Path, plan: ExportPlan) -> None:
-    recipe, layout = plan.options.recipe, plan.options.layout
+    recipe, file_format = plan.options.recipe, plan.file_format
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
     # The output head of a masked model has no tensor where it is tied, and a name of its own in
     # every architecture.
     by_name = task_of(plan.checkpoint.config, plan.checkpoint.path) == MASKED
-    left = [*plan.left, *plan.left_elsewhere] if layout == "compressed-tensors" else plan.left
-    stored = quantization_config(
-        layout, schemes, left, recipe.scheme, recipe.kv_cache is not None, by_name
+    layers = QuantizedLayers(
+        schemes, plan.left, recipe.scheme, recipe.kv_cache is not None, by_name, plan.left_elsewhere
     )
-    config = dict(plan.checkpoint.config) | {"quantization_config": stored}
+    config = dict(plan.checkpoint.config) | {"quantization_config": file_format.config(layers)}
     if plan.calibration and plan.calibration.untied:
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
     write_json(partial / "config.json", config)
-    if layout == "modelopt":
-        write_json(partial / MODELOPT_FILE, modelopt_file(plan.left, recipe.kv_cache is not None))
+    if file_format.side_file is not None:
+        write_json(partial / file_format.side_file, file_format.side_file_content(layers))
 
 
 def copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None:
@@ -136,5 +135,5 @@ def model_card_section(plan: ExportPlan) -> str:
     )
     return (
         f"## Quantization\n\nQuantized with quantkit {__version__} (format"
-        f" {plan.options.layout}):\n\n" + "\n".join(lines) + "\n"
+        f" {plan.options.file_format}):\n\n" + "\n".join(lines) + "\n"
     )

@@ -20,12 +20,7 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.checkpoint.files import cores
-from quantkit.checkpoint.formats import (
-    encode_constants,
-    encode_rows,
-    kv_scale_module,
-    kv_scale_name,
-)
+from quantkit.checkpoint.formats import KV_SUFFIXES, kv_scale_module
 from quantkit.checkpoint.interrupts import stop_between_steps
 from quantkit.checkpoint.output_dir import (
     OutputDirectory,
@@ -145,7 +140,7 @@ class _Job:
 
 
 def _jobs(plan: ExportPlan) -> list[_Job]:
-    jobs, layout = [], plan.options.layout
+    jobs, file_format = [], plan.file_format
     for row in plan.parameters:
         info = plan.checkpoint.tensors[plan.added.get(row.name, row.name)]
         linear = (
@@ -154,16 +149,18 @@ def _jobs(plan: ExportPlan) -> list[_Job]:
             else None
         )
         dtype = plan.dense_dtype if row.name in plan.block_scales else info.dtype
-        tensors = linear.tensors(layout) if linear else [TensorPlan(row.name, dtype, info.shape)]
+        tensors = (
+            linear.tensors(file_format) if linear else [TensorPlan(row.name, dtype, info.shape)]
+        )
         jobs.append(_Job(row.name, linear, tuple(tensors), row.bytes_before))
     if plan.options.recipe.kv_cache:
         names = [
-            kv_scale_name(module, suffix, layout)
+            file_format.kv_scale_name(module, suffix)
             for module in plan.calibration.kv_amax
-            for suffix in ("k_scale", "v_scale")
+            for suffix in KV_SUFFIXES
         ]
         jobs += [
-            _Job(None, None, (TensorPlan(name, "F32", () if layout == "modelopt" else (1,)),), 0)
+            _Job(None, None, (TensorPlan(name, "F32", file_format.scalar_shape),), 0)
             for name in names
         ]
     return jobs
@@ -364,11 +361,11 @@ class _Run:
         """Codes and scales that algorithms chose, as they are: rounding anew would undo their
         work.
         """
-        linear, layout = job.linear, self._plan.options.layout
+        linear = job.linear
         if not torch.isfinite(quantized.scale).all():
             raise _not_finite(job.source)
         places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
-        for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
+        for suffix, part in self._plan.file_format.encode_rows(quantized, linear.scheme).items():
             yield places[suffix].name, _as_stored(part, suffix, linear), 0
         yield from self._constants(linear, places, quantized.scale)
 
@@ -379,8 +376,8 @@ class _Run:
         input_scale = (
             input_scale_of(linear, self._plan) if linear.scheme.needs_calibration else None
         )
-        for suffix, constant in encode_constants(
-            linear.scheme, linear.shape, self._plan.options.layout, shared, input_scale
+        for suffix, constant in self._plan.file_format.encode_constants(
+            linear.scheme, linear.shape, shared, input_scale
         ).items():
             yield places[suffix].name, constant, 0
 
@@ -413,7 +410,7 @@ class _Run:
                 yield weight.name, codes, first * weight.shape[1]
 
     def _quantized(self, job: _Job) -> Iterator[tuple[str, Tensor, int]]:
-        linear, layout = job.linear, self._plan.options.layout
+        linear = job.linear
         spec = linear.scheme.weight
         amax = self._amax.of(linear.name) if spec.granularity == TENSOR else None
         places = {tensor.name.rpartition(".")[2]: tensor for tensor in job.tensors}
@@ -423,7 +420,9 @@ class _Run:
                 quantized = ops.quantize(rows, spec, amax)
             if not torch.isfinite(quantized.scale).all():
                 raise _not_finite(job.source)
-            for suffix, part in encode_rows(quantized, linear.scheme, layout).items():
+            for suffix, part in self._plan.file_format.encode_rows(
+                quantized, linear.scheme
+            ).items():
                 tensor = places[suffix]
                 row = (
                     first

@@ -10,17 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from quantkit.checkpoint.formats import (
-    QuantizationLayout,
-    format_obstacle,
-    linear_tensors,
-    shape_obstacle,
-)
+from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, Format, read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import block_scales
 from quantkit.checkpoint.writer import TensorPlan
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.models.linear_views import as_stored_where_left, find_stacks
+from quantkit.models.linear_views import as_stored_where_skipped, find_stacks
 from quantkit.models.task import task_of
 from quantkit.models.tensor_roles import ModelTensors, ModuleInfo, fused_sets, linears_of
 from quantkit.schemes.pattern import Pattern
@@ -36,8 +31,8 @@ SHAPE = "left because of its shape"
 class QuantizedLinearInfo:
     """A Linear as an export plans it or a checkpoint holds it. shape: [out_features, in_features].
 
-    is_transposed: its `weight` is stored the other way round, as in the checkpoint that it comes
-    from (Conv1D).
+    is_transposed: its `weight` is stored as [in_features, out_features], as in the checkpoint that
+    it comes from (Conv1D).
     """
 
     name: str
@@ -45,12 +40,12 @@ class QuantizedLinearInfo:
     scheme: QuantScheme
     is_transposed: bool = False
 
-    def tensors(self, layout: str) -> list[TensorPlan]:
+    def tensors(self, file_format: Format) -> list[TensorPlan]:
         """The tensors that it becomes in a format."""
-        tensors = linear_tensors(self.scheme, self.shape, layout)
+        tensors = dict(file_format.tensors(self.scheme, self.shape))
         if self.is_transposed and "weight" in tensors:
-            dtype, (rows, columns) = tensors["weight"]
-            tensors["weight"] = (dtype, (columns, rows))
+            dtype, shape = tensors["weight"]
+            tensors["weight"] = (dtype, shape[::-1])
         return [
             TensorPlan(f"{self.name}.{suffix}", dtype, shape)
             for suffix, (dtype, shape) in tensors.items()
@@ -78,23 +73,24 @@ class Assignment:
 def assign_layers(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    layout: str = "compressed-tensors",
+    file_format: str = DEFAULT_FORMAT,
     allow_unreached: bool = False,
 ) -> Assignment:
     """Give each Linear its scheme. Raises CheckpointError or RecipeError with one sentence where
     the recipe doesn't fit the model.
 
-    layout: the format of the files. allow_unreached: leave what should be quantized but can't be,
-    instead of refusing the model.
+    file_format: one of `checkpoint.formats.FORMATS`, by its name.
+    allow_unreached: skip what should be quantized but can't be, instead of refusing the model.
     """
     task_of(checkpoint.config, checkpoint.path)
-    stored_as = QuantizationLayout.read(checkpoint.config)
-    if stored_as is not None and stored_as.method != "fp8":
+    form = FORMATS[file_format]
+    source = read_quantization_config(checkpoint.config)
+    if source is not None and not source.file_format.is_source:
         raise CheckpointError(
-            f"{checkpoint.path} is quantized already ({stored_as.method}); use the original model,"
-            " or one in FP8 blocks"
+            f"{checkpoint.path} is quantized already ({source.file_format.name}); use the original"
+            " model, or one in FP8 blocks"
         )
-    obstacle = format_obstacle(layout, recipe.schemes, recipe.kv_cache is not None)
+    obstacle = form.obstacle(recipe.schemes, recipe.kv_cache is not None)
     if obstacle:
         raise RecipeError(obstacle)
     tensors = linears_of(checkpoint)
@@ -105,14 +101,14 @@ def assign_layers(
         _refuse_unreached(recipe, roles)
     stack_of = _stack_names(checkpoint)
     _require_matching_patterns(recipe, tensors, stack_of)
-    schemes, reasons = _assign(recipe, roles, stack_of)
+    schemes, reasons = _assign(recipe, roles, stack_of, form)
     _require_one_scheme_per_fused_set(tensors, schemes)
     if not schemes:
         raise RecipeError(
             f"this recipe quantizes nothing in {checkpoint.path}:"
             f" {next(iter(reasons.values()), 'it has no Linear in numbered decoder blocks')}"
         )
-    mixed, whole = as_stored_where_left(
+    mixed, whole = as_stored_where_skipped(
         checkpoint, tensors.checkpoint, {f"{module}.weight" for module in schemes}
     )
     roles = {
@@ -134,7 +130,7 @@ def assign_layers(
     }
     assignment = Assignment(mixed, roles, linears, reasons, scales)
     _refuse_dtypes(assignment)
-    _refuse_clashes(assignment, layout)
+    _refuse_clashes(assignment, form)
     return assignment
 
 
@@ -196,7 +192,10 @@ def _require_matching_patterns(
 
 
 def _assign(
-    recipe: Recipe, roles: Mapping[str, ModuleInfo], stack_of: Mapping[str, str]
+    recipe: Recipe,
+    roles: Mapping[str, ModuleInfo],
+    stack_of: Mapping[str, str],
+    file_format: Format,
 ) -> tuple[dict[str, QuantScheme], dict[str, str]]:
     """Module → scheme of what is quantized, and tensor → reason of what would be but isn't.
     stack_of: the other name of experts that are stored as one.
@@ -220,7 +219,7 @@ def _assign(
             scheme, pattern = choice
             if pattern is not None:
                 used.add(pattern)
-            obstacle = shape_obstacle(scheme, role.shape)
+            obstacle = file_format.shape_obstacle(scheme, role.shape)
             if obstacle:
                 reasons[tensor] = f"{SHAPE}: {obstacle}"
             else:
@@ -293,9 +292,10 @@ def _refuse_dtypes(assignment: Assignment) -> None:
             )
 
 
-def _refuse_clashes(assignment: Assignment, layout: str) -> None:
+def _refuse_clashes(assignment: Assignment, file_format: Format) -> None:
     """Refuse where the checkpoint has a tensor of the name of one that would be made."""
-    made = {plan.name for linear in assignment.linears.values() for plan in linear.tensors(layout)}
+    linears = assignment.linears.values()
+    made = {plan.name for linear in linears for plan in linear.tensors(file_format)}
     refuse_taken_names(assignment, made)
 
 

@@ -1,10 +1,11 @@
-"""Each Linear as one matrix [out_features, in_features], however the checkpoint stores it.
+"""Each Linear's weight as a strided view [out_features, in_features], however the checkpoint stores
+it.
 
-Two habits stand between a file and its Linears: GPT-2's Conv1D keeps weights as [in_features,
-out_features], and experts may lie stacked in one tensor of three dimensions. Both are only another
-way to count the same numbers, so a tensor is described anew, by where its rows and columns begin,
-and nothing is copied. Runtimes read quantized experts one by one, under the names
-`….experts.N.gate_proj`, `up_proj` and `down_proj`.
+Two checkpoint conventions differ from nn.Linear's: GPT-2's Conv1D stores weights transposed, as
+[in_features, out_features], and MoE models may stack all experts of a layer in one tensor of three
+dimensions. Both are described as views, by where their rows and columns begin; no data is copied.
+Runtimes read quantized experts one by one, under the names `….experts.N.gate_proj`, `up_proj` and
+`down_proj`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ FLAT = (
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor [experts, …] that holds one kind of all experts' matrices, or two (gate above up).
+    """A tensor [experts, …] that holds one kind of weight of all experts, or two (gate above up).
 
-    module: what the experts' names begin with on disk. leaves: GATE_UP or DOWN. is_transposed: each
-    matrix lies as [in_features, out_features].
+    tensor: its name.
+    module: what the experts' names begin with on disk.
+    leaves: GATE_UP or DOWN.
+    is_transposed: each weight is stored as [in_features, out_features].
     """
 
     tensor: str
@@ -56,7 +59,7 @@ class Stack:
         return rows // len(self.leaves), columns
 
     def parts(self, info: TensorInfo) -> dict[str, TensorInfo]:
-        """Each Linear's weight as a matrix inside of the tensor."""
+        """Each Linear's weight as a view of the tensor."""
         rows, columns = self.linear_shape
         size = info.nbytes // max(1, self.shape[0] * self.shape[1] * self.shape[2])
         strides = (1, self.shape[2]) if self.is_transposed else (columns, 1)
@@ -76,10 +79,10 @@ class Stack:
 def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
     """Stacks of experts by tensor name. shapes: tensor name → shape.
 
-    Two tensors of three dimensions side by side are a layer's experts where one takes what the
-    other gives: [experts, 2·I, H] and [experts, H, I], or both transposed. No name is asked, but
-    stacks in which gate and up alternate are left alone: those with biases (`has_biases`), and
-    `alternates`.
+    Two tensors of three dimensions in one module are a layer's experts where the output of one is
+    the input of the other: [experts, 2·I, H] and [experts, H, I], or both transposed. Names don't
+    matter, but stacks in which gate and up alternate are skipped: those with biases (`has_biases`),
+    and `alternates`.
     """
     pairs: dict[str, list[str]] = {}
     for name, shape in shapes.items():
@@ -91,8 +94,8 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
             continue
         for first, down in (names, names[::-1]):
             (_, a, b), (_, c, d) = shapes[first], shapes[down]
-            upright, transposed = (a, b) == (2 * d, c), (a, b) == (d, 2 * c)
-            if upright or transposed:
+            plain, transposed = (a, b) == (2 * d, c), (a, b) == (d, 2 * c)
+            if plain or transposed:
                 stacks[first] = Stack(first, module, shapes[first], GATE_UP, transposed)
                 stacks[down] = Stack(down, module, shapes[down], DOWN, transposed)
     return stacks
@@ -107,7 +110,7 @@ def has_biases(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def alternates(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether rows of gate and up alternate in a matrix or stack, or in the one beside it:
+    """Whether rows of gate and up alternate in a matrix or stack, or in the one next to it:
     Inkling's, which alone are called w13 on disk.
     """
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
@@ -129,7 +132,7 @@ def experts_module(name: str) -> str:
 def transposed_weights(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     """Weights stored as [in_features, out_features].
 
-    The bias beside them has the length of their columns. A square one can't be told from a Linear,
+    Their bias has as many elements as they have columns. A square one can't be told from a Linear,
     but where others are transposed it is too.
     """
     with_bias = {
@@ -148,41 +151,42 @@ def transposed_weights(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     return found | {name for name in matrices if found and shapes[name][0] == shapes[name][1]}
 
 
-def with_upright_weights(checkpoint: Checkpoint) -> Checkpoint:
+def conv1d_as_linear(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with Conv1D weights as Linears have them."""
     names = transposed_weights({name: info.shape for name, info in checkpoint.tensors.items()})
     if not names:
         return checkpoint
-    upright = {
-        name: _turned(info) if name in names else info for name, info in checkpoint.tensors.items()
+    views = {
+        name: _transposed(info) if name in names else info
+        for name, info in checkpoint.tensors.items()
     }
-    return replace(checkpoint, tensors=upright)
+    return replace(checkpoint, tensors=views)
 
 
-def _turned(info: TensorInfo) -> TensorInfo:
+def _transposed(info: TensorInfo) -> TensorInfo:
     rows, columns = info.shape
     return replace(info, shape=(columns, rows), strides=(1, columns))
 
 
-def as_matrices(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with each Linear as one upright matrix, experts one by one. Its files'
-    fingerprint is that of the checkpoint as it was opened.
+def as_linear_views(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with each Linear as a view [out_features, in_features], experts one by one.
+    Its fingerprint is that of the checkpoint as it was opened.
     """
-    upright = with_upright_weights(checkpoint)
-    stacks = find_stacks({name: info.shape for name, info in upright.tensors.items()})
+    views = conv1d_as_linear(checkpoint)
+    stacks = find_stacks({name: info.shape for name, info in views.tensors.items()})
     if not stacks:
-        return upright
+        return views
     tensors: dict[str, TensorInfo] = {}
-    for name, info in upright.tensors.items():
+    for name, info in views.tensors.items():
         tensors |= stacks[name].parts(info) if name in stacks else {name: info}
-    return replace(upright, tensors=tensors)
+    return replace(views, tensors=tensors)
 
 
-def as_stored_where_left(
-    stored: Checkpoint, matrices: Checkpoint, quantized: Container[str]
+def as_stored_where_skipped(
+    stored: Checkpoint, views: Checkpoint, quantized: Container[str]
 ) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint with matrices only where they are quantized; what is left stays as it is
-    stored. quantized: their weights.
+    """The checkpoint with views only of weights that are quantized; what is skipped stays as it is
+    stored. quantized: names of the weights.
 
     Also returns, for each stack that stays whole, one of its parts. Runtimes read a layer's experts
     in one way or the other, so they stay together.
@@ -191,8 +195,8 @@ def as_stored_where_left(
     parts = {name: stack.parts(stored.tensors[name]) for name, stack in stacks.items()}
     apart = {
         stacks[name].module
-        for name, matrix in parts.items()
-        if any(part in quantized for part in matrix)
+        for name, its_parts in parts.items()
+        if any(part in quantized for part in its_parts)
     }
     tensors: dict[str, TensorInfo] = {}
     whole: dict[str, str] = {}
@@ -200,7 +204,7 @@ def as_stored_where_left(
         if name in stacks and stacks[name].module in apart:
             tensors |= parts[name]
         else:
-            tensors[name] = matrices.tensors[name] if name in quantized else info
+            tensors[name] = views.tensors[name] if name in quantized else info
             if name in stacks:
                 whole[name] = next(iter(parts[name]))
     return replace(stored, tensors=tensors), whole

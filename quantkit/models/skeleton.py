@@ -14,14 +14,14 @@ from quantkit.checkpoint.reader import DTYPES, Checkpoint
 from quantkit.checkpoint.stream import block_scales, source_spec
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.models.experts import adopt_experts
-from quantkit.models.linear_views import with_upright_weights
+from quantkit.models.linear_views import conv1d_as_linear
 from quantkit.models.task import CAUSAL, MASKED, task_of
 from quantkit.models.tensor_roles import is_of_other_tower
 
 
 def linears_for_conv1d(model: nn.Module) -> None:
     """Put a Linear in place of each Conv1D, which computes the same from the transposed weight
-    (`linear_views.with_upright_weights`).
+    (`linear_views.conv1d_as_linear`).
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -150,7 +150,7 @@ class StoredWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, require_finite: bool = False) -> None:
-        self._checkpoint, self._require_finite = with_upright_weights(checkpoint), require_finite
+        self._checkpoint, self._require_finite = conv1d_as_linear(checkpoint), require_finite
         self._scales = block_scales(checkpoint)
         self._block = source_spec(checkpoint).granularity if self._scales else None
 

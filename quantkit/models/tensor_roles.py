@@ -1,16 +1,16 @@
-"""Walking a model: from tensor names and shapes alone, and as a module tree.
+"""What each tensor of a checkpoint is, from names and shapes alone.
 
 `export` never builds the model, so it must know a Linear by its name and shape: a two-dimensional
 `….weight` inside a numbered decoder block that is no norm, embedding or router. What can't be told
-apart that way is refused, never guessed. Tensors are those of `linear_views.as_matrices`.
-`calibrate` and `eval` walk the module tree that transformers builds.
+apart that way is refused, never guessed. Tensors are those of `linear_views.as_linear_views`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.models.linear_views import (
@@ -18,7 +18,7 @@ from quantkit.models.linear_views import (
     BIASED,
     FLAT,
     alternates,
-    as_matrices,
+    as_linear_views,
     has_biases,
 )
 from quantkit.schemes.pattern import BLOCK
@@ -64,12 +64,12 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """The tensors of a checkpoint, each Linear as one matrix, and the role of each. Made by
+    """The tensors of a checkpoint, each Linear as one view, and the role of each. Made by
     `linears_of` alone.
 
     stored: the checkpoint as it was opened.
     checkpoint: the same with each Linear as a view [out_features, in_features]
-    (`linear_views.as_matrices`).
+    (`linear_views.as_linear_views`).
     roles: tensor of `checkpoint` → its role.
     """
 
@@ -97,91 +97,191 @@ class ModelTensors:
 
 def linears_of(checkpoint: Checkpoint) -> ModelTensors:
     """The Linears of a checkpoint and what else is in it, from names and shapes alone."""
-    matrices = as_matrices(checkpoint)
-    shapes = {name: info.shape for name, info in matrices.tensors.items()}
+    views = as_linear_views(checkpoint)
+    shapes = {name: info.shape for name, info in views.tensors.items()}
     roles = {
         tensor: ModuleInfo(
             tensor.removesuffix(".weight"), tensor, shape, *_kind(tensor, shape, shapes)
         )
         for tensor, shape in shapes.items()
     }
-    return ModelTensors(checkpoint, matrices, roles)
+    return ModelTensors(checkpoint, views, roles)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What the rules below look at.
+
+    name, module, parameter: "a.b.weight", "a.b", "weight".
+    parts, leaf: of the module's name: ["a", "b"], "b".
+    shapes: tensor name → shape, for the whole checkpoint.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @cached_property
+    def parameter(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @cached_property
+    def parts(self) -> list[str]:
+        return self.module.split(".")
+
+    @property
+    def leaf(self) -> str:
+        return self.parts[-1]
+
+    @property
+    def is_of_experts(self) -> bool:
+        return "experts" in self.parts
+
+    @property
+    def is_in_block(self) -> bool:
+        """Whether it belongs to a module inside of a numbered decoder block."""
+        block = BLOCK.match(self.name)
+        return block is not None and "." in self.name[block.end() :]
+
+    @property
+    def is_embedding(self) -> bool:
+        is_shard = _SHARD.fullmatch(self.leaf) and len(self.parts) > 1
+        return bool(_EMBEDDING.search(self.parts[-2] if is_shard else self.leaf))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Tensors for which `applies` are of this kind. reason: a sentence, or a function that makes
+    it.
+    """
+
+    applies: Callable[[_Tensor], bool]
+    kind: str
+    reason: str | Callable[[_Tensor], str]
+
+
+# The first rule that applies decides; the last one always does. The order matters where rules
+# overlap: an embedding or lm_head is outside the blocks, an indexer's k_norm is a vector as well as
+# a norm, a router may be a matrix like any Linear.
+_RULES = (
+    _Rule(lambda tensor: tensor.leaf == "lm_head", "lm_head", "lm_head is left by rule"),
+    # A layer that transformers leaves out as well. Its shape is lm_head's, but so is k_proj's where
+    # a vocabulary is as small as a byte's.
+    _Rule(
+        lambda tensor: tensor.parts[-2:] == ["shared_head", "head"],
+        "lm_head",
+        "the head of a layer that predicts further tokens is left like lm_head",
+    ),
+    _Rule(
+        lambda tensor: is_of_other_tower(tensor.module),
+        "other tower",
+        "not part of the language model",
+    ),
+    _Rule(
+        lambda tensor: tensor.is_embedding and not tensor.is_in_block,
+        "embedding",
+        "embeddings are left by rule",
+    ),
+    _Rule(
+        lambda tensor: not tensor.is_in_block, "outside the blocks", "outside the decoder blocks"
+    ),
+    _Rule(lambda tensor: bool(_NORM.search(tensor.leaf)), "norm", "norms are left by rule"),
+    _Rule(lambda tensor: tensor.is_embedding, "embedding", "embeddings are left by rule"),
+    _Rule(
+        lambda tensor: _is_router(tensor.leaf, tensor.parts, tensor.shapes),
+        "router",
+        "routers are left by rule",
+    ),
+    _Rule(
+        lambda tensor: tensor.parameter in ("bias", "weight") and len(tensor.shape) < 2,
+        "not a matrix",
+        "a vector",
+    ),
+    _Rule(
+        lambda tensor: (
+            tensor.is_of_experts
+            and len(tensor.shape) > 1
+            and has_biases(tensor.name.removesuffix("_bias"), tensor.shapes)
+        ),
+        "unreached",
+        BIASED,
+    ),
+    _Rule(lambda tensor: alternates(tensor.name, tensor.shapes), "unreached", ALTERNATING),
+    _Rule(
+        lambda tensor: _is_block_diagonal(tensor.module, tensor.shape, tensor.shapes),
+        "used directly",
+        "blocks of a block-diagonal matrix, which is no Linear in runtimes",
+    ),
+    _Rule(
+        lambda tensor: len(tensor.shape) == 3 and f"{tensor.module}.A_log" in tensor.shapes,
+        "used directly",
+        "a matrix for each head of a state space, which is no Linear in runtimes",
+    ),
+    _Rule(
+        lambda tensor: (
+            len(tensor.shape) == 3
+            and (
+                tensor.is_of_experts
+                or tensor.parameter == "experts"
+                or min(tensor.shape[-2:]) >= _LEAST_MATRIX
+            )
+        ),
+        "unreached",
+        "a stack of matrices in one tensor of 3 dimensions that is no layer's pair of experts'"
+        " weights",
+    ),
+    _Rule(
+        lambda tensor: (
+            tensor.is_of_experts
+            and tensor.parameter not in ("weight", "bias")
+            and len(tensor.shape) == 2
+        ),
+        "unreached",
+        lambda tensor: (
+            FLAT
+            if tensor.parameter in ("w1", "v1", "w2")
+            else "experts whose names quantkit doesn't know"
+        ),
+    ),
+    _Rule(
+        lambda tensor: tensor.parameter != "weight" or len(tensor.shape) != 2,
+        "not a matrix",
+        "not a Linear's weight",
+    ),
+    _Rule(
+        lambda tensor: tensor.leaf in _USED_DIRECTLY,
+        "used directly",
+        lambda tensor: (
+            f"{tensor.leaf} is no Linear in runtimes, which use its weight directly or keep it"
+            " unquantized"
+        ),
+    ),
+    _Rule(
+        lambda tensor: 0 in tensor.shape,
+        "unreached",
+        lambda tensor: f"has the empty shape {list(tensor.shape)}",
+    ),
+    _Rule(lambda tensor: True, "linear", ""),
+)
 
 
 def _kind(
-    tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+    name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, str]:
-    module, _, parameter = tensor.rpartition(".")
-    parts = module.split(".")
-    leaf = parts[-1]
-    if leaf == "lm_head":
-        return "lm_head", "lm_head is left by rule"
-    # A layer that transformers leaves out as well. Its shape is lm_head's, but so is k_proj's where
-    # a vocabulary is as small as a byte's.
-    if parts[-2:] == ["shared_head", "head"]:
-        return "lm_head", "the head of a layer that predicts further tokens is left like lm_head"
-    if is_of_other_tower(module):
-        return "other tower", "not part of the language model"
-    block = BLOCK.match(tensor)
-    is_embedding = _EMBEDDING.search(
-        parts[-2] if _SHARD.fullmatch(leaf) and len(parts) > 1 else leaf
-    )
-    if block is None or "." not in tensor[block.end() :]:
-        return (
-            ("embedding", "embeddings are left by rule")
-            if is_embedding
-            else ("outside the blocks", "outside the decoder blocks")
-        )
-    if _NORM.search(leaf):
-        return "norm", "norms are left by rule"
-    if is_embedding:
-        return "embedding", "embeddings are left by rule"
-    if _is_router(leaf, parts, shapes):
-        return "router", "routers are left by rule"
-    if parameter in ("bias", "weight") and len(shape) < 2:
-        return "not a matrix", "a vector"
-    if "experts" in parts and len(shape) > 1 and has_biases(tensor.removesuffix("_bias"), shapes):
-        return "unreached", BIASED
-    if alternates(tensor, shapes):
-        return "unreached", ALTERNATING
-    if _is_block_diagonal(module, shape, shapes):
-        return "used directly", "blocks of a block-diagonal matrix, which is no Linear in runtimes"
-    if len(shape) == 3 and f"{module}.A_log" in shapes:
-        return (
-            "used directly",
-            "a matrix for each head of a state space, which is no Linear in runtimes",
-        )
-    if len(shape) == 3 and ("experts" in (*parts, parameter) or min(shape[-2:]) >= _LEAST_MATRIX):
-        return (
-            "unreached",
-            (
-                "a stack of matrices in one tensor of 3 dimensions that is no layer's pair of"
-                " experts' weights"
-            ),
-        )
-    if "experts" in parts and parameter not in ("weight", "bias") and len(shape) == 2:
-        return "unreached", (
-            FLAT if parameter in ("w1", "v1", "w2") else "experts whose names quantkit doesn't know"
-        )
-    if parameter != "weight" or len(shape) != 2:
-        return "not a matrix", "not a Linear's weight"
-    if leaf in _USED_DIRECTLY:
-        return (
-            "used directly",
-            (
-                f"{leaf} is no Linear in runtimes, which use its weight directly or keep it"
-                " unquantized"
-            ),
-        )
-    if 0 in shape:
-        return "unreached", f"has the empty shape {list(shape)}"
-    return "linear", ""
+    """The kind of a tensor, and the reason."""
+    tensor = _Tensor(name, shape, shapes)
+    rule = next(rule for rule in _RULES if rule.applies(tensor))
+    return rule.kind, rule.reason if isinstance(rule.reason, str) else rule.reason(tensor)
 
 
 def _is_block_diagonal(
     module: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether square blocks [blocks, size, size] act on as many features as a vector beside them
+    """Whether square blocks [blocks, size, size] act on as many features as a vector of the module
     has, each block on its own (RG-LRU's gates).
     """
     if len(shape) != 3 or shape[1] != shape[2] or "experts" in module.split("."):
@@ -202,7 +302,7 @@ def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]
         return True
     if "gate" not in parts:
         return False
-    # `gate` beside `experts` routes, and so does what is in it (HunYuan's `gate.wg`); `gate`
+    # `gate` next to `experts` routes, and so does what is in it (HunYuan's `gate.wg`); `gate`
     # elsewhere may be an ordinary Linear.
     parent = ".".join(parts[: parts.index("gate")])
     return any(
@@ -215,7 +315,7 @@ def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]
 _CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att", re.IGNORECASE)
 # Linears that runtimes merge into one. Their members must share one scheme, and one scale where a
 # scale is per tensor. Names of projections, not of architectures: a set exists where all its
-# members stand side by side.
+# members are in one module.
 _QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 FUSED_SETS: tuple[tuple[str, ...], ...] = (
     *_QUERY_KEY_VALUE,

@@ -13,13 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.schemes.number_formats import FP8_E4M3, INT8, NumberFormat
 from quantkit.schemes.scheme import block
 
-# The formats that ops take by name. A format without a number below runs by the reference.
-FORMATS: dict[str, NumberFormat] = {
-    number_format.name: number_format for number_format in (INT8, FP8_E4M3)
-}
 # The order of the enums in kernels/cpu/quantize_blocks.h and kernels/cuda/numbers.h.
 FLOAT_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 FORMAT_NUMBERS = {"INT8": 0, "FP8_E4M3": 1}

@@ -15,7 +15,6 @@ from quantkit.ops.arguments import (
     CODE_NUMBERS,
     FLOAT_NUMBERS,
     FORMAT_NUMBERS,
-    FORMATS,
     RULE_NUMBERS,
     activation_scales,
     check_codes,
@@ -33,6 +32,7 @@ from quantkit.ops.fallback import check_statistics
 from quantkit.ops.native import cpu_kernels
 from quantkit.ops.reference import code_dtype
 from quantkit.ops.score_logits import TokenScores
+from quantkit.schemes.number_formats import NUMBER_FORMATS
 
 LEAST_UNSAFE_INNER = 1 << 17  # input features from which a sum of INT8 products overflows int32
 
@@ -64,7 +64,7 @@ def encode_blocks(
         return NotImplemented
     values, scale = rows_dense(values), scale.float().contiguous()
     check_scale(scale, scale_shape(values, block_rows, block_columns))
-    codes = torch.empty(values.shape, dtype=code_dtype(FORMATS[format]))
+    codes = torch.empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     _check(
         library.qk_encode_blocks(
             values.data_ptr(),
@@ -87,7 +87,7 @@ def quantize_blocks(
     if library is None or format_number is None or not _is_float_matrix(values):
         return NotImplemented
     values = rows_dense(values)
-    codes = torch.empty(values.shape, dtype=code_dtype(FORMATS[format]))
+    codes = torch.empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     scale = torch.empty(scale_shape(values, block_rows, block_columns), dtype=torch.float32)
     _check(
         library.qk_quantize_blocks(

@@ -19,7 +19,6 @@ from quantkit.ops.arguments import (
     CODE_NUMBERS,
     FLOAT_NUMBERS,
     FORMAT_NUMBERS,
-    FORMATS,
     PACKINGS,
     ROW_UNIT,
     RULE_NUMBERS,
@@ -36,6 +35,7 @@ from quantkit.ops.arguments import (
 from quantkit.ops.fallback import plain_weight
 from quantkit.ops.native import Product, cuda_kernels
 from quantkit.ops.reference import code_dtype
+from quantkit.schemes.number_formats import NUMBER_FORMATS
 
 LEAST_CAPABILITY = (8, 0)
 GROUP_UNIT = 32  # input features of one tensor-core instruction: groups are multiples
@@ -91,7 +91,7 @@ def quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Ten
         return NotImplemented
     rows = rows_dense(rows)
     count, columns = rows.shape
-    codes = rows.new_empty(rows.shape, dtype=code_dtype(FORMATS[format]))
+    codes = rows.new_empty(rows.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     scale = rows.new_empty(count, -(-columns // group), dtype=torch.float32)
     _run(
         library.qk_cuda_quantize_rows,
@@ -143,7 +143,7 @@ def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
     if states.stride(3) != 1:
         states = states.contiguous()
     scale = scale.float().contiguous()
-    codes = states.new_empty(states.shape, dtype=code_dtype(FORMATS[format]))
+    codes = states.new_empty(states.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     strides = (
         stride if size > 1 else 0 for size, stride in zip(states.shape[:3], states.stride()[:3])
     )

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantkit.ops import reference
 from quantkit.ops.arguments import (
-    FORMATS,
     PANEL,
     SCALE_BLOCK,
     check_codes,
@@ -24,7 +23,7 @@ from quantkit.ops.arguments import (
     packing_named,
 )
 from quantkit.ops.score_logits import VOCABULARY_PER_CHUNK, LogitsChunk, TokenScores, score_parts
-from quantkit.schemes.number_formats import E8M0
+from quantkit.schemes.number_formats import E8M0, NUMBER_FORMATS
 from quantkit.schemes.scheme import QuantSpec, block
 
 # What observe_rows adds to, and its dtypes.
@@ -58,7 +57,7 @@ def histogram_edges() -> Tensor:
 
 def _spec(format_name: str, rule: str, block_rows: int, block_columns: int) -> QuantSpec:
     return QuantSpec(
-        FORMATS[format_name],
+        NUMBER_FORMATS[format_name],
         block(block_rows, block_columns),
         rule == "dynamic",
         E8M0 if rule == "power_of_two" else None,
@@ -172,7 +171,7 @@ def quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Ten
 def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
     check_states(states, scale)
     return reference.encode_codes(
-        states.float() / scale.float().reshape(1, -1, 1, 1), FORMATS[format]
+        states.float() / scale.float().reshape(1, -1, 1, 1), NUMBER_FORMATS[format]
     )
 
 

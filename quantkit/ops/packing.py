@@ -1,7 +1,8 @@
-"""INT8 codes into 32-bit words and back, as the pack-quantized layout has them.
+"""Signed integer codes into 32-bit words and back, as compressed-tensors' pack-quantized format
+stores them.
 
-Each code is stored as code + 128 (an unsigned byte), four to a word along in_features, the first in
-the lowest byte.
+Each code of b bits is stored as code + 2^(b-1), which is unsigned; 32 / b codes make a word along
+in_features, the first in the lowest bits.
 """
 
 from __future__ import annotations
@@ -9,18 +10,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantkit.schemes.number_formats import NumberFormat
 
-def pack_int8(codes: Tensor) -> Tensor:
-    """codes: int8 [out_features, in_features], in_features a multiple of 4; returns int32
-    [out_features, in_features / 4].
+
+def pack_codes(codes: Tensor, number_format: NumberFormat) -> Tensor:
+    """codes: int8 [out_features, in_features], in_features a multiple of the codes per word;
+    returns int32 [out_features, in_features / codes per word].
     """
-    unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
+    bits = number_format.bits
+    unsigned = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+    per_byte = 8 // bits
+    packed = unsigned[:, ::per_byte]
+    for place in range(1, per_byte):
+        packed = packed | unsigned[:, place::per_byte] << bits * place
     # A view as int32 puts the first byte lowest on every little-endian machine, which safetensors
     # requires anyway.
-    return unsigned.contiguous().view(torch.int32)
+    return packed.contiguous().view(torch.int32)
 
 
-def unpack_int8(words: Tensor) -> Tensor:
-    """words: int32 [out_features, in_features / 4]; returns int8 [out_features, in_features]."""
-    unsigned = words.contiguous().view(torch.uint8)
-    return (unsigned.to(torch.int16) - 128).to(torch.int8)
+def unpack_codes(words: Tensor, number_format: NumberFormat) -> Tensor:
+    """words: int32 [out_features, in_features / codes per word]; returns int8 [out_features,
+    in_features].
+    """
+    bits = number_format.bits
+    packed = words.contiguous().view(torch.uint8)
+    if bits < 8:
+        parts = [packed >> bits * place & (1 << bits) - 1 for place in range(8 // bits)]
+        packed = torch.stack(parts, dim=-1).flatten(-2)
+    return (packed.to(torch.int16) - (1 << bits - 1)).to(torch.int8)

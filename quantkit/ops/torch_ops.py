@@ -57,7 +57,6 @@ from torch import Tensor
 
 from quantkit.ops import cpu, cuda, fallback, reference
 from quantkit.ops.arguments import (
-    FORMATS,
     check_codes,
     check_states,
     out_features_of,
@@ -67,7 +66,7 @@ from quantkit.ops.arguments import (
 )
 from quantkit.ops.reference import QuantizedTensor, code_dtype
 from quantkit.ops.score_logits import TokenScores
-from quantkit.schemes.number_formats import E8M0
+from quantkit.schemes.number_formats import E8M0, NUMBER_FORMATS
 from quantkit.schemes.scheme import QuantSpec
 
 
@@ -109,13 +108,13 @@ def _fake_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Ten
 def _fake_encode_blocks(
     values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str
 ) -> Tensor:
-    return values.new_empty(values.shape, dtype=code_dtype(FORMATS[format]))
+    return values.new_empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
 
 
 def _fake_quantize_blocks(
     values: Tensor, block_rows: int, block_columns: int, format: str, rule: str
 ) -> tuple[Tensor, Tensor]:
-    codes = values.new_empty(values.shape, dtype=code_dtype(FORMATS[format]))
+    codes = values.new_empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     return codes, values.new_empty(
         scale_shape(values, block_rows, block_columns), dtype=torch.float32
     )
@@ -141,7 +140,7 @@ def _fake_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tup
 
 def _fake_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
     check_states(states, scale)
-    return states.new_empty(states.shape, dtype=code_dtype(FORMATS[format]))
+    return states.new_empty(states.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
 
 
 def _fake_pack_weight(codes: Tensor, packing: str) -> Tensor:

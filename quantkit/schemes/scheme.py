@@ -1,18 +1,21 @@
-"""What to quantize and how, as values: Granularity, QuantSpec, QuantScheme, Recipe. No torch here.
+"""How one layer is quantized, as values, and the catalogue of schemes. No torch here.
 
 Words are those of compressed-tensors (`num_bits type strategy group_size block_structure dynamic
 symmetric ignore targets`), so that a recipe reads like the `quantization_config` that it becomes.
+
+A new scheme is one row of CATALOGUE, at the end of this file.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import RecipeError
-from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8, NumberFormat
+from quantkit.schemes.number_formats import CODE_FORMATS, E8M0, FP8_E4M3, INT8, NumberFormat
+from quantkit.schemes.serving import HARDWARE, MULTIPLES_OF_128, NATIVE, WEIGHTS, YES, Support
 
 
 def _size(value: Any, where: str) -> int:
@@ -43,7 +46,7 @@ class Granularity:
         return max(1, self.rows or rows), max(1, self.columns or columns)
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many blocks stand below and beside one another: the shape of the scales."""
+        """How many blocks there are down and across: the shape of the scales."""
         block_rows, block_columns = self.block_shape(rows, columns)
         return -(-rows // block_rows), -(-columns // block_columns)
 
@@ -102,13 +105,7 @@ class QuantSpec:
             raise RecipeError(
                 f"{where} has the unknown key {quoted(unknown)}; allowed are {quoted(known)}"
             )
-        num_bits, kind = str(arguments.get("num_bits", 8)), str(arguments.get("type", "int"))
-        formats = {("8", "int"): INT8, ("8", "float"): FP8_E4M3}
-        if (num_bits, kind) not in formats:
-            raise RecipeError(
-                f"{where} asks for {num_bits} bits of type {kind!r}; quantkit has 8 bits of type"
-                " int or float"
-            )
+        number_format = _number_format(arguments, where)
         if arguments.get("symmetric", True) is not True:
             raise RecipeError(
                 f"{where} is asymmetric (symmetric: {arguments['symmetric']}); quantkit writes and"
@@ -119,31 +116,7 @@ class QuantSpec:
                 f"{where} has actorder {arguments['actorder']!r}, which reorders groups; quantkit"
                 " reads plain order only"
             )
-        strategy = arguments.get("strategy")
-        if strategy is None:
-            strategy = "group" if arguments.get("group_size") else "tensor"
-        if strategy == "group":
-            granularity = group(_size(arguments.get("group_size"), f"{where}: group_size"))
-        elif strategy == "block":
-            structure = arguments.get("block_structure")
-            if not isinstance(structure, (list, tuple)) or len(structure) != 2:
-                raise RecipeError(
-                    f"{where} has the strategy 'block' and needs block_structure: [rows, columns]"
-                )
-            granularity = block(*(_size(size, f"{where}: block_structure") for size in structure))
-        else:
-            simple = {"tensor": TENSOR, "channel": CHANNEL, "token": TOKEN}
-            if not isinstance(strategy, str) or strategy not in simple:
-                raise RecipeError(
-                    f"{where} has the unknown strategy {strategy!r}; choose one of tensor, channel,"
-                    " token, group, block"
-                )
-            granularity = simple[strategy]
-        if arguments.get("group_size") not in (None, -1) and strategy != "group":
-            raise RecipeError(
-                f"{where} has a group_size but the strategy '{strategy}'; write strategy: group, or"
-                " leave group_size out"
-            )
+        granularity = _granularity(arguments, where)
         power_of_two = str(arguments.get("scale_dtype")) in (
             "torch.uint8",
             "uint8",
@@ -152,7 +125,7 @@ class QuantSpec:
         dynamic = arguments.get("dynamic", False)
         if not isinstance(dynamic, bool):
             raise RecipeError(f"{where} has dynamic: {dynamic!r}; allowed are true and false")
-        return cls(formats[num_bits, kind], granularity, dynamic, E8M0 if power_of_two else None)
+        return cls(number_format, granularity, dynamic, E8M0 if power_of_two else None)
 
     def to_arguments(self) -> dict[str, Any]:
         """The same in compressed-tensors' words, with no key that its version 0.17 doesn't know."""
@@ -167,14 +140,51 @@ class QuantSpec:
             arguments["group_size"] = self.granularity.columns
         if self.granularity.name == "block":
             arguments["block_structure"] = [self.granularity.rows, self.granularity.columns]
-        if self.scale_format is E8M0:
+        if self.scale_format == E8M0:
             arguments["scale_dtype"] = "torch.uint8"
         return arguments
 
     def __str__(self) -> str:
-        name = {"INT8": "INT8", "FP8_E4M3": "E4M3"}.get(self.format.name, self.format.name)
-        scale = ", E8M0 scale" if self.scale_format is E8M0 else ""
-        return f"{name} {self.granularity}{scale}{', dynamic' if self.dynamic else ''}"
+        scale = f", {self.scale_format.label} scale" if self.scale_format else ""
+        return f"{self.format.label} {self.granularity}{scale}{', dynamic' if self.dynamic else ''}"
+
+
+def _number_format(arguments: Mapping[str, Any], where: str) -> NumberFormat:
+    num_bits, kind = str(arguments.get("num_bits", 8)), str(arguments.get("type", "int"))
+    for (bits, its_kind), number_format in CODE_FORMATS.items():
+        if (str(bits), its_kind) == (num_bits, kind):
+            return number_format
+    known = " or ".join(f"{bits} bits of type {its_kind}" for bits, its_kind in CODE_FORMATS)
+    raise RecipeError(f"{where} asks for {num_bits} bits of type {kind!r}; quantkit has {known}")
+
+
+def _granularity(arguments: Mapping[str, Any], where: str) -> Granularity:
+    strategy = arguments.get("strategy")
+    if strategy is None:
+        strategy = "group" if arguments.get("group_size") else "tensor"
+    if strategy == "group":
+        granularity = group(_size(arguments.get("group_size"), f"{where}: group_size"))
+    elif strategy == "block":
+        structure = arguments.get("block_structure")
+        if not isinstance(structure, (list, tuple)) or len(structure) != 2:
+            raise RecipeError(
+                f"{where} has the strategy 'block' and needs block_structure: [rows, columns]"
+            )
+        granularity = block(*(_size(size, f"{where}: block_structure") for size in structure))
+    else:
+        simple = {"tensor": TENSOR, "channel": CHANNEL, "token": TOKEN}
+        if not isinstance(strategy, str) or strategy not in simple:
+            raise RecipeError(
+                f"{where} has the unknown strategy {strategy!r}; choose one of tensor, channel,"
+                " token, group, block"
+            )
+        granularity = simple[strategy]
+    if arguments.get("group_size") not in (None, -1) and strategy != "group":
+        raise RecipeError(
+            f"{where} has a group_size but the strategy '{strategy}'; write strategy: group, or"
+            " leave group_size out"
+        )
+    return granularity
 
 
 @dataclass(frozen=True)
@@ -217,6 +227,21 @@ class QuantScheme:
         return self.input is not None and not self.input.dynamic
 
     @property
+    def row(self) -> CatalogueRow | None:
+        """The catalogue's row that says how this scheme is served, whatever it is called; None
+        where no row speaks of it.
+        """
+        rows = CATALOGUE.values()
+        same = (row for row in rows if row.scheme.same_arithmetic == self.same_arithmetic)
+        return next(same, None) or next((row for row in rows if row.covers(self)), None)
+
+    @property
+    def family(self) -> str:
+        """The name of the scheme that runtimes treat this one as, or "unknown"."""
+        row = self.row
+        return row.scheme.name if row is not None else UNKNOWN
+
+    @property
     def same_arithmetic(self) -> tuple[QuantSpec, QuantSpec | None]:
         """What decides codes and results; the name does not."""
         return self.weight, self.input
@@ -252,10 +277,10 @@ class QuantScheme:
     @classmethod
     def of(cls, weight: QuantSpec, input_spec: QuantSpec | None) -> QuantScheme:
         """The scheme with this arithmetic, under its usual name where it has one."""
-        for scheme in SCHEMES.values():
-            if scheme.same_arithmetic == (weight, input_spec):
-                return scheme
-        kind = "int8" if weight.format is INT8 else "fp8"
+        for row in CATALOGUE.values():
+            if row.scheme.same_arithmetic == (weight, input_spec):
+                return row.scheme
+        kind = f"{weight.format.kind.replace('float', 'fp')}{weight.format.bits}"
         shape = {"group": f"group{weight.granularity.columns}"}.get(
             weight.granularity.name, weight.granularity.name
         )
@@ -266,7 +291,8 @@ class QuantScheme:
 
     def to_description(self) -> Any:
         """What `parse` reads back: the name where it says everything."""
-        if SCHEMES.get(self.name) == self:
+        row = CATALOGUE.get(self.name)
+        if row is not None and row.scheme == self:
             return self.name
         return {
             "weights": self.weight.to_arguments(),
@@ -278,53 +304,175 @@ def quoted(words: Iterable[str]) -> str:
     return ", ".join(f"'{word}'" for word in sorted(map(str, words)))
 
 
+UNKNOWN = "unknown"  # the family of a scheme that no row of the catalogue speaks of
+
+
+def _nothing_else(scheme: QuantScheme) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class CatalogueRow:
+    """One scheme: what it computes, what it is called, and where it is served.
+
+    scheme: name, weight and input.
+    runtimes: runtime → whether it loads the scheme.
+    hardware: hardware → NATIVE, WEIGHTS, or the reason why vLLM can't serve the scheme there.
+    aliases: other names that recipes and `--scheme` may use.
+    refuses_experts: runtimes that load the scheme for Linears, but not for experts.
+    covers: schemes that are no row of their own, and are served as this one is.
+    default_rank: the place among schemes that are served equally widely, for `quantize` without a
+        scheme. Speed and size come first, then loss. None: never a default, because its static
+        scales need calibration.
+    """
+
+    scheme: QuantScheme
+    runtimes: Mapping[str, Support]
+    hardware: Mapping[str, str]
+    aliases: tuple[str, ...] = ()
+    refuses_experts: tuple[str, ...] = ()
+    covers: Callable[[QuantScheme], bool] = _nothing_else
+    default_rank: int | None = None
+
+
+def _on_runtimes(**others: Support) -> dict[str, Support]:
+    """Every runtime loads it, except `others`."""
+    loads = {"vllm": YES, "sglang": YES, "tensorrt-llm": YES, "transformers": YES}
+    return loads | {name.replace("_", "-"): support for name, support in others.items()}
+
+
+def _on_hardware(**others: str) -> dict[str, str]:
+    """All hardware computes it natively, except `others`."""
+    return dict.fromkeys(HARDWARE, NATIVE) | others
+
+
+def _is_int8_in_groups(scheme: QuantScheme) -> bool:
+    weight = scheme.weight
+    return (
+        scheme.input is None
+        and weight.format == INT8
+        and weight.scale_format is None
+        and weight.granularity.name == "group"
+    )
+
+
 _E4M3_CHANNEL, _INT8_CHANNEL = QuantSpec(FP8_E4M3, CHANNEL), QuantSpec(INT8, CHANNEL)
+_E4M3_TENSOR, _INT8_TENSOR = QuantSpec(FP8_E4M3, TENSOR), QuantSpec(INT8, TENSOR)
 _E4M3_TOKEN, _INT8_TOKEN = (
     QuantSpec(FP8_E4M3, TOKEN, dynamic=True),
     QuantSpec(INT8, TOKEN, dynamic=True),
 )
+# FP8 products need Ada or later; before it, vLLM keeps FP8 weights and leaves inputs alone.
+_FP8_HARDWARE = _on_hardware(ampere=WEIGHTS, turing=WEIGHTS, cpu=WEIGHTS)
+_STATIC_FP8_HARDWARE = _FP8_HARDWARE | {
+    "cpu": "vLLM's CPU build does not start with static FP8 inputs"
+}
+_INT8_HARDWARE = _on_hardware(blackwell="vLLM has no INT8 kernel for Blackwell")
+_TRT_NEEDS_INPUTS = Support(False, "needs quantized inputs")
+_TRT_MISREADS_INT8 = Support(False, "reads INT8 as FP8 in silence")
 
-SCHEMES: dict[str, QuantScheme] = {
-    scheme.name: scheme
-    for scheme in (
-        QuantScheme("fp8-dynamic", _E4M3_CHANNEL, _E4M3_TOKEN),
-        QuantScheme("fp8-static", _E4M3_CHANNEL, QuantSpec(FP8_E4M3, TENSOR)),
-        QuantScheme("fp8-tensor", QuantSpec(FP8_E4M3, TENSOR), QuantSpec(FP8_E4M3, TENSOR)),
-        QuantScheme(
-            "fp8-block",
-            QuantSpec(FP8_E4M3, block(128, 128)),
-            QuantSpec(FP8_E4M3, group(128), dynamic=True),
+CATALOGUE: dict[str, CatalogueRow] = {
+    row.scheme.name: row
+    for row in (
+        CatalogueRow(
+            QuantScheme("fp8-dynamic", _E4M3_CHANNEL, _E4M3_TOKEN),
+            _on_runtimes(),
+            _FP8_HARDWARE,
+            aliases=("FP8_DYNAMIC",),
+            default_rank=0,
         ),
-        QuantScheme(
-            "mxfp8",
-            QuantSpec(FP8_E4M3, group(32), scale_format=E8M0),
-            QuantSpec(FP8_E4M3, group(32), True, E8M0),
+        CatalogueRow(
+            QuantScheme("fp8-static", _E4M3_CHANNEL, _E4M3_TENSOR),
+            _on_runtimes(
+                tensorrt_llm=Support(False, "takes channel scales only with per-token inputs")
+            ),
+            _STATIC_FP8_HARDWARE,
+            aliases=("FP8_STATIC",),
+            refuses_experts=("vllm",),
         ),
-        QuantScheme("fp8-weight-only", _E4M3_CHANNEL),
-        QuantScheme("int8-dynamic", _INT8_CHANNEL, _INT8_TOKEN),
-        QuantScheme("int8-static", _INT8_CHANNEL, QuantSpec(INT8, TENSOR)),
-        QuantScheme("int8-weight-only", _INT8_CHANNEL),
+        CatalogueRow(
+            QuantScheme("fp8-tensor", _E4M3_TENSOR, _E4M3_TENSOR),
+            _on_runtimes(tensorrt_llm=Support(False, "raises on per-tensor weights")),
+            _STATIC_FP8_HARDWARE,
+            aliases=("FP8",),
+        ),
+        CatalogueRow(
+            QuantScheme(
+                "fp8-block",
+                QuantSpec(FP8_E4M3, block(128, 128)),
+                QuantSpec(FP8_E4M3, group(128), dynamic=True),
+            ),
+            _on_runtimes(
+                vllm=MULTIPLES_OF_128, sglang=MULTIPLES_OF_128, transformers=MULTIPLES_OF_128
+            ),
+            _FP8_HARDWARE,
+            aliases=("FP8_BLOCK",),
+            refuses_experts=("transformers",),
+            default_rank=2,
+        ),
+        CatalogueRow(
+            QuantScheme(
+                "mxfp8",
+                QuantSpec(FP8_E4M3, group(32), scale_format=E8M0),
+                QuantSpec(FP8_E4M3, group(32), True, E8M0),
+            ),
+            _on_runtimes(
+                sglang=Support(False, "has no MXFP8"),
+                tensorrt_llm=Support(False, "is not known to load it"),
+            ),
+            dict.fromkeys(HARDWARE, WEIGHTS)
+            | {"blackwell": NATIVE, "cpu": "vLLM's CPU build has no kernel for MXFP8"},
+            aliases=("MXFP8",),
+            refuses_experts=("transformers",),
+            default_rank=5,
+        ),
+        CatalogueRow(
+            QuantScheme("fp8-weight-only", _E4M3_CHANNEL),
+            _on_runtimes(tensorrt_llm=_TRT_NEEDS_INPUTS),
+            _on_hardware(
+                cpu="vLLM's CPU build has no kernel for FP8 weights with unquantized inputs"
+            ),
+            refuses_experts=("vllm",),
+            default_rank=4,
+        ),
+        CatalogueRow(
+            QuantScheme("int8-dynamic", _INT8_CHANNEL, _INT8_TOKEN),
+            _on_runtimes(sglang=Support(True, "dense models"), tensorrt_llm=_TRT_MISREADS_INT8),
+            _INT8_HARDWARE,
+            aliases=("W8A8", "INT8"),
+            refuses_experts=("sglang", "transformers"),
+            default_rank=1,
+        ),
+        CatalogueRow(
+            QuantScheme("int8-static", _INT8_CHANNEL, _INT8_TENSOR),
+            _on_runtimes(
+                sglang=Support(False, "ignores static input scales"),
+                tensorrt_llm=_TRT_MISREADS_INT8,
+            ),
+            _INT8_HARDWARE,
+            refuses_experts=("vllm", "sglang", "transformers"),
+        ),
+        CatalogueRow(
+            QuantScheme("int8-weight-only", _INT8_CHANNEL),
+            _on_runtimes(tensorrt_llm=_TRT_NEEDS_INPUTS),
+            _on_hardware(cpu="vLLM's CPU build has no kernel for packed INT8 weights"),
+            aliases=("W8A16",),
+            refuses_experts=("transformers",),
+            covers=_is_int8_in_groups,
+            default_rank=3,
+        ),
     )
 }
-
-ALIASES = {
-    "FP8_DYNAMIC": "fp8-dynamic",
-    "FP8_STATIC": "fp8-static",
-    "FP8": "fp8-tensor",
-    "FP8_BLOCK": "fp8-block",
-    "MXFP8": "mxfp8",
-    "W8A8": "int8-dynamic",
-    "INT8": "int8-dynamic",
-    "W8A16": "int8-weight-only",
-}
+SCHEMES: dict[str, QuantScheme] = {name: row.scheme for name, row in CATALOGUE.items()}
 
 
 def _scheme_named(name: str) -> QuantScheme:
     spelled = name.strip().lower()
-    names = dict(SCHEMES) | {alias.lower(): SCHEMES[target] for alias, target in ALIASES.items()}
+    names = {key: row.scheme for key, row in CATALOGUE.items()}
+    names |= {alias.lower(): row.scheme for row in CATALOGUE.values() for alias in row.aliases}
     for candidate in (spelled, spelled.replace("_", "-"), spelled.replace("-", "_")):
         if candidate in names:
             return names[candidate]
     close = difflib.get_close_matches(spelled.replace("_", "-"), list(names), n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise RecipeError(f"unknown scheme '{name}'; {hint}the schemes are {', '.join(SCHEMES)}")
+    raise RecipeError(f"unknown scheme '{name}'; {hint}the schemes are {', '.join(CATALOGUE)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from quantkit.checkpoint.formats import QuantizationLayout
+from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exporter.plan import ExportOptions, ExportPlan, ParameterPlan, plan_export
@@ -134,7 +134,7 @@ class Choices:
 def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
     """The plans of all choices, which refuse what `export` would refuse; and remarks."""
     checkpoint, remarks, recipe = Checkpoint.open(options.model), [], options.recipe
-    if QuantizationLayout.read(checkpoint.config) is not None:
+    if read_quantization_config(checkpoint.config) is not None:
         raise CheckpointError(
             f"{options.model} is quantized already; sensitivity asks what quantizing costs, so give"
             " the original model"

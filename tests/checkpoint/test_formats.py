@@ -4,16 +4,14 @@ import pytest
 import torch
 
 from quantkit.checkpoint.formats import (
-    QuantizationLayout,
-    compressed_tensors_config,
-    decode_linear,
-    encode_constants,
-    encode_rows,
-    layout_name,
-    linear_tensors,
-    shape_obstacle,
+    FORMATS,
+    QuantizationConfig,
+    QuantizedLayers,
+    kv_scale_module,
+    read_quantization_config,
     stored_linears,
 )
+from quantkit.checkpoint.formats.compressed_tensors import compression_format
 from quantkit.errors import CheckpointError
 from quantkit.ops.reference import quantize
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
@@ -21,6 +19,7 @@ from quantkit.schemes.scheme import SCHEMES, QuantScheme
 INT8_GROUPS = QuantScheme.parse(
     {"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}}
 )
+COMPRESSED, BLOCKS, MODELOPT = FORMATS.values()
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
@@ -30,7 +29,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 
-# Of a Linear [192, 256]: the layout's name, then suffix → dtype and shape.
+# For a Linear [192, 256]: the compression format, then suffix → dtype and shape.
 CODES = {"weight": ("F8_E4M3", (192, 256))}
 INTEGERS = {"weight": ("I8", (192, 256))}
 PACKED = {"weight_packed": ("I32", (192, 64)), "weight_shape": ("I64", (2,))}
@@ -51,11 +50,15 @@ ON_DISK = {
 ALL = SCHEMES | {INT8_GROUPS.name: INT8_GROUPS}
 
 
-def encode_linear(quantized, scheme, input_scale=None, layout="compressed-tensors"):
-    """One quantized weight as the tensors of `linear_tensors`."""
-    return encode_rows(quantized, scheme, layout) | encode_constants(
-        scheme, tuple(quantized.qdata.shape), layout, quantized.scale, input_scale
+def encode_linear(quantized, scheme, input_scale=None, file_format=COMPRESSED):
+    """One quantized weight as the tensors of its format."""
+    return file_format.encode_rows(quantized, scheme) | file_format.encode_constants(
+        scheme, tuple(quantized.qdata.shape), quantized.scale, input_scale
     )
+
+
+def config_of(schemes, skipped, default, kv_cache) -> dict:
+    return COMPRESSED.config(QuantizedLayers(schemes, skipped, default, kv_cache))
 
 
 def weight_of(rows: int, columns: int) -> torch.Tensor:
@@ -67,8 +70,8 @@ def weight_of(rows: int, columns: int) -> torch.Tensor:
     return values
 
 
-def read(config: dict) -> QuantizationLayout:
-    return QuantizationLayout.read({"quantization_config": config})
+def read(config: dict) -> QuantizationConfig:
+    return read_quantization_config({"quantization_config": config})
 
 
 # Tensors
@@ -76,10 +79,10 @@ def read(config: dict) -> QuantizationLayout:
 
 @pytest.mark.parametrize("name", ON_DISK)
 def test_tensors_have_the_names_dtypes_and_shapes_that_runtimes_read(name):
-    layout, tensors = ON_DISK[name]
+    form, tensors = ON_DISK[name]
     scheme = ALL[name]
-    assert layout_name(scheme) == layout
-    assert linear_tensors(scheme, (192, 256)) == tensors
+    assert compression_format(scheme) == form
+    assert COMPRESSED.tensors(scheme, (192, 256)) == tensors
     encoded = encode_linear(
         quantize(weight_of(192, 256), scheme.weight),
         scheme,
@@ -98,7 +101,7 @@ def test_an_encoded_linear_decodes_to_the_same_codes_and_scales(name, shape):
     tensors = encode_linear(
         quantized, scheme, torch.tensor([0.5]) if scheme.needs_calibration else None
     )
-    decoded, input_scale = decode_linear(tensors, scheme, "layer")
+    decoded, input_scale = COMPRESSED.decode(tensors, scheme, "layer")
     assert torch.equal(decoded.qdata.float(), quantized.qdata.float())
     assert decoded.qdata.dtype == quantized.qdata.dtype
     assert torch.equal(decoded.scale, quantized.scale)
@@ -107,7 +110,7 @@ def test_an_encoded_linear_decodes_to_the_same_codes_and_scales(name, shape):
 
 
 def test_block_scales_cover_begun_blocks():
-    assert linear_tensors(SCHEMES["fp8-block"], (576, 130))["weight_scale"] == ("F32", (5, 2))
+    assert COMPRESSED.tensors(SCHEMES["fp8-block"], (576, 130))["weight_scale"] == ("F32", (5, 2))
 
 
 def test_mxfp8_scales_are_stored_as_exponent_plus_127():
@@ -133,7 +136,7 @@ def test_a_missing_tensor_is_refused_by_name(suffix):
     tensors = encode_linear(quantize(weight_of(3, 8), scheme.weight), scheme, torch.ones(1))
     del tensors[suffix]
     with pytest.raises(CheckpointError, match=rf"model\.layer\.{suffix} is missing"):
-        decode_linear(tensors, scheme, "model.layer")
+        COMPRESSED.decode(tensors, scheme, "model.layer")
 
 
 @pytest.mark.parametrize("shape", [(1,), (2, 1), (6, 1)], ids=str)
@@ -143,7 +146,7 @@ def test_scales_that_do_not_fit_the_weight_are_refused(shape):
         "weight_scale": torch.ones(shape)
     }
     with pytest.raises(CheckpointError, match=r"needs \[3, 1\]"):
-        decode_linear(tensors, scheme, "layer")
+        COMPRESSED.decode(tensors, scheme, "layer")
 
 
 def test_transposed_block_scales_are_refused():
@@ -151,13 +154,13 @@ def test_transposed_block_scales_are_refused():
     tensors = encode_linear(quantize(weight_of(256, 384), scheme.weight), scheme)
     tensors["weight_scale"] = tensors["weight_scale"].T
     with pytest.raises(CheckpointError, match=r"needs \[2, 3\]"):
-        decode_linear(tensors, scheme, "layer")
+        COMPRESSED.decode(tensors, scheme, "layer")
 
 
 def test_a_scale_without_its_axis_of_one_is_read_all_the_same():
     scheme = SCHEMES["fp8-dynamic"]
     quantized = quantize(weight_of(3, 8), scheme.weight)
-    decoded, _ = decode_linear(
+    decoded, _ = COMPRESSED.decode(
         {"weight": quantized.qdata, "weight_scale": quantized.scale.reshape(3)}, scheme, "layer"
     )
     assert torch.equal(decoded.scale, quantized.scale)
@@ -166,7 +169,7 @@ def test_a_scale_without_its_axis_of_one_is_read_all_the_same():
 def test_deepseeks_scale_name_multiplies_as_well():
     scheme = SCHEMES["fp8-block"]
     quantized = quantize(weight_of(130, 200), scheme.weight)
-    decoded, _ = decode_linear(
+    decoded, _ = BLOCKS.decode(
         {"weight": quantized.qdata, "weight_scale_inv": quantized.scale}, scheme, "layer"
     )
     assert torch.equal(decoded.dequantize(), quantized.dequantize())
@@ -186,7 +189,7 @@ def test_deepseeks_scale_name_multiplies_as_well():
     ],
 )
 def test_shapes_that_cannot_be_stored_are_told(name, columns, words):
-    obstacle = shape_obstacle(ALL[name], (5, columns))
+    obstacle = COMPRESSED.shape_obstacle(ALL[name], (5, columns))
     assert obstacle is None if words is None else words in obstacle
 
 
@@ -212,7 +215,7 @@ def test_stored_linears_are_modules_with_a_weight_scale_or_packed_weight():
 
 
 def test_one_scheme_targets_the_class_name():
-    config = compressed_tensors_config(
+    config = config_of(
         {"a.q_proj": SCHEMES["fp8-dynamic"], "a.k_proj": SCHEMES["fp8-dynamic"]},
         ["lm_head"],
         SCHEMES["fp8-dynamic"],
@@ -246,9 +249,7 @@ def test_one_scheme_targets_the_class_name():
 
 
 def test_weight_only_groups_have_no_input_activations():
-    config = compressed_tensors_config(
-        {"a": SCHEMES["int8-weight-only"]}, [], SCHEMES["int8-weight-only"], False
-    )
+    config = config_of({"a": SCHEMES["int8-weight-only"]}, [], SCHEMES["int8-weight-only"], False)
     assert "input_activations" not in config["config_groups"]["group_0"]
 
 
@@ -258,7 +259,7 @@ def test_several_schemes_are_mixed_precision_and_name_their_modules():
         "a.q_proj": SCHEMES["int8-dynamic"],
         "a.k_proj": SCHEMES["int8-dynamic"],
     }
-    config = compressed_tensors_config(schemes, ["lm_head"], SCHEMES["int8-dynamic"], False)
+    config = config_of(schemes, ["lm_head"], SCHEMES["int8-dynamic"], False)
     groups = config["config_groups"]
     assert config["format"] == "mixed-precision"
     assert {tuple(group["targets"]): group["format"] for group in groups.values()} == {
@@ -270,7 +271,7 @@ def test_several_schemes_are_mixed_precision_and_name_their_modules():
 
 def test_the_kv_cache_scheme_is_written_only_when_asked_for():
     schemes = {"a": SCHEMES["fp8-dynamic"]}
-    with_cache = compressed_tensors_config(schemes, [], SCHEMES["fp8-dynamic"], True)
+    with_cache = config_of(schemes, [], SCHEMES["fp8-dynamic"], True)
     assert with_cache["kv_cache_scheme"] == {
         "num_bits": 8,
         "type": "float",
@@ -279,25 +280,23 @@ def test_the_kv_cache_scheme_is_written_only_when_asked_for():
         "dynamic": False,
     }
     assert read(with_cache).kv_cache
-    assert not read(compressed_tensors_config(schemes, [], SCHEMES["fp8-dynamic"], False)).kv_cache
+    assert not read(config_of(schemes, [], SCHEMES["fp8-dynamic"], False)).kv_cache
 
 
 @pytest.mark.parametrize("name", ON_DISK)
 def test_a_config_of_one_scheme_reads_back_as_the_scheme(name):
-    layout = read(
-        compressed_tensors_config({"a.q_proj": ALL[name]}, ["lm_head", "a.gate"], ALL[name], False)
-    )
-    assert layout.scheme_of("a.q_proj") == ALL[name]
-    assert layout.scheme_of("lm_head") is layout.scheme_of("a.gate") is None
+    config = read(config_of({"a.q_proj": ALL[name]}, ["lm_head", "a.gate"], ALL[name], False))
+    assert config.scheme_of("a.q_proj") == ALL[name]
+    assert config.scheme_of("lm_head") is config.scheme_of("a.gate") is None
 
 
 def test_a_config_of_all_schemes_reads_back_the_scheme_of_each_module():
     schemes = {
         f"model.layers.{number}.q_proj": scheme for number, scheme in enumerate(ALL.values())
     }
-    layout = read(compressed_tensors_config(schemes, ["lm_head"], SCHEMES["fp8-dynamic"], True))
-    assert {name: layout.scheme_of(name) for name in schemes} == schemes
-    assert layout.scheme_of("lm_head") is layout.scheme_of("model.layers.0.k_proj") is None
+    config = read(config_of(schemes, ["lm_head"], SCHEMES["fp8-dynamic"], True))
+    assert {name: config.scheme_of(name) for name in schemes} == schemes
+    assert config.scheme_of("lm_head") is config.scheme_of("model.layers.0.k_proj") is None
 
 
 def test_ignore_wins_over_every_kind_of_target():
@@ -322,17 +321,17 @@ def test_names_win_over_patterns_and_patterns_over_classes():
         "1": group("re:.*q_proj", "fp8-weight-only"),
         "2": group("b.q_proj", "int8-weight-only"),
     }
-    layout = read({"quant_method": "compressed-tensors", "config_groups": groups})
-    assert [layout.scheme_of(name).name for name in ("a.k_proj", "a.q_proj", "b.q_proj")] == [
+    config = read({"quant_method": "compressed-tensors", "config_groups": groups})
+    assert [config.scheme_of(name).name for name in ("a.k_proj", "a.q_proj", "b.q_proj")] == [
         "int8-weight-only",
         "fp8-weight-only",
         "int8-weight-only",
     ]
-    assert layout.scheme_of("a.k_proj", "Embedding") is None
+    assert config.scheme_of("a.k_proj", "Embedding") is None
 
 
 def test_an_unquantized_model_has_no_layout():
-    assert QuantizationLayout.read({"model_type": "llama"}) is None
+    assert read_quantization_config({"model_type": "llama"}) is None
 
 
 def test_deepseeks_config_reads_as_block_fp8():
@@ -342,9 +341,9 @@ def test_deepseeks_config_reads_as_block_fp8():
         "weight_block_size": [128, 128],
         "modules_to_not_convert": ["lm_head", "mlp.gate"],
     }
-    layout = read(stored)
-    assert layout.scheme_of("model.layers.0.mlp.up_proj") is SCHEMES["fp8-block"]
-    assert layout.scheme_of("lm_head") is layout.scheme_of("model.layers.3.mlp.gate") is None
+    config = read(stored)
+    assert config.scheme_of("model.layers.0.mlp.up_proj") is SCHEMES["fp8-block"]
+    assert config.scheme_of("lm_head") is config.scheme_of("model.layers.3.mlp.gate") is None
 
 
 @pytest.mark.parametrize(
@@ -377,3 +376,29 @@ def test_deepseeks_config_reads_as_block_fp8():
 def test_a_config_that_cannot_be_read_is_refused(stored):
     with pytest.raises(CheckpointError, match="quantiz|kv_cache_scheme|fp8"):
         read(stored)
+
+
+@pytest.mark.parametrize("file_format", FORMATS.values(), ids=FORMATS)
+def test_kv_scales_are_found_by_the_name_that_their_format_gives_them(file_format):
+    for suffix in ("k_scale", "v_scale"):
+        assert kv_scale_module(file_format.kv_scale_name("a.self_attn", suffix)) == "a.self_attn"
+
+
+def test_other_tensors_are_no_kv_scales():
+    assert kv_scale_module("a.self_attn.k_proj.weight_scale") is None
+
+
+@pytest.mark.parametrize("file_format", FORMATS.values(), ids=FORMATS)
+def test_each_format_reads_its_own_config_and_decodes_its_own_tensors(file_format):
+    scheme = file_format.only_scheme or SCHEMES["int8-static"]
+    config = read(file_format.config(QuantizedLayers({"a.q_proj": scheme}, ["lm_head"], scheme)))
+    assert config.file_format is file_format
+    assert config.scheme_of("a.q_proj") == scheme
+    assert config.scheme_of("lm_head") is None
+    quantized = quantize(weight_of(256, 128), scheme.weight)
+    input_scale = torch.tensor([0.5]) if scheme.needs_calibration else None
+    encoded = encode_linear(quantized, scheme, input_scale, file_format)
+    decoded, read_scale = file_format.decode(encoded, scheme, "a.q_proj")
+    assert torch.equal(decoded.dequantize(), quantized.dequantize())
+    assert read_scale == input_scale
+    assert "a.q_proj" in stored_linears(f"a.q_proj.{suffix}" for suffix in encoded)

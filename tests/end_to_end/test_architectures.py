@@ -30,7 +30,7 @@ from transformers import AutoConfig
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.results import Calibration
-from quantkit.checkpoint.formats import QuantizationLayout
+from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RuntimeLimitError
 from quantkit.evaluation.evaluate import evaluate
@@ -344,7 +344,7 @@ def test_linears_beside_the_blocks_are_ignored_wherever_a_runtime_has_them(tiny)
     NaN.
     """
     config = json.loads((tiny.exported("fp8-dynamic") / "config.json").read_text())
-    layout = QuantizationLayout.read(config)
+    layout = read_quantization_config(config)
     assert [
         entry for entry in config["quantization_config"]["ignore"] if entry.startswith("re:")
     ] == tiny.plan("fp8-dynamic").left_elsewhere

@@ -264,7 +264,9 @@ def test_a_model_that_comes_in_fp8_blocks(tmp_path, text):
     model = tmp_path / "model"
     export(
         plan_export(
-            ExportOptions(original, model, Recipe(QuantScheme.parse("fp8-block")), layout="fp8")
+            ExportOptions(
+                original, model, Recipe(QuantScheme.parse("fp8-block")), file_format="fp8"
+            )
         )
     )
     assert "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv" in load_file(
@@ -273,7 +275,7 @@ def test_a_model_that_comes_in_fp8_blocks(tmp_path, text):
     go_the_whole_way(model, text, tmp_path, "int8-static")
     plan = plan_export(
         ExportOptions(
-            model, tmp_path / "blocks", Recipe(QuantScheme.parse("fp8-block")), layout="fp8"
+            model, tmp_path / "blocks", Recipe(QuantScheme.parse("fp8-block")), file_format="fp8"
         )
     )
     export(plan)

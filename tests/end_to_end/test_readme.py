@@ -12,7 +12,7 @@ from architecture_kinds import architecture_table
 
 from quantkit.cli.console import CONTEXT
 from quantkit.cli.main import main
-from quantkit.schemes.scheme import ALIASES, SCHEMES
+from quantkit.schemes.scheme import CATALOGUE, SCHEMES
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -84,7 +84,7 @@ def test_tree_names_every_file_and_no_other():
 def test_table_of_schemes_is_that_of_the_code():
     text = README.read_text()
     for name, scheme in SCHEMES.items():
-        aliases = ", ".join(alias for alias, target in ALIASES.items() if target == name)
+        aliases = ", ".join(CATALOGUE[name].aliases)
         row = (
             f"| `{name}` | {aliases} | {scheme.weight} | {scheme.input or 'as they are'} |"
             f" {'yes' if scheme.needs_calibration else ''} |"

@@ -126,7 +126,7 @@ def test_transformers_reads_the_fp8_format(float32_model, export_to):
     """On a CPU it dequantizes the blocks, which leaves weights alone quantized: the same values as
     ours, inputs as they are.
     """
-    out = export_to("fp8-block", float32_model, layout="fp8")
+    out = export_to("fp8-block", float32_model, file_format="fp8")
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ours = whole_model(load_served(out, "cpu", hardware="cpu"))
     for name, module in ours.named_modules():

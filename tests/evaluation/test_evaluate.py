@@ -14,7 +14,7 @@ from conftest import make_llama, make_text
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantkit.checkpoint.formats import QuantizationLayout
+from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.data.windows import evaluation_windows, load_tokenizer
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
 from quantkit.evaluation.evaluate import evaluate
@@ -604,7 +604,7 @@ def test_deepseek_block_format_is_read(llama, copy, export_to, judge):
         "modules_to_not_convert": ["lm_head"],
     }
     (other / "config.json").write_text(json.dumps(config))
-    assert QuantizationLayout.read(config).schemes[0].name == "fp8-block"
+    assert read_quantization_config(config).schemes[0].name == "fp8-block"
     first, second = judge(out, other)["quants"]
     assert first["perplexity"] == second["perplexity"]
 

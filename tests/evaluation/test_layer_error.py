@@ -105,7 +105,7 @@ def test_clipped_and_underflowing_shares_are_counted(export_to, layers):
 
 
 def test_weights_of_a_fp8_block_base_are_compared_dequantized(export_to, layers, llama):
-    base = export_to("fp8-block", name="deepseek", layout="fp8")
+    base = export_to("fp8-block", name="deepseek", file_format="fp8")
     rows = layers(export_to("int8-dynamic", base), base)
     assert len(rows) == 14 and all(row["weight_sqnr_db"] > 35 for row in rows.values())
 
@@ -165,10 +165,11 @@ def test_output_figures_are_those_of_the_layer_alone(export_to, llama, text):
         packed = codes.get(f"{name}.weight_packed")
         assert packed is not None
         expected = norm.float() @ base[f"{name}.weight"].float().T
-        from quantkit.ops.packing import unpack_int8
+        from quantkit.ops.packing import unpack_codes
+        from quantkit.schemes.number_formats import INT8
 
         values = (
-            unpack_int8(packed)[: expected.shape[1], : norm.shape[1]].float()
+            unpack_codes(packed, INT8)[: expected.shape[1], : norm.shape[1]].float()
             * codes[f"{name}.weight_scale"].float()
         )
         noise = expected - (norm.float() @ values.T).bfloat16().float()

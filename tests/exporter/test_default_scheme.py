@@ -8,8 +8,9 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RecipeError
 from quantkit.exporter.default_scheme import default_scheme
 from quantkit.exporter.plan import ExportOptions, plan_export
-from quantkit.exporter.runtimes import HARDWARE, RUNTIMES, runtime_problems
+from quantkit.exporter.runtimes import runtime_problems
 from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.serving import HARDWARE, RUNTIMES
 
 
 def chosen(model, **where) -> str:
@@ -41,13 +42,13 @@ def test_what_a_named_runtime_misreads_is_no_choice(llama):
 
 def test_a_format_of_one_scheme_decides(llama):
     assert (
-        chosen(llama, layout="fp8") == "fp8-block"
-        and chosen(llama, layout="modelopt") == "fp8-tensor"
+        chosen(llama, file_format="fp8") == "fp8-block"
+        and chosen(llama, file_format="modelopt") == "fp8-tensor"
     )
 
 
 def test_blocks_stay_blocks(llama, export_to):
-    assert chosen(export_to("fp8-block", layout="fp8")) == "fp8-block"
+    assert chosen(export_to("fp8-block", file_format="fp8")) == "fp8-block"
 
 
 def test_shapes_and_experts_that_other_schemes_do_not_fit(tmp_path):

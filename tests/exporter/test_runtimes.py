@@ -3,17 +3,10 @@
 import pytest
 
 from quantkit.errors import RuntimeLimitError
-from quantkit.exporter.runtimes import (
-    HARDWARE,
-    RUNTIMES,
-    SUPPORT,
-    as_computed,
-    hardware_mode,
-    runtime_problems,
-    scheme_family,
-)
+from quantkit.exporter.runtimes import as_computed, hardware_mode, runtime_problems
 from quantkit.models.assignment import QuantizedLinearInfo
-from quantkit.schemes.scheme import SCHEMES, QuantScheme
+from quantkit.schemes.scheme import CATALOGUE, SCHEMES, UNKNOWN, QuantScheme
+from quantkit.schemes.serving import HARDWARE, RUNTIMES
 
 FP8 = [name for name in SCHEMES if "fp8" in name]
 FP8_WITH_INPUTS = [name for name in FP8 if SCHEMES[name].input is not None]
@@ -33,22 +26,55 @@ def attention(scheme: str, rows: int = 256, columns: int = 256) -> list[Quantize
 # Who loads what
 
 
-def test_the_table_has_every_scheme_and_runtime():
-    assert {name: set(row) for name, row in SUPPORT.items()} == {
-        name: set(RUNTIMES) for name in SCHEMES
-    }
+def test_every_row_tells_of_every_runtime_and_hardware():
+    for row in CATALOGUE.values():
+        assert set(row.runtimes) == set(RUNTIMES)
+        assert set(row.hardware) == set(HARDWARE)
+        assert set(row.refuses_experts) <= set(RUNTIMES)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_scheme_is_its_own_family_whatever_it_is_called(name):
-    assert scheme_family(QuantScheme("renamed", SCHEMES[name].weight, SCHEMES[name].input)) == name
+    renamed = QuantScheme("renamed", SCHEMES[name].weight, SCHEMES[name].input)
+    assert renamed.family == name
 
 
 def test_int8_in_groups_belongs_to_the_packed_family():
     groups = QuantScheme.parse(
         {"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}}
     )
-    assert scheme_family(groups) == "int8-weight-only"
+    assert groups.family == "int8-weight-only"
+    assert runtime_problems("vllm", [QuantizedLinearInfo("a", (64, 64), groups)], []) == []
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"weights": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 64}},
+        {
+            "weights": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "block",
+                "block_structure": [64, 64],
+            }
+        },
+        {
+            "weights": {"num_bits": 8, "type": "int", "strategy": "tensor"},
+            "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True},
+        },
+    ],
+    ids=str,
+)
+def test_a_scheme_of_no_row_is_unknown_to_every_runtime_and_hardware(description):
+    scheme = QuantScheme.parse(description)
+    assert scheme.family == UNKNOWN
+    for runtime in RUNTIMES:
+        (problem,) = runtime_problems(runtime, [QuantizedLinearInfo("a", (64, 64), scheme)], [])
+        assert "not known to load" in problem
+    for hardware in HARDWARE:
+        with pytest.raises(RuntimeLimitError, match="not known"):
+            as_computed(scheme, hardware)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -13,7 +13,7 @@ from conftest import make_llama
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.files import sha256_file
-from quantkit.checkpoint.formats import QuantizationLayout, decode_linear, linear_tensors
+from quantkit.checkpoint.formats import FORMATS, read_quantization_config
 from quantkit.checkpoint.output_dir import OutputDirectory
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
@@ -38,7 +38,7 @@ def test_file_holds_the_reference_codes_in_the_exact_shapes(scheme, llama, expor
     checkpoint, base = Checkpoint.open(export_to(scheme)), Checkpoint.open(llama)
     name = "model.layers.1.mlp.down_proj"
     weight = base.read(f"{name}.weight")
-    expected = linear_tensors(SCHEMES[scheme], tuple(weight.shape))
+    expected = FORMATS["compressed-tensors"].tensors(SCHEMES[scheme], tuple(weight.shape))
     assert {
         suffix: (
             checkpoint.tensors[f"{name}.{suffix}"].dtype,
@@ -46,7 +46,7 @@ def test_file_holds_the_reference_codes_in_the_exact_shapes(scheme, llama, expor
         )
         for suffix in expected
     } == expected
-    stored, _ = decode_linear(
+    stored, _ = FORMATS["compressed-tensors"].decode(
         {suffix: checkpoint.read(f"{name}.{suffix}") for suffix in expected}, SCHEMES[scheme], name
     )
     reference = quantize(weight, SCHEMES[scheme].weight)
@@ -137,7 +137,7 @@ def test_ignore_and_layers_decide_and_the_config_says_so(llama, export_to):
     )
     out = export_to(recipe)
     config = json.loads((out / "config.json").read_text())
-    layout = QuantizationLayout.read(config)
+    layout = read_quantization_config(config)
     assert config["quantization_config"]["format"] == "mixed-precision"
     assert layout.scheme_of("model.layers.1.mlp.down_proj").name == "fp8-dynamic"
     assert layout.scheme_of("model.layers.1.mlp.up_proj").name == "int8-dynamic"
@@ -424,7 +424,7 @@ def test_static_scale_leaves_the_first_position_out_for_int8_and_keeps_it_for_fp
 
 
 def test_fp8_format_is_deepseeks(llama, export_to):
-    out = export_to("fp8-block", layout="fp8")
+    out = export_to("fp8-block", file_format="fp8")
     stored = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (
         stored["quant_method"] == "fp8"
@@ -445,7 +445,7 @@ def test_fp8_format_is_deepseeks(llama, export_to):
 
 
 def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
-    out = export_to("fp8-tensor", layout="modelopt", kv_cache="fp8")
+    out = export_to("fp8-tensor", file_format="modelopt", kv_cache="fp8")
     inline = json.loads((out / "config.json").read_text())["quantization_config"]
     beside = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
     assert (
@@ -480,7 +480,7 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
 
 
 @pytest.mark.parametrize(
-    ("layout", "scheme"),
+    ("file_format", "scheme"),
     [
         ("fp8", "fp8-dynamic"),
         ("modelopt", "int8-dynamic"),
@@ -488,10 +488,12 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
         ("modelopt", "fp8-block"),
     ],
 )
-def test_format_that_does_not_hold_the_scheme_is_refused(layout, scheme, llama, tmp_path):
-    with pytest.raises(RecipeError, match=f"--format {layout} holds"):
+def test_format_that_does_not_hold_the_scheme_is_refused(file_format, scheme, llama, tmp_path):
+    with pytest.raises(RecipeError, match=f"--format {file_format} holds"):
         plan_export(
-            ExportOptions(llama, tmp_path / "out", Recipe(QuantScheme.parse(scheme)), layout=layout)
+            ExportOptions(
+                llama, tmp_path / "out", Recipe(QuantScheme.parse(scheme)), file_format=file_format
+            )
         )
     with pytest.raises(RecipeError, match="KV cache"):
         plan_export(
@@ -499,13 +501,13 @@ def test_format_that_does_not_hold_the_scheme_is_refused(layout, scheme, llama, 
                 llama,
                 tmp_path / "out",
                 Recipe(QuantScheme.parse("fp8-block"), kv_cache="fp8"),
-                layout="fp8",
+                file_format="fp8",
             )
         )
 
 
 def test_fp8_blocks_are_dequantized_on_the_way(llama, export_to):
-    blocks = export_to("fp8-block", layout="fp8", name="blocks")
+    blocks = export_to("fp8-block", file_format="fp8", name="blocks")
     source = load_file(blocks / "model.safetensors")
     with pytest.raises(CalibrationError):  # the statistics are of the original model
         export_to("fp8-tensor", blocks, name="static")
@@ -534,7 +536,7 @@ def test_fp8_blocks_are_dequantized_on_the_way(llama, export_to):
 
 
 def test_blocks_that_stay_blocks_keep_their_codes(export_to):
-    blocks = export_to("fp8-block", layout="fp8", name="blocks")
+    blocks = export_to("fp8-block", file_format="fp8", name="blocks")
     source, out = (
         load_file(blocks / "model.safetensors"),
         load_file(export_to("fp8-block", blocks, name="kept") / "model.safetensors"),
@@ -545,7 +547,7 @@ def test_blocks_that_stay_blocks_keep_their_codes(export_to):
 
 
 def test_dry_run_counts_the_scales_of_fp8_blocks_with_their_weights(export_to):
-    blocks = export_to("fp8-block", layout="fp8", name="blocks")
+    blocks = export_to("fp8-block", file_format="fp8", name="blocks")
     plan = planned(blocks, "int8-dynamic", ignore=(Pattern("re:.*o_proj"),))
     assert plan.bytes_before == Checkpoint.open(blocks).nbytes and not any(
         row.name.endswith("scale_inv") for row in plan.parameters

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from quantkit.checkpoint.reader import Checkpoint, MappedShard
 from quantkit.models.linear_views import (
-    as_matrices,
+    as_linear_views,
+    conv1d_as_linear,
     find_stacks,
     transposed_weights,
-    with_upright_weights,
 )
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -36,7 +36,7 @@ def test_experts_apart_are_the_parts_of_their_stack(tmp_path, transposed):
     if transposed:
         stacks = {leaf: stack.transpose(1, 2).contiguous() for leaf, stack in stacks.items()}
     checkpoint = stored(tmp_path, **{f"{EXPERTS}.{leaf}": stack for leaf, stack in stacks.items()})
-    matrices = as_matrices(checkpoint)
+    matrices = as_linear_views(checkpoint)
     assert len(matrices.tensors) == 3 * experts and matrices.nbytes == checkpoint.nbytes
     shard = MappedShard(tmp_path / "model.safetensors")
     for leaf, expected in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
@@ -86,7 +86,7 @@ def test_a_transposed_weight_is_turned(tmp_path):
     checkpoint = stored(
         tmp_path, **{"h.0.c_attn.weight": weight, "h.0.c_attn.bias": torch.zeros(18)}
     )
-    upright = with_upright_weights(checkpoint)
+    upright = conv1d_as_linear(checkpoint)
     assert upright.tensors["h.0.c_attn.weight"].shape == (18, 6) and torch.equal(
         upright.read("h.0.c_attn.weight"), weight.T
     )

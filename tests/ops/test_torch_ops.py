@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from quantkit import ops
-from quantkit.ops import arguments, cpu, fallback, native, reference
+from quantkit.ops import cpu, fallback, native, reference
 from quantkit.ops.torch_ops import ALL_OPS
-from quantkit.schemes.number_formats import INT8
+from quantkit.schemes.number_formats import INT8, NUMBER_FORMATS
 from quantkit.schemes.scheme import CHANNEL, QuantSpec, group
 
 OPS = torch.ops.quantkit
@@ -18,7 +18,7 @@ SYMMETRIC_INT4 = replace(INT8, name="INT4_IN_BYTES", min=-7, max=7)
 @pytest.fixture
 def unknown_format(monkeypatch):
     """A number format that ops can name and that no kernel has a number for."""
-    monkeypatch.setitem(arguments.FORMATS, SYMMETRIC_INT4.name, SYMMETRIC_INT4)
+    monkeypatch.setitem(NUMBER_FORMATS, SYMMETRIC_INT4.name, SYMMETRIC_INT4)
     return SYMMETRIC_INT4
 
 

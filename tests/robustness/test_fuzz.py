@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from quantkit.checkpoint.formats import QuantizationLayout
+from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import (
     DTYPES,
     INDEX_FILE,
@@ -618,7 +618,7 @@ def test_odd_config_is_refused_or_planned_with(linear, config, cut):
     (linear / "config.json").write_bytes(as_text(config, cut))
     try:
         checkpoint = Checkpoint.open(linear)
-        layout = QuantizationLayout.read(checkpoint.config)
+        layout = read_quantization_config(checkpoint.config)
     except CheckpointError as error:
         assert str(error)
         return

@@ -1,10 +1,14 @@
 """The number formats against their bit patterns."""
 
+import dataclasses
+import math
+import pickle
+
 import pytest
 import torch
 
 from quantkit.ops.reference import encode_codes
-from quantkit.schemes.number_formats import E8M0, FP8_E4M3, FP8_E5M2, INT8
+from quantkit.schemes.number_formats import E8M0, FP8_E4M3, FP8_E5M2, INT8, NUMBER_FORMATS
 
 
 def value_of_e4m3(code: int) -> float:
@@ -75,14 +79,25 @@ def test_limits_are_those_of_the_torch_dtype(number_format):
     )
 
 
-def test_smallest_subnormals_are_code_one():
-    for number_format in (FP8_E4M3, FP8_E5M2):
-        least = (
-            torch.tensor([1], dtype=torch.uint8)
-            .view(getattr(torch, number_format.torch_name))
-            .item()
-        )
-        assert number_format.smallest_subnormal == least
+@pytest.mark.parametrize("number_format", [FP8_E4M3, FP8_E5M2], ids=lambda f: f.name)
+def test_floats_clip_above_half_a_step_beyond_the_greatest_code(number_format):
+    limits = torch.finfo(getattr(torch, number_format.torch_name))
+    step = limits.eps * 2.0 ** math.floor(math.log2(limits.max))
+    assert number_format.clips_above == limits.max + step / 2
+
+
+def test_integers_clip_above_half_a_step_beyond_the_greatest_code():
+    assert INT8.clips_above == 127.5
+
+
+def test_a_format_is_the_same_object_after_pickling():
+    for number_format in NUMBER_FORMATS.values():
+        assert pickle.loads(pickle.dumps(number_format)) is number_format
+
+
+def test_a_format_of_no_table_pickles_to_an_equal_one():
+    other = dataclasses.replace(INT8, name="INT4", bits=4)
+    assert pickle.loads(pickle.dumps(other)) == other
 
 
 def test_e8m0_spans_the_powers_of_two_that_a_byte_holds():

@@ -1,0 +1,236 @@
+"""The part of `verify` that reads every value: nothing is NaN, infinite or a scale that ruins a
+layer, and every tensor is the base's, as it was or rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantkit import ops
+from quantkit.checkpoint.files import cores
+from quantkit.checkpoint.formats import (
+    KV_SUFFIXES,
+    QuantizationConfig,
+    decode_scales,
+    weight_scale_suffixes,
+)
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.stream import WeightStream
+from quantkit.exporter.verification import QuantizedLinears, Verification, holds_codes
+from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
+from quantkit.schemes.scheme import TENSOR
+
+# Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
+LEAST_PLAUSIBLE_SQNR_DB = 15.0
+# Scales that some checkpoint has next to those of weights.
+_OTHER_SCALES = {
+    "input_scale",
+    "activation_scale",
+    "output_scale",
+    "q_scale",
+    "prob_scale",
+    *KV_SUFFIXES,
+}
+
+
+def check_values(
+    found: Verification,
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    config: QuantizationConfig | None,
+    stored: Mapping[str, list[str]],
+    linears: QuantizedLinears,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """No NaN, no infinity, no scale that is zero or negative, and what the base has; some rows in
+    memory for each of as many threads as there are cores.
+    """
+    reader = _ValueReader(
+        found,
+        WeightStream(checkpoint, dequantizing=False),
+        WeightStream(base) if base else None,
+        config,
+        stored,
+        linears,
+    )
+    threads_before = torch.get_num_threads()
+    done = 0
+    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        units = [
+            [f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()
+        ]
+        units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
+        futures = {pool.submit(reader.check, unit): unit for unit in units}
+        try:
+            for future in as_completed(futures):
+                for tensor, message in future.result():
+                    found.fault(tensor, message)
+                done += len(futures[future])
+                on_progress(done, found.tensors)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads_before)
+    # Threads finish in any order; what is reported doesn't depend on it.
+    order = {name: number for number, name in enumerate(checkpoint.tensors)}
+    found.faults.sort(key=lambda fault: order.get(fault[0], -1))
+    if reader.differing:
+        others = f" (and {len(reader.differing) - 1} more)" if len(reader.differing) > 1 else ""
+        first = min(reader.differing, key=order.__getitem__)
+        found.warnings.append(f"{first} differs from the base's, though it isn't quantized{others}")
+    found.warnings.sort()
+
+
+@dataclass
+class _ValueReader:
+    """Checks the values of a Linear's tensors, or of one tensor, against rules and against the
+    base.
+    """
+
+    found: Verification
+    stream: WeightStream
+    base: WeightStream | None
+    config: QuantizationConfig | None
+    stored: Mapping[str, list[str]]
+    linears: QuantizedLinears
+    # tensors that aren't quantized, and differ a little from the base's
+    differing: list[str] = field(default_factory=list)
+
+    def check(self, names: list[str]) -> list[tuple[str, str]]:
+        faults = []
+        for name in names:
+            message = self._values_fault(name)
+            if message:
+                faults.append((name, message))
+        module = names[0].rpartition(".")[0]
+        if self.base is not None and module in self.stored:
+            faults += (
+                self._against_base(module, f"{module}.weight", self.base)
+                if not faults and module in self.linears
+                else []
+            )
+        elif self.base is not None and names[0] in self.base.checkpoint.tensors and not faults:
+            faults += self._unquantized_against_base(names[0], self.base)
+        return faults
+
+    def _values_fault(self, name: str) -> str | None:
+        """What is wrong with the values of one tensor, if anything."""
+        suffix = name.rpartition(".")[2]
+        # A model may have scales of its own, negative ones too.
+        is_scale = suffix in _OTHER_SCALES or suffix in weight_scale_suffixes()
+        for first, last in self.stream.steps(name):
+            with self.stream.stored_rows(name, first, last) as rows:
+                if is_scale and rows.dtype == torch.uint8:
+                    if (rows == 255).any():
+                        return "holds NaN scales (the byte 255)"
+                elif is_scale:
+                    if not torch.isfinite(rows.float()).all():
+                        return "holds NaN or infinite scales"
+                    if (rows.float() <= 0).any():
+                        return "holds scales that are zero or negative"
+                elif rows.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+                    if _has_nonfinite_codes(rows):
+                        return "holds NaN or infinite codes"
+                elif rows.is_floating_point() and not torch.isfinite(rows).all():
+                    return "holds NaN or infinity"
+        return None
+
+    def _unquantized_against_base(self, name: str, base: WeightStream) -> list[tuple[str, str]]:
+        """A tensor that isn't quantized is the base's; one that some algorithm has changed a little
+        is worth a warning.
+        """
+        ours, theirs = self.stream.checkpoint.tensors[name], base.checkpoint.tensors[name]
+        if ours.shape != theirs.shape:
+            return [(name, f"has the shape {list(ours.shape)}; the base has {list(theirs.shape)}")]
+        if holds_codes(ours.dtype) or name in self.found.changed:
+            # codes without their scales are a fault already; what algorithms changed is no longer
+            # the base's
+            return []
+        signal = noise = 0.0
+        for first, last in base.steps(name):
+            with (
+                self.stream.stored_rows(name, first, last) as rows,
+                base.rows(name, first, last) as expected,
+            ):
+                if not torch.equal(rows, expected.to(rows.dtype)):
+                    expected, difference = expected.double(), rows.double() - expected.double()
+                    noise += float(difference.square().sum())
+                signal += float(expected.double().square().sum())
+        sqnr = power_ratio_db_of_floats(signal, noise)
+        if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
+            return [
+                (
+                    name,
+                    f"isn't quantized but is {sqnr:.1f} dB from the base's: it is another tensor",
+                )
+            ]
+        if noise or ours.dtype != theirs.dtype and name not in base.block_scales:
+            self.differing.append(name)
+        return []
+
+    def _against_base(self, module: str, name: str, base: WeightStream) -> list[tuple[str, str]]:
+        original = base.checkpoint.tensors.get(name)
+        scheme, shape = self.linears[module]
+        if original is None:
+            return []
+        if original.shape != shape:
+            return [
+                (name, f"stands for the shape {list(shape)}; the base has {list(original.shape)}")
+            ]
+        if name in self.found.changed:
+            return []
+        sqnr = self.found.sqnr_db[module] = self._sqnr_db(module, name, base)
+        if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
+            return [
+                (
+                    name,
+                    (
+                        f"is {sqnr:.1f} dB from the base's weight; rounding to 8 bits leaves 30 dB"
+                        " or more"
+                    ),
+                )
+            ]
+        return []
+
+    def _sqnr_db(self, module: str, name: str, base: WeightStream) -> float:
+        """Signal to noise of a quantized weight against the base's weight `name`."""
+        assert self.config is not None, "a quantized Linear comes with a config"
+        (scheme, shape), file_format = self.linears[module], self.config.file_format
+        signal = noise = 0.0
+        block_rows = scheme.weight.granularity.rows or 1
+        # The scales are a few kilobytes to a megabyte; the codes come in steps.
+        stored_scales = self.stream.checkpoint.read(f"{module}.{file_format.scale_suffix}")
+        scales = decode_scales(stored_scales).reshape(scheme.weight.granularity.scale_shape(*shape))
+        codes_name = f"{module}.{file_format.codes_suffix(scheme)}"
+        for first, last in base.steps(name, block_rows):
+            scale = (
+                scales
+                if scales.shape[0] == 1 and scheme.weight.granularity == TENSOR
+                else scales[first // block_rows : -(-last // block_rows)]
+            )
+            with (
+                self.stream.stored_rows(codes_name, first, last) as stored,
+                base.rows(name, first, last) as expected,
+            ):
+                codes = file_format.decode_codes(stored, scheme, shape[1])
+                values = expected.float()
+                rounded = ops.dequantize(QuantizedTensor(codes, scale, scheme.weight))
+                # float32 within a step, float64 over the steps: good to 0.001 dB.
+                signal += float(torch.dot(values.flatten(), values.flatten()))
+                difference = (
+                    values.sub_(rounded).flatten()
+                    if values is not expected
+                    else (values - rounded).flatten()
+                )
+                noise += float(torch.dot(difference, difference))
+        return power_ratio_db_of_floats(signal, noise)
+
+
+def _has_nonfinite_codes(tensor: Tensor) -> bool:
+    magnitude = tensor.view(torch.uint8) & 0x7F
+    # E4M3 has NaN at 0x7F alone; E5M2 has infinity at 0x7C and NaN above.
+    return bool((magnitude >= (0x7F if tensor.dtype == torch.float8_e4m3fn else 0x7C)).any())
