@@ -32,8 +32,9 @@ UNIT = 2.0**-24  # rounding of float32
 SHORT_UNIT = 2.0**-12
 HAS_DEVICE = torch.cuda.is_available() and cuda.missing_reason() is None
 MACHINES = [
-    "emulated-80",
-    "emulated-90",
+    # Compiling the emulated libraries takes a minute of one core.
+    pytest.param("emulated-80", marks=pytest.mark.slow),
+    pytest.param("emulated-90", marks=pytest.mark.slow),
     pytest.param(
         "cuda",
         marks=pytest.mark.skipif(not HAS_DEVICE, reason="no CUDA device, or no CUDA kernels"),
@@ -654,6 +655,7 @@ def host(emulated_libraries) -> ctypes.CDLL:
     return emulated_libraries[900]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number_format", [INT8, FP8_E4M3], ids=lambda number_format: number_format.name
 )
@@ -688,6 +690,7 @@ def test_conversions_are_right_for_all_codes_and_midpoints(host, number_format):
     assert torch.equal(ours, reference.encode_codes(around, number_format).view(torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_numbers_are_read_and_rounded_as_torch_does(host, dtype):
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
@@ -721,6 +724,7 @@ def test_16_bit_numbers_are_read_and_rounded_as_torch_does(host, dtype):
     )
 
 
+@pytest.mark.slow
 def test_division_by_a_scale_is_correctly_rounded(host):
     torch.manual_seed(0)
     for scale in (0.3, 1.0, 2.0**-7, 1e-3, 7e-30, 1e-40, 3e30):
@@ -744,6 +748,7 @@ def test_division_by_a_scale_is_correctly_rounded(host):
         ) and torch.equal(ours.signbit(), expected.signbit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     range(4),

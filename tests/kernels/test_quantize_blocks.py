@@ -775,6 +775,7 @@ def test_schemas_and_fakes_describe_the_ops(shape, number_format):
         )
 
 
+@pytest.mark.slow
 def test_the_environment_variable_chooses_the_level():
     script = """if True:
         import os
