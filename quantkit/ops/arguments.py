@@ -23,6 +23,7 @@ RULE_NUMBERS = {"stored": 0, "power_of_two": 1, "dynamic": 2}
 
 PANEL = 16  # output features of a panel of a packed weight on the CPU
 PANEL_INNER_UNIT = 64  # its input features are padded with zeros to a multiple
+LEAST_UNSAFE_INNER = 1 << 17  # input features from which a sum of INT8 products overflows int32
 SCALE_BLOCK = 128  # output features that may share a scale on CUDA
 ROW_UNIT = 16  # input features of a packed weight on CUDA are padded with zeros to a multiple
 

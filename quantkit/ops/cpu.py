@@ -15,6 +15,7 @@ from quantkit.ops.arguments import (
     CODE_NUMBERS,
     FLOAT_NUMBERS,
     FORMAT_NUMBERS,
+    LEAST_UNSAFE_INNER,
     RULE_NUMBERS,
     activation_scales,
     check_codes,
@@ -33,8 +34,6 @@ from quantkit.ops.native import cpu_kernels
 from quantkit.ops.reference import code_dtype
 from quantkit.ops.score_logits import TokenScores
 from quantkit.schemes.number_formats import NUMBER_FORMATS
-
-LEAST_UNSAFE_INNER = 1 << 17  # input features from which a sum of INT8 products overflows int32
 
 
 def block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:

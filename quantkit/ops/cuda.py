@@ -19,6 +19,7 @@ from quantkit.ops.arguments import (
     CODE_NUMBERS,
     FLOAT_NUMBERS,
     FORMAT_NUMBERS,
+    LEAST_UNSAFE_INNER,
     PACKINGS,
     ROW_UNIT,
     RULE_NUMBERS,
@@ -42,7 +43,6 @@ GROUP_UNIT = 32  # input features of one tensor-core instruction: groups are mul
 # As matmul_decode.h. For more tokens Blackwell's tensor cores have instructions of their own, which
 # torch's library uses and these kernels don't.
 MOST_DECODE_TOKENS = 16
-LEAST_UNSAFE_INNER = 1 << 17  # input features from which a sum of INT8 products overflows int32
 
 
 def missing_reason(device: str | torch.device | None = None) -> str | None:

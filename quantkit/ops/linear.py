@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantkit.ops import cpu, cuda, fallback, native, torch_ops
-from quantkit.ops.arguments import SCALE_BLOCK
+from quantkit.ops import cuda, fallback, native, torch_ops
+from quantkit.ops.arguments import LEAST_UNSAFE_INNER, SCALE_BLOCK
 from quantkit.ops.reference import QuantizedTensor, quantized_linear
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
 from quantkit.schemes.scheme import QuantScheme, QuantSpec
@@ -74,7 +74,7 @@ def kernel_for(
         return None, f"{reason} {dtype}"
     if inputs is None:
         return "matmul_weight_only", ""
-    if weight.format is INT8 and in_features >= cpu.LEAST_UNSAFE_INNER:
+    if weight.format is INT8 and in_features >= LEAST_UNSAFE_INNER:
         return None, "int32 doesn't hold sums over 131072 input features or more"
     return kernels.op, ""
 

@@ -431,6 +431,7 @@ def test_schemas_and_fakes_describe_the_ops(name, tokens):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_a_quantized_linear_compiles_whole_and_agrees_with_the_reference(scheme: QuantScheme):
     torch.manual_seed(0)

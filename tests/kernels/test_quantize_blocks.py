@@ -456,6 +456,7 @@ def test_nan_and_infinity_stay_in_their_block(dtype, granularity, bad):
 # Rounding: every value, every tie, every code.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @formats
 def test_every_16_bit_value_under_many_scales(dtype, number_format):
@@ -541,6 +542,7 @@ def test_quotients_next_to_a_rounding_boundary_are_correctly_rounded(number_form
     check_encode(values, scale.reshape(-1, 1), QuantSpec(number_format, CHANNEL))
 
 
+@pytest.mark.slow
 @formats
 def test_random_quotients_of_float32(number_format):
     scale = torch.cat([random_float32(4500, (-60, 60), 1), random_float32(500, (-126, 110), 2)])
