@@ -280,7 +280,7 @@ def main(
     ]
     where = (
         f"{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, kernels:"
-        f" {native.elementwise_level()}; medians of {repeats} turns"
+        f" {native.cpu_level()}; medians of {repeats} turns"
     )
     text = f"# Calibrate: beside the bare forward of the same tokens\n\n{where}.\n\n"
     text += (

@@ -317,7 +317,7 @@ def main(
     )
     where = (
         f"{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, kernels:"
-        f" {native.elementwise_level()}; medians of {repeats} turns"
+        f" {native.cpu_level()}; medians of {repeats} turns"
     )
     text = (
         f"# Export: whole processes beside `cp -r`\n\n{where}.\n\n"

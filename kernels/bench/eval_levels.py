@@ -99,10 +99,12 @@ def main() -> None:
                     *(f"{rate:.0f} ({ratio:.2f}×)" for rate, ratio in zip(rates[1:], ratios)),
                 ]
             )
+    times = f"medians of {arguments.turns} turns" if arguments.turns > 1 else "one turn"
     table = f"""# Eval by instruction set
 
-Machine: {processor()}. SmolLM2-135M, {arguments.tokens} tokens in windows of 1024; tokens per second as `quantkit eval` reports them, {f"medians of {arguments.turns} turns" if arguments.turns > 1 else "one turn"}; in brackets beside the
-bfloat16 base, the median of the ratios within a turn. Kernels and torch are asked for the same instruction set.
+Machine: {processor()}. SmolLM2-135M, {arguments.tokens} tokens in windows of 1024;
+tokens per second as `quantkit eval` reports them, {times}; in brackets beside the bfloat16 base,
+the median of the ratios within a turn. Kernels and torch are asked for the same instruction set.
 
 {markdown_table(["instruction set", "bfloat16 base", *SCHEMES], rows)}"""
     if arguments.output:

@@ -79,7 +79,12 @@ class blake3:
 # Where quantkit is installed editable, its finder would come before PYTHONPATH.
 SITECUSTOMIZE = """import sys
 
-sys.meta_path[:] = [finder for finder in sys.meta_path if not {"ScikitBuildRedirectingFinder", "_EditableFinder"} & {type(finder).__name__, getattr(finder, "__name__", "")}]
+editable = {"ScikitBuildRedirectingFinder", "_EditableFinder"}
+sys.meta_path[:] = [
+    finder
+    for finder in sys.meta_path
+    if not editable & {type(finder).__name__, getattr(finder, "__name__", "")}
+]
 """
 
 

@@ -59,14 +59,17 @@ def main() -> None:
         )
     text = f"""# Multiplications and conversions
 
-Machine: {machine["processor"]}; instruction set {machine["kernels"]}{f" ({asked})" if asked else ""}; torch {machine["torch"]} ({machine["torch_capability"]}).
-One thread reads memory at {bandwidth:.1f} GB/s.
+Machine: {machine["processor"]}; instruction set
+{machine["kernels"]}{f" ({asked})" if asked else ""}; torch {machine["torch"]}
+({machine["torch_capability"]}). One thread reads memory at {bandwidth:.1f} GB/s.
 
-Thread CPU time, medians of {arguments.turns} turns; "against" is how many times as fast as that op the kernel is, the median of the ratios within a turn, for
-{", ".join(map(str, TOKENS))} tokens. matmul_int8 and matmul_fp8 include the quantization of the bfloat16 activations per token, onednn.qlinear that of its own (per
-tensor, to unsigned bytes); torch._scaled_mm is given codes. Outputs are bfloat16, of matmul_bf16 float32. GB/s: bytes of weights read; of conversions,
-bytes read and written. For one token the weight is one of many in turn, on all sides, so that it comes from memory (or from a last cache as large as
-theirs).
+Thread CPU time, medians of {arguments.turns} turns; "against" is how many times as fast as that op
+the kernel is, the median of the ratios within a turn, for {", ".join(map(str, TOKENS))} tokens.
+matmul_int8 and matmul_fp8 include the quantization of the bfloat16 activations per token,
+onednn.qlinear that of its own (per tensor, to unsigned bytes); torch._scaled_mm is given codes.
+Outputs are bfloat16, of matmul_bf16 float32. GB/s: bytes of weights read; of conversions, bytes
+read and written. For one token the weight is one of many in turn, on all sides, so that it comes
+from memory (or from a last cache as large as theirs).
 
 """
     for kind in KINDS:

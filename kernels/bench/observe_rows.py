@@ -265,10 +265,11 @@ def markdown(records: list[dict], level: str, rounds: int) -> str:
 
 Machine: {machine()}; instruction set {level}.
 
-Thread CPU time, medians of {rounds} interleaved rounds ({min(rounds, TORCH_ROUNDS)} for torch's passes) and the least. Values are Gaussian, channels of different
-scales. Copy: torch `copy_` of the input, read and written; against copy: median of the ratios within a round. Torch op:
-`torch.ops.quantkit.observe_rows` with one thread. Torch's passes: the same statistics with torch's own functions. All matrices fit in a last cache as
-large as this one.
+Thread CPU time, medians of {rounds} interleaved rounds ({min(rounds, TORCH_ROUNDS)} for torch's
+passes) and the least. Values are Gaussian, channels of different scales. Copy: torch `copy_` of the
+input, read and written; against copy: median of the ratios within a round. Torch op:
+`torch.ops.quantkit.observe_rows` with one thread. Torch's passes: the same statistics with torch's
+own functions. All matrices fit in a last cache as large as this one.
 
 {table}{other_table}"""
 
@@ -282,9 +283,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    level = native.elementwise_level()
     records = measure(arguments.rounds)
-    table = markdown(records, level, arguments.rounds)
+    table = markdown(records, records[-1]["level"], arguments.rounds)
     if arguments.output:
         arguments.output.write_text(table)
     if arguments.json:

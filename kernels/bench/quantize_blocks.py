@@ -33,7 +33,7 @@ ROWS, COLUMNS = 8192, 4096
 REFERENCE_ROUNDS = 3
 INPUTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # In the order of native.cpu_kernels()'s enums.
-INPUT_NUMBERS, FORMAT_NUMBERS, RULE_NUMBERS = (
+FLOAT_NUMBERS, FORMAT_NUMBERS, RULE_NUMBERS = (
     tuple(INPUTS),
     (INT8, FP8_E4M3),
     ("stored", "power_of_two", "dynamic"),
@@ -99,7 +99,7 @@ def kernel_run(
     )
     arguments = (
         values.data_ptr(),
-        INPUT_NUMBERS.index(case.dtype),
+        FLOAT_NUMBERS.index(case.dtype),
         *matrix,
         *numbers,
         scale.data_ptr(),
@@ -244,10 +244,12 @@ def markdown(records: list[dict], level: str, rounds: int) -> str:
 
 Machine: {machine()}; instruction set {level}.
 
-Thread CPU time, medians of {rounds} interleaved rounds ({min(rounds, REFERENCE_ROUNDS)} for the reference). GB/s: the input's bytes once, the codes' and the scales'. Per tensor
-reads the matrix twice, and counts it once. Copy: torch `copy_` of half as many bytes, read and written; kernel and copy write to buffers that
-exist already. Share of copy: median of the ratios within a round. Torch op: `torch.ops.quantkit.quantize_blocks`, which allocates its
-outputs, as the reference does. A matrix and its codes may stay in a last cache as large as this one between runs.
+Thread CPU time, medians of {rounds} interleaved rounds ({min(rounds, REFERENCE_ROUNDS)} for the
+reference). GB/s: the input's bytes once, the codes' and the scales'. Per tensor reads the matrix
+twice, and counts it once. Copy: torch `copy_` of half as many bytes, read and written; kernel and
+copy write to buffers that exist already. Share of copy: median of the ratios within a round. Torch
+op: `torch.ops.quantkit.quantize_blocks`, which allocates its outputs, as the reference does. A
+matrix and its codes may stay in a last cache as large as this one between runs.
 
 {table}{other_table}"""
 
@@ -261,9 +263,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    level = native.elementwise_level()
     records = measure(arguments.rounds)
-    table = markdown(records, level, arguments.rounds)
+    table = markdown(records, records[-1]["level"], arguments.rounds)
     if arguments.output:
         arguments.output.write_text(table)
     if arguments.json:

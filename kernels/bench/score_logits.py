@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.evaluation.report import markdown_table
-from quantkit.ops import native, score_logits
+from quantkit.ops import fallback, native
 
 POSITIONS = 512
 # (hidden size, vocabulary): SmolLM2-135M, Llama 2 7B, Qwen 3 1.7B.
@@ -56,7 +56,7 @@ def measure(size: int, vocabulary: int, rounds: int) -> list[str]:
         "kernel": lambda: torch.ops.quantkit.score_logits(*model, packed, None),
         "kernel, two weights": lambda: torch.ops.quantkit.score_logits(*model, other, None),
         "torch": lambda: plain(hidden, weight, targets, own_hidden, weight),
-        "in parts": lambda: score_logits._reference_score_logits(*model, packed, None),
+        "in parts": lambda: fallback.score_logits(*model, packed, None),
     }
     turns = [{name: seconds(run) for name, run in runs.items()} for _ in range(rounds + 1)][1:]
     times = [f"{1e3 * median(turn[name] for turn in turns):.0f}" for name in runs]

@@ -1,6 +1,6 @@
 // output[m][n] = sum_k x[m][k] w[n][k] + bias[n], of bfloat16, sums in float32 and, if asked for, given out so.
 //
-// Within c K u (|A| |B|) of a float64 product. Where there are instructions for pairs of bfloat16, they take subnormal operands as zero.
+// Within c K u (|A| |B|) of quantkit/ops/fallback.py: matmul_bf16. Where there are instructions for pairs of bfloat16, they take subnormal operands as zero.
 
 #include "float_operands.h"
 

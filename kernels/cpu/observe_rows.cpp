@@ -1,7 +1,7 @@
 // amax[c] = max_r |x[r, c]|;  squares[c] += sum_r x[r, c]^2;  histogram[bin(|x|)] += 1;  and extremes, row maxima, and how many |x| > above.
 //
 // bin(|x|) = clamp((float32 bits of |x| >> 19) - 1520, 0, 1023): 8 exponent bits and 4 of mantissa, 16 bins an octave, 2^-32 to 2^32. Bit for bit
-// equal to quantkit/ops/fallback.py: reference_observe_rows.
+// equal to quantkit/ops/fallback.py: observe_rows.
 //
 // Each value is loaded once, in tiles of 64 rows and a few vectors of columns whose accumulators stay in registers; bfloat16 stays in 16-bit lanes
 // but for its squares. All that takes 0.3 cycles a value with AVX-512. The histogram takes one: its increment is a store, and a core writes to one

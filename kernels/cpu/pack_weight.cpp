@@ -1,4 +1,5 @@
 // Codes [output features, input features] in the order in which kernels multiply them: see QkPacking. The same for every instruction set.
+// Equal to quantkit/ops/fallback.py: pack_weight.
 
 #include "pack_weight.h"
 

@@ -1,5 +1,7 @@
-// Final hidden states to each token's figures: logits of two models are made a tile at a time and gone again before the next, so that no logit is ever written
-// to memory that is larger than a cache.
+// nll = log(sum exp(l)) - l[target];  KL(base|own) = sum p_base (l_base - l_own) - log(sum exp(l_base)) + log(sum exp(l_own));  l = hidden w^T + bias.
+//
+// Within float32's rounding of quantkit/ops/score_logits.py: score_parts. Logits of two models are made a tile at a time and gone again before the next, so that
+// no logit is ever written to memory that is larger than a cache.
 //
 // exp(l - r) with r near the largest logit so far: sums of 1024 columns in float32, over those in float64. r is raised where a logit exceeds it by 60.
 

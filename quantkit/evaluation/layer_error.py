@@ -29,7 +29,7 @@ from quantkit.models.linear_views import as_linear_views
 from quantkit.models.threads import each_batch
 from quantkit.models.weight_map import names_on_disk
 from quantkit.ops.linear import QuantizedLinear
-from quantkit.ops.reference import QuantizedTensor, expand_scale, quantize
+from quantkit.ops.reference import QuantizedTensor, expand_scale, power_ratio_db, quantize
 from quantkit.schemes.number_formats import NumberFormat
 
 # Rows of each input that are kept: of so many windows, evenly spread, so many positions each.
@@ -211,9 +211,9 @@ class LayerProbe:
                 expected[:, first:last] = reads @ original.T
             difference = original - values[first:last]
             noise[first:last] = torch.linalg.vecdot(difference, difference)
-        per_channel = _decibels(signal, noise)
+        per_channel = power_ratio_db(signal, noise)
         figures: dict[str, Any] = {
-            "weight_sqnr_db": float(_decibels(signal.double().sum(), noise.double().sum())),
+            "weight_sqnr_db": float(power_ratio_db(signal.double().sum(), noise.double().sum())),
             "weight_channel_sqnr_db": {
                 "median": float(per_channel.median()),
                 "min": float(per_channel.min()),
@@ -235,10 +235,10 @@ def _output_figures(module: QuantizedLinear, inputs: Tensor, expected: Tensor) -
     difference = expected - module(inputs).float()
     signal, noise = expected.square().sum(0), difference.square().sum(0)
     figures: dict[str, Any] = {
-        "output_sqnr_db": float(_decibels(signal.double().sum(), noise.double().sum())),
+        "output_sqnr_db": float(power_ratio_db(signal.double().sum(), noise.double().sum())),
         "output_channel_sqnr_db": {
-            "median": float(_decibels(signal, noise).median()),
-            "min": float(_decibels(signal, noise).min()),
+            "median": float(power_ratio_db(signal, noise).median()),
+            "min": float(power_ratio_db(signal, noise).min()),
         },
     }
     spec = module.scheme.input
@@ -253,10 +253,10 @@ def _output_figures(module: QuantizedLinear, inputs: Tensor, expected: Tensor) -
         signal, noise = original.square().sum(0), difference.square().sum(0)
         scale = expand_scale(quantized.scale, spec.granularity, *inputs.shape)
         figures |= {
-            "input_sqnr_db": float(_decibels(signal.double().sum(), noise.double().sum())),
+            "input_sqnr_db": float(power_ratio_db(signal.double().sum(), noise.double().sum())),
             "input_channel_sqnr_db": {
-                "median": float(_decibels(signal, noise).median()),
-                "min": float(_decibels(signal, noise).min()),
+                "median": float(power_ratio_db(signal, noise).median()),
+                "min": float(power_ratio_db(signal, noise).min()),
             },
             "input_clipped": (
                 _count_clipped(original, scale, spec.format) / max(1, original.numel())
@@ -280,8 +280,3 @@ def _count_clipped(values: Tensor, scale: Tensor, number_format: NumberFormat) -
 def _count_underflowed(values: Tensor, rounded: Tensor) -> int:
     """How many values other than zero have become zero; zero stays zero."""
     return max(0, int(torch.count_nonzero(values)) - int(torch.count_nonzero(rounded)))
-
-
-def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
-    """10·log₁₀ of the ratio of two sums of squares: infinite without noise."""
-    return torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise))

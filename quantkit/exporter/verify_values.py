@@ -4,7 +4,6 @@ layer, and every tensor is the base's, as it was or rounded.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from quantkit.checkpoint.formats import (
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.exporter.verification import QuantizedLinears, Verification
-from quantkit.ops.reference import QuantizedTensor
+from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.scheme import TENSOR
 
@@ -162,7 +161,7 @@ class _ValueReader:
                     expected, difference = expected.double(), rows.double() - expected.double()
                     noise += float(difference.square().sum())
                 signal += float(expected.double().square().sum())
-        sqnr = _decibels(signal, noise)
+        sqnr = power_ratio_db_of_floats(signal, noise)
         if not sqnr > LEAST_PLAUSIBLE_SQNR_DB:
             return [
                 (
@@ -229,14 +228,7 @@ class _ValueReader:
                     else (values - rounded).flatten()
                 )
                 noise += float(torch.dot(difference, difference))
-        return _decibels(signal, noise)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Signal to noise of two sums of squares: infinite for no noise, minus infinity for noise
-    alone.
-    """
-    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
+        return power_ratio_db_of_floats(signal, noise)
 
 
 def _has_nonfinite_codes(tensor: Tensor) -> bool:

@@ -2,12 +2,12 @@
 quantized Linear.
 """
 
+from quantkit.ops.arguments import packed_shape
 from quantkit.ops.fallback import (
     HISTOGRAM_BINS,
     HISTOGRAM_OFFSET,
     HISTOGRAM_SHIFT,
     histogram_edges,
-    packed_shape,
     unpack_weight,
 )
 from quantkit.ops.torch_ops import dequantize, quantize, scale_rule

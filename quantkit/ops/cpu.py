@@ -1,5 +1,9 @@
-"""The ops on the CPU: through the compiled kernels where those take the arguments, by the reference
-where they don't.
+"""The ops' CPU kernels: kernels/cpu/*.cpp through kernels/cpu/dispatch.cpp.
+
+Each function has the name and the arguments of its op; torch_ops.py says what they are. It returns
+NotImplemented where no kernel takes the arguments: the reference (fallback.py) then runs. It raises
+ValueError for a shape that a kernel would read out of bounds. Matrices may have strides; outputs
+are dense.
 """
 
 from __future__ import annotations
@@ -8,162 +12,134 @@ import torch
 from torch import Tensor
 
 from quantkit.ops.arguments import (
+    CODE_NUMBERS,
+    FLOAT_NUMBERS,
     FORMAT_NUMBERS,
-    FORMATS,
-    INPUT_NUMBERS,
-    PACKINGS,
+    LEAST_UNSAFE_INNER,
     RULE_NUMBERS,
     activation_scales,
     check_codes,
-    packed_dtype,
+    check_scale,
+    operand,
+    optional_operand,
+    packed_shape,
+    packing_named,
     pointer,
     rows_dense,
     scale_shape,
-    side,
     weight_scales,
 )
-from quantkit.ops.fallback import (
-    check_statistics,
-    packed_shape,
-    reference_block_amax,
-    reference_dequantize_blocks,
-    reference_encode_blocks,
-    reference_matmul_bf16,
-    reference_matmul_fp8,
-    reference_matmul_int8,
-    reference_matmul_weight_only,
-    reference_observe_rows,
-    reference_pack_weight,
-    reference_quantize_blocks,
-    reference_quantize_kv,
-)
+from quantkit.ops.fallback import check_statistics
 from quantkit.ops.native import cpu_kernels
+from quantkit.ops.reference import code_dtype
+from quantkit.ops.score_logits import TokenScores
+from quantkit.schemes.number_formats import NUMBER_FORMATS
 
 
-def _matrix(values: Tensor, block_rows: int, block_columns: int) -> tuple[int, ...]:
-    rows, columns = values.shape
-    return (
-        rows,
-        columns,
-        max(values.stride(0), columns) if rows > 1 else columns,
-        block_rows,
-        block_columns,
-    )
-
-
-def _is_ready(values: Tensor) -> bool:
-    """Whether a kernel takes this: a matrix of a known type that has elements."""
-    return (
-        cpu_kernels() is not None
-        and values.dim() == 2
-        and values.numel() > 0
-        and values.dtype in INPUT_NUMBERS
-    )
-
-
-def ran(status: int) -> None:
-    if status != 0:
-        raise AssertionError("a kernel refused its arguments")
-
-
-def cpu_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    if not _is_ready(values):
-        return reference_block_amax(values, block_rows, block_columns)
+def block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
+    library = cpu_kernels()
+    if library is None or not _is_float_matrix(values):
+        return NotImplemented
     values = rows_dense(values)
     amax = torch.empty(scale_shape(values, block_rows, block_columns), dtype=torch.float32)
-    ran(
-        cpu_kernels().qk_block_amax(
+    _check(
+        library.qk_block_amax(
             values.data_ptr(),
-            INPUT_NUMBERS[values.dtype],
-            *_matrix(values, block_rows, block_columns),
+            FLOAT_NUMBERS[values.dtype],
+            *_sizes(values),
+            block_rows,
+            block_columns,
             amax.data_ptr(),
         )
     )
     return amax
 
 
-def cpu_encode_blocks(
+def encode_blocks(
     values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str
 ) -> Tensor:
-    if not _is_ready(values):
-        return reference_encode_blocks(values, scale, block_rows, block_columns, format)
+    library, format_number = cpu_kernels(), FORMAT_NUMBERS.get(format)
+    if library is None or format_number is None or not _is_float_matrix(values):
+        return NotImplemented
     values, scale = rows_dense(values), scale.float().contiguous()
-    if tuple(scale.shape) != scale_shape(values, block_rows, block_columns):
-        raise ValueError(
-            f"the scale has the shape {list(scale.shape)}, the blocks need"
-            f" {list(scale_shape(values, block_rows, block_columns))}"
+    check_scale(scale, scale_shape(values, block_rows, block_columns))
+    codes = torch.empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
+    _check(
+        library.qk_encode_blocks(
+            values.data_ptr(),
+            FLOAT_NUMBERS[values.dtype],
+            *_sizes(values),
+            block_rows,
+            block_columns,
+            format_number,
+            scale.data_ptr(),
+            codes.data_ptr(),
         )
-    codes = torch.empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
-    arguments = (
-        values.data_ptr(),
-        INPUT_NUMBERS[values.dtype],
-        *_matrix(values, block_rows, block_columns),
-        FORMAT_NUMBERS[format],
     )
-    ran(cpu_kernels().qk_encode_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
     return codes
 
 
-def cpu_quantize_blocks(
+def quantize_blocks(
     values: Tensor, block_rows: int, block_columns: int, format: str, rule: str
 ) -> tuple[Tensor, Tensor]:
-    if not _is_ready(values):
-        return reference_quantize_blocks(values, block_rows, block_columns, format, rule)
+    library, format_number = cpu_kernels(), FORMAT_NUMBERS.get(format)
+    if library is None or format_number is None or not _is_float_matrix(values):
+        return NotImplemented
     values = rows_dense(values)
-    codes = torch.empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
+    codes = torch.empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     scale = torch.empty(scale_shape(values, block_rows, block_columns), dtype=torch.float32)
-    arguments = (
-        values.data_ptr(),
-        INPUT_NUMBERS[values.dtype],
-        *_matrix(values, block_rows, block_columns),
-        FORMAT_NUMBERS[format],
-        RULE_NUMBERS[rule],
+    _check(
+        library.qk_quantize_blocks(
+            values.data_ptr(),
+            FLOAT_NUMBERS[values.dtype],
+            *_sizes(values),
+            block_rows,
+            block_columns,
+            format_number,
+            RULE_NUMBERS[rule],
+            scale.data_ptr(),
+            codes.data_ptr(),
+        )
     )
-    ran(cpu_kernels().qk_quantize_blocks(*arguments, scale.data_ptr(), codes.data_ptr()))
     return codes, scale
 
 
-def cpu_dequantize_blocks(
+def dequantize_blocks(
     codes: Tensor,
     scale: Tensor,
     block_rows: int,
     block_columns: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    number_format, dtype = (
-        {torch.int8: 0, torch.float8_e4m3fn: 1}.get(codes.dtype),
-        dtype or torch.float32,
-    )
+    library, code_number = cpu_kernels(), CODE_NUMBERS.get(codes.dtype)
+    output_number = FLOAT_NUMBERS.get(dtype or torch.float32)
     if (
-        cpu_kernels() is None
-        or number_format is None
-        or dtype not in INPUT_NUMBERS
+        library is None
+        or code_number is None
+        or output_number is None
         or codes.dim() != 2
-        or not codes.numel()
+        or codes.numel() == 0
     ):
-        return reference_dequantize_blocks(codes, scale, block_rows, block_columns, dtype)
+        return NotImplemented
     codes, scale = rows_dense(codes), scale.float().contiguous()
-    if tuple(scale.shape) != scale_shape(codes, block_rows, block_columns):
-        raise ValueError(
-            f"the scale has the shape {list(scale.shape)}, the blocks need"
-            f" {list(scale_shape(codes, block_rows, block_columns))}"
-        )
-    values = torch.empty(codes.shape, dtype=dtype)
-    matrix = _matrix(codes, block_rows, block_columns)
-    ran(
-        cpu_kernels().qk_dequantize_blocks(
+    check_scale(scale, scale_shape(codes, block_rows, block_columns))
+    values = torch.empty(codes.shape, dtype=dtype or torch.float32)
+    _check(
+        library.qk_dequantize_blocks(
             codes.data_ptr(),
-            number_format,
-            *matrix,
+            code_number,
+            *_sizes(codes),
+            block_rows,
+            block_columns,
             scale.data_ptr(),
-            INPUT_NUMBERS[dtype],
+            output_number,
             values.data_ptr(),
         )
     )
     return values
 
 
-def cpu_observe_rows(
+def observe_rows(
     rows: Tensor,
     above: float,
     channel_amax: Tensor,
@@ -173,122 +149,73 @@ def cpu_observe_rows(
     extremes: Tensor,
     counts: Tensor,
 ) -> None:
-    statistics = (
-        channel_amax,
-        channel_sum_of_squares,
-        histogram,
-        token_histogram,
-        extremes,
-        counts,
+    library = cpu_kernels()
+    if library is None or not _is_float_matrix(rows):
+        return NotImplemented
+    check_statistics(
+        rows, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts
     )
-    if not _is_ready(rows):
-        return reference_observe_rows(rows, above, *statistics)
-    check_statistics(rows, *statistics)
     rows = rows_dense(rows)
-    tokens, features = rows.shape
-    stride = max(rows.stride(0), features) if tokens > 1 else features
-    magnitudes = torch.empty(tokens, dtype=torch.float32)
-    pointers = [
-        tensor.data_ptr()
-        for tensor in (
-            channel_amax,
-            channel_sum_of_squares,
-            histogram,
-            extremes,
-            counts[1:],
-            magnitudes,
-        )
-    ]
-    ran(
-        cpu_kernels().qk_observe_rows(
+    tokens, features, stride = _sizes(rows)
+    token_amax = torch.empty(tokens, dtype=torch.float32)
+    _check(
+        library.qk_observe_rows(
             rows.data_ptr(),
-            INPUT_NUMBERS[rows.dtype],
+            FLOAT_NUMBERS[rows.dtype],
             tokens,
             stride,
             0,
             features,
             above,
-            *pointers,
+            channel_amax.data_ptr(),
+            channel_sum_of_squares.data_ptr(),
+            histogram.data_ptr(),
+            extremes.data_ptr(),
+            counts[1:].data_ptr(),
+            token_amax.data_ptr(),
         )
     )
-    ran(
-        cpu_kernels().qk_count_magnitudes(
-            magnitudes.data_ptr(), 1, tokens, token_histogram.data_ptr()
-        )
+    _check(
+        library.qk_count_magnitudes(token_amax.data_ptr(), 1, tokens, token_histogram.data_ptr())
     )
     counts[0] += tokens
     return None
 
 
-def cpu_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
-    return cpu_quantize_blocks(rows, 1, group, format, rule)
+def quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    return quantize_blocks(rows, 1, group, format, rule)
 
 
-def cpu_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
-    if scale.shape != (1,) or states.dim() != 4:
-        return reference_quantize_kv(states, scale, format)
+def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
+    if scale.shape != (1,) or states.dim() != 4 or states.numel() == 0:
+        return NotImplemented
     rows = states.reshape(-1, states.shape[-1])
-    return cpu_encode_blocks(rows, scale.reshape(1, 1), *rows.shape, format).reshape(states.shape)
+    codes = encode_blocks(rows, scale.reshape(1, 1), rows.shape[0], rows.shape[1], format)
+    return codes if codes is NotImplemented else codes.reshape(states.shape)
 
 
-def cpu_pack_weight(codes: Tensor, packing: str) -> Tensor:
+def pack_weight(codes: Tensor, packing: str) -> Tensor:
     check_codes(codes, packing)
-    if cpu_kernels() is None or not codes.numel():
-        return reference_pack_weight(codes, packing)
-    codes = rows_dense(codes)
-    packed = torch.empty(packed_shape(*codes.shape), dtype=packed_dtype(packing))
-    stride = max(codes.stride(0), codes.shape[1])
-    ran(
-        cpu_kernels().qk_pack_weight(
-            list(PACKINGS).index(packing), codes.data_ptr(), *codes.shape, stride, packed.data_ptr()
+    library = cpu_kernels()
+    if library is None or codes.numel() == 0:
+        return NotImplemented
+    codes, arrangement = rows_dense(codes), packing_named(packing)
+    out_features, in_features = codes.shape
+    packed = torch.empty(packed_shape(out_features, in_features), dtype=arrangement.dtype)
+    _check(
+        library.qk_pack_weight(
+            arrangement.number,
+            codes.data_ptr(),
+            out_features,
+            in_features,
+            max(codes.stride(0), in_features),
+            packed.data_ptr(),
         )
     )
     return packed
 
 
-def _multiplies(
-    activations: Tensor,
-    dtype: torch.dtype,
-    packed: Tensor,
-    out_features: int,
-    packing: str,
-    group: int | None = None,
-) -> bool:
-    """Whether a kernel takes this, after refusing what would be read beyond its end."""
-    inner = activations.shape[1] if activations.dim() == 2 else 0
-    if activations.dim() != 2 or activations.dtype != dtype:
-        raise ValueError(
-            f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of"
-            f" {dtype}"
-        )
-    needed = packed_shape(out_features, inner)
-    if (
-        tuple(packed.shape) != needed
-        or packed.dtype != packed_dtype(packing)
-        or not packed.is_contiguous()
-    ):
-        raise ValueError(
-            f"the packed weight is {packed.dtype} {list(packed.shape)}; {out_features} output"
-            f" features of {inner} inputs need {list(needed)}"
-        )
-    whole = group is None or group >= inner or group % 4 == 0
-    fits_int32 = packing != "int8_dot" or inner < 1 << 17
-    return (
-        cpu_kernels() is not None
-        and activations.numel() > 0
-        and out_features > 0
-        and whole
-        and fits_int32
-    )
-
-
-def _matrix_of(activations: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    activations = rows_dense(activations)
-    rows, inner = activations.shape
-    return activations, (activations.data_ptr(), rows, inner, max(activations.stride(0), inner))
-
-
-def cpu_matmul_int8(
+def matmul_int8(
     activations: Tensor,
     activation_scale: Tensor,
     packed: Tensor,
@@ -299,41 +226,43 @@ def cpu_matmul_int8(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    out_features = weight_scale.shape[1]
-    if not _multiplies(activations, torch.int8, packed, out_features, "int8_dot", group):
-        return reference_matmul_int8(
-            activations,
-            activation_scale,
-            packed,
-            weight_scale,
-            group,
-            zero_point,
-            weight_sums,
-            bias,
-            dtype,
-        )
-    activations, matrix = _matrix_of(activations)
+    library, out_features = cpu_kernels(), weight_scale.shape[1]
+    _check_operands(activations, torch.int8, packed, out_features, "int8_dot")
     rows, inner = activations.shape
-    own, *own_steps = activation_scales(activation_scale, rows, inner, group)
-    weight, weight_step = weight_scales(weight_scale, out_features, inner, group)
-    bias, sums = (
-        side(bias, torch.float32, (out_features,)),
-        side(weight_sums, torch.int32, (out_features,)),
-    )
-    zero = side(zero_point, torch.int32, (1, rows))
+    if (
+        library is None
+        or inner >= LEAST_UNSAFE_INNER
+        or not _multiplies(rows, inner, out_features, group, dtype)
+    ):
+        return NotImplemented
+    activations = rows_dense(activations)
+    scale, row_step, group_step = activation_scales(activation_scale, rows, inner, group)
+    weight_scale, weight_step = weight_scales(weight_scale, out_features, inner, group)
+    bias = optional_operand(bias, torch.float32, (out_features,))
+    weight_sums = optional_operand(weight_sums, torch.int32, (out_features,))
+    zero_point = optional_operand(zero_point, torch.int32, (1, rows))
     output = torch.empty(rows, out_features, dtype=dtype)
-    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
-    scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
-    zeros = (pointer(zero), 0 if zero is None or zero.numel() == 1 else 1, pointer(sums))
-    ran(
-        cpu_kernels().qk_matmul_int8(
-            *matrix, packed.data_ptr(), out_features, group, *scales, *to, *zeros
+    _check(
+        library.qk_matmul_int8(
+            *_pointer_and_sizes(activations),
+            packed.data_ptr(),
+            out_features,
+            group,
+            scale.data_ptr(),
+            row_step,
+            group_step,
+            weight_scale.data_ptr(),
+            weight_step,
+            *_output(output, bias),
+            pointer(zero_point),
+            0 if zero_point is None or zero_point.numel() == 1 else 1,
+            pointer(weight_sums),
         )
     )
     return output
 
 
-def cpu_matmul_fp8(
+def matmul_fp8(
     activations: Tensor,
     activation_scale: Tensor,
     packed: Tensor,
@@ -343,28 +272,35 @@ def cpu_matmul_fp8(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    out_features = weight_scale.shape[1]
-    if not _multiplies(activations, torch.float8_e4m3fn, packed, out_features, "e4m3", group):
-        return reference_matmul_fp8(
-            activations, activation_scale, packed, weight_scale, group, powers_of_two, bias, dtype
-        )
-    activations, matrix = _matrix_of(activations)
+    library, out_features = cpu_kernels(), weight_scale.shape[1]
+    _check_operands(activations, torch.float8_e4m3fn, packed, out_features, "e4m3")
     rows, inner = activations.shape
-    own, *own_steps = activation_scales(activation_scale, rows, inner, group)
-    weight, weight_step = weight_scales(weight_scale, out_features, inner, group)
-    bias = side(bias, torch.float32, (out_features,))
+    if library is None or not _multiplies(rows, inner, out_features, group, dtype):
+        return NotImplemented
+    activations = rows_dense(activations)
+    scale, row_step, group_step = activation_scales(activation_scale, rows, inner, group)
+    weight_scale, weight_step = weight_scales(weight_scale, out_features, inner, group)
+    bias = optional_operand(bias, torch.float32, (out_features,))
     output = torch.empty(rows, out_features, dtype=dtype)
-    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
-    scales = (own.data_ptr(), *own_steps, weight.data_ptr(), weight_step)
-    ran(
-        cpu_kernels().qk_matmul_fp8(
-            *matrix, packed.data_ptr(), out_features, group, *scales, *to, powers_of_two
+    _check(
+        library.qk_matmul_fp8(
+            *_pointer_and_sizes(activations),
+            packed.data_ptr(),
+            out_features,
+            group,
+            scale.data_ptr(),
+            row_step,
+            group_step,
+            weight_scale.data_ptr(),
+            weight_step,
+            *_output(output, bias),
+            powers_of_two,
         )
     )
     return output
 
 
-def cpu_matmul_weight_only(
+def matmul_weight_only(
     inputs: Tensor,
     packed: Tensor,
     packing: str,
@@ -374,42 +310,186 @@ def cpu_matmul_weight_only(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    out_features = weight_scale.shape[1]
-    if not _multiplies(inputs, torch.bfloat16, packed, out_features, packing, group):
-        return reference_matmul_weight_only(
-            inputs, packed, packing, weight_scale, group, powers_of_two, bias, dtype
-        )
-    inputs, matrix = _matrix_of(inputs)
+    library, out_features = cpu_kernels(), weight_scale.shape[1]
+    _check_operands(inputs, torch.bfloat16, packed, out_features, packing)
     rows, inner = inputs.shape
-    weight, weight_step = weight_scales(weight_scale, out_features, inner, group)
-    bias = side(bias, torch.float32, (out_features,))
+    if library is None or not _multiplies(rows, inner, out_features, group, dtype):
+        return NotImplemented
+    inputs = rows_dense(inputs)
+    weight_scale, weight_step = weight_scales(weight_scale, out_features, inner, group)
+    bias = optional_operand(bias, torch.float32, (out_features,))
     output = torch.empty(rows, out_features, dtype=dtype)
-    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
-    which = list(PACKINGS).index(packing)
-    ran(
-        cpu_kernels().qk_matmul_weight_only(
-            *matrix,
+    _check(
+        library.qk_matmul_weight_only(
+            *_pointer_and_sizes(inputs),
             packed.data_ptr(),
-            which,
+            packing_named(packing).number,
             out_features,
             group,
-            weight.data_ptr(),
+            weight_scale.data_ptr(),
             weight_step,
-            *to,
+            *_output(output, bias),
             powers_of_two,
         )
     )
     return output
 
 
-def cpu_matmul_bf16(
+def matmul_bf16(
     inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if not _multiplies(inputs, torch.bfloat16, packed, out_features, "bf16"):
-        return reference_matmul_bf16(inputs, packed, out_features, bias, dtype)
-    inputs, matrix = _matrix_of(inputs)
-    bias = side(bias, torch.float32, (out_features,))
-    output = torch.empty(inputs.shape[0], out_features, dtype=dtype)
-    to = (pointer(bias), output.data_ptr(), INPUT_NUMBERS[dtype], torch.get_num_threads())
-    ran(cpu_kernels().qk_matmul_bf16(*matrix, packed.data_ptr(), out_features, *to))
+    library = cpu_kernels()
+    _check_operands(inputs, torch.bfloat16, packed, out_features, "bf16")
+    rows, inner = inputs.shape
+    if library is None or not _multiplies(rows, inner, out_features, inner, dtype):
+        return NotImplemented
+    inputs = rows_dense(inputs)
+    bias = optional_operand(bias, torch.float32, (out_features,))
+    output = torch.empty(rows, out_features, dtype=dtype)
+    _check(
+        library.qk_matmul_bf16(
+            *_pointer_and_sizes(inputs), packed.data_ptr(), out_features, *_output(output, bias)
+        )
+    )
     return output
+
+
+def score_logits(
+    hidden: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    vocabulary: int,
+    own_hidden: Tensor | None = None,
+    own_packed: Tensor | None = None,
+    own_bias: Tensor | None = None,
+) -> TokenScores:
+    _check_head(hidden, packed, vocabulary)
+    if own_hidden is not None:
+        _check_head(own_hidden, own_packed, vocabulary)
+    targets = operand(targets, torch.int64, (hidden.shape[0],))
+    if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < vocabulary):
+        raise ValueError(
+            f"a target is no token of the {vocabulary}: they are {int(targets.min())} to"
+            f" {int(targets.max())}"
+        )
+    library, is_pair = cpu_kernels(), own_hidden is not None
+    if (
+        library is None
+        or hidden.numel() == 0
+        or (own_hidden is not None and own_hidden.shape != hidden.shape)
+    ):
+        return NotImplemented
+    positions, own_positions = hidden.shape[0], hidden.shape[0] if is_pair else 0
+    nll = torch.empty(positions, dtype=torch.float64)
+    confidence = torch.empty(positions, dtype=torch.float64)
+    own_nll = torch.empty(own_positions, dtype=torch.float64)
+    kld = torch.empty(own_positions, dtype=torch.float64)
+    index = torch.empty(positions, dtype=torch.int64)
+    own_index = torch.empty(own_positions, dtype=torch.int64)
+    bias = optional_operand(bias, torch.float32, (vocabulary,))
+    own_bias = optional_operand(own_bias, torch.float32, (vocabulary,))
+    hidden, own_hidden = rows_dense(hidden), None if own_hidden is None else rows_dense(own_hidden)
+    _check(
+        library.qk_score_logits(
+            positions,
+            hidden.shape[1],
+            vocabulary,
+            targets.data_ptr(),
+            hidden.data_ptr(),
+            max(hidden.stride(0), hidden.shape[1]),
+            packed.data_ptr(),
+            pointer(bias),
+            nll.data_ptr(),
+            index.data_ptr(),
+            confidence.data_ptr(),
+            pointer(own_hidden),
+            0 if own_hidden is None else max(own_hidden.stride(0), own_hidden.shape[1]),
+            pointer(own_packed),
+            pointer(own_bias),
+            own_nll.data_ptr(),
+            own_index.data_ptr(),
+            kld.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return nll, index, confidence, own_nll, own_index, kld
+
+
+# ---- What the functions above share.
+
+
+def _is_float_matrix(values: Tensor) -> bool:
+    return values.dim() == 2 and values.numel() > 0 and values.dtype in FLOAT_NUMBERS
+
+
+def _sizes(matrix: Tensor) -> tuple[int, int, int]:
+    """Rows, columns and the row stride of a matrix with dense rows."""
+    rows, columns = matrix.shape
+    return rows, columns, max(matrix.stride(0), columns) if rows > 1 else columns
+
+
+def _pointer_and_sizes(matrix: Tensor) -> tuple[int, int, int, int]:
+    return matrix.data_ptr(), *_sizes(matrix)
+
+
+def _output(output: Tensor, bias: Tensor | None) -> tuple[int | None, int, int, int]:
+    """How a multiplication ends: bias, output, its dtype and the number of threads."""
+    return pointer(bias), output.data_ptr(), FLOAT_NUMBERS[output.dtype], torch.get_num_threads()
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise AssertionError("a kernel refused its arguments")
+
+
+def _check_operands(
+    activations: Tensor, dtype: torch.dtype, packed: Tensor, out_features: int, packing: str
+) -> None:
+    """Raise ValueError for operands that no multiplication takes, compiled or not."""
+    if activations.dim() != 2 or activations.dtype != dtype:
+        raise ValueError(
+            f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of"
+            f" {dtype}"
+        )
+    inner = activations.shape[1]
+    needed = packed_shape(out_features, inner)
+    if (
+        tuple(packed.shape) != needed
+        or packed.dtype != packing_named(packing).dtype
+        or not packed.is_contiguous()
+    ):
+        raise ValueError(
+            f"the packed weight is {packed.dtype} {list(packed.shape)}; {out_features} output"
+            f" features of {inner} inputs need {list(needed)}"
+        )
+
+
+def _multiplies(rows: int, inner: int, out_features: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether kernels take a multiplication of these sizes. dtype: of the output."""
+    return (
+        rows * inner > 0
+        and out_features > 0
+        and (group >= inner or group % 4 == 0)
+        and dtype in FLOAT_NUMBERS
+    )
+
+
+def _check_head(hidden: Tensor, packed: Tensor | None, vocabulary: int) -> None:
+    """Raise ValueError unless these are hidden states and an lm_head for them."""
+    if hidden.dim() != 2 or hidden.dtype != torch.bfloat16:
+        raise ValueError(
+            f"the hidden states are {hidden.dtype} {list(hidden.shape)}, not a matrix of bfloat16"
+        )
+    needed = packed_shape(vocabulary, hidden.shape[1])
+    if (
+        packed is None
+        or tuple(packed.shape) != needed
+        or packed.dtype != torch.bfloat16
+        or not packed.is_contiguous()
+    ):
+        found = "missing" if packed is None else f"{packed.dtype} {list(packed.shape)}"
+        raise ValueError(
+            f"the packed lm_head is {found}; {vocabulary} tokens of {hidden.shape[1]} hidden"
+            f" features need {list(needed)}"
+        )

@@ -1,42 +1,47 @@
-"""torch.ops.quantkit.* on CUDA: the compiled kernels (kernels/cuda/*.cu) on torch's current stream.
+"""The ops' CUDA kernels (kernels/cuda/*.cu), on torch's current stream.
 
-Each function returns None where no kernel takes its arguments; torch_ops.py then runs the
-reference. Nothing here synchronizes, and all memory is torch's, so calls may be captured in a CUDA
-graph. Weights stand as pack_weight leaves them on CUDA: [out_features, in_features padded to 16]
-bytes. Activations whose rows don't begin on 16 bytes, or end within 16 codes, are copied to rows
-that do.
+Each function has the name and the arguments of its op; torch_ops.py says what they are. It returns
+NotImplemented where no kernel takes the arguments: the reference (fallback.py) then runs. It raises
+ValueError for a shape that a kernel would read out of bounds. Nothing here synchronizes, and all
+memory is torch's, so calls may be captured in a CUDA graph. Activations whose rows don't begin on
+16 bytes, or have no multiple of 16 codes, are copied to rows that do.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.ops.arguments import (
+    CODE_NUMBERS,
+    FLOAT_NUMBERS,
     FORMAT_NUMBERS,
-    FORMATS,
-    INPUT_NUMBERS,
+    LEAST_UNSAFE_INNER,
     PACKINGS,
     ROW_UNIT,
     RULE_NUMBERS,
     SCALE_BLOCK,
     activation_scales,
+    check_scale,
     check_states,
-    plain_weight,
+    operand,
+    optional_operand,
     pointer,
     rows_dense,
-    side,
+    scale_shape,
 )
+from quantkit.ops.fallback import plain_weight
 from quantkit.ops.native import Product, cuda_kernels
+from quantkit.ops.reference import code_dtype
+from quantkit.schemes.number_formats import NUMBER_FORMATS
 
 LEAST_CAPABILITY = (8, 0)
 GROUP_UNIT = 32  # input features of one tensor-core instruction: groups are multiples
-# As matmul_decode.h: with more tokens than that, Blackwell's tensor cores want other instructions
-# than ours, which torch has.
+# As matmul_decode.h. For more tokens Blackwell's tensor cores have instructions of their own, which
+# torch's library uses and these kernels don't.
 MOST_DECODE_TOKENS = 16
 
 
@@ -80,78 +85,78 @@ def level(device: str | torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor] | None:
-    if not _is_ready(rows) or rows.dim() != 2 or rows.dtype not in INPUT_NUMBERS:
-        return None
+def quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    library, format_number = cuda_kernels(), FORMAT_NUMBERS.get(format)
+    if library is None or format_number is None or not _is_ready(rows, 2):
+        return NotImplemented
     rows = rows_dense(rows)
     count, columns = rows.shape
-    codes = rows.new_empty(rows.shape, dtype=getattr(torch, FORMATS[format].torch_name))
+    codes = rows.new_empty(rows.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     scale = rows.new_empty(count, -(-columns // group), dtype=torch.float32)
-    numbers = (
-        INPUT_NUMBERS[rows.dtype],
+    _run(
+        library.qk_cuda_quantize_rows,
+        rows,
+        rows.data_ptr(),
+        FLOAT_NUMBERS[rows.dtype],
         count,
         columns,
         _row_stride(rows),
         group,
-        FORMAT_NUMBERS[format],
+        format_number,
         RULE_NUMBERS[rule],
-    )
-    _run(
-        "qk_cuda_quantize_rows", rows, rows.data_ptr(), *numbers, scale.data_ptr(), codes.data_ptr()
+        scale.data_ptr(),
+        codes.data_ptr(),
     )
     return codes, scale
 
 
 def quantize_blocks(
     values: Tensor, block_rows: int, block_columns: int, format: str, rule: str
-) -> tuple[Tensor, Tensor] | None:
-    return quantize_rows(values, block_columns, format, rule) if block_rows == 1 else None
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(values, block_columns, format, rule) if block_rows == 1 else NotImplemented
 
 
 def encode_blocks(
     values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str
-) -> Tensor | None:
-    """One scale for all, or one for each row: the static scales of activations and the scales of
-    channels.
-    """
+) -> Tensor:
+    """Takes one scale for all values (static activations), or one for each row (channels)."""
     if (
         values.dim() != 2
         or block_columns < values.shape[1]
         or (block_rows != 1 and block_rows < values.shape[0])
     ):
-        return None
+        return NotImplemented
     heads = values.shape[0] if block_rows == 1 else 1
-    if tuple(scale.shape) != (heads, 1):
-        raise ValueError(
-            f"the scale has the shape {list(scale.shape)}, the blocks need {[heads, 1]}"
-        )
-    states = rows_dense(values).unflatten(0, (1, heads, -1)) if values.numel() else values
-    codes = quantize_kv(states, scale.reshape(-1), format) if values.numel() else None
-    return None if codes is None else codes.reshape(values.shape)
+    check_scale(scale, (heads, 1))
+    if values.numel() == 0:
+        return NotImplemented
+    states = rows_dense(values).unflatten(0, (1, heads, -1))
+    codes = quantize_kv(states, scale.reshape(-1), format)
+    return codes if codes is NotImplemented else codes.reshape(values.shape)
 
 
-def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor | None:
+def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
     check_states(states, scale)
-    if not _is_ready(states) or states.dtype not in INPUT_NUMBERS:
-        return None
+    library, format_number = cuda_kernels(), FORMAT_NUMBERS.get(format)
+    if library is None or format_number is None or not _is_ready(states, 4):
+        return NotImplemented
     if states.stride(3) != 1:
         states = states.contiguous()
     scale = scale.float().contiguous()
-    codes = states.new_empty(states.shape, dtype=getattr(torch, FORMATS[format].torch_name))
-    shape = (
-        *states.shape,
-        *(stride if size > 1 else 0 for size, stride in zip(states.shape[:3], states.stride()[:3])),
+    codes = states.new_empty(states.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
+    strides = (
+        stride if size > 1 else 0 for size, stride in zip(states.shape[:3], states.stride()[:3])
     )
-    own = 1 if scale.shape[0] > 1 else 0
     _run(
-        "qk_cuda_quantize_kv",
+        library.qk_cuda_quantize_kv,
         states,
         states.data_ptr(),
-        INPUT_NUMBERS[states.dtype],
-        *shape,
+        FLOAT_NUMBERS[states.dtype],
+        *states.shape,
+        *strides,
         scale.data_ptr(),
-        own,
-        FORMAT_NUMBERS[format],
+        1 if scale.shape[0] > 1 else 0,
+        format_number,
         codes.data_ptr(),
     )
     return codes
@@ -163,34 +168,32 @@ def dequantize_blocks(
     block_rows: int,
     block_columns: int,
     dtype: torch.dtype | None = None,
-) -> Tensor | None:
-    number_format, dtype = (
-        {torch.int8: 0, torch.float8_e4m3fn: 1}.get(codes.dtype),
-        dtype or torch.float32,
-    )
+) -> Tensor:
+    library, code_number = cuda_kernels(), CODE_NUMBERS.get(codes.dtype)
+    output_number = FLOAT_NUMBERS.get(dtype or torch.float32)
     if (
-        not _is_ready(codes)
+        library is None
+        or code_number is None
+        or output_number is None
         or codes.dim() != 2
-        or number_format is None
-        or dtype not in INPUT_NUMBERS
+        or codes.numel() == 0
+        or not _is_supported(codes)
     ):
-        return None
+        return NotImplemented
     codes, scale = rows_dense(codes), scale.float().contiguous()
-    needed = (-(-codes.shape[0] // block_rows), -(-codes.shape[1] // block_columns))
-    if tuple(scale.shape) != needed:
-        raise ValueError(
-            f"the scale has the shape {list(scale.shape)}, the blocks need {list(needed)}"
-        )
-    values = codes.new_empty(codes.shape, dtype=dtype)
-    sizes = (*codes.shape, _row_stride(codes), block_rows, block_columns)
+    check_scale(scale, scale_shape(codes, block_rows, block_columns))
+    values = codes.new_empty(codes.shape, dtype=dtype or torch.float32)
     _run(
-        "qk_cuda_dequantize",
+        library.qk_cuda_dequantize,
         codes,
         codes.data_ptr(),
-        number_format,
-        *sizes,
+        code_number,
+        *codes.shape,
+        _row_stride(codes),
+        block_rows,
+        block_columns,
         scale.data_ptr(),
-        INPUT_NUMBERS[dtype],
+        output_number,
         values.data_ptr(),
     )
     return values
@@ -210,14 +213,29 @@ def matmul_int8(
     weight_sums: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor | None:
-    if not _multiplies(activations, torch.int8, packed, group) or activations.shape[1] >= 1 << 17:
-        return None
-    if zero_point is not None and (weight_sums is None or group < activations.shape[1]):
+) -> Tensor:
+    _check_operands(activations, torch.int8, packed)
+    library, inner = cuda_kernels(), activations.shape[1]
+    if (
+        library is None
+        or inner >= LEAST_UNSAFE_INNER
+        or not _multiplies(activations, packed, group, dtype)
+    ):
+        return NotImplemented
+    if zero_point is not None and (weight_sums is None or group < inner):
         raise ValueError("a zero point needs weight_sums and one group")
-    product = _Product(activations, packed, weight_scale, group, bias, dtype, activation_scale)
-    product.shift(zero_point, weight_sums)
-    return product.run("qk_cuda_matmul_int8")
+    return _multiply(
+        library.qk_cuda_matmul_int8,
+        activations,
+        activation_scale,
+        packed,
+        weight_scale,
+        group,
+        bias,
+        dtype,
+        zero_point=zero_point,
+        weight_sums=weight_sums,
+    )
 
 
 def matmul_fp8(
@@ -229,23 +247,30 @@ def matmul_fp8(
     powers_of_two: bool,
     bias: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor | None:
-    if not _multiplies(activations, torch.float8_e4m3fn, packed, group):
-        return None
+) -> Tensor:
+    _check_operands(activations, torch.float8_e4m3fn, packed)
+    library = cuda_kernels()
+    if library is None or not _multiplies(activations, packed, group, dtype):
+        return NotImplemented
     if _is_for_torch(activations, packed, group, bias, dtype):
-        rows, own = (
-            activations.shape[0],
-            side(activation_scale, torch.float32, (1, activations.shape[0]), (1,)),
-        )
+        rows = activations.shape[0]
+        row_scale = operand(activation_scale, torch.float32, (1, rows), (1,))
         return torch._scaled_mm(
             activations.contiguous(),
             packed.view(torch.float8_e4m3fn).t(),
-            scale_a=own.expand(rows, 1).contiguous(),
-            scale_b=side(weight_scale, torch.float32, (1,), (packed.shape[0],)),
+            scale_a=row_scale.expand(rows, 1).contiguous(),
+            scale_b=operand(weight_scale, torch.float32, (1,), (packed.shape[0],)),
             out_dtype=dtype,
         )
-    return _Product(activations, packed, weight_scale, group, bias, dtype, activation_scale).run(
-        "qk_cuda_matmul_fp8"
+    return _multiply(
+        library.qk_cuda_matmul_fp8,
+        activations,
+        activation_scale,
+        packed,
+        weight_scale,
+        group,
+        bias,
+        dtype,
     )
 
 
@@ -258,43 +283,44 @@ def matmul_weight_only(
     powers_of_two: bool,
     bias: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor | None:
+) -> Tensor:
     if packing not in ("int8", "e4m3"):
         raise ValueError(
             f"matmul_weight_only takes int8 or e4m3, not '{packing}'; known packings:"
             f" {', '.join(PACKINGS)}"
         )
-    if not _multiplies(inputs, torch.bfloat16, packed, group):
-        return None
-    return _Product(inputs, packed, weight_scale, group, bias, dtype, None).run(
-        "qk_cuda_matmul_weight_only", 0 if packing == "int8" else 1
+    _check_operands(inputs, torch.bfloat16, packed)
+    library = cuda_kernels()
+    if library is None or not _multiplies(inputs, packed, group, dtype):
+        return NotImplemented
+    code_number = CODE_NUMBERS[PACKINGS[packing].code_dtype]
+    return _multiply(
+        library.qk_cuda_matmul_weight_only,
+        inputs,
+        None,
+        packed,
+        weight_scale,
+        group,
+        bias,
+        dtype,
+        code_number,
     )
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        quantize_rows,
-        quantize_blocks,
-        encode_blocks,
-        quantize_kv,
-        dequantize_blocks,
-        pack_weight,
-        matmul_int8,
-        matmul_fp8,
-        matmul_weight_only,
-    )
-}
+# ---- What the functions above share.
 
 
-def _is_ready(tensor: Tensor) -> bool:
+def _is_supported(tensor: Tensor) -> bool:
+    """Whether the tensor's device runs the kernels. Tests run an emulated library on the CPU."""
+    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= LEAST_CAPABILITY
+
+
+def _is_ready(values: Tensor, dimensions: int) -> bool:
     return (
-        tensor.numel() > 0
-        and cuda_kernels() is not None
-        and (
-            not tensor.is_cuda
-            or torch.cuda.get_device_capability(tensor.device) >= LEAST_CAPABILITY
-        )
+        values.dim() == dimensions
+        and values.numel() > 0
+        and values.dtype in FLOAT_NUMBERS
+        and _is_supported(values)
     )
 
 
@@ -302,58 +328,64 @@ def _row_stride(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
 
 
-def _run(name: str, on: Tensor, *arguments: Any) -> None:
-    """Call a function of the library on the current stream of the tensor's device. Tests run an
-    emulated library with tensors that are not CUDA's.
-    """
-    library = cuda_kernels()
-    if not on.is_cuda:
-        status = getattr(library, name)(*arguments, None)
-    elif on.device.index == torch.cuda.current_device():
-        status = getattr(library, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+def _run(function: Callable[..., int], tensor: Tensor, *arguments: object) -> None:
+    """Call a function of the library on the current stream of the tensor's device."""
+    if not tensor.is_cuda:  # an emulated library
+        status = function(*arguments, None)
+    elif tensor.device.index == torch.cuda.current_device():
+        status = function(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
-        with torch.cuda.device(on.device):
-            status = getattr(library, name)(*arguments, torch.cuda.current_stream().cuda_stream)
-    if status == -1:
+        with torch.cuda.device(tensor.device):
+            status = function(*arguments, torch.cuda.current_stream().cuda_stream)
+    if status == 0:
+        return
+    library, name = cuda_kernels(), function.__name__
+    if status == -1 or library is None:
         raise AssertionError(f"{name} refused its arguments")
-    if status != 0:
-        raise RuntimeError(f"{name} failed: {library.qk_cuda_error(status).decode()} ({status})")
+    raise RuntimeError(f"{name} failed: {library.qk_cuda_error(status).decode()} ({status})")
 
 
-def _multiplies(activations: Tensor, dtype: torch.dtype, packed: Tensor, group: int) -> bool:
-    """Whether a kernel takes this, after refusing what would be read beyond its end."""
+def _check_operands(activations: Tensor, dtype: torch.dtype, packed: Tensor) -> None:
+    """Raise ValueError for operands that no multiplication takes, compiled or not."""
     if activations.dim() != 2 or activations.dtype != dtype:
         raise ValueError(
             f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of"
             f" {dtype}"
         )
     inner = activations.shape[1]
+    width = -(-inner // ROW_UNIT) * ROW_UNIT
     if (
         packed.dim() != 2
-        or packed.shape[1] != -(-inner // ROW_UNIT) * ROW_UNIT
+        or packed.shape[1] != width
         or packed.dtype != torch.uint8
         or not packed.is_contiguous()
     ):
         raise ValueError(
             f"the packed weight is {packed.dtype} {list(packed.shape)}; {inner} inputs need rows of"
-            f" {-(-inner // ROW_UNIT) * ROW_UNIT} bytes, as pack_weight on CUDA makes them"
+            f" {width} bytes, as pack_weight on CUDA makes them"
         )
     if packed.device != activations.device:
         raise ValueError(
             f"the activations are on {activations.device}, the packed weight is on {packed.device}"
         )
+
+
+def _multiplies(activations: Tensor, packed: Tensor, group: int, dtype: torch.dtype) -> bool:
+    """Whether kernels take a multiplication of these sizes. dtype: of the output."""
     return (
-        _is_ready(activations)
+        activations.numel() > 0
         and packed.shape[0] > 0
-        and (group >= inner or group % GROUP_UNIT == 0)
+        and (group >= activations.shape[1] or group % GROUP_UNIT == 0)
+        and dtype in FLOAT_NUMBERS
+        and _is_supported(activations)
     )
 
 
 def _is_for_torch(
     activations: Tensor, packed: Tensor, group: int, bias: Tensor | None, dtype: torch.dtype
 ) -> bool:
-    """Blackwell's data-centre chips (10.x) have FP8 speed in tcgen05 instructions alone, which
-    torch's library uses. doctor says so.
+    """Whether torch._scaled_mm multiplies: on Blackwell's data-centre chips (10.x), whose fast FP8
+    instructions (tcgen05) torch's library uses. what_runs says so.
     """
     if (
         not activations.is_cuda
@@ -371,8 +403,8 @@ def _is_for_torch(
 
 
 def _on_16_bytes(matrix: Tensor) -> Tensor:
-    """The matrix with rows that begin on 16 bytes and have a multiple of 16 elements, zeros at
-    their ends: itself, where it is so.
+    """The matrix with rows that begin on 16 bytes and are padded with zeros to a multiple of 16
+    elements: itself where its rows are so already, else a copy.
     """
     inner = matrix.shape[1]
     if inner % ROW_UNIT == 0 and matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0:
@@ -388,68 +420,58 @@ def _on_16_bytes(matrix: Tensor) -> Tensor:
     return padded.view(matrix.dtype)
 
 
-class _Product:
-    """One multiplication: checked tensors, kept until the call is over, and the structure that
-    names them.
+def _multiply(
+    function: Callable[..., int],
+    activations: Tensor,
+    activation_scale: Tensor | None,
+    packed: Tensor,
+    weight_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *more: int,
+    zero_point: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+) -> Tensor:
+    """Call a multiplication of the library: [tokens, features] in `dtype`. more: arguments after
+    the structure Product.
     """
-
-    def __init__(
-        self,
-        activations: Tensor,
-        packed: Tensor,
-        weight_scale: Tensor,
-        group: int,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        activation_scale: Tensor | None,
-    ) -> None:
-        rows, inner = activations.shape
-        features, one_group = packed.shape[0], group >= inner
-        groups = 1 if one_group else -(-inner // group)
-        self.activations = _on_16_bytes(activations)
-        self.output = activations.new_empty(rows, features, dtype=dtype)
-        own_steps = (0, 0)
-        self.activation_scale = None
-        if activation_scale is not None:
-            self.activation_scale, *own_steps = activation_scales(
-                activation_scale, rows, inner, inner if one_group else group
-            )
-        blocks = -(-features // SCALE_BLOCK)
-        self.weight_scale = side(weight_scale, torch.float32, (1, groups), (features, blocks))
-        self.bias = side(bias, torch.float32, (features,))
-        wide = self.activations.shape[1]
-        self.zero_point = self.weight_sums = None
-        self.packed = packed
-        self.fields = Product(
-            activations=self.activations.data_ptr(),
-            weight=packed.data_ptr(),
-            tokens=rows,
-            features=features,
-            inner=wide,
-            group=wide if one_group else group,
-            row_stride=_row_stride(self.activations),
-            activation_scale=pointer(self.activation_scale),
-            activation_row_step=own_steps[0],
-            activation_group_step=own_steps[1],
-            weight_scale=self.weight_scale.data_ptr(),
-            weight_group_step=self.weight_scale.stride(0) if self.weight_scale.shape[0] > 1 else 0,
-            scale_columns=1 if self.weight_scale.shape[1] == features else SCALE_BLOCK,
-            bias=pointer(self.bias),
-            output=self.output.data_ptr(),
-            output_type=INPUT_NUMBERS[dtype],
+    tokens, inner = activations.shape
+    features = packed.shape[0]
+    groups = -(-inner // group) if group < inner else 1
+    aligned = _on_16_bytes(activations)
+    row_step = group_step = 0
+    if activation_scale is not None:
+        activation_scale, row_step, group_step = activation_scales(
+            activation_scale, tokens, inner, min(group, inner)
         )
-
-    def shift(self, zero_point: Tensor | None, weight_sums: Tensor | None) -> None:
-        if zero_point is None:
-            return
-        self.zero_point = side(zero_point, torch.int32, (1, self.fields.tokens))
-        self.weight_sums = side(weight_sums, torch.int32, (self.fields.features,))
-        self.fields.zero_point, self.fields.weight_sums = (
-            self.zero_point.data_ptr(),
-            self.weight_sums.data_ptr(),
-        )
-        self.fields.zero_point_step = 1 if self.zero_point.numel() > 1 else 0
-
-    def run(self, name: str, *more: int) -> Tensor:
-        _run(name, self.output, ctypes.byref(self.fields), *more)
-        return self.output
+    blocks = -(-features // SCALE_BLOCK)
+    weight_scale = operand(weight_scale, torch.float32, (1, groups), (features, blocks))
+    bias = optional_operand(bias, torch.float32, (features,))
+    if zero_point is not None:
+        zero_point = operand(zero_point, torch.int32, (1, tokens))
+        weight_sums = optional_operand(weight_sums, torch.int32, (features,))
+    output = activations.new_empty(tokens, features, dtype=dtype)
+    product = Product(
+        activations=aligned.data_ptr(),
+        weight=packed.data_ptr(),
+        tokens=tokens,
+        features=features,
+        inner=aligned.shape[1],
+        group=group if group < inner else aligned.shape[1],
+        row_stride=_row_stride(aligned),
+        activation_scale=pointer(activation_scale),
+        activation_row_step=row_step,
+        activation_group_step=group_step,
+        weight_scale=weight_scale.data_ptr(),
+        weight_group_step=weight_scale.stride(0) if weight_scale.shape[0] > 1 else 0,
+        scale_columns=1 if weight_scale.shape[1] == features else SCALE_BLOCK,
+        bias=pointer(bias),
+        zero_point=pointer(zero_point),
+        zero_point_step=1 if zero_point is not None and zero_point.numel() > 1 else 0,
+        weight_sums=None if zero_point is None else pointer(weight_sums),
+        output=output.data_ptr(),
+        output_type=FLOAT_NUMBERS[dtype],
+    )
+    _run(function, output, ctypes.byref(product), *more)
+    return output

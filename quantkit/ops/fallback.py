@@ -1,26 +1,33 @@
-"""The ops by the reference arithmetic, for every device and for what the kernels don't take."""
+"""The ops by the reference arithmetic (reference.py, score_logits.py): on every device, and for
+arguments that the kernels don't take.
+
+Each function has the name and the arguments of its op; torch_ops.py says what they are.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantkit.ops import reference
 from quantkit.ops.arguments import (
-    FORMATS,
-    PACKINGS,
-    ROW_UNIT,
+    PANEL,
     SCALE_BLOCK,
     check_codes,
     check_states,
     out_features_of,
-    packed_dtype,
-    plain_weight,
+    packed_shape,
+    packing_named,
 )
-from quantkit.schemes.number_formats import E8M0
+from quantkit.ops.score_logits import VOCABULARY_PER_CHUNK, LogitsChunk, TokenScores, score_parts
+from quantkit.schemes.number_formats import E8M0, NUMBER_FORMATS
 from quantkit.schemes.scheme import QuantSpec, block
 
-_STATISTICS = {
+# What observe_rows adds to, and its dtypes.
+STATISTICS = {
     "channel_amax": torch.float32,
     "channel_sum_of_squares": torch.float64,
     "histogram": torch.int64,
@@ -34,8 +41,6 @@ _STATISTICS = {
 HISTOGRAM_BINS = 1024
 HISTOGRAM_SHIFT = 19
 HISTOGRAM_OFFSET = (127 - 32) << 4
-_PACKED_TOGETHER = {"int8_dot": 4, "int8": 1, "e4m3": 1, "bf16": 2}  # input features side by side
-_PANEL, _INNER_UNIT = 16, 64
 _CHUNK = 64  # rows whose squares are summed in float32 before they go to float64
 
 
@@ -52,18 +57,18 @@ def histogram_edges() -> Tensor:
 
 def _spec(format_name: str, rule: str, block_rows: int, block_columns: int) -> QuantSpec:
     return QuantSpec(
-        FORMATS[format_name],
+        NUMBER_FORMATS[format_name],
         block(block_rows, block_columns),
         rule == "dynamic",
         E8M0 if rule == "power_of_two" else None,
     )
 
 
-def reference_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
+def block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
     return reference.block_amax(values, block(block_rows, block_columns))
 
 
-def reference_encode_blocks(
+def encode_blocks(
     values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str
 ) -> Tensor:
     return reference.quantize(
@@ -71,14 +76,14 @@ def reference_encode_blocks(
     ).qdata
 
 
-def reference_quantize_blocks(
+def quantize_blocks(
     values: Tensor, block_rows: int, block_columns: int, format: str, rule: str
 ) -> tuple[Tensor, Tensor]:
     quantized = reference.quantize(values, _spec(format, rule, block_rows, block_columns))
     return quantized.qdata, quantized.scale
 
 
-def reference_dequantize_blocks(
+def dequantize_blocks(
     codes: Tensor,
     scale: Tensor,
     block_rows: int,
@@ -90,7 +95,7 @@ def reference_dequantize_blocks(
     )
 
 
-def reference_observe_rows(
+def observe_rows(
     rows: Tensor,
     above: float,
     channel_amax: Tensor,
@@ -143,14 +148,14 @@ def _count_bins(magnitudes: Tensor) -> Tensor:
 
 
 def check_statistics(rows: Tensor, *statistics: Tensor) -> None:
-    """Refuse what a kernel would write beyond."""
+    """Raise ValueError unless observe_rows can add to these STATISTICS, in their order."""
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(
             f"the rows are {rows.dtype} {list(rows.shape)}, not a floating-point matrix"
         )
     features = rows.shape[1]
     for (name, dtype), length, tensor in zip(
-        _STATISTICS.items(), (features, features, HISTOGRAM_BINS, HISTOGRAM_BINS, 2, 2), statistics
+        STATISTICS.items(), (features, features, HISTOGRAM_BINS, HISTOGRAM_BINS, 2, 2), statistics
     ):
         if tensor.shape != (length,) or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
@@ -159,57 +164,62 @@ def check_statistics(rows: Tensor, *statistics: Tensor) -> None:
             )
 
 
-def reference_quantize_rows(
-    rows: Tensor, group: int, format: str, rule: str
-) -> tuple[Tensor, Tensor]:
-    return reference_quantize_blocks(rows, 1, group, format, rule)
+def quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    return quantize_blocks(rows, 1, group, format, rule)
 
 
-def reference_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
+def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
     check_states(states, scale)
     return reference.encode_codes(
-        states.float() / scale.float().reshape(1, -1, 1, 1), FORMATS[format]
+        states.float() / scale.float().reshape(1, -1, 1, 1), NUMBER_FORMATS[format]
     )
 
 
-def packed_shape(out_features: int, in_features: int, device: str = "cpu") -> tuple[int, ...]:
-    if device == "cuda":
-        return out_features, -(-in_features // ROW_UNIT) * ROW_UNIT
-    return -(-out_features // _PANEL), -(-in_features // _INNER_UNIT) * _INNER_UNIT, _PANEL
-
-
-def reference_pack_weight(codes: Tensor, packing: str) -> Tensor:
+def pack_weight(codes: Tensor, packing: str) -> Tensor:
     """[panels of 16 output features, in_features padded to 64, 16]: see QkPacking in
-    kernels/cpu/matmul.h for the order within a panel.
+    kernels/cpu/matmul.h for the order within a panel. On CUDA: plain_weight.
     """
     check_codes(codes, packing)
     if codes.device.type == "cuda":
         return plain_weight(codes, packing)
-    panels, inner, _ = packed_shape(*codes.shape)
-    padding = (0, inner - codes.shape[1], 0, panels * _PANEL - codes.shape[0])
-    padded = torch.nn.functional.pad(codes.view(packed_dtype(packing)), padding)
+    panels, inner, _ = packed_shape(codes.shape[0], codes.shape[1])
+    padding = (0, inner - codes.shape[1], 0, panels * PANEL - codes.shape[0])
+    arrangement = packing_named(packing)
+    padded = torch.nn.functional.pad(codes.view(arrangement.dtype), padding)
     if packing == "int8_dot":
         padded = padded ^ 0x80  # code + 128
-    together = _PACKED_TOGETHER[packing]
     return (
-        padded.reshape(panels, _PANEL, inner // together, together)
+        padded.reshape(panels, PANEL, inner // arrangement.side_by_side, arrangement.side_by_side)
         .transpose(1, 2)
-        .reshape(panels, inner, _PANEL)
+        .reshape(panels, inner, PANEL)
     )
+
+
+def plain_weight(codes: Tensor, packing: str) -> Tensor:
+    """What pack_weight makes on CUDA, for every packing: the codes' bytes [out_features,
+    in_features padded with zeros to a multiple of 16].
+    """
+    check_codes(codes, packing)
+    width = packed_shape(codes.shape[0], codes.shape[1], "cuda")[1]
+    return torch.nn.functional.pad(
+        codes.view(packing_named(packing).dtype), (0, width - codes.shape[1])
+    ).contiguous()
 
 
 def unpack_weight(packed: Tensor, packing: str, out_features: int, in_features: int) -> Tensor:
     """The codes that pack_weight arranged, [out_features, in_features]."""
+    arrangement = packing_named(packing)
     if packed.dim() == 2:
-        return packed[:, :in_features].contiguous().view(PACKINGS[packing])
+        return packed[:, :in_features].contiguous().view(arrangement.code_dtype)
     panels, inner, _ = packed.shape
-    together = _PACKED_TOGETHER[packing]
     codes = (
-        packed.reshape(panels, inner // together, _PANEL, together)
+        packed.reshape(panels, inner // arrangement.side_by_side, PANEL, arrangement.side_by_side)
         .transpose(1, 2)
-        .reshape(panels * _PANEL, inner)[:out_features, :in_features]
+        .reshape(panels * PANEL, inner)[:out_features, :in_features]
     )
-    return (codes ^ 0x80 if packing == "int8_dot" else codes).contiguous().view(PACKINGS[packing])
+    if packing == "int8_dot":
+        codes = codes ^ 0x80
+    return codes.contiguous().view(arrangement.code_dtype)
 
 
 def scale_per_feature(weight_scale: Tensor, packed: Tensor) -> Tensor:
@@ -222,7 +232,7 @@ def scale_per_feature(weight_scale: Tensor, packed: Tensor) -> Tensor:
     )
 
 
-def _reference_product(
+def _product(
     left: Tensor, left_scale: Tensor | None, right: Tensor, right_scale: Tensor, group: int
 ) -> Tensor:
     """left [tokens, in_features] times right [out_features, in_features] transposed, each with its
@@ -244,7 +254,7 @@ def _finished(output: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor
     return (output if bias is None else output + bias).to(dtype)
 
 
-def reference_matmul_int8(
+def matmul_int8(
     activations: Tensor,
     activation_scale: Tensor,
     packed: Tensor,
@@ -259,18 +269,17 @@ def reference_matmul_int8(
     codes = unpack_weight(packed, "int8_dot", weight_scale.shape[1], activations.shape[1])
     if group < activations.shape[1]:
         return _finished(
-            _reference_product(activations, activation_scale, codes, weight_scale, group),
-            bias,
-            dtype,
+            _product(activations, activation_scale, codes, weight_scale, group), bias, dtype
         )
     # float64 holds every sum of fewer than 2^37 products of two bytes exactly.
     sums = activations.double() @ codes.double().T
     if zero_point is not None:
+        assert weight_sums is not None, "a zero point needs weight_sums"
         sums -= zero_point.reshape(-1, 1).double() * weight_sums.double()
     return _finished(sums.float() * activation_scale * weight_scale, bias, dtype)
 
 
-def reference_matmul_fp8(
+def matmul_fp8(
     activations: Tensor,
     activation_scale: Tensor,
     packed: Tensor,
@@ -283,11 +292,11 @@ def reference_matmul_fp8(
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, "e4m3", weight_scale.shape[1], activations.shape[1])
     return _finished(
-        _reference_product(activations, activation_scale, codes, weight_scale, group), bias, dtype
+        _product(activations, activation_scale, codes, weight_scale, group), bias, dtype
     )
 
 
-def reference_matmul_weight_only(
+def matmul_weight_only(
     inputs: Tensor,
     packed: Tensor,
     packing: str,
@@ -299,11 +308,43 @@ def reference_matmul_weight_only(
 ) -> Tensor:
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, packing, weight_scale.shape[1], inputs.shape[1])
-    return _finished(_reference_product(inputs, None, codes, weight_scale, group), bias, dtype)
+    return _finished(_product(inputs, None, codes, weight_scale, group), bias, dtype)
 
 
-def reference_matmul_bf16(
+def matmul_bf16(
     inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     weight = unpack_weight(packed, "bf16", out_features, inputs.shape[1])
     return _finished(inputs.float() @ weight.float().T, bias, dtype)
+
+
+def score_logits(
+    hidden: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    vocabulary: int,
+    own_hidden: Tensor | None = None,
+    own_packed: Tensor | None = None,
+    own_bias: Tensor | None = None,
+) -> TokenScores:
+    weight = unpack_weight(packed, "bf16", vocabulary, hidden.shape[1])
+    own_weight = None
+    if own_hidden is not None:
+        assert own_packed is not None, "the candidate's hidden states need its lm_head"
+        own_weight = unpack_weight(own_packed, "bf16", vocabulary, own_hidden.shape[1])
+
+    def logits(states: Tensor, rows: Tensor, shift: Tensor | None, part: slice) -> Tensor:
+        return torch.nn.functional.linear(
+            states.float(), rows[part].float(), None if shift is None else shift[part]
+        )
+
+    def chunks() -> Iterator[LogitsChunk]:
+        for start in range(0, vocabulary, VOCABULARY_PER_CHUNK):
+            part = slice(start, start + VOCABULARY_PER_CHUNK)
+            make_own = None
+            if own_hidden is not None and own_weight is not None:
+                make_own = partial(logits, own_hidden, own_weight, own_bias, part)
+            yield start, logits(hidden, weight, bias, part), make_own
+
+    return score_parts(chunks(), targets)

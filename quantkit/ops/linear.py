@@ -1,23 +1,45 @@
 """One Linear computed from its codes: by a compiled kernel where there is one for its scheme, else
 by the reference arithmetic.
 
-The two agree: bit for bit where INT8 codes have one scale per token and per output feature; else
-within float32's rounding of a sum of as many products as there are input features, because the
-order of the sum is another.
+The two agree bit for bit where INT8 codes have one scale per token and per output feature.
+Otherwise they add the products in another order, and agree within float32's rounding of that sum.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.ops import cuda, fallback, native, torch_ops
-from quantkit.ops.arguments import SCALE_BLOCK
+from quantkit.ops.arguments import LEAST_UNSAFE_INNER, SCALE_BLOCK
 from quantkit.ops.reference import QuantizedTensor, quantized_linear
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
 from quantkit.schemes.scheme import QuantScheme, QuantSpec
 
 OPS = torch.ops.quantkit
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """How codes of one number format are multiplied.
+
+    op: takes quantized activations of the same format.
+    packing: of a weight for that op.
+    weight_only_packing: of a weight for matmul_weight_only, which takes bfloat16 activations.
+    """
+
+    op: str
+    packing: str
+    weight_only_packing: str
+
+
+# By the format's name. A format that is not here is multiplied by the reference.
+_KERNELS = {
+    INT8.name: _Kernels("matmul_int8", "int8_dot", "int8"),
+    FP8_E4M3.name: _Kernels("matmul_fp8", "e4m3", "e4m3"),
+}
 
 
 def kernel_for(
@@ -27,8 +49,8 @@ def kernel_for(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> tuple[str | None, str]:
-    """The op that multiplies by such a weight, or None and why there is none. inputs: what the
-    scheme does to activations; dtype: theirs.
+    """The op that multiplies by such a weight, or None and why there is none. inputs: how the
+    scheme quantizes activations; dtype: theirs.
     """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
@@ -38,38 +60,23 @@ def kernel_for(
         return None, missing
     group, unit = _group(weight, inputs, in_features), cuda.GROUP_UNIT if kind == "cuda" else 4
     if group is None or (group < in_features and group % unit):
+        reason = "no kernel has groups of activations and of weights of different sizes, or of no"
+        return None, f"{reason} multiple of {unit}"
+    kernels = _KERNELS.get(weight.format.name)
+    if kernels is None or (inputs is not None and inputs.format != weight.format):
+        activations = inputs.format.name if inputs else dtype
         return (
             None,
-            (
-                "no kernel has groups of activations and of weights of different sizes, or of no"
-                f" multiple of {unit}"
-            ),
+            f"no kernel multiplies {weight.format.name} weights by {activations} activations",
         )
-    if weight.format not in (INT8, FP8_E4M3) or (
-        inputs is not None and inputs.format is not weight.format
-    ):
-        return (
-            None,
-            (
-                f"no kernel multiplies {weight.format.name} weights by"
-                f" {inputs.format.name if inputs else dtype} activations"
-            ),
-        )
+    if inputs is None and dtype != torch.bfloat16:
+        reason = "weights alone are quantized, and their kernel takes bfloat16 activations, not"
+        return None, f"{reason} {dtype}"
     if inputs is None:
-        return (
-            ("matmul_weight_only", "")
-            if dtype == torch.bfloat16
-            else (
-                None,
-                (
-                    "weights alone are quantized, and their kernel takes bfloat16 activations, not"
-                    f" {dtype}"
-                ),
-            )
-        )
-    if weight.format is INT8 and in_features >= 1 << 17:
+        return "matmul_weight_only", ""
+    if weight.format is INT8 and in_features >= LEAST_UNSAFE_INNER:
         return None, "int32 doesn't hold sums over 131072 input features or more"
-    return "matmul_int8" if weight.format is INT8 else "matmul_fp8", ""
+    return kernels.op, ""
 
 
 def _missing_on_cpu() -> str | None:
@@ -81,7 +88,9 @@ def _missing_on_cpu() -> str | None:
 
 
 def _group(weight: QuantSpec, inputs: QuantSpec | None, in_features: int) -> int | None:
-    """Input features that share scales, or None where weight and activations differ."""
+    """Input features that share scales, or None where weight and activations have groups of
+    different sizes.
+    """
     sizes = {
         spec.granularity.block_shape(1, in_features)[1]
         for spec in (weight, inputs)
@@ -91,12 +100,17 @@ def _group(weight: QuantSpec, inputs: QuantSpec | None, in_features: int) -> int
 
 
 class QuantizedLinear(nn.Module):
-    """weight: codes [out_features, in_features] and scales; input_scale: [1], of a static scheme;
-    bias: [out_features] or None; dtype: of the inputs to expect; use_kernel: False leaves the
-    compiled kernel alone.
+    """A Linear whose weight is quantized, and whose inputs are if the scheme says so.
 
-    kernel: the op that runs, or None where the reference does. It keeps the weight in its own
-    order, so the codes stand in memory once.
+    weight: codes [out_features, in_features] and scales.
+    scheme: of the weight and the inputs.
+    input_scale: [1], of a static scheme; else None.
+    bias: [out_features] or None.
+    dtype: of the inputs to expect, which decides whether a kernel takes them.
+    use_kernel: False runs the reference alone.
+
+    The attribute `kernel` is the name of the op that runs, or None where the reference does. With a
+    kernel, memory holds the codes once, as packed for it.
     """
 
     def __init__(
@@ -122,24 +136,19 @@ class QuantizedLinear(nn.Module):
             self.codes = codes.bfloat16() if codes.dtype == torch.float8_e4m3fn else codes
             self.scale = weight.scale
             return
-        kind = (
-            "int8_dot"
-            if self.kernel == "matmul_int8"
-            else "int8"
-            if weight.spec.format is INT8
-            else "e4m3"
-        )
-        self.packing, self.packed = kind, OPS.pack_weight(codes, kind)
+        kernels = _KERNELS[weight.spec.format.name]
+        self.packing = kernels.weight_only_packing if scheme.input is None else kernels.packing
+        self.packed = OPS.pack_weight(codes, self.packing)
         self.group = _group(weight.spec, scheme.input, self.in_features)
-        self.scale = self._scale_of_outputs(weight)
+        self.scale = self._scale_per_group(weight)
         self.powers_of_two = all(
             spec.scale_format is E8M0 for spec in (weight.spec, scheme.input) if spec is not None
         )
         self.kernel_bias = None if bias is None else bias.float()
 
-    def _scale_of_outputs(self, weight: QuantizedTensor) -> Tensor:
-        """[groups, out_features] float32; on CUDA, which reads a scale of a block of 128 as one,
-        [groups, blocks].
+    def _scale_per_group(self, weight: QuantizedTensor) -> Tensor:
+        """The weight's scales as kernels read them, float32: [groups, out_features]; on CUDA, where
+        128 output features may share one, [groups, blocks].
         """
         rows = weight.spec.granularity.block_shape(self.out_features, self.in_features)[0]
         if rows == SCALE_BLOCK and weight.scale.is_cuda:
@@ -152,6 +161,7 @@ class QuantizedLinear(nn.Module):
         return scale.T.contiguous()
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """inputs: [..., in_features]; returns [..., out_features] in their dtype."""
         rows = inputs.reshape(-1, self.in_features)
         takes = (
             (torch.bfloat16,)
@@ -168,7 +178,7 @@ class QuantizedLinear(nn.Module):
         return output.reshape(*inputs.shape[:-1], self.out_features)
 
     def weight(self) -> QuantizedTensor:
-        """The codes in their usual order, and their scales."""
+        """The codes [out_features, in_features] and their scales, unpacked."""
         if self.kernel is None:
             return QuantizedTensor(self.codes, self.scale, self.spec)
         codes = fallback.unpack_weight(
@@ -188,6 +198,7 @@ class QuantizedLinear(nn.Module):
                 rows, self.packed, self.packing, self.scale, self.group, self.powers_of_two, *ends
             )
         if self.scheme.needs_calibration:
+            assert self.input_scale is not None, "a static scheme has an input scale"
             scale = self.input_scale.reshape(1, 1).float()
             codes = OPS.encode_blocks(rows, scale, *rows.shape, spec.format.name)
         else:

@@ -1,8 +1,8 @@
-"""The compiled kernels: which libraries are there, and which instruction set of the CPU's runs.
+"""The compiled kernels: which libraries are there, and which instruction set of the CPU runs.
 
 Functions take raw pointers and sizes (kernels/cpu/dispatch.cpp, kernels/cuda/*.cu) and are called
-without Python's lock. The environment variable QUANTKIT_KERNELS chooses a level of the CPU's, or
-"reference" for no kernels at all, instead of the best that this machine has.
+without Python's lock. The environment variable QUANTKIT_KERNELS chooses an instruction set of the
+CPU, or "reference" for no kernels at all, instead of the best that this machine has.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import quantkit
 from quantkit.errors import QuantkitError
@@ -23,18 +24,22 @@ LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "am
 # Those in which kernels other than multiplications differ.
 ELEMENTWISE_LEVELS = ("scalar", "avx2", "avx512")
 
+_POINTER: type[ctypes._SimpleCData[Any]] = ctypes.c_void_p
+_SIZE: type[ctypes._SimpleCData[Any]] = ctypes.c_int64
+_NUMBER: type[ctypes._SimpleCData[Any]] = ctypes.c_int
+
 
 @cache
 def cpu_kernels() -> ctypes.CDLL | None:
     """The compiled CPU kernels, or None where they weren't built, are of another version, or
-    QUANTKIT_KERNELS says so.
+    QUANTKIT_KERNELS says so. QuantkitError where it asks for an unknown or a missing level.
     """
     wanted = os.environ.get("QUANTKIT_KERNELS", "")
     if wanted not in ("", "reference", *LEVELS):
         raise QuantkitError(
             f"QUANTKIT_KERNELS is '{wanted}'; choose one of {', '.join(LEVELS)}, reference"
         )
-    found = _find(LIBRARY_NAME)
+    found = find_library(LIBRARY_NAME)
     if wanted == "reference" or not found:
         if wanted in LEVELS:
             raise QuantkitError(
@@ -47,76 +52,49 @@ def cpu_kernels() -> ctypes.CDLL | None:
     library = ctypes.CDLL(str(found))
     if library.qk_cpu_version() != LIBRARY_VERSION:
         return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    matrix = [size] * 5
-    library.qk_block_amax.argtypes = [pointer, number, *matrix, pointer]
-    library.qk_encode_blocks.argtypes = [pointer, number, *matrix, number, pointer, pointer]
-    library.qk_quantize_blocks.argtypes = [
-        pointer,
-        number,
-        *matrix,
-        number,
-        number,
-        pointer,
-        pointer,
-    ]
-    library.qk_dequantize_blocks.argtypes = [pointer, number, *matrix, pointer, number, pointer]
-    library.qk_observe_rows.argtypes = [
-        pointer,
-        number,
-        *[size] * 4,
-        ctypes.c_float,
-        *[pointer] * 6,
-    ]
-    library.qk_count_magnitudes.argtypes = [pointer, size, size, pointer]
-    library.qk_pack_weight.argtypes = [number, pointer, size, size, size, pointer]
-    # output: bias, values, type, threads
-    activations, weight, output = (
-        [pointer, size, size, size],
-        [pointer, size],
-        [pointer, pointer, number, number],
-    )
-    library.qk_matmul_int8.argtypes = [
-        *activations,
-        pointer,
-        size,
-        size,
-        *weight,
-        size,
-        *weight,
-        *output,
-        *weight,
-        pointer,
-    ]
-    library.qk_matmul_fp8.argtypes = [
-        *activations,
-        pointer,
-        size,
-        size,
-        *weight,
-        size,
-        *weight,
-        *output,
-        number,
-    ]
-    library.qk_matmul_weight_only.argtypes = [
-        *activations,
-        pointer,
-        number,
-        size,
-        size,
-        *weight,
-        *output,
-        number,
-    ]
-    library.qk_matmul_bf16.argtypes = [*activations, pointer, size, *output]
-    model = [pointer, size, *[pointer] * 5]  # hidden states, their stride, weight, bias, figures
-    library.qk_score_logits.argtypes = [size, size, size, pointer, *model, *model, number]
+    _declare_cpu_functions(library)
     if wanted and library.qk_select_cpu_level(LEVELS.index(wanted)) != 0:
         raise QuantkitError(
             f"QUANTKIT_KERNELS asks for {wanted}, which this processor doesn't have"
         )
     return library
+
+
+def _declare_cpu_functions(library: ctypes.CDLL) -> None:
+    """The types of arguments, as kernels/cpu/dispatch.cpp has them."""
+    # Values and their dtype; rows, columns, row stride, rows and columns of a block.
+    matrix = (_POINTER, _NUMBER, *[_SIZE] * 5)
+    library.qk_block_amax.argtypes = (*matrix, _POINTER)
+    library.qk_encode_blocks.argtypes = (*matrix, _NUMBER, _POINTER, _POINTER)
+    library.qk_quantize_blocks.argtypes = (*matrix, _NUMBER, _NUMBER, _POINTER, _POINTER)
+    library.qk_dequantize_blocks.argtypes = (*matrix, _POINTER, _NUMBER, _POINTER)
+    library.qk_observe_rows.argtypes = (
+        *(_POINTER, _NUMBER, *[_SIZE] * 4),
+        ctypes.c_float,
+        *[_POINTER] * 6,
+    )
+    library.qk_count_magnitudes.argtypes = (_POINTER, _SIZE, _SIZE, _POINTER)
+    library.qk_pack_weight.argtypes = (_NUMBER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER)
+    activations = (_POINTER, _SIZE, _SIZE, _SIZE)  # values, rows, columns, row stride
+    activation_scale, weight_scale = (_POINTER, _SIZE, _SIZE), (_POINTER, _SIZE)  # and their steps
+    features_and_group = (_SIZE, _SIZE)
+    output = (_POINTER, _POINTER, _NUMBER, _NUMBER)  # bias, values, dtype, threads
+    library.qk_matmul_int8.argtypes = (
+        *(*activations, _POINTER, *features_and_group, *activation_scale, *weight_scale, *output),
+        *(_POINTER, _SIZE, _POINTER),  # zero point, its step, weight sums
+    )
+    library.qk_matmul_fp8.argtypes = (
+        *(*activations, _POINTER, *features_and_group, *activation_scale, *weight_scale, *output),
+        _NUMBER,  # powers_of_two
+    )
+    library.qk_matmul_weight_only.argtypes = (
+        *(*activations, _POINTER, _NUMBER, *features_and_group, *weight_scale, *output),
+        _NUMBER,  # powers_of_two
+    )
+    library.qk_matmul_bf16.argtypes = (*activations, _POINTER, _SIZE, *output)
+    # Hidden states, their stride, lm_head, its bias, three results.
+    model = (_POINTER, _SIZE, *[_POINTER] * 5)
+    library.qk_score_logits.argtypes = (_SIZE, _SIZE, _SIZE, _POINTER, *model, *model, _NUMBER)
 
 
 def cpu_level() -> str:
@@ -125,20 +103,8 @@ def cpu_level() -> str:
     return LEVELS[library.qk_cpu_level()] if library else "reference"
 
 
-def elementwise_level() -> str:
-    """The instruction set of all kernels but multiplications: one of ELEMENTWISE_LEVELS, or
-    "reference".
-    """
-    level = cpu_level()
-    return (
-        level
-        if level == "reference"
-        else [name for name in ELEMENTWISE_LEVELS if LEVELS.index(name) <= LEVELS.index(level)][-1]
-    )
-
-
 class Product(ctypes.Structure):
-    """What a CUDA multiplication is given: kernels/cuda/multiply.h has the meaning of each."""
+    """The arguments of a CUDA multiplication: kernels/cuda/multiply.h has the meaning of each."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("activations", "weight")),
@@ -161,7 +127,7 @@ def cuda_kernels() -> ctypes.CDLL | None:
     """The compiled CUDA kernels, or None where they weren't built, are of another version, or
     QUANTKIT_KERNELS says so. Needs no GPU: it loads anywhere.
     """
-    found = _find(CUDA_LIBRARY_NAME)
+    found = find_library(CUDA_LIBRARY_NAME)
     return (
         open_cuda_library(found)
         if found and os.environ.get("QUANTKIT_KERNELS") != "reference"
@@ -174,56 +140,39 @@ def open_cuda_library(path: Path) -> ctypes.CDLL | None:
     library = ctypes.CDLL(str(path))
     if library.qk_cuda_version() != CUDA_LIBRARY_VERSION:
         return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.qk_cuda_architectures.restype = library.qk_cuda_error.restype = ctypes.c_char_p
-    library.qk_cuda_quantize_rows.argtypes = [
-        pointer,
-        number,
-        *[size] * 4,
-        number,
-        number,
-        pointer,
-        pointer,
-        pointer,
-    ]
-    library.qk_cuda_quantize_kv.argtypes = [
-        pointer,
-        number,
-        *[size] * 7,
-        pointer,
-        size,
-        number,
-        pointer,
-        pointer,
-    ]
-    library.qk_cuda_dequantize.argtypes = [
-        pointer,
-        number,
-        *[size] * 5,
-        pointer,
-        number,
-        pointer,
-        pointer,
-    ]
-    library.qk_cuda_matmul_int8.argtypes = library.qk_cuda_matmul_fp8.argtypes = [
-        ctypes.POINTER(Product),
-        pointer,
-    ]
-    library.qk_cuda_matmul_weight_only.argtypes = [ctypes.POINTER(Product), number, pointer]
+    # The last pointer of each is the stream.
+    library.qk_cuda_quantize_rows.argtypes = (
+        *(_POINTER, _NUMBER, *[_SIZE] * 4, _NUMBER, _NUMBER),
+        *[_POINTER] * 3,
+    )
+    library.qk_cuda_quantize_kv.argtypes = (
+        *(_POINTER, _NUMBER, *[_SIZE] * 7, _POINTER, _SIZE, _NUMBER),
+        *[_POINTER] * 2,
+    )
+    library.qk_cuda_dequantize.argtypes = (
+        *(_POINTER, _NUMBER, *[_SIZE] * 5, _POINTER, _NUMBER),
+        *[_POINTER] * 2,
+    )
+    product = ctypes.POINTER(Product)
+    library.qk_cuda_matmul_int8.argtypes = (product, _POINTER)
+    library.qk_cuda_matmul_fp8.argtypes = (product, _POINTER)
+    library.qk_cuda_matmul_weight_only.argtypes = (product, _NUMBER, _POINTER)
     return library
 
 
 def cuda_architectures() -> list[str]:
-    """What the CUDA library holds machine code for: "80", "90a" and so on; empty without the
-    library.
+    """The architectures that the CUDA library has machine code for: "80", "90a" and so on; empty
+    without the library.
     """
     library = cuda_kernels()
     return library.qk_cuda_architectures().decode().split() if library else []
 
 
-def _find(name: str) -> Path | None:
-    # An editable install keeps libraries beside the installed package, not in the source tree: look
-    # in all of the package's directories.
+def find_library(name: str) -> Path | None:
+    """Where a library of this file name was installed, or None."""
+    # An editable install keeps libraries next to the installed package, not in the source tree:
+    # look in all of the package's directories.
     return next(
         (path for directory in quantkit.__path__ if (path := Path(directory) / name).is_file()),
         None,

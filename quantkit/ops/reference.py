@@ -2,9 +2,8 @@
 against this file.
 
 One piece of code serves every granularity, because a granularity is the shape of a block
-(`scheme.Granularity`).
-All arithmetic is float32. Values are divided by their scale, never multiplied by a reciprocal: the
-two differ in the last bit and so, now and then, in the code.
+(`scheme.Granularity`). All arithmetic is float32. Values are divided by their scale, never
+multiplied by a reciprocal: the two differ in the last bit and so, now and then, in the code.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8, NumberFormat
+from quantkit.schemes.number_formats import E8M0, FP8_E4M3, NumberFormat
 from quantkit.schemes.scheme import Granularity, QuantSpec
 
-# Floor of a dynamic FP8 per-token scale, as vLLM has it; eval must compute what is served.
+# Floors of dynamic per-token scales, as vLLM has them; eval must compute what is served.
 FP8_DYNAMIC_FLOOR = 1.0 / (448.0 * 512.0)
 INT8_DYNAMIC_FLOOR = torch.finfo(torch.float32).eps
 # Smallest normal float32, exact in bfloat16 too: dividing by anything smaller can overflow.
@@ -27,10 +26,11 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A result: codes and the scales that multiply them into values.
+    """A quantized matrix: codes, and the scales that multiply them into values.
 
     qdata: [rows, columns] in the format's torch dtype.
     scale: [block rows, block columns] float32; `granularity.scale_shape` of qdata's shape.
+    spec: what the matrix was quantized with.
     zero_point: always None here: every format quantkit writes is symmetric.
     """
 
@@ -70,12 +70,11 @@ def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     """Scales (float32) that map each block's amax to the format's largest code, rounded to what
     will be stored.
 
-    Static scales are rounded to bfloat16, because some runtimes keep scales in float32 and others
-    cast them to the
-    model's dtype: a scale that is exact in bfloat16 reads alike in both. Codes are clamped, so
-    rounding down loses nothing but the last 0.2 % of the one largest value. Dynamic scales follow
-    vLLM's formula and floor. A block of zeros
-    gets the scale 1, which keeps it zero.
+    amax: [block rows, block columns], and so is the result, float32. Static scales are rounded to
+    bfloat16, because some runtimes keep scales in float32 and others cast them to the model's
+    dtype: a scale that is exact in bfloat16 reads alike in both. Codes are clamped, so rounding
+    down loses nothing but the last 0.2 % of the one largest value. Dynamic scales follow vLLM's
+    formula and floor. A block of zeros gets the scale 1, which keeps it zero.
     """
     amax = amax.float()
     if spec.scale_format is E8M0:
@@ -83,15 +82,16 @@ def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     # By a tensor: by a number, torch multiplies with its reciprocal on CUDA.
     scale = amax / amax.new_full((), spec.format.max)
     if spec.dynamic:
-        return scale.clamp(min=INT8_DYNAMIC_FLOOR if spec.format is INT8 else FP8_DYNAMIC_FLOOR)
+        is_int = spec.format.kind == "int"
+        return scale.clamp(min=INT8_DYNAMIC_FLOOR if is_int else FP8_DYNAMIC_FLOOR)
     stored = scale.bfloat16().float().clamp(min=SMALLEST_SCALE)
     return torch.where(amax == 0, torch.ones_like(stored), stored)
 
 
 def _power_of_two_scale(amax: Tensor, number_format: NumberFormat) -> Tensor:
-    # The least power of two that fits the block without clipping, as served: rounding the exponent
-    # down, as the
-    # OCP specification's example does, would saturate the top eighth of each octave.
+    # The least power of two that fits the block without clipping, as runtimes compute it: rounding
+    # the exponent down, as the OCP specification's example does, would saturate the top eighth of
+    # each octave.
     # amax = m·2^e with m in [0.5, 1) and max = M·2^E: exact, where a float32 log2 would be off by
     # one near powers of two.
     mantissa, exponent = torch.frexp(amax)
@@ -101,18 +101,22 @@ def _power_of_two_scale(amax: Tensor, number_format: NumberFormat) -> Tensor:
     return torch.where(amax == 0, torch.ones_like(scale), torch.where(amax.isfinite(), scale, amax))
 
 
+def code_dtype(number_format: NumberFormat) -> torch.dtype:
+    """The torch dtype that holds a code of the format."""
+    return getattr(torch, number_format.torch_name)
+
+
 def encode_codes(scaled: Tensor, number_format: NumberFormat) -> Tensor:
     """float32 values, already divided by their scale, to codes: round half to even, clamp, then
     cast.
 
     The clamp comes before the cast because an INT8 cast wraps, and an FP8 cast saturates or gives
-    NaN
-    depending on torch's version.
+    NaN, depending on torch's version.
     """
     clamped = (scaled.round() if number_format.kind == "int" else scaled).clamp(
         number_format.min, number_format.max
     )
-    return clamped.to(getattr(torch, number_format.torch_name))
+    return clamped.to(code_dtype(number_format))
 
 
 def quantize(values: Tensor, spec: QuantSpec, scale: Tensor | None = None) -> QuantizedTensor:
@@ -161,16 +165,15 @@ def quantized_linear(
     input_scale: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """What a server computes for one quantized Linear; the reference of every GEMM kernel.
+    """What a runtime computes for one quantized Linear; the reference of every GEMM kernel.
 
     inputs: [tokens, in_features]; weight.qdata: [out_features, in_features]; input_scale: the
     static scale [1], or None when the scheme is dynamic or leaves inputs alone; bias:
     [out_features]. Returns [tokens, out_features] in the inputs' dtype.
 
     Products of codes are accumulated in int32 (INT8: exact) or float32 (FP8), scales and bias are
-    applied in
-    float32, and the result is rounded once. Where scales change along in_features (groups, blocks)
-    the operands are dequantized first: the same sum in another order.
+    applied in float32, and the result is rounded once. Where scales change along in_features
+    (groups, blocks) the operands are dequantized first: the same sum in another order.
     """
     weight_scale = weight.scale
     if input_spec is None:
@@ -179,11 +182,11 @@ def quantized_linear(
         fixed = None if input_scale is None else input_scale.reshape(1, 1).float()
         quantized = quantize(inputs, input_spec, fixed)
         activations, scale = quantized.qdata, quantized.scale
-    one_scale_per_row = weight_scale.shape[1] == 1 and (scale is None or scale.shape[1] == 1)
-    if input_spec is None or not one_scale_per_row:
-        if scale is not None:
-            activations = dequantize(activations, scale, input_spec.granularity)
-        output = activations.float() @ weight.dequantize().T
+    if input_spec is None or scale is None:
+        output = activations @ weight.dequantize().T
+    elif weight_scale.shape[1] > 1 or scale.shape[1] > 1:
+        values = dequantize(activations, scale, input_spec.granularity)
+        output = values @ weight.dequantize().T
     else:
         output = _code_products(activations, weight.qdata)
         per_output = expand_scale(weight_scale, weight.spec.granularity, *weight.qdata.shape)
@@ -207,14 +210,23 @@ def _code_products(activations: Tensor, weight: Tensor) -> Tensor:
 
 def sqnr_db(reference: Tensor, approximation: Tensor, dim: int | None = None) -> Tensor:
     """Signal-to-quantization-noise ratio in dB, 10·log₁₀(Σx²/Σ(x−x̂)²), over all elements or along
-    `dim`.
-
-    Identical tensors give +inf, an all-zero signal with noise −inf.
+    `dim`, float64.
     """
     signal = reference.double().square()
     noise = (reference.double() - approximation.double()).square()
-    totals = (signal.sum(), noise.sum()) if dim is None else (signal.sum(dim), noise.sum(dim))
-    return torch.where(totals[1] == 0, torch.inf, 10 * torch.log10(totals[0] / totals[1]))
+    if dim is None:
+        return power_ratio_db(signal.sum(), noise.sum())
+    return power_ratio_db(signal.sum(dim), noise.sum(dim))
+
+
+def power_ratio_db(signal: Tensor, noise: Tensor) -> Tensor:
+    """10·log₁₀(signal/noise) of sums of squares: +inf without noise, −inf for noise alone."""
+    return torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise))
+
+
+def power_ratio_db_of_floats(signal: float, noise: float) -> float:
+    """The same of two numbers."""
+    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
 
 
 def kv_scale(amax: Tensor) -> Tensor:

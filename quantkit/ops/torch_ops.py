@@ -1,44 +1,55 @@
-"""torch.ops.quantkit.*: each op's schema, its compiled CPU kernel where there is one (cpu.py), its
-reference everywhere else (fallback.py), its fake. CUDA kernels: cuda.py.
+"""torch.ops.quantkit: each op is one value with its schema, reference, fake and kernels.
 
     block_amax(values, block_rows, block_columns) -> amax
     encode_blocks(values, scale, block_rows, block_columns, format) -> codes
     quantize_blocks(values, block_rows, block_columns, format, rule) -> (codes, scale)
     dequantize_blocks(codes, scale, block_rows, block_columns, dtype=float32) -> values
-    quantize_rows(rows, group, format, rule) -> (codes, scale): activations, each row cut into
-    groups; a group as long as a row is per token observe_rows(rows, above, channel_amax,
-    channel_sum_of_squares, histogram, token_histogram, extremes, counts): adds what calibration
-    keeps quantize_kv(states, scale, format) -> codes: keys and values [batch, heads, tokens, width]
-    by static scales, [1] or [heads] pack_weight(codes, packing) -> packed
-    matmul_int8(activations, activation_scale, packed, weight_scale, group, zero_point, weight_sums,
-    bias, dtype) -> output matmul_fp8(activations, activation_scale, packed, weight_scale, group,
-    powers_of_two, bias, dtype) -> output
-    matmul_weight_only(inputs, packed, packing, weight_scale, group, powers_of_two, bias, dtype) ->
-    output
+    quantize_rows(rows, group, format, rule) -> (codes, scale)
+    quantize_kv(states, scale, format) -> codes
+    observe_rows(rows, above, channel_amax, channel_sum_of_squares, histogram, token_histogram,
+        extremes, counts)
+    pack_weight(codes, packing) -> packed
+    matmul_int8(activations, activation_scale, packed, weight_scale, group, zero_point,
+        weight_sums, bias, dtype) -> output
+    matmul_fp8(activations, activation_scale, packed, weight_scale, group, powers_of_two, bias,
+        dtype) -> output
+    matmul_weight_only(inputs, packed, packing, weight_scale, group, powers_of_two, bias,
+        dtype) -> output
     matmul_bf16(inputs, packed, out_features, bias, dtype) -> output
+    score_logits(hidden, packed, bias, targets, vocabulary, own_hidden, own_packed, own_bias)
+        -> (nll, index, confidence, own_nll, own_index, kld)
 
-A matrix [rows, columns] is cut into blocks of block_rows × block_columns, the last ones as large as
-what is left; amax and scale are [block rows, block columns] float32. format: a NumberFormat's name.
+Quantization. A matrix [rows, columns] is cut into blocks of block_rows × block_columns, smaller at
+its ends; amax and scale are [block rows, block columns] float32. format: a NumberFormat's name.
 rule, how a scale follows from an amax: "stored" (rounded to bfloat16 for a file), "power_of_two"
-(E8M0) or "dynamic" (a server's, with its floor). Kernels: kernels/cpu/quantize_blocks.cpp, equal to
-reference.py bit for bit for finite values; NaN gives NaN scales. They run in the calling thread
-without Python's lock, so callers may use several threads. observe_rows:
-kernels/cpu/observe_rows.cpp.
+(E8M0) or "dynamic" (a runtime's formula for activations, with its floor). quantize_rows:
+activations, each row cut into groups; a group as long as a row is per token. quantize_kv: keys and
+values [batch, heads, tokens, width] by static scales, [1] or [heads]. Kernels equal reference.py
+bit for bit for finite values; NaN gives NaN scales. They run in the calling thread without Python's
+lock, so callers may use several threads. observe_rows adds the statistics of calibration:
+fallback.observe_rows says what each tensor holds.
 
-Multiplications: activations are codes, or bfloat16 `inputs`, [tokens, in_features]; packed is a
-weight as pack_weight arranged it (PACKINGS, and QkPacking in kernels/cpu/matmul.h; on CUDA as it
-is, rows padded to 16 bytes); output is [tokens, out_features] in `dtype`, bfloat16, float16 or
-float32. activation_scale: [tokens or 1, groups or 1] float32; weight_scale: [groups or 1,
-out_features] float32; group: in_features that share scales, a multiple of 4 if there are several
-groups. powers_of_two: all scales are (MX). bias: [out_features] float32. zero_point: [tokens] or
-[1] int32, of the activations; then weight_sums, [out_features] int32, the sum of each output
-feature's codes, and one group. Sums are int32, exact below 131072 in_features, or float32. They run
-on torch.get_num_threads() threads. Kernels: kernels/cpu/matmul_*.cpp.
+Multiplications. activations: codes, or bfloat16 `inputs`, [tokens, in_features]; packed: a weight
+as pack_weight arranged it (arguments.PACKINGS, and QkPacking in kernels/cpu/matmul.h; on CUDA
+[out_features, in_features padded to 16] bytes); output: [tokens, out_features] in `dtype`,
+bfloat16, float16 or float32. activation_scale: [tokens or 1, groups or 1] float32; weight_scale:
+[groups or 1, out_features] float32; group: in_features that share scales, a multiple of 4 (on CUDA
+of 32) if there are several groups. powers_of_two: all scales are (MX). bias: [out_features]
+float32. zero_point: [tokens] or [1] int32, of the activations; then weight_sums, [out_features]
+int32, the sum of each output feature's codes, and one group. Sums are int32, exact below 131072
+in_features, or float32. Kernels run on torch.get_num_threads() threads.
+
+Scores. hidden: final hidden states [positions, hidden size] bfloat16; packed: `lm_head` of so many
+tokens, packed as bf16; bias: [vocabulary] float32; targets: [positions] int64, the next tokens;
+own_*: the candidate's, whose scores are empty without it. In float64: nll, of the target;
+confidence, the probability of the likeliest token; kld, KL(base‖candidate). index: of the likeliest
+token, int64, the lower of two alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,64 +57,22 @@ from torch import Tensor
 
 from quantkit.ops import cpu, cuda, fallback, reference
 from quantkit.ops.arguments import (
-    FORMATS,
     check_codes,
     check_states,
     out_features_of,
-    packed_dtype,
+    packed_shape,
+    packing_named,
     scale_shape,
 )
-from quantkit.ops.fallback import check_statistics, packed_shape
-from quantkit.ops.reference import QuantizedTensor
-from quantkit.schemes.number_formats import E8M0
+from quantkit.ops.reference import QuantizedTensor, code_dtype
+from quantkit.ops.score_logits import TokenScores
+from quantkit.schemes.number_formats import E8M0, NUMBER_FORMATS
 from quantkit.schemes.scheme import QuantSpec
-
-# ---- Schemas, and how a QuantSpec speaks to them.
-
-_library = torch.library.Library("quantkit", "DEF")
-_library.define("block_amax(Tensor values, int block_rows, int block_columns) -> Tensor")
-_library.define(
-    "encode_blocks(Tensor values, Tensor scale, int block_rows, int block_columns, str format) ->"
-    " Tensor"
-)
-_library.define(
-    "quantize_blocks(Tensor values, int block_rows, int block_columns, str format, str rule) ->"
-    " (Tensor, Tensor)"
-)
-_library.define(
-    "dequantize_blocks(Tensor codes, Tensor scale, int block_rows, int block_columns, ScalarType?"
-    " dtype=None) -> Tensor"
-)
-_library.define(
-    "observe_rows(Tensor rows, float above, Tensor(a!) channel_amax, Tensor(b!)"
-    " channel_sum_of_squares, Tensor(c!) histogram, Tensor(d!) token_histogram, Tensor(e!)"
-    " extremes, Tensor(f!) counts) -> ()"
-)
-
-_library.define("quantize_rows(Tensor rows, int group, str format, str rule) -> (Tensor, Tensor)")
-_library.define("quantize_kv(Tensor states, Tensor scale, str format) -> Tensor")
-_library.define("pack_weight(Tensor codes, str packing) -> Tensor")
-_library.define(
-    "matmul_int8(Tensor activations, Tensor activation_scale, Tensor packed, Tensor weight_scale,"
-    " int group, Tensor? zero_point, Tensor? weight_sums, Tensor? bias, ScalarType dtype) -> Tensor"
-)
-_library.define(
-    "matmul_fp8(Tensor activations, Tensor activation_scale, Tensor packed, Tensor weight_scale,"
-    " int group, bool powers_of_two, Tensor? bias, ScalarType dtype) -> Tensor"
-)
-_library.define(
-    "matmul_weight_only(Tensor inputs, Tensor packed, str packing, Tensor weight_scale, int group,"
-    " bool powers_of_two, Tensor? bias, ScalarType dtype) -> Tensor"
-)
-_library.define(
-    "matmul_bf16(Tensor inputs, Tensor packed, int out_features, Tensor? bias, ScalarType dtype) ->"
-    " Tensor"
-)
 
 
 def quantize(values: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> QuantizedTensor:
-    """values [rows, columns] under `spec`, with scales from the values' own amax or from the one
-    given (shared by a fused set).
+    """Quantize a matrix. values: [rows, columns]; amax: [block rows, block columns], which decides
+    the scales instead of the values' own (fused layers share one).
     """
     blocks = spec.granularity.block_shape(*values.shape)
     if amax is None:
@@ -123,6 +92,7 @@ def dequantize(quantized: QuantizedTensor) -> Tensor:
 
 
 def scale_rule(spec: QuantSpec) -> str:
+    """The `rule` of ops by which a spec's scales follow from an amax."""
     if spec.scale_format is E8M0:
         return "power_of_two"
     return "dynamic" if spec.dynamic else "stored"
@@ -138,13 +108,13 @@ def _fake_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Ten
 def _fake_encode_blocks(
     values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str
 ) -> Tensor:
-    return values.new_empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
+    return values.new_empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
 
 
 def _fake_quantize_blocks(
     values: Tensor, block_rows: int, block_columns: int, format: str, rule: str
 ) -> tuple[Tensor, Tensor]:
-    codes = values.new_empty(values.shape, dtype=getattr(torch, FORMATS[format].torch_name))
+    codes = values.new_empty(values.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
     return codes, values.new_empty(
         scale_shape(values, block_rows, block_columns), dtype=torch.float32
     )
@@ -161,7 +131,7 @@ def _fake_dequantize_blocks(
 
 
 def _fake_observe_rows(rows: Tensor, above: float, *statistics: Tensor) -> None:
-    check_statistics(rows, *statistics)
+    fallback.check_statistics(rows, *statistics)
 
 
 def _fake_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -170,25 +140,16 @@ def _fake_quantize_rows(rows: Tensor, group: int, format: str, rule: str) -> tup
 
 def _fake_quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
     check_states(states, scale)
-    return states.new_empty(states.shape, dtype=getattr(torch, FORMATS[format].torch_name))
+    return states.new_empty(states.shape, dtype=code_dtype(NUMBER_FORMATS[format]))
 
 
 def _fake_pack_weight(codes: Tensor, packing: str) -> Tensor:
     check_codes(codes, packing)
-    return codes.new_empty(
-        packed_shape(*codes.shape, codes.device.type), dtype=packed_dtype(packing)
-    )
+    shape = packed_shape(codes.shape[0], codes.shape[1], codes.device.type)
+    return codes.new_empty(shape, dtype=packing_named(packing).dtype)
 
 
-def _fake_matmul_int8(
-    activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, *rest: Any
-) -> Tensor:
-    return activations.new_empty(
-        activations.shape[0], out_features_of(packed, weight_scale), dtype=rest[-1]
-    )
-
-
-def _fake_matmul_fp8(
+def _fake_matmul(
     activations: Tensor, activation_scale: Tensor, packed: Tensor, weight_scale: Tensor, *rest: Any
 ) -> Tensor:
     return activations.new_empty(
@@ -208,36 +169,183 @@ def _fake_matmul_bf16(
     return inputs.new_empty(inputs.shape[0], out_features, dtype=dtype)
 
 
+def _fake_score_logits(
+    hidden: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    vocabulary: int,
+    own_hidden: Tensor | None = None,
+    *_: Tensor | None,
+) -> TokenScores:
+    def floats(count: int) -> Tensor:
+        return targets.new_empty(count, dtype=torch.float64)
+
+    def indices(count: int) -> Tensor:
+        return targets.new_empty(count, dtype=torch.int64)
+
+    count = hidden.shape[0]
+    own = 0 if own_hidden is None else count
+    return floats(count), indices(count), floats(count), floats(own), indices(own), floats(own)
+
+
+# ---- The ops.
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of torch.ops.quantkit.
+
+    name: the kernel's, too: kernels/cpu/NAME.cpp or its family, tests/kernels/.
+    schema: arguments and results in torch's schema language.
+    reference: computes the op on any device; the kernels are tested against it.
+    fake: shapes and dtypes of the results, for torch.compile and meta tensors.
+    cpu, cuda: call the compiled kernel, or return NotImplemented for arguments that it doesn't
+        take; the reference then runs. None: there is no kernel.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    cpu: Callable[..., Any] | None = None
+    cuda: Callable[..., Any] | None = None
+
+
+ALL_OPS = (
+    Op(
+        "block_amax",
+        "(Tensor values, int block_rows, int block_columns) -> Tensor",
+        fallback.block_amax,
+        _fake_block_amax,
+        cpu=cpu.block_amax,
+    ),
+    Op(
+        "encode_blocks",
+        "(Tensor values, Tensor scale, int block_rows, int block_columns, str format) -> Tensor",
+        fallback.encode_blocks,
+        _fake_encode_blocks,
+        cpu=cpu.encode_blocks,
+        cuda=cuda.encode_blocks,
+    ),
+    Op(
+        "quantize_blocks",
+        "(Tensor values, int block_rows, int block_columns, str format, str rule) -> (Tensor, "
+        "Tensor)",
+        fallback.quantize_blocks,
+        _fake_quantize_blocks,
+        cpu=cpu.quantize_blocks,
+        cuda=cuda.quantize_blocks,
+    ),
+    Op(
+        "dequantize_blocks",
+        "(Tensor codes, Tensor scale, int block_rows, int block_columns, ScalarType? "
+        "dtype=None) -> Tensor",
+        fallback.dequantize_blocks,
+        _fake_dequantize_blocks,
+        cpu=cpu.dequantize_blocks,
+        cuda=cuda.dequantize_blocks,
+    ),
+    Op(
+        "quantize_rows",
+        "(Tensor rows, int group, str format, str rule) -> (Tensor, Tensor)",
+        fallback.quantize_rows,
+        _fake_quantize_rows,
+        cpu=cpu.quantize_rows,
+        cuda=cuda.quantize_rows,
+    ),
+    Op(
+        "quantize_kv",
+        "(Tensor states, Tensor scale, str format) -> Tensor",
+        fallback.quantize_kv,
+        _fake_quantize_kv,
+        cpu=cpu.quantize_kv,
+        cuda=cuda.quantize_kv,
+    ),
+    Op(
+        "observe_rows",
+        "(Tensor rows, float above, Tensor(a!) channel_amax, Tensor(b!) channel_sum_of_squares, "
+        "Tensor(c!) histogram, Tensor(d!) token_histogram, Tensor(e!) extremes, Tensor(f!) "
+        "counts) -> ()",
+        fallback.observe_rows,
+        _fake_observe_rows,
+        cpu=cpu.observe_rows,
+    ),
+    Op(
+        "pack_weight",
+        "(Tensor codes, str packing) -> Tensor",
+        fallback.pack_weight,
+        _fake_pack_weight,
+        cpu=cpu.pack_weight,
+        cuda=cuda.pack_weight,
+    ),
+    Op(
+        "matmul_int8",
+        "(Tensor activations, Tensor activation_scale, Tensor packed, Tensor weight_scale, int "
+        "group, Tensor? zero_point, Tensor? weight_sums, Tensor? bias, ScalarType dtype) -> "
+        "Tensor",
+        fallback.matmul_int8,
+        _fake_matmul,
+        cpu=cpu.matmul_int8,
+        cuda=cuda.matmul_int8,
+    ),
+    Op(
+        "matmul_fp8",
+        "(Tensor activations, Tensor activation_scale, Tensor packed, Tensor weight_scale, int "
+        "group, bool powers_of_two, Tensor? bias, ScalarType dtype) -> Tensor",
+        fallback.matmul_fp8,
+        _fake_matmul,
+        cpu=cpu.matmul_fp8,
+        cuda=cuda.matmul_fp8,
+    ),
+    Op(
+        "matmul_weight_only",
+        "(Tensor inputs, Tensor packed, str packing, Tensor weight_scale, int group, bool "
+        "powers_of_two, Tensor? bias, ScalarType dtype) -> Tensor",
+        fallback.matmul_weight_only,
+        _fake_matmul_weight_only,
+        cpu=cpu.matmul_weight_only,
+        cuda=cuda.matmul_weight_only,
+    ),
+    Op(
+        "matmul_bf16",
+        "(Tensor inputs, Tensor packed, int out_features, Tensor? bias, ScalarType dtype) -> "
+        "Tensor",
+        fallback.matmul_bf16,
+        _fake_matmul_bf16,
+        cpu=cpu.matmul_bf16,
+    ),
+    Op(
+        "score_logits",
+        "(Tensor hidden, Tensor packed, Tensor? bias, Tensor targets, int vocabulary, Tensor? "
+        "own_hidden=None, Tensor? own_packed=None, Tensor? own_bias=None) -> (Tensor, Tensor, "
+        "Tensor, Tensor, Tensor, Tensor)",
+        fallback.score_logits,
+        _fake_score_logits,
+        cpu=cpu.score_logits,
+    ),
+)
+
+
+def _register(library: torch.library.Library, op: Op) -> None:
+    library.define(op.name + op.schema)
+    library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    for key, kernel in (("CPU", op.cpu), ("CUDA", op.cuda)):
+        if kernel is not None:
+            library.impl(op.name, _kernel_or_reference(kernel, op.reference), key)
+    torch.library.register_fake(f"quantkit::{op.name}", op.fake, lib=library)
+
+
 def _kernel_or_reference(
     kernel: Callable[..., Any], reference_of: Callable[..., Any]
 ) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         result = kernel(*arguments)
-        return reference_of(*arguments) if result is None else result
+        return reference_of(*arguments) if result is NotImplemented else result
 
     return run
 
 
-for _name in (
-    "block_amax",
-    "encode_blocks",
-    "quantize_blocks",
-    "dequantize_blocks",
-    "observe_rows",
-    "quantize_rows",
-    "quantize_kv",
-    "pack_weight",
-    "matmul_int8",
-    "matmul_fp8",
-    "matmul_weight_only",
-    "matmul_bf16",
-):
-    _library.impl(_name, getattr(fallback, f"reference_{_name}"), "CompositeExplicitAutograd")
-    _library.impl(_name, getattr(cpu, f"cpu_{_name}"), "CPU")
-    torch.library.register_fake(f"quantkit::{_name}", globals()[f"_fake_{_name}"], lib=_library)
-    if _name in cuda.KERNELS:
-        _library.impl(
-            _name,
-            _kernel_or_reference(cuda.KERNELS[_name], getattr(fallback, f"reference_{_name}")),
-            "CUDA",
-        )
+_library = torch.library.Library("quantkit", "DEF")
+for _op in ALL_OPS:
+    _register(_library, _op)

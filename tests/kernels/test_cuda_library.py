@@ -12,7 +12,7 @@ import pytest
 
 from quantkit.ops import native
 
-LIBRARY = native._find(native.CUDA_LIBRARY_NAME)
+LIBRARY = native.find_library(native.CUDA_LIBRARY_NAME)
 if LIBRARY is None:
     pytest.skip(
         "the CUDA kernels weren't built: there was no nvcc when quantkit was installed",

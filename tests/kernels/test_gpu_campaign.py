@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "kernels" / "bench"))
 
 import gpu  # noqa: E402
 
 
+@pytest.mark.slow
 def test_what_fails_is_written_and_loses_nothing_else(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -37,6 +40,7 @@ def test_what_fails_is_written_and_loses_nothing_else(tmp_path):
     assert "no compiled CUDA kernels" in (tmp_path / "out" / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_ended(tmp_path):
     campaign = gpu.Campaign(tmp_path, 60, None, None)
     ended = campaign.command(

@@ -1,4 +1,4 @@
-"""kernels/cpu/observe_rows.cpp against reference_observe_rows in quantkit/ops/fallback.py, bit for
+"""kernels/cpu/observe_rows.cpp against observe_rows in quantkit/ops/fallback.py, bit for
 bit, with every instruction set that this processor has.
 
 All six statistics are compared as bits; a NaN equals every NaN.
@@ -23,7 +23,7 @@ if LIBRARY is None:
 
 observe_rows = torch.ops.quantkit.observe_rows
 INPUTS = [torch.bfloat16, torch.float16, torch.float32]
-NAMES = list(fallback._STATISTICS)
+NAMES = list(fallback.STATISTICS)
 # Around a chunk of rows, the vectors of every set, and their tiles of 16, 32 and 64 columns.
 ROWS = [1, 3, 63, 64, 65, 130]
 COLUMNS = [1, 7, 15, 17, 31, 33, 63, 64, 65, 127, 130, 257]
@@ -81,7 +81,7 @@ def empty_statistics(columns: int) -> tuple[Tensor, ...]:
     lengths = (columns, columns, ops.HISTOGRAM_BINS, ops.HISTOGRAM_BINS, 2, 2)
     statistics = tuple(
         torch.zeros(length, dtype=dtype)
-        for length, dtype in zip(lengths, fallback._STATISTICS.values())
+        for length, dtype in zip(lengths, fallback.STATISTICS.values())
     )
     statistics[4][0], statistics[4][1] = torch.inf, -torch.inf
     return statistics
@@ -117,7 +117,7 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], about:
 def check(batches: Tensor | list[Tensor], above: float = 0.3) -> tuple[Tensor, ...]:
     """Every level gives the reference's statistics, which are returned."""
     batches = [batches] if isinstance(batches, Tensor) else batches
-    expected = observed(batches, above, fallback.reference_observe_rows)
+    expected = observed(batches, above, fallback.observe_rows)
     for level in LEVELS_HERE:
         assert LIBRARY.qk_select_cpu_level(level) == 0
         about = (
@@ -390,7 +390,7 @@ def test_the_kernel_touches_only_its_columns(dtype):
         # aren't written.
         values = torch.full_like(generous, torch.nan)
         values[:, first:last] = generous[:, first:last]
-        expected = observed([generous[:, first:last]], 0.3, fallback.reference_observe_rows)
+        expected = observed([generous[:, first:last]], 0.3, fallback.observe_rows)
         for level in LEVELS_HERE:
             LIBRARY.qk_select_cpu_level(level)
             amax, squares = torch.full((300,), -7.0), torch.full((300,), -7.0, dtype=torch.float64)
@@ -472,7 +472,7 @@ def test_statistics_of_another_shape_or_type_are_refused():
     values = torch.ones(3, 8)
     for index, name in enumerate(NAMES):
         for wrong in (
-            torch.zeros(7, dtype=fallback._STATISTICS[name]),
+            torch.zeros(7, dtype=fallback.STATISTICS[name]),
             empty_statistics(8)[index].to(torch.float16),
             empty_statistics(8)[index].repeat_interleave(2)[::2],
         ):

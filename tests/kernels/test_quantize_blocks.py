@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.ops import native, reference
-from quantkit.ops.arguments import INPUT_NUMBERS
+from quantkit.ops.arguments import FLOAT_NUMBERS
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
 from quantkit.schemes.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
 
@@ -456,6 +456,7 @@ def test_nan_and_infinity_stay_in_their_block(dtype, granularity, bad):
 # Rounding: every value, every tie, every code.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @formats
 def test_every_16_bit_value_under_many_scales(dtype, number_format):
@@ -541,6 +542,7 @@ def test_quotients_next_to_a_rounding_boundary_are_correctly_rounded(number_form
     check_encode(values, scale.reshape(-1, 1), QuantSpec(number_format, CHANNEL))
 
 
+@pytest.mark.slow
 @formats
 def test_random_quotients_of_float32(number_format):
     scale = torch.cat([random_float32(4500, (-60, 60), 1), random_float32(500, (-126, 110), 2)])
@@ -608,7 +610,7 @@ def test_kernels_stay_inside_their_buffers(dtype, granularity):
         values = sample(shape, dtype, 5)
         _memory, pointer, stride = fenced(values, torch.nan)
         blocks = granularity.block_shape(*shape)
-        matrix = (pointer, INPUT_NUMBERS[dtype], *shape, stride, *blocks)
+        matrix = (pointer, FLOAT_NUMBERS[dtype], *shape, stride, *blocks)
         scale_shape = granularity.scale_shape(*shape)
         for level in LEVELS_HERE:
             LIBRARY.qk_select_cpu_level(level)
@@ -775,6 +777,7 @@ def test_schemas_and_fakes_describe_the_ops(shape, number_format):
         )
 
 
+@pytest.mark.slow
 def test_the_environment_variable_chooses_the_level():
     script = """if True:
         import os

@@ -7,7 +7,8 @@ import torch
 from levels import LIBRARY, levels_here, on_level
 from torch import Tensor
 
-from quantkit.ops import native, score_logits
+from quantkit.ops import fallback, native
+from quantkit.ops.score_logits import TokenScores
 
 if LIBRARY is None:
     pytest.skip(
@@ -50,12 +51,7 @@ class Head:
 
 
 def check(
-    found: score_logits.Figures,
-    head: Head,
-    hidden: Tensor,
-    own: Head,
-    own_hidden: Tensor,
-    targets: Tensor,
+    found: TokenScores, head: Head, hidden: Tensor, own: Head, own_hidden: Tensor, targets: Tensor
 ) -> None:
     ours, theirs = head.logits(hidden).log_softmax(-1), own.logits(own_hidden).log_softmax(-1)
     bound = 2 * max(head.bound(hidden), own.bound(own_hidden)) + 3e-6
@@ -173,9 +169,7 @@ def test_kernel_and_reference_agree():
     head, own = Head(2100, 64, True), Head(2100, 64, True)
     hidden, targets = torch.randn(20, 64).bfloat16(), torch.randint(0, 2100, (20,))
     arguments = (hidden, head.packed, head.bias, targets, 2100, hidden, own.packed, own.bias)
-    for ours, theirs in zip(
-        OPS.score_logits(*arguments), score_logits._reference_score_logits(*arguments)
-    ):
+    for ours, theirs in zip(OPS.score_logits(*arguments), fallback.score_logits(*arguments)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

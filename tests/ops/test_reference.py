@@ -13,6 +13,8 @@ from quantkit.ops.reference import (
     dequantize,
     encode_codes,
     kv_scale,
+    power_ratio_db,
+    power_ratio_db_of_floats,
     quantize,
     quantized_linear,
     sqnr_db,
@@ -265,6 +267,10 @@ def test_sqnr_of_an_exact_copy_is_infinite_and_of_lost_zeros_minus_infinite():
     assert sqnr_db(torch.ones(3), torch.ones(3)) == torch.inf
     assert sqnr_db(torch.zeros(3), torch.zeros(3)) == torch.inf
     assert sqnr_db(torch.zeros(3), torch.ones(3)) == -torch.inf
+    for signal, noise in ((3.0, 0.0), (0.0, 0.0), (0.0, 2.0), (5.0, 2.0)):
+        assert power_ratio_db_of_floats(signal, noise) == pytest.approx(
+            float(power_ratio_db(torch.tensor(signal).double(), torch.tensor(noise).double()))
+        )
 
 
 def test_e4m3_gives_31_5_db_whatever_the_scale():
