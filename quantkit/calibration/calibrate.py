@@ -48,12 +48,12 @@ from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import HiddenStates, available_memory, peak_memory_bytes
 from quantkit.models.saved_states import SavedStates
 from quantkit.models.tensor_roles import linears_of
-from quantkit.schemes.pattern import Pattern, covering_patterns
+from quantkit.schemes.pattern import covering_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.calibration.block_quantizer import BlockChooser
+    from quantkit.calibration.block_quantizer import BlockQuantizer
     from quantkit.calibration.observers import BlockStatistics
     from quantkit.calibration.weight_files import ChosenFiles
     from quantkit.models.blockwise import BlockwiseModel
@@ -282,21 +282,21 @@ class _Run:
             self.ranks.device,
         )
 
-    def _chooser(self) -> BlockChooser | None:
+    def _chooser(self) -> BlockQuantizer | None:
         """What chooses weights, where the recipe asks for that; the schemes are those that `export`
         will use, refused here if it would refuse them.
         """
         recipe = self.options.recipe
         if recipe is None or not recipe.chooses_weights:
             return None
-        from quantkit.calibration.block_quantizer import BlockChooser
+        from quantkit.calibration.block_quantizer import BlockQuantizer
         from quantkit.calibration.rotate import make_rotation
 
         assignment = assign_layers(self.checkpoint, recipe)
         rotation = recipe.algorithm("rotation") and make_rotation(
             recipe.algorithm("rotation"), self.model, self.options.seed
         )
-        return BlockChooser(
+        return BlockQuantizer(
             self.model,
             recipe,
             {name: linear.scheme for name, linear in assignment.linears.items()},
@@ -427,14 +427,7 @@ class _Run:
         from quantkit.calibration.hooks import BlockRecorder
         from quantkit.calibration.observers import BlockStatistics
 
-        patterns = [Pattern(text) for text in self.options.gram]
-        recorder = BlockRecorder(
-            self.model,
-            number,
-            block,
-            self.options.all_experts,
-            lambda name: any(pattern.matches(name) for pattern in patterns),
-        )
+        recorder = BlockRecorder(self.model, number, block, self.options.all_experts)
         total, earlier = BlockStatistics(), {}
         quarter_of = {batch: 4 * batch // len(self.batches) for batch in self.mine}
 
