@@ -108,9 +108,9 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
             "rotations": {
                 "block": "text",
                 "change": "magnitude",
-                "norms": "texts?",
-                "writers": "texts?",
-                "heads": "texts?",
+                "norms": "texts, maybe none",
+                "writers": "texts, maybe none",
+                "heads": "texts, maybe none",
                 "linears": "rotated linears, or absent",  # earlier versions didn't say
             }
         },
