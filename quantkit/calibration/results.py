@@ -28,7 +28,7 @@ from quantkit.checkpoint.files import blake3_file
 from quantkit.checkpoint.output_dir import CALIBRATION_FILE
 from quantkit.checkpoint.reader import Checkpoint, TensorInfo, read_header, read_json, read_tensor
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError
-from quantkit.schemes.algorithms import ALGORITHMS
+from quantkit.schemes.algorithms import ALGORITHMS, CHANGES_WEIGHTS
 from quantkit.schemes.recipe import ObserverChoice, Recipe
 from quantkit.schemes.scheme import QuantSpec
 
@@ -137,6 +137,21 @@ class Calibration:
                 f"{self.path} was made for another recipe; export with the same recipe, or"
                 " calibrate without one, which serves every scheme"
             )
+
+    def require_recoverable(self) -> None:
+        """Refuse algorithms that changed weights in another way than by rotating them or scaling
+        their rows and columns: only that is undone from codes.
+        """
+        recipe = self.description.get("recipe")
+        if recipe is None:
+            return
+        for algorithm in Recipe.from_mapping(recipe, str(self.path)).algorithms:
+            if algorithm.row.changes == CHANGES_WEIGHTS:
+                raise CalibrationError(
+                    f"{self.path}: {algorithm.name} changed weights in a way that can't be undone"
+                    " from their codes, so layers can't be scored one by one; leave out"
+                    " --calibration to score rounding to nearest"
+                )
 
     @cached_property
     def weights(self) -> dict[str, TensorInfo]:

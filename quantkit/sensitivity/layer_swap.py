@@ -385,6 +385,8 @@ class _Weights(StoredWeights):
         EvaluationError where it doesn't say how.
         """
         recipe, calibration = self._plan.options.recipe, self._plan.calibration
+        if calibration is not None:
+            calibration.require_recoverable()
         if calibration is None or not recipe.algorithm("rotation"):
             return
         self._rotation = make_rotation(

@@ -130,7 +130,6 @@ def merged(parts) -> BlockStatistics:
             clone.inputs[name] = InputObserver.from_tensors(name, observer.tensors(name))
             clone.linears[name] = list(part.linears[name])
         clone.heads = {key: type(head)(head.amax.clone()) for key, head in part.heads.items()}
-        clone.grams = {name: type(gram)(gram.gram.clone()) for name, gram in part.grams.items()}
         clone.experts = {name: counts.clone() for name, counts in part.experts.items()}
         total.merge(clone)
     return total
@@ -188,16 +187,10 @@ def assert_same(one: BlockStatistics, other: BlockStatistics) -> None:
             rtol=1e-12,
             atol=0,
         )
-    for ours, theirs in (
-        (one.heads, other.heads),
-        (one.experts, other.experts),
-        (one.grams, other.grams),
-    ):
+    for ours, theirs in ((one.heads, other.heads), (one.experts, other.experts)):
         assert ours.keys() == theirs.keys()
     assert all(torch.equal(head.amax, other.heads[key].amax) for key, head in one.heads.items())
     assert all(torch.equal(counts, other.experts[name]) for name, counts in one.experts.items())
-    for name, gram in one.grams.items():
-        torch.testing.assert_close(gram.gram, other.grams[name].gram)
 
 
 # ---- Linears.
@@ -300,25 +293,6 @@ def test_held_out_values_are_counted_above_what_came_before(stored):
 def _count_above(directory, model: nn.Module, name: str, bound: float) -> int:
     ((inputs,),) = seen_by_hooks(model, {name: model.get_submodule(name)}, BATCHES[2:])[name]
     return int((inputs[:, 1:].float().abs() > bound).sum())
-
-
-def test_gram_matrices_are_kept_for_those_inputs_that_are_asked_for(stored):
-    directory, model = stored("llama")
-    recorded = Recorded(directory, wants_gram=lambda name: name.endswith("q_proj"))
-    assert [list(recorded.block(number).grams) for number in (0, 1)] == [
-        ["model.layers.0.self_attn.q_proj"],
-        ["model.layers.1.self_attn.q_proj"],
-    ]
-    name = "model.layers.1.self_attn.q_proj"
-    rows = torch.cat(
-        [
-            inputs.reshape(-1, 64)
-            for (inputs,) in seen_by_hooks(model, {name: model.get_submodule(name)})[name]
-        ]
-    ).double()
-    torch.testing.assert_close(
-        recorded.block(1).grams[name].gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-4
-    )
 
 
 # ---- Keys and values.
@@ -554,9 +528,7 @@ def test_the_order_is_that_of_the_block_whichever_expert_came_first(stored):
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_batches_merge_in_any_order(stored, kind):
-    recorded = Recorded(
-        stored(kind)[0], quarters=(0, 1, HELD_OUT), wants_gram=lambda name: "q_proj" in name
-    )
+    recorded = Recorded(stored(kind)[0], quarters=(0, 1, HELD_OUT))
     for number in range(2):
         for order in itertools.permutations(recorded.by_batch[number]):
             assert_same(merged(order), recorded.block(number))
@@ -620,12 +592,7 @@ def test_ranks_together_have_what_one_process_has(stored, monkeypatch, count):
     """Also where a rank met experts that another didn't, or no batch at all."""
     directory, _ = stored("mixtral")
     batches = make_batches((1, 1), (1, 2), (2, 3), (1, 1))
-    recorded = Recorded(
-        directory,
-        batches,
-        quarters=(0, 1, 2, HELD_OUT),
-        wants_gram=lambda name: "experts.2" in name or "q_proj" in name,
-    )
+    recorded = Recorded(directory, batches, quarters=(0, 1, 2, HELD_OUT))
     processes = _ProcessesOfOneTest(count)
     monkeypatch.setattr(torch.distributed, "all_reduce", processes.all_reduce)
     monkeypatch.setattr(torch.distributed, "all_gather_object", processes.all_gather_object)
@@ -676,14 +643,13 @@ def test_keys_and_values_that_are_not_finite_name_their_module(stored, which, na
 
 
 def test_tensors_hold_everything_under_the_names_of_the_checkpoint(stored):
-    statistics = Recorded(stored("mixtral")[0], wants_gram=lambda name: "q_proj" in name).block(1)
+    statistics = Recorded(stored("mixtral")[0]).block(1)
     tensors = statistics.tensors()
     name, place = "model.layers.1.self_attn", "model.layers.1.block_sparse_moe.experts"
     assert {
         f"{name}.k_amax",
         f"{name}.v_amax",
-        f"{name}.q_proj.gram",
         f"{place}.expert_tokens",
         f"{place}.1.w2.channel_amax",
     } <= tensors.keys()
-    assert len(tensors) == 7 * len(statistics.inputs) + 2 + 1 + 1
+    assert len(tensors) == 7 * len(statistics.inputs) + 2 + 1
