@@ -8,7 +8,7 @@ that still have no codes at the end are rounded to nearest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -173,18 +173,19 @@ class LayerGroup:
         """
         paths = list(self.linears)
 
-        def sent(index: int) -> tuple[QuantizedTensor, Found]:
-            """Codes as bytes and without their spec: neither E4M3 tensors nor formats, which are
-            compared by identity, survive being sent.
+        def sent(index: int) -> tuple[Tensor, Tensor, Found]:
+            """Codes as bytes, their scales, and no spec: neither E4M3 tensors nor formats, which
+            are compared by identity, survive being sent.
             """
             codes, found = solve(paths[index])
-            return replace(codes, qdata=codes.qdata.view(torch.uint8), spec=None), found
+            return codes.qdata.view(torch.uint8), codes.scale, found
 
         results: dict[str, Found] = {}
-        for path, (codes, found) in zip(paths, self.workers.shared(sent, range(len(paths)))):
+        shared = self.workers.shared(sent, range(len(paths)))
+        for path, (content, scale, found) in zip(paths, shared):
             linear, device = self.linears[path], self.workers.device
             spec = linear.scheme.weight
-            qdata = codes.qdata.to(device).view(getattr(torch, spec.format.torch_name))
-            linear.codes = QuantizedTensor(qdata, codes.scale.to(device), spec)
+            qdata = content.to(device).view(getattr(torch, spec.format.torch_name))
+            linear.codes = QuantizedTensor(qdata, scale.to(device), spec)
             results[path] = found
         return results

@@ -161,7 +161,7 @@ def _quantize_group(
         quantized.linears[linear.name] = linear.codes
         quantized.describe({"linears": [linear.described]})
         if linear.bias is not None and linear.bias_changed:
-            work.block.get_submodule(path).bias.data = linear.bias
+            work.linear(path).bias.data = linear.bias
             work.stored[work.names.parameters[f"{path}.bias"]] = linear.bias
         _replace_linear(work.model, work.block, path, linear.codes, linear.scheme)
 
@@ -176,7 +176,7 @@ def _group_linears(
         inputs = sum_inputs(work, specs, needs)
     linears = {}
     for path in paths:
-        bias = work.block.get_submodule(path).bias
+        bias = work.linear(path).bias
         is_stored = f"{path}.bias" in work.names.parameters
         linears[path] = GroupLinear(
             work.names.linears[path],
@@ -192,7 +192,9 @@ def _replace_linear(
     model: BlockwiseModel, block: nn.Module, path: str, weight: QuantizedTensor, scheme: QuantScheme
 ) -> None:
     linear = block.get_submodule(path)
+    assert isinstance(linear, nn.Linear), f"{path} is quantized already, or no Linear"
     dtype = model.model.config.dtype
+    assert isinstance(dtype, torch.dtype), "build_skeleton gives every model a dtype"
     block.set_submodule(
         path, QuantizedLinear(weight, _with_dynamic_inputs(scheme), None, linear.bias, dtype)
     )
@@ -202,8 +204,6 @@ def _with_dynamic_inputs(scheme: QuantScheme) -> QuantScheme:
     """The scheme with its input scales computed from each token, where they are static: those are
     measured last, on the weights that are quantized here.
     """
-    return (
-        replace(scheme, input=replace(scheme.input, granularity=TOKEN, dynamic=True))
-        if scheme.needs_calibration
-        else scheme
-    )
+    if scheme.input is None or not scheme.needs_calibration:
+        return scheme
+    return replace(scheme, input=replace(scheme.input, granularity=TOKEN, dynamic=True))

@@ -95,9 +95,7 @@ class BlockRun:
         self.schemes = {
             path: schemes[name] for path, name in self.names.linears.items() if name in schemes
         }
-        self.weights = {
-            path: block.get_submodule(path).weight.data.float() for path in self.schemes
-        }
+        self.weights = {path: self.linear(path).weight.data.float() for path in self.schemes}
         self.stored: dict[str, Tensor] = {}
         self.trace: Trace = self.ranks.first_decides(self._trace)
         self.groups = self._groups()
@@ -106,6 +104,11 @@ class BlockRun:
     @property
     def ranks(self) -> Ranks:
         return self.workers.ranks
+
+    def linear(self, path: str) -> nn.Linear:
+        module = self.block.get_submodule(path)
+        assert isinstance(module, nn.Linear), f"{path} is quantized already, or no Linear"
+        return module
 
     def run(self, batch: int) -> Tensor:
         hidden = self._states.get(batch).to(self.model.device)

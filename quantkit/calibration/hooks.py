@@ -141,8 +141,8 @@ class BlockRecorder:
                 batch.observe_linear(names_of[path], inputs)
 
         self._hooks = ExitStack()
-        linears = {path: block.get_submodule(path) for path in names_of}
-        self._hooks.enter_context(capture(linears, before=observe))
+        observed = {path: block.get_submodule(path) for path in names_of}
+        self._hooks.enter_context(capture(observed, before=observe))
 
     @contextmanager
     def batch(

@@ -300,8 +300,8 @@ class BlockStatistics:
                     f"the input of {name} holds NaN or infinity; the model overflows on this text"
                     " or its weights are damaged"
                 )
-        for (module, which), observer in self.heads.items():
-            if not torch.isfinite(observer.amax).all():
+        for (module, which), head in self.heads.items():
+            if not torch.isfinite(head.amax).all():
                 raise CalibrationError(
                     f"the {'keys' if which == 'k' else 'values'} of {module} hold NaN or infinity;"
                     " the model overflows on this text"
@@ -316,7 +316,7 @@ class BlockStatistics:
         whole = self._structure_of_all(ranks)
         whole.merge(self)
         places: dict[tuple[torch.dtype, str], list[tuple[Observer, str]]] = {}
-        for observer in (*whole.inputs.values(), *whole.heads.values()):
+        for observer in [*whole.inputs.values(), *whole.heads.values()]:
             for name, how in observer.combined_fields():
                 key = getattr(observer, name).dtype, how
                 places.setdefault(key, []).append((observer, name))

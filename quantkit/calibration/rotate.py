@@ -34,7 +34,7 @@ from quantkit.models.blockwise import BlockwiseModel
 from quantkit.models.dataflow import KnownTensors, is_scaled_by_vector
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.hooks import EnoughSeen, capture
-from quantkit.schemes.algorithms import Description
+from quantkit.schemes.algorithms import Description, Table
 from quantkit.schemes.recipe import Algorithm
 
 # Positions of the window on which all blocks are tried first.
@@ -565,9 +565,8 @@ def change_block(work: BlockRun, settings: Algorithm) -> BlockChanges:
 
 def describe(chosen: Mapping[str, Any]) -> Description:
     rotated = chosen["rotations"]
-    if not rotated:
-        tables = ()
-    else:
+    tables: tuple[Table, ...] = ()
+    if rotated:
         rows = [
             [
                 entry["block"],

@@ -86,7 +86,7 @@ def _searched(
     fold scales other columns, so that none changes what another is searched on.
     """
     first = [fold.consumers[0] for fold in folds]
-    width = max(work.block.get_submodule(path).in_features for path in first)
+    width = max(work.linear(path).in_features for path in first)
     samples, importance = sample_inputs(work, first, min(SEARCH_ROWS, SEARCH_NUMBERS // width))
 
     def search(index: int) -> Smoothing | None:
