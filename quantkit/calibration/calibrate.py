@@ -214,7 +214,7 @@ def _prepare(
     )
     ranks.on_first(lambda: require_linears(model))
     ranks.on_first(model.require_unshared)
-    output = ranks.on_first(
+    output: OutputDirectory | None = ranks.on_first(
         lambda: OutputDirectory(
             options.output,
             plan.fingerprint,
@@ -223,6 +223,8 @@ def _prepare(
             reads=[options.model],
         )
     )
+    partial = ranks.broadcast_from_first(lambda: None if output is None else output.partial)
+    assert partial is not None, "rank 0 has opened CALIB.partial"
     batches = [torch.tensor(batch) for batch in plan.batches]
     return _Session(
         options,
@@ -239,7 +241,7 @@ def _prepare(
         # make rounds otherwise.
         range(ranks.rank, len(batches), ranks.count),
         output,
-        ranks.broadcast_from_first(lambda: output and output.partial),
+        partial,
         None if quantizer is None else _quantized_files(quantizer, output),
     )
 
@@ -252,9 +254,10 @@ def _open_model(
     from quantkit.models.skeleton import StoredWeights, build_skeleton
 
     register_observing_experts()
-    settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
     return BlockwiseModel(
-        build_skeleton(checkpoint, options.trust_remote_code, **settings),
+        build_skeleton(
+            checkpoint, options.trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION
+        ),
         StoredWeights(checkpoint, require_finite=True),
         str(checkpoint.path),
         ranks.device,
@@ -284,7 +287,7 @@ def _block_quantizer(
         recipe,
         {name: linear.scheme for name, linear in assignment.linears.items()},
         threads,
-        settings and make_rotation(settings, model, options.seed),
+        None if settings is None else make_rotation(settings, model, options.seed),
         ranks,
     )
 
@@ -412,7 +415,7 @@ class _Session:
             load_outer=None if quantized is None else lambda: quantized.load_outer(self.batches[0]),
             restore=lambda walk: self._restore(saved, walk),
             after_block=lambda number, walk: saved.stop_or_save(
-                number, self.model.block_count, states, beside=lambda: self._encoded(number, walk)
+                number, self.model.block_count, states, others=lambda: self._encoded(number, walk)
             ),
         )
 
@@ -592,7 +595,7 @@ def _summary_of(
 ) -> CalibrationSummary:
     inputs = description["inputs"]
     # Experts that saw no token have their scale estimated.
-    unread = {
+    without_tokens = {
         linear
         for entry in inputs
         if not entry["tokens"] and not entry["estimated"]
@@ -602,7 +605,7 @@ def _summary_of(
     refused = [info.tensor for info in infos if info.kind == "unreached"]
     linears = [info.name for info in infos if info.kind == "linear"]
     observed = {linear for entry in inputs for linear in entry["linears"]}
-    unread = [name for name in linears if name in unread or name not in observed]
+    unread = [name for name in linears if name in without_tokens or name not in observed]
     ignore = {
         "unread": tuple(covering_patterns(unread, set(linears).difference(unread))),
         "refused": tuple(covering_patterns(refused, linears)),
