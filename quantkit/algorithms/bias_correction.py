@@ -43,7 +43,7 @@ def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
         is_possible = linear.bias is not None and linear.inputs is not None
         if is_possible:
             # By rank 0 for all: the sums of another machine may round otherwise.
-            linear.set_bias(group.workers.ranks.first_decides(partial(_corrected, linear)))
+            linear.set_bias(group.workers.ranks.broadcast_from_first(partial(_corrected, linear)))
         linear.described["bias_corrected"] = is_possible
 
 

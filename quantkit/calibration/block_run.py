@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantkit.algorithms.rotation import Rotation
 from quantkit.calibration.scale_folding import BlockProbe
-from quantkit.models.block_calls import Call
+from quantkit.models.block_inputs import BlockInputs
 from quantkit.models.blockwise import BlockwiseModel
 from quantkit.models.dataflow import Trace, trace
 from quantkit.models.distributed import Ranks
@@ -79,7 +79,7 @@ class BlockRun:
         number: int,
         block: nn.Module,
         batches: Sequence[int],
-        call_of: Callable[[int], Call],
+        call_of: Callable[[int], BlockInputs],
         states: HiddenStates,
         schemes: Mapping[str, QuantScheme],
         workers: Workers,
@@ -97,7 +97,7 @@ class BlockRun:
         }
         self.weights = {path: self.linear(path).weight.data.float() for path in self.schemes}
         self.stored: dict[str, Tensor] = {}
-        self.trace: Trace = self.ranks.first_decides(self._trace)
+        self.trace: Trace = self.ranks.broadcast_from_first(self._trace)
         self.groups = self._groups()
         self._importance: dict[int, Tensor] = {}  # of each batch's tokens, [tokens, 1]
 

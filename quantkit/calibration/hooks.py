@@ -32,7 +32,7 @@ from quantkit.models.experts import (
 )
 from quantkit.models.hooks import capture
 from quantkit.models.linear_views import DOWN, GATE_UP, experts_module
-from quantkit.models.null_cache import PassingCache
+from quantkit.models.null_cache import NullCache
 from quantkit.models.weight_map import ParameterSource, names_on_disk
 from quantkit.ops.linear import QuantizedLinear
 
@@ -206,7 +206,7 @@ def require_linears(model: BlockwiseModel) -> None:
     )
 
 
-class ObservingCache(PassingCache):
+class ObservingCache(NullCache):
     """Stands for a KV cache: measures keys and values after rotary embedding and hands them back;
     keeps nothing.
     """

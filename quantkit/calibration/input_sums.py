@@ -66,13 +66,16 @@ def _sum_inputs_of(
     total = _added_up(total, work.workers)
     if total is None:
         return None
-    if not torch.isfinite(total[3]).all():
-        raise work.ranks.told_once(
-            CalibrationError(
-                f"the input of {work.names.linears[linear]} holds NaN or infinity; the model"
-                " overflows on this text or its weights are damaged"
+    sum_of_squares, name = total[3], work.names.linears[linear]
+
+    def require_finite() -> None:
+        if not torch.isfinite(sum_of_squares).all():
+            raise CalibrationError(
+                f"the input of {name} holds NaN or infinity; the model overflows on this text or"
+                " its weights are damaged"
             )
-        )
+
+    work.ranks.on_first(require_finite)
     count, exact, seen, squares, *grams = total
     return InputSums(exact / count, seen / count, squares / count, *grams)
 

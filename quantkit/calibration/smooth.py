@@ -40,7 +40,7 @@ def needs(settings: Algorithm) -> Needs:
 def change_block(work: BlockRun, settings: Algorithm) -> BlockChanges:
     """Search a scale for each fold of the block, on every rank the same."""
     probe = work.probe() if work.ranks.is_first else None
-    folds, reasons = work.ranks.first_decides(lambda: find_folds(_on_first(probe)))
+    folds, reasons = work.ranks.broadcast_from_first(lambda: find_folds(_on_first(probe)))
     refused = [
         {"linear": work.names.linears.get(path, path), "reason": reason}
         for path, reason in reasons.items()
@@ -67,7 +67,7 @@ def change_block(work: BlockRun, settings: Algorithm) -> BlockChanges:
         after |= changed
         entries.append(_described(work, fold, smoothing))
     changed = {path: tensor for path, tensor in after.items() if tensor is not before[path]}
-    change = work.ranks.first_decides(lambda: _change(_on_first(probe), changed))
+    change = work.ranks.broadcast_from_first(lambda: _change(_on_first(probe), changed))
     if not change < STORED_TOLERANCE:
         reason = f"with the scales as they are stored the block's output changes by {change:.1%}"
         return BlockChanges(described={"refused": refused + _refused(work, folds, reason)})
