@@ -20,7 +20,8 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from quantkit.cli.bench import KINDS, TOKENS, Figure, benchmark, describe, read_bandwidth
+from quantkit.calibration.fields import KINDS
+from quantkit.cli.bench import TOKENS, Figure, benchmark, describe, read_bandwidth
 from quantkit.cli.tables import benchmark_rows
 from quantkit.evaluation.report import markdown_table
 

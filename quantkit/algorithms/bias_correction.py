@@ -11,7 +11,16 @@ with x the exact inputs and x̂ those that the quantized Linear sees.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 from torch import Tensor
+
+from quantkit.algorithms.layer_group import INPUT_SUMS, GroupLinear, LayerGroup, Needs
+from quantkit.checkpoint.units import counted
+from quantkit.schemes.algorithms import Description
+from quantkit.schemes.recipe import Algorithm
 
 
 def corrected_bias(
@@ -21,3 +30,33 @@ def corrected_bias(
     [out_features, in_features]; the means of x and x̂: [in_features].
     """
     return bias.float() + weight.float() @ exact_mean - values @ seen_mean
+
+
+def needs(settings: Algorithm) -> Needs:
+    return INPUT_SUMS
+
+
+def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
+    """Correct the biases that are there, for the codes as they are now."""
+    group.round_to_nearest()
+    for linear in group.linears.values():
+        is_possible = linear.bias is not None and linear.inputs is not None
+        if is_possible:
+            # By rank 0 for all: the sums of another machine may round otherwise.
+            linear.set_bias(group.workers.ranks.broadcast_from_first(partial(_corrected, linear)))
+        linear.described["bias_corrected"] = is_possible
+
+
+def _corrected(linear: GroupLinear) -> Tensor:
+    bias, codes, inputs = linear.bias, linear.codes, linear.inputs
+    assert bias is not None and codes is not None and inputs is not None
+    corrected = corrected_bias(
+        bias, linear.weight, codes.dequantize(), inputs.exact_mean, inputs.seen_mean
+    )
+    return corrected.to(bias.dtype)
+
+
+def describe(chosen: Mapping[str, Any]) -> Description:
+    corrected = sum(entry.get("bias_corrected", False) for entry in chosen["linears"])
+    none = "" if corrected else "; none here has one"
+    return Description((f"bias_correction: biases of {counted(corrected, 'Linear')}{none}",))

@@ -25,12 +25,17 @@ final here.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.algorithms.coordinate_descent import descend
+from quantkit.algorithms.layer_group import InputSums, LayerGroup, Needs
+from quantkit.checkpoint.units import counted
 from quantkit.ops.reference import (
     QuantizedTensor,
     block_amax,
@@ -39,6 +44,8 @@ from quantkit.ops.reference import (
     expand_scale,
     quantize,
 )
+from quantkit.schemes.algorithms import Description
+from quantkit.schemes.recipe import Algorithm
 from quantkit.schemes.scheme import QuantSpec
 
 # Columns beyond a block get the whole block's error in one product.
@@ -181,3 +188,74 @@ def _round_in_order(
             block[column + 1 :] -= torch.outer(factor[column, column + 1 :], errors[column])
         left[:, last:] -= errors.T @ upper[first:last, last:]
     return codes
+
+
+# ---- On a group of Linears.
+
+
+def needs(settings: Algorithm) -> Needs:
+    return Needs(True, True, gram=True, deviation=settings["correct_inputs"])
+
+
+def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
+    """Codes for all Linears of the group, or for none where no token reached it."""
+    if any(linear.inputs is None for linear in group.linears.values()):
+        for linear in group.linears.values():
+            linear.described |= {"error": 0.0, "plain_error": 0.0, "reason": "no token reached it"}
+        return
+    targets = _targets(group, settings)
+    scales = group.scales(targets)
+
+    def solve(path: str) -> tuple[QuantizedTensor, tuple[float, float, str]]:
+        linear = group.linears[path]
+        solution = gptq(
+            linear.weight,
+            linear.scheme.weight,
+            _hessian(linear.inputs),
+            targets[path],
+            settings["damping"],
+            settings["act_order"],
+            scales[path],
+            settings["passes"],
+        )
+        return solution.weight, (solution.error, solution.plain_error, solution.fallback)
+
+    for path, (error, plain_error, fallback) in group.make_codes(solve).items():
+        group.linears[path].described |= {
+            "algorithm": "rtn" if fallback else "gptq",
+            "error": error,
+            "plain_error": plain_error,
+        } | ({"reason": fallback} if fallback else {})
+
+
+def _targets(group: LayerGroup, settings: Algorithm) -> dict[str, Tensor]:
+    """W* of each Linear, or W where inputs aren't to be corrected."""
+    paths = list(group.linears)
+
+    def correct(index: int) -> Tensor:
+        linear = group.linears[paths[index]]
+        if linear.inputs is None or linear.inputs.deviation is None:
+            return linear.weight
+        return corrected_weight(
+            linear.weight, _hessian(linear.inputs), linear.inputs.deviation, settings["damping"]
+        )
+
+    return dict(zip(paths, group.workers.each(correct, range(len(paths)))))
+
+
+def _hessian(inputs: InputSums | None) -> Tensor:
+    assert inputs is not None and inputs.hessian is not None, "GPTQ says that it needs them"
+    return inputs.hessian
+
+
+def describe(chosen: Mapping[str, Any]) -> Description:
+    return Description(tuple(_remarks(chosen["linears"])))
+
+
+def _remarks(linears: list[dict[str, Any]]) -> Iterator[str]:
+    rounded = [entry for entry in linears if entry["algorithm"] == "rtn"]
+    yield f"gptq: codes of {counted(len(linears) - len(rounded), 'Linear')}"
+    for reason, count in Counter(entry.get("reason", "") for entry in rounded).items():
+        first = next(entry["name"] for entry in rounded if entry.get("reason", "") == reason)
+        others = f" and {count - 1} others" if count > 1 else ""
+        yield f"gptq rounded {first}{others} to nearest: {reason}"

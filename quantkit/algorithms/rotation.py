@@ -17,9 +17,26 @@ outlier over all channels evenly.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The matrices of one model.
+
+    stream: R of the residual stream, [hidden size, hidden size], or None to leave it.
+    head: R of each head of values, [head size, head size], or None.
+    untied: name on disk of the output head's tensor → the embedding's, where the two were one
+        tensor and no longer are.
+    """
+
+    stream: Tensor | None
+    head: Tensor | None
+    untied: Mapping[str, str] = field(default_factory=dict)
 
 
 def rotation_matrix(size: int, generator: torch.Generator) -> Tensor:

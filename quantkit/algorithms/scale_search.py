@@ -14,13 +14,18 @@ scales shows all of that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantkit.algorithms.layer_group import INPUT_SUMS, LayerGroup, Needs
+from quantkit.checkpoint.units import counted
 from quantkit.ops.reference import block_amax, block_sum, choose_scale, quantize
+from quantkit.schemes.algorithms import Description
 from quantkit.schemes.number_formats import E8M0
+from quantkit.schemes.recipe import Algorithm
 from quantkit.schemes.scheme import QuantSpec
 
 # What the usual scale is multiplied by.
@@ -66,3 +71,18 @@ def scale_error(
     """The sum above for each block, [block rows, block columns] float32."""
     difference = (weight.float() - quantize(weight, spec, scale).dequantize()).square()
     return block_sum(difference if squares is None else difference * squares, spec.granularity)
+
+
+def needs(settings: Algorithm) -> Needs:
+    return INPUT_SUMS
+
+
+def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
+    """Scales are searched wherever they are chosen: for rounding to nearest, and by GPTQ for the
+    weights that it works on.
+    """
+    group.scale_rule = search_scale
+
+
+def describe(chosen: Mapping[str, Any]) -> Description:
+    return Description((f"scale_search: scales of {counted(len(chosen['linears']), 'Linear')}",))

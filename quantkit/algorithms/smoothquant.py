@@ -11,7 +11,7 @@ It takes one α for a whole model. Here each set of Linears that read one input 
 own: of several the one whose quantized output is nearest to the exact one, on rows that none of
 them was computed from. Root mean squares are tried in place of the maxima, since a channel whose
 one outlier was seen once shouldn't be treated like one that is always large; for INT8 with α = ½,
-and from there the scale is fitted (`smoothing_fit`).
+and from there the scale is fitted (`smoothquant_fit`).
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def search_smoothing(
         found = error(scale)
         if best is None or found < best.error:
             best = Smoothing(scale, alpha, measure, found, plain)
+    assert best is not None, "there is always a candidate"
     return best if strength is not None or best.error < plain else None
 
 

@@ -1,28 +1,29 @@
 """`calibrate`: run text through the model, block by block, and record the statistics of every
 Linear's input and of keys and values.
 
-With a recipe whose algorithms choose weights, each block's are chosen first (`block_quantizer.py`),
-and statistics are those of the block as it will be served.
+With a recipe whose algorithms quantize weights, each block's weights are quantized first
+(`block_quantizer.py`). The statistics are then those of the quantized block.
 
-CALIB holds `calibration.json` (what was measured, from what) and a `block-NNNNN.safetensors` for
-each decoder block, written when the block is finished, beside `weights-NNNNN.safetensors` with what
-algorithms chose: that is what `--resume` continues from. Statistics alone serve every scheme:
-calibrate once, export many.
+CALIB holds `calibration.json` (what was measured, from what) and, for each decoder block, a
+`block-NNNNN.safetensors` with its statistics and a `weights-NNNNN.safetensors` with its quantized
+weights, if any. They are written when the block is finished; `--resume` continues from them.
+Statistics alone serve every scheme: calibrate once, export many.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
-from quantkit.calibration.describe import chosen_remarks, describe_block, is_unsettled
+from quantkit.calibration.describe import describe_block
 from quantkit.calibration.options import CalibrationOptions, Progress
 from quantkit.calibration.results import SCHEMA_VERSION, Calibration
+from quantkit.calibration.summary import CalibrationSummary, summary_of
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.finished_output import CALIBRATION_FILE, finished_already
 from quantkit.checkpoint.formats import read_quantization_config
@@ -34,60 +35,24 @@ from quantkit.checkpoint.writer import write_tensors
 from quantkit.data.bundled import BUNDLED_CALIBRATION
 from quantkit.data.sampling import calibration_windows
 from quantkit.data.text_overlap import token_pieces
-from quantkit.data.tokenizer import load_tokenizer
-from quantkit.data.windows import Windows, window_length
+from quantkit.data.windows import Windows
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.assignment import assign_layers
 from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import HiddenStates, available_memory, peak_memory_bytes
+from quantkit.models.machine import device_identity, software_versions
 from quantkit.models.saved_states import SavedStates
-from quantkit.models.tensor_roles import linears_of
-from quantkit.schemes.pattern import Pattern, covering_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.calibration.block_quantizer import BlockChooser
+    from quantkit.calibration.block_quantizer import BlockQuantizer
     from quantkit.calibration.observers import BlockStatistics
     from quantkit.calibration.weight_files import ChosenFiles
-    from quantkit.models.blockwise import BlockwiseModel
+    from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
 
 # A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class CalibrationSummary:
-    """What a run did.
-
-    unsettled: inputs whose amax still grew. starved: experts with too few tokens. unread: other
-    Linears that no token reached, which have no static scale.
-    refused: parameters that `export` can't quantize. chosen: what algorithms did, in sentences.
-    ignore: patterns, by "unread" and "refused", that leave just these.
-    """
-
-    path: Path
-    windows: int
-    seq_len: int
-    requested: int
-    inputs: int
-    linears: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    unsettled: tuple[str, ...] = ()
-    starved: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-    ignore: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    was_finished: bool = False
-    chosen: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self).items()
-        }
 
 
 def calibrate(
@@ -109,26 +74,26 @@ def calibrate(
 
     device = pick_device(options.device)
     with joined_ranks(device) as ranks:
-        plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
-        finished = ranks.first_decides(
+        plan = ranks.broadcast_from_first(lambda: _plan(options, checkpoint, device))
+        finished = ranks.broadcast_from_first(
             lambda: (
                 options.resume
                 and finished_already(options.output, plan.fingerprint, options.overwrite)
             )
         )
         if finished:
-            return _summary_of(
+            return summary_of(
                 options,
                 checkpoint,
                 Calibration.open(options.output).description,
                 0.0,
                 was_finished=True,
             )
-        ranks.first_decides(
+        ranks.on_first(
             lambda: check_output(options.output, overwrite=options.overwrite, reads=[options.model])
         )
         with stop_between_steps() as stop:
-            return _Run(options, checkpoint, plan, ranks, stop, on_progress).run()
+            return _prepare(options, checkpoint, plan, ranks, stop, on_progress).run()
 
 
 @dataclass(frozen=True)
@@ -159,15 +124,10 @@ class _Plan:
 
 
 def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _Plan:
-    import torch
-    import transformers
+    from quantkit.models.text import tokenizer_and_length
 
-    from quantkit.models.skeleton import auto_config
-
-    config = auto_config(options.model, options.trust_remote_code)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    seq_len = window_length(
-        options.seq_len, getattr(config.get_text_config(), "max_position_embeddings", None)
+    tokenizer, seq_len = tokenizer_and_length(
+        options.model, options.seq_len, options.trust_remote_code
     )
     names = options.data or (str(BUNDLED_CALIBRATION),)
     windows = calibration_windows(names, tokenizer, options.num_samples, seq_len, options.seed)
@@ -187,15 +147,8 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
         "recipe": options.recipe.canonical() if options.recipe else "",
         "batch size": str(batch_size),
         "choice of experts": "all" if options.all_experts else "router's",
-        "Gram matrices": " ".join(options.gram),
-        "device": (
-            f"{kind} {torch.backends.cpu.get_cpu_capability()}"
-            if kind == "cpu"
-            else f"{kind} {torch.cuda.get_device_name(device)}"
-        ),
-        "quantkit version": __version__,
-        "torch version": torch.__version__,
-        "transformers version": transformers.__version__,
+        "device": device_identity(device),
+        **software_versions(),
     }
     sources = tuple(str(name) for name in options.data) or ("bundled",)
     return _Plan(windows, seq_len, batch_size, sources, fingerprint)
@@ -205,10 +158,122 @@ def block_file(number: int) -> str:
     return f"block-{number:05d}.safetensors"
 
 
-@dataclass
-class _Run:
-    """One calibration on one rank: its batches, the blocks one after the other, and on the first
-    rank CALIB.
+def _prepare(
+    options: CalibrationOptions,
+    checkpoint: Checkpoint,
+    plan: _Plan,
+    ranks: Ranks,
+    stop: StopRequest,
+    on_progress: Progress,
+) -> _Session:
+    """Open the model and CALIB.partial on this rank; what can't be calibrated is refused here."""
+    import torch
+
+    from quantkit.calibration.hooks import require_linears
+
+    started = time.monotonic()
+    threads = max(1, torch.get_num_threads())
+    model = _open_model(options, checkpoint, ranks)
+    quantizer = ranks.first_then_others(
+        lambda: _block_quantizer(options, checkpoint, model, threads, ranks)
+    )
+    ranks.on_first(lambda: require_linears(model))
+    ranks.on_first(model.require_unshared)
+    output: OutputDirectory | None = ranks.on_first(
+        lambda: OutputDirectory(
+            options.output,
+            plan.fingerprint,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            reads=[options.model],
+        )
+    )
+    partial = ranks.broadcast_from_first(lambda: None if output is None else output.partial)
+    assert partial is not None, "rank 0 has opened CALIB.partial"
+    batches = [torch.tensor(batch) for batch in plan.batches]
+    return _Session(
+        options,
+        checkpoint,
+        plan,
+        ranks,
+        stop,
+        on_progress,
+        started,
+        threads,
+        model,
+        batches,
+        # Every rank takes whole batches, the same ones whatever their number: a batch of another
+        # make rounds otherwise.
+        range(ranks.rank, len(batches), ranks.count),
+        output,
+        partial,
+        None if quantizer is None else _quantized_files(quantizer, output),
+    )
+
+
+def _open_model(
+    options: CalibrationOptions, checkpoint: Checkpoint, ranks: Ranks
+) -> BlockwiseModel:
+    from quantkit.calibration.hooks import EXPERTS_IMPLEMENTATION, register_observing_experts
+    from quantkit.models.blockwise import BlockwiseModel
+    from quantkit.models.skeleton import StoredWeights, build_skeleton
+
+    register_observing_experts()
+    return BlockwiseModel(
+        build_skeleton(
+            checkpoint, options.trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION
+        ),
+        StoredWeights(checkpoint, require_finite=True),
+        str(checkpoint.path),
+        ranks.device,
+    )
+
+
+def _block_quantizer(
+    options: CalibrationOptions,
+    checkpoint: Checkpoint,
+    model: BlockwiseModel,
+    threads: int,
+    ranks: Ranks,
+) -> BlockQuantizer | None:
+    """The recipe's algorithms, where they quantize weights. The schemes are those that `export`
+    will use; what it would refuse is refused here.
+    """
+    recipe = options.recipe
+    if recipe is None or not recipe.chooses_weights:
+        return None
+    from quantkit.calibration.block_quantizer import BlockQuantizer
+    from quantkit.calibration.rotate import make_rotation
+
+    assignment = assign_layers(checkpoint, recipe)
+    settings = recipe.algorithm("rotation")
+    return BlockQuantizer(
+        model,
+        recipe,
+        {name: linear.scheme for name, linear in assignment.linears.items()},
+        threads,
+        None if settings is None else make_rotation(settings, model, options.seed),
+        ranks,
+    )
+
+
+def _quantized_files(quantizer: BlockQuantizer, output: OutputDirectory | None) -> ChosenFiles:
+    from quantkit.calibration.weight_files import ChosenFiles
+
+    return ChosenFiles(quantizer, output)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One calibration on one rank, ready to run.
+
+    started: time.monotonic() when the run began.
+    threads: how many batches go through a block at once on a CPU.
+    batches: token ids of all ranks, [windows, positions] each.
+    mine: the numbers of this rank's batches.
+    output: CALIB.partial, on rank 0.
+    partial: its path, on every rank.
+    quantized: the files of quantized weights, where the recipe's algorithms quantize them.
     """
 
     options: CalibrationOptions
@@ -217,30 +282,21 @@ class _Run:
     ranks: Ranks
     stop: StopRequest
     on_progress: Progress
-    output: OutputDirectory | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float
+    threads: int
+    model: BlockwiseModel
+    batches: list[Tensor]
+    mine: Sequence[int]
+    output: OutputDirectory | None
+    partial: Path
+    quantized: ChosenFiles | None
 
     def run(self) -> CalibrationSummary:
-        import torch
-
-        from quantkit.calibration.hooks import require_linears
-
-        self.batches = [torch.tensor(batch) for batch in self.plan.batches]
-        # Every rank takes whole batches, the same ones whatever their number: a batch of another
-        # make rounds otherwise.
-        self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
-        self.threads = max(1, torch.get_num_threads())
-        self.model = self._build()
-        self.chooser = self.ranks.after_first(self._chooser)
-        self.ranks.first_decides(lambda: require_linears(self.model))
-        self.ranks.first_decides(self.model.require_unshared)
-        done = self.ranks.first_decides(self._open_output)
-        self.partial = self.ranks.first_decides(lambda: self.output.partial)
-        self.chosen = self._chosen_files()
-        if self.chosen is not None and not done:
+        done = self.ranks.broadcast_from_first(self._finished_blocks)
+        if self.quantized is not None and not done:
             shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
-            self.chosen.try_rotation(
-                self._build,
+            self.quantized.try_rotation(
+                lambda: _open_model(self.options, self.checkpoint, self.ranks),
                 self.batches[0],
                 shapes,
                 lambda number: self.on_progress(
@@ -255,79 +311,26 @@ class _Run:
                 self._run_blocks(states, done)
             finally:
                 states.close()
-                self.model.close()
-        description = self.ranks.first_decides(self._finish)
-        return _summary_of(
+        description = self.ranks.broadcast_from_first(self._finish)
+        return summary_of(
             self.options, self.checkpoint, description, time.monotonic() - self.started
         )
 
-    def _build(self) -> BlockwiseModel:
-        from quantkit.calibration.hooks import EXPERTS_IMPLEMENTATION, register_observing_experts
-        from quantkit.models.encoder_decoder import open_blockwise
-        from quantkit.models.skeleton import StoredWeights, build_skeleton
+    @property
+    def _opened(self) -> OutputDirectory:
+        assert self.output is not None, "only rank 0 reads and writes CALIB"
+        return self.output
 
-        register_observing_experts()
-        settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
-        skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
-        return open_blockwise(
-            skeleton,
-            StoredWeights(self.checkpoint, require_finite=True),
-            str(self.checkpoint.path),
-            self.ranks.device,
-        )
-
-    def _chooser(self) -> BlockChooser | None:
-        """What chooses weights, where the recipe asks for that; the schemes are those that `export`
-        will use, refused here if it would refuse them.
-        """
-        recipe = self.options.recipe
-        if recipe is None or not recipe.chooses_weights:
-            return None
-        from quantkit.calibration.block_quantizer import BlockChooser
-        from quantkit.calibration.rotate import make_rotation
-
-        assignment = assign_layers(self.checkpoint, recipe)
-        rotation = recipe.algorithm("rotation") and make_rotation(
-            recipe.algorithm("rotation"), self.model, self.options.seed
-        )
-        return BlockChooser(
-            self.model,
-            recipe,
-            {name: linear.scheme for name, linear in assignment.linears.items()},
-            self.threads,
-            rotation,
-            self.ranks,
-        )
-
-    def _chosen_files(self) -> ChosenFiles | None:
-        if self.chooser is None:
-            return None
-        from quantkit.calibration.weight_files import ChosenFiles
-
-        return ChosenFiles(self.chooser, self.output)
-
-    def _open_output(self) -> dict[int, dict[str, Any]]:
-        """CALIB.partial, and which blocks an earlier run finished."""
-        options = self.options
-        self.output = OutputDirectory(
-            options.output,
-            self.plan.fingerprint,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            reads=[options.model],
-        )
+    def _finished_blocks(self) -> set[int]:
+        """The blocks that an earlier run finished: all of their files are there, and whole."""
         numbers = range(self.model.block_count)
-        whole = self.output.finished([file(number) for number in numbers for file in self._files])
-        return {
-            number: whole[block_file(number)]
-            for number in numbers
-            if all(file(number) in whole for file in self._files)
-        }
+        whole = self._opened.finished([file(number) for number in numbers for file in self._files])
+        return {number for number in numbers if all(file(number) in whole for file in self._files)}
 
     @property
     def _files(self) -> tuple[Callable[[int], str], ...]:
-        """The names of what a finished block leaves."""
-        if self.chooser is None:
+        """The names of the files of a finished block."""
+        if self.quantized is None:
             return (block_file,)
         from quantkit.calibration.weight_files import weights_file
 
@@ -338,7 +341,7 @@ class _Run:
         return share // self.ranks.count
 
     def _states_device(self) -> str:
-        """Hidden states stay on a GPU that has room for them beside the blocks."""
+        """Hidden states stay on a GPU that has room for them as well as for blocks."""
         import torch
 
         if not self.ranks.device.startswith("cuda"):
@@ -349,95 +352,65 @@ class _Run:
             * hidden_size
             * self.model.states_dtype.itemsize
         )
-        return (
-            self.ranks.device
-            if needed < torch.cuda.mem_get_info(self.ranks.device)[0] // 4
-            else "cpu"
-        )
+        free = torch.cuda.mem_get_info(self.ranks.device)[0]
+        return self.ranks.device if needed < free // 4 else "cpu"
 
     # -- The blocks.
 
-    def _run_blocks(self, states: HiddenStates, done: Mapping[int, Any]) -> None:
+    def _run_blocks(self, states: HiddenStates, done: Container[int]) -> None:
         from quantkit.calibration.hooks import ObservingCache
 
         self.on_progress(0, self.model.block_count, "calibrate: embeddings")
-        if self.chosen is None:
-            self.model.load_outer(with_head=False)
-        else:
-            self.chosen.load_outer(self.batches[0])
-        states.expect(
-            {number: self.model.states_shape(self.batches[number]) for number in self.mine},
-            self.model.states_dtype,
-        )
-        calls = dict(
-            zip(
-                self.mine,
-                self.model.record(
-                    [self.batches[number] for number in self.mine],
-                    states,
-                    ObservingCache(),
-                    self.mine,
-                ),
-            )
-        )
-        self.model.free_outer()
-        self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
-        # What blocks hand on beside hidden states isn't saved: those that are done run again.
-        first = (
-            0 if any(self.ranks.all_gather(self.model.hands_on)) else self._restore(states, calls)
-        )
-        for number in range(first, self.model.block_count):
-            with self.model.block(number) as block:
-                if self.chosen is not None and number in done:
-                    self.chosen.install(number, block)
-                elif self.chosen is not None:
-                    self.on_progress(
-                        number,
-                        self.model.block_count,
-                        f"calibrate: choosing weights of block {number + 1} of"
-                        f" {self.model.block_count}",
-                    )
-                    self.chosen.choose(number, block, self.mine, calls, states)
-                if number in done:
-                    self._pass(number, block, calls, states)
-                else:
-                    self._measure(number, block, calls, states)
-            for batch in self.mine:
-                calls[batch][number] = None
-            states.turn()
-            self.model.pass_on(
-                number, {batch: self.batches[batch] for batch in self.mine}, states, calls
-            )
-            self.saved.stop_or_save(
-                number,
-                self.model.block_count,
-                states,
-                beside=lambda number=number: self._encoded(number),
-            )
+        saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
+        quantized = self.quantized
 
-    def _measure(
-        self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates
-    ) -> None:
+        def on_block(step: BlockStep) -> None:
+            if quantized is not None:
+                self._quantize(step, quantized, is_done=step.number in done)
+            if step.number in done:
+                self._pass(step)
+            else:
+                self._measure(step)
+
+        self.model.walk(
+            {batch: self.batches[batch] for batch in self.mine},
+            states,
+            on_block,
+            cache=ObservingCache(),
+            load_outer=None if quantized is None else lambda: quantized.load_outer(self.batches[0]),
+            restore=lambda walk: self._restore(saved, walk),
+            after_block=lambda number, walk: saved.stop_or_save(
+                number, self.model.block_count, states, others=lambda: self._encoded(number, walk)
+            ),
+        )
+
+    def _quantize(self, step: BlockStep, quantized: ChosenFiles, is_done: bool) -> None:
+        """Give a block its quantized weights: an earlier run's, or new ones."""
+        if is_done:
+            quantized.install(step.number, step.block)
+            return
+        self.on_progress(
+            step.number,
+            self.model.block_count,
+            f"calibrate: choosing weights of block {step.number + 1} of {self.model.block_count}",
+        )
+        quantized.choose(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
+
+    def _measure(self, step: BlockStep) -> None:
         from quantkit.calibration.hooks import BlockRecorder
         from quantkit.calibration.observers import BlockStatistics
 
-        patterns = [Pattern(text) for text in self.options.gram]
-        recorder = BlockRecorder(
-            self.model,
-            number,
-            block,
-            self.options.all_experts,
-            lambda name: any(pattern.matches(name) for pattern in patterns),
-        )
-        total, earlier = BlockStatistics(), {}
+        number = step.number
+        recorder = BlockRecorder(self.model, number, step.block, self.options.all_experts)
+        total = BlockStatistics()
+        earlier: dict[str, float] = {}
         quarter_of = {batch: 4 * batch // len(self.batches) for batch in self.mine}
 
         def work(batch: int) -> BlockStatistics:
             with recorder.batch(
                 self.batches[batch].shape, quarter_of[batch], earlier
             ) as statistics:
-                hidden = states.get(batch).to(self.model.device)
-                states.put(batch, self.model.run_block(block, calls[batch][number], hidden))
+                step.advance(batch)
             return statistics
 
         try:
@@ -465,23 +438,12 @@ class _Run:
         if self.ranks.is_first:
             self._write(number, whole, recorder)
 
-    def _pass(
-        self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates
-    ) -> None:
-        """Run a block whose statistics are there, for the hidden states behind it."""
+    def _pass(self, step: BlockStep) -> None:
+        """Run a block whose statistics are there, for the hidden states after it."""
+        for batch, _ in zip(self.mine, self._each(step.advance, self.mine)):
+            self._tell(step.number, batch, "again, ")
 
-        def work(batch: int) -> None:
-            states.put(
-                batch,
-                self.model.run_block(
-                    block, calls[batch][number], states.get(batch).to(self.model.device)
-                ),
-            )
-
-        for batch, _ in zip(self.mine, self._each(work, self.mine)):
-            self._tell(number, batch, "again, ")
-
-    def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Any:
+    def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Iterator[Any]:
         from quantkit.models.threads import each_batch
 
         return each_batch(work, batches, self.model.device, self.threads)
@@ -499,54 +461,50 @@ class _Run:
         self.on_progress(done, self.model.block_count, text)
 
     def _write(self, number: int, statistics: BlockStatistics, recorder: Any) -> None:
-        name = block_file(number)
-        path = self.output.partial / name
+        output, name = self._opened, block_file(number)
+        path = output.partial / name
         write_tensors(path, statistics.tensors())
         described = describe_block(statistics, recorder, name)
-        self.output.record(
+        output.record(
             name,
             {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described},
         )
 
-    def _restore(self, states: HiddenStates, calls: Mapping[int, Any]) -> int:
-        """The block to begin with: the one behind the hidden states that an earlier run saved, if
+    def _restore(self, saved: SavedStates, walk: Walk) -> int:
+        """The block to begin with: the one after the hidden states that an earlier run saved, if
         it did.
         """
-        texts = {batch: self.batches[batch] for batch in self.mine}
-
-        def put_encoded(found: Mapping[str, Tensor]) -> None:
-            self.model.begin_decoder(
-                {batch: found[_encoded_name(batch)] for batch in self.mine}, texts, states, calls
-            )
-
+        # Side outputs aren't saved: blocks that are done run again.
+        if any(self.ranks.all_gather(self.model.has_side_outputs)):
+            return 0
         names = [_encoded_name(batch) for batch in self.mine]
-        return self.saved.restore(
-            states,
+        return saved.restore(
+            walk.states,
             lambda block: self.mine,
             lambda block: names if self.model.reads_encoder(block + 1) else (),
-            put_encoded,
+            lambda found: walk.begin_decoder(
+                {batch: found[_encoded_name(batch)] for batch in self.mine}
+            ),
         )
 
-    def _encoded(self, number: int) -> dict[str, Tensor]:
+    def _encoded(self, number: int, walk: Walk) -> dict[str, Tensor]:
         """What the encoder made of each batch, by its name among saved hidden states, where it is
-        needed behind a block.
+        needed after a block.
         """
-        return (
-            {_encoded_name(batch): self.model.encoded[batch] for batch in self.mine}
-            if self.model.reads_encoder(number + 1)
-            else {}
-        )
+        if not self.model.reads_encoder(number + 1):
+            return {}
+        return {_encoded_name(batch): walk.encoded[batch] for batch in self.mine}
 
     # -- The end.
 
     def _finish(self) -> dict[str, Any]:
-        options, plan = self.options, self.plan
+        options, plan, output = self.options, self.plan, self._opened
         names = [block_file(number) for number in range(self.model.block_count)]
-        entries = [self.output.done[name] for name in names]
+        entries = [output.done[name] for name in names]
         if any("description" not in entry for entry in entries):
             # An earlier run was stopped just before its last rename: everything is written.
             description = Calibration.open(self.partial).description
-            self.output.commit()
+            output.commit()
             return description
         blocks = [entry["description"] for entry in entries]
         description = {
@@ -573,69 +531,21 @@ class _Run:
             "experts": [entry for block in blocks for entry in block["experts"]],
             "token_pieces": token_pieces(plan.windows),
         }
-        if self.chosen is not None:
-            description["chosen"], chosen = self.chosen.describe()
+        if self.quantized is not None:
+            description["chosen"], chosen = self.quantized.describe()
             names, entries = [*names, *chosen], [*entries, *chosen.values()]
         description["files"] = {
             name: {"bytes": entry["bytes"], "blake3": entry["blake3"]}
             for name, entry in zip(names, entries)
         }
-        write_json(self.output.partial / CALIBRATION_FILE, description)
-        for path in self.output.partial.iterdir():
+        write_json(output.partial / CALIBRATION_FILE, description)
+        for path in output.partial.iterdir():
             if path.name not in names and path.name not in (CALIBRATION_FILE, "progress.json"):
                 path.unlink()
-        self.output.commit()
+        output.commit()
         return description
 
 
 def _encoded_name(batch: int) -> str:
     """Of what an encoder made of a batch, among saved hidden states."""
     return f"{batch}.encoded"
-
-
-def _summary_of(
-    options: CalibrationOptions,
-    checkpoint: Checkpoint,
-    description: Mapping[str, Any],
-    seconds: float,
-    was_finished: bool = False,
-) -> CalibrationSummary:
-    inputs = description["inputs"]
-    # Experts that saw no token have their scale estimated.
-    unread = {
-        linear
-        for entry in inputs
-        if not entry["tokens"] and not entry["estimated"]
-        for linear in entry["linears"]
-    }
-    infos = linears_of(checkpoint).roles.values()
-    refused = [info.tensor for info in infos if info.kind == "unreached"]
-    linears = [info.name for info in infos if info.kind == "linear"]
-    observed = {linear for entry in inputs for linear in entry["linears"]}
-    unread = [name for name in linears if name in unread or name not in observed]
-    ignore = {
-        "unread": tuple(covering_patterns(unread, set(linears).difference(unread))),
-        "refused": tuple(covering_patterns(refused, linears)),
-    }
-    return CalibrationSummary(
-        options.output,
-        description["windows"],
-        description["seq_len"],
-        description["windows_requested"],
-        len(inputs),
-        sum(len(entry["linears"]) for entry in inputs),
-        seconds,
-        description["tokens"] / seconds if seconds else 0.0,
-        peak_memory_bytes(),
-        tuple(entry["name"] for entry in inputs if is_unsettled(entry)),
-        tuple(
-            f"{entry['module']}.{number}"
-            for entry in description["experts"]
-            for number in entry["starved"]
-        ),
-        tuple(unread),
-        tuple(refused),
-        ignore,
-        was_finished,
-        tuple(chosen_remarks(description)),
-    )

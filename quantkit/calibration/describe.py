@@ -5,11 +5,10 @@ reader should be warned of.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint.units import counted
+from quantkit.schemes.algorithms import Description
 from quantkit.schemes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -140,54 +139,15 @@ def _expert_groups(
 
 def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
     """What algorithms did, and where they couldn't, in a sentence each."""
+    for each in algorithm_descriptions(description):
+        yield from each.remarks
+
+
+def algorithm_descriptions(description: Mapping[str, Any]) -> Iterator[Description]:
+    """What each algorithm of a calibration says of its work, in the order of work. description: of
+    calibration.json.
+    """
     chosen, recipe = description.get("chosen"), description.get("recipe")
-    if not chosen or not recipe:
-        return
-    names = [algorithm.name for algorithm in Recipe.from_mapping(recipe, "recipe").algorithms]
-    if "rotation" in names:
-        rotated, heads = (
-            chosen["rotations"],
-            sum(len(entry["heads"]) for entry in chosen["rotations"]),
-        )
-        stream = any(entry["norms"] for entry in rotated)
-        what = [
-            *(["the residual stream"] if stream else []),
-            *([f"{counted(heads, 'projection')} of values"] if heads else []),
-        ]
-        worst = max((entry["change"] for entry in rotated), default=0.0)
-        yield (
-            f"rotation: {' and '.join(what) or 'nothing'} rotated; every block returns what it did,"
-            f" up to {worst:.1e} of what it adds to its input"
-        )
-        for name, source in chosen["untied"].items():
-            yield f"rotation: {name} is no longer {source}, so the checkpoint grows by one of them"
-    if "smoothquant" in names:
-        folds, strengths = chosen["folds"], sorted({fold["strength"] for fold in chosen["folds"]})
-        span = f", strengths {strengths[0]:g} to {strengths[-1]:g}" if strengths else ""
-        yield f"smoothquant: {counted(len(folds), 'scale')} folded into what comes before{span}"
-        by_reason = Counter(entry["reason"] for entry in chosen["refused"])
-        for reason, count in by_reason.items():
-            first = next(
-                entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason
-            )
-            yield (
-                "smoothquant left the inputs of"
-                f" {first}{f' and {count - 1} others' if count > 1 else ''} alone: {reason}"
-            )
-    if "scale_search" in names:
-        yield f"scale_search: scales of {counted(len(chosen['linears']), 'Linear')}"
-    if "bias_correction" in names:
-        corrected = sum(entry.get("bias_corrected", False) for entry in chosen["linears"])
-        yield (
-            "bias_correction: biases of"
-            f" {counted(corrected, 'Linear')}{'' if corrected else '; none here has one'}"
-        )
-    if "gptq" in names:
-        rounded = [entry for entry in chosen["linears"] if entry["algorithm"] == "rtn"]
-        yield f"gptq: codes of {counted(len(chosen['linears']) - len(rounded), 'Linear')}"
-        for reason, count in Counter(entry.get("reason", "") for entry in rounded).items():
-            first = next(entry["name"] for entry in rounded if entry.get("reason", "") == reason)
-            yield (
-                f"gptq rounded {first}{f' and {count - 1} others' if count > 1 else ''} to nearest:"
-                f" {reason}"
-            )
+    if chosen and recipe:
+        for algorithm in Recipe.from_mapping(recipe, "recipe").algorithms_in_order:
+            yield algorithm.row.implementation().describe(chosen)

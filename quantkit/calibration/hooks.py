@@ -8,18 +8,19 @@ up) are observed once.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibration.observers import HELD_OUT, BlockStatistics, GramObserver, HeadObserver
+from quantkit.calibration.observers import HELD_OUT, BlockStatistics, HeadObserver
 from quantkit.errors import CheckpointError
 from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models.dataflow import KnownTensors
 from quantkit.models.experts import (
     each_expert,
     expert_linear,
@@ -29,8 +30,9 @@ from quantkit.models.experts import (
     register_experts,
     runs_as_told,
 )
+from quantkit.models.hooks import capture
 from quantkit.models.linear_views import DOWN, GATE_UP, experts_module
-from quantkit.models.null_cache import PassingCache
+from quantkit.models.null_cache import NullCache
 from quantkit.models.weight_map import ParameterSource, names_on_disk
 from quantkit.ops.linear import QuantizedLinear
 
@@ -53,9 +55,7 @@ class _Batch:
     windows: int
     quarter: int
     earlier: Mapping[str, float]
-    seen: dict[tuple[int, int], str] = field(default_factory=dict)
-    # as long as they live, no other tensor gets their address
-    alive: list[Tensor] = field(default_factory=list)
+    seen: KnownTensors = field(default_factory=KnownTensors)
 
     def observe(self, linears: Sequence[str], inputs: Tensor, first: Tensor | None = None) -> None:
         """inputs: [windows, positions, in_features], or tokens [n, in_features] of which `first`,
@@ -69,18 +69,30 @@ class _Batch:
             observer.update_rows(inputs[~first], self.quarter, earlier)
         else:
             observer.update(inputs, self.quarter, earlier)
-        if self.recorder.wants_gram(name):
-            self.statistics.grams.setdefault(
-                name,
-                GramObserver(torch.zeros(inputs.shape[-1], inputs.shape[-1], device=inputs.device)),
-            ).update(inputs)
+
+    def observe_linear(self, names: Sequence[str], inputs: Tensor) -> None:
+        """inputs: of the Linears of these names, [..., in_features]. Linears that are given one
+        tensor are observed once.
+        """
+        if not inputs.numel():
+            return
+        first = self.seen.name_of(inputs)
+        if first is not None:
+            linears = self.statistics.linears[first]
+            linears += [name for name in names if name not in linears]
+            return
+        self.seen.remember(names[0], inputs)
+        if inputs.shape[:-1].numel() == self.windows * self.positions:
+            # also where a dimension of one head stands between
+            inputs = inputs.reshape(self.windows, self.positions, -1)
+        else:
+            inputs = inputs.flatten(0, -2)
+        self.observe(names, inputs)
 
 
-_here = threading.local()
-
-
-def _current() -> _Batch | None:
-    return getattr(_here, "batch", None)
+# The batch that this thread runs, while a recorder records it: transformers calls the experts'
+# forward and the cache with no word of the recorder.
+_RECORDED: ContextVar[_Batch | None] = ContextVar("recorded batch", default=None)
 
 
 class BlockRecorder:
@@ -89,16 +101,11 @@ class BlockRecorder:
     """
 
     def __init__(
-        self,
-        model: BlockwiseModel,
-        number: int,
-        block: nn.Module,
-        all_experts: bool = False,
-        wants_gram: Callable[[str], bool] = lambda name: False,
+        self, model: BlockwiseModel, number: int, block: nn.Module, all_experts: bool = False
     ) -> None:
-        self.all_experts, self.wants_gram = all_experts, wants_gram
+        self.all_experts = all_experts
         prefix = model.block_name(number)
-        self._handles = []
+        names_of: dict[str, list[str]] = {}  # path of a Linear → its names on disk
         self.experts: dict[nn.Module, _Experts] = {}
         self._linears: dict[str, int] = {}  # name on disk → in_features, of every Linear here
         self._order: dict[str, int] = {}  # name on disk → its place in the block
@@ -108,7 +115,7 @@ class BlockRecorder:
             if isinstance(module, LINEARS):
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
-                self._handles.append(module.register_forward_pre_hook(_linear_hook(names)))
+                names_of[path] = names
             elif is_experts(module) and runs_as_told(module):
                 self.experts[module] = experts = _Experts.of(module, name, model)
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
@@ -128,6 +135,15 @@ class BlockRecorder:
                     0
                 ].rpartition(".")[0]
 
+        def observe(path: str, inputs: Tensor) -> None:
+            batch = _RECORDED.get()
+            if batch is not None:
+                batch.observe_linear(names_of[path], inputs)
+
+        self._hooks = ExitStack()
+        observed = {path: block.get_submodule(path) for path in names_of}
+        self._hooks.enter_context(capture(observed, before=observe))
+
     @contextmanager
     def batch(
         self, shape: Sequence[int], quarter: int, earlier: Mapping[str, float]
@@ -136,11 +152,11 @@ class BlockRecorder:
         `InputObserver.update`.
         """
         statistics = BlockStatistics()
-        _here.batch = _Batch(statistics, self, shape[1], shape[0], quarter, earlier)
+        token = _RECORDED.set(_Batch(statistics, self, shape[1], shape[0], quarter, earlier))
         try:
             yield statistics
         finally:
-            _here.batch = None
+            _RECORDED.reset(token)
 
     def complete(self, statistics: BlockStatistics) -> BlockStatistics:
         """The same with an empty observer for each Linear and expert that no token reached, and all
@@ -168,8 +184,7 @@ class BlockRecorder:
         return statistics
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
 
 def require_linears(model: BlockwiseModel) -> None:
@@ -191,32 +206,7 @@ def require_linears(model: BlockwiseModel) -> None:
     )
 
 
-def _linear_hook(names: Sequence[str]) -> Callable[..., None]:
-    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        batch = _current()
-        if batch is None:
-            return
-        inputs = arguments[0]
-        if not inputs.numel():
-            return
-        key = (inputs.data_ptr(), inputs.numel())
-        if key in batch.seen:
-            linears = batch.statistics.linears[batch.seen[key]]
-            linears += [name for name in names if name not in linears]
-            return
-        batch.seen[key] = names[0]
-        batch.alive.append(inputs)
-        if inputs.shape[:-1].numel() == batch.windows * batch.positions:
-            # also where a dimension of one head stands between
-            inputs = inputs.reshape(batch.windows, batch.positions, -1)
-        else:
-            inputs = inputs.flatten(0, -2)
-        batch.observe(names, inputs)
-
-    return hook
-
-
-class ObservingCache(PassingCache):
+class ObservingCache(NullCache):
     """Stands for a KV cache: measures keys and values after rotary embedding and hands them back;
     keeps nothing.
     """
@@ -226,7 +216,7 @@ class ObservingCache(PassingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        batch = _current()
+        batch = _RECORDED.get()
         module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None
         if module is not None:
             for which, states in (("k", key_states), ("v", value_states)):
@@ -336,7 +326,7 @@ def observing_experts(
     hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An
     index beyond the experts is none's.
     """
-    batch, down = _current(), first_and_down(module)[1]
+    batch, down = _RECORDED.get(), first_and_down(module)[1]
     experts = batch.recorder.experts.get(module) if batch is not None else None
     shows_all = experts is not None and batch.recorder.all_experts
     first_position = None

@@ -8,9 +8,9 @@ measured in one pass over the values is `torch.ops.quantkit.observe_rows`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +28,44 @@ QUARTERS = 4
 HELD_OUT = QUARTERS - 1
 
 
+# How a field of an observer combines with another's: it adds, it is a maximum, or it ends in a
+# minimum and a maximum [..., 2].
+SUM, MAX, EXTREMES = "sum", "max", "extremes"
+
+
+def _combined(how: str) -> Any:
+    return field(metadata={"combined": how})
+
+
+class Observer:
+    """Statistics in tensors, each of whose fields says how it combines."""
+
+    def combined_fields(self) -> Iterator[tuple[str, str]]:
+        """Name and SUM, MAX or EXTREMES of each field."""
+        for each in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            yield each.name, each.metadata["combined"]
+
+    def merge(self, other: Self) -> None:
+        for name, how in self.combined_fields():
+            setattr(self, name, _COMBINE[how](getattr(self, name), getattr(other, name)))
+
+
+def _wider(ours: Tensor, theirs: Tensor) -> Tensor:
+    return torch.stack(
+        [torch.minimum(ours[..., 0], theirs[..., 0]), torch.maximum(ours[..., 1], theirs[..., 1])],
+        dim=-1,
+    )
+
+
+_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    SUM: torch.add,
+    MAX: torch.maximum,
+    EXTREMES: _wider,
+}
+
+
 @dataclass
-class InputObserver:
+class InputObserver(Observer):
     """Statistics of the inputs of one Linear, or of several that share their input.
 
     The first position of each window is kept apart: many models put one enormous token there, and a
@@ -45,16 +81,13 @@ class InputObserver:
     these exceed every earlier magnitude.
     """
 
-    channel_amax: Tensor
-    channel_sum_of_squares: Tensor
-    histogram: Tensor
-    token_histogram: Tensor
-    extremes: Tensor
-    first_extremes: Tensor
-    counts: Tensor
-
-    # Which fields add; the others are maxima, or a minimum beside a maximum.
-    SUMS = ("channel_sum_of_squares", "histogram", "token_histogram", "counts")
+    channel_amax: Tensor = _combined(MAX)
+    channel_sum_of_squares: Tensor = _combined(SUM)
+    histogram: Tensor = _combined(SUM)
+    token_histogram: Tensor = _combined(SUM)
+    extremes: Tensor = _combined(EXTREMES)
+    first_extremes: Tensor = _combined(EXTREMES)
+    counts: Tensor = _combined(SUM)
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputObserver:
@@ -116,24 +149,6 @@ class InputObserver:
         )
         self.counts[1] += rows.shape[0]
 
-    def merge(self, other: InputObserver) -> None:
-        self.channel_amax = torch.maximum(self.channel_amax, other.channel_amax)
-        for name in self.SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("extremes", "first_extremes"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            setattr(
-                self,
-                name,
-                torch.stack(
-                    [
-                        torch.minimum(ours[..., 0], theirs[..., 0]),
-                        torch.maximum(ours[..., 1], theirs[..., 1]),
-                    ],
-                    dim=-1,
-                ),
-            )
-
     def is_finite(self) -> bool:
         """Whether no NaN and no infinity was seen."""
         return bool(torch.isfinite(self.channel_amax).all()) and not (
@@ -159,50 +174,24 @@ class InputObserver:
         ]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return {
-            f"{name}.{field}": getattr(self, field).cpu() for field in self.__dataclass_fields__
-        }
+        return {f"{name}.{each.name}": getattr(self, each.name).cpu() for each in fields(self)}
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> InputObserver:
-        return cls(
-            **{field: tensors[f"{name}.{field}"].clone() for field in cls.__dataclass_fields__}
-        )
+        return cls(**{each.name: tensors[f"{name}.{each.name}"].clone() for each in fields(cls)})
 
 
 @dataclass
-class HeadObserver:
+class HeadObserver(Observer):
     """Largest magnitudes of keys or values per head, after rotary embedding. amax: [heads]
     float32.
     """
 
-    amax: Tensor
+    amax: Tensor = _combined(MAX)
 
     def update(self, states: Tensor) -> None:
         """states: [windows, heads, positions, head_dim]."""
         self.amax = torch.maximum(self.amax, states.abs().amax(dim=(0, 2, 3)).float())
-
-    def merge(self, other: HeadObserver) -> None:
-        self.amax = torch.maximum(self.amax, other.amax)
-
-
-@dataclass
-class GramObserver:
-    """Sum of x xᵀ over the tokens of an input, what GPTQ calls the Hessian up to a factor. gram:
-    [in_features, in_features] float32.
-
-    It needs in_features² numbers, so it is kept only for the inputs that are asked for.
-    """
-
-    gram: Tensor
-
-    def update(self, inputs: Tensor) -> None:
-        """inputs: [..., in_features]."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.gram = torch.addmm(self.gram, rows.T, rows)
-
-    def merge(self, other: GramObserver) -> None:
-        self.gram = self.gram + other.gram
 
 
 # ---- How far a static scale should reach, from what was observed.
@@ -265,6 +254,10 @@ def least_error_amax(observer: InputObserver, spec: QuantSpec) -> float:
     return min(candidates, key=error)
 
 
+Key = TypeVar("Key")
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
+
+
 @dataclass
 class BlockStatistics:
     """All observers of one block.
@@ -273,14 +266,12 @@ class BlockStatistics:
     all Linears that read it.
     heads: (attention module, "k" or "v") → observer. experts: experts' module → tokens per expert,
     [experts] int64.
-    grams: by the name of the first Linear, where they are asked for.
     """
 
     inputs: dict[str, InputObserver] = field(default_factory=dict)
     linears: dict[str, list[str]] = field(default_factory=dict)
     heads: dict[tuple[str, str], HeadObserver] = field(default_factory=dict)
     experts: dict[str, Tensor] = field(default_factory=dict)
-    grams: dict[str, GramObserver] = field(default_factory=dict)
 
     def input(
         self, linears: Sequence[str], in_features: int, device: torch.device | str = "cpu"
@@ -296,16 +287,8 @@ class BlockStatistics:
         for name, linears in other.linears.items():
             known = self.linears.setdefault(name, [])
             known += [linear for linear in linears if linear not in known]
-        for ours, theirs in (
-            (self.inputs, other.inputs),
-            (self.heads, other.heads),
-            (self.grams, other.grams),
-        ):
-            for name, observer in theirs.items():
-                if name in ours:
-                    ours[name].merge(observer)
-                else:
-                    ours[name] = observer
+        _merge(self.inputs, other.inputs)
+        _merge(self.heads, other.heads)
         for name, counts in other.experts.items():
             self.experts[name] = self.experts[name] + counts if name in self.experts else counts
 
@@ -317,8 +300,8 @@ class BlockStatistics:
                     f"the input of {name} holds NaN or infinity; the model overflows on this text"
                     " or its weights are damaged"
                 )
-        for (module, which), observer in self.heads.items():
-            if not torch.isfinite(observer.amax).all():
+        for (module, which), head in self.heads.items():
+            if not torch.isfinite(head.amax).all():
                 raise CalibrationError(
                     f"the {'keys' if which == 'k' else 'values'} of {module} hold NaN or infinity;"
                     " the model overflows on this text"
@@ -332,19 +315,18 @@ class BlockStatistics:
             return self
         whole = self._structure_of_all(ranks)
         whole.merge(self)
-        tensors = whole.reducible()
-        for dtype, operation in {
-            (tensor.dtype, operation): None for tensor, operation, _ in tensors
-        }:
-            chosen = [
-                (tensor, put)
-                for tensor, kind, put in tensors
-                if (tensor.dtype, kind) == (dtype, operation)
-            ]
-            for (_, put), reduced in zip(
-                chosen, ranks.reduce([tensor for tensor, _ in chosen], operation)
-            ):
-                put(reduced)
+        places: dict[tuple[torch.dtype, str], list[tuple[Observer, str]]] = {}
+        for observer in [*whole.inputs.values(), *whole.heads.values()]:
+            for name, how in observer.combined_fields():
+                key = getattr(observer, name).dtype, how
+                places.setdefault(key, []).append((observer, name))
+        for (_, how), group in places.items():
+            turn = _upward if how == EXTREMES else torch.Tensor.contiguous
+            tensors = [turn(getattr(observer, name)) for observer, name in group]
+            reduced = ranks.reduce(tensors, SUM if how == SUM else MAX)
+            for (observer, name), tensor in zip(group, reduced):
+                setattr(observer, name, turn(tensor))
+        whole.experts = dict(zip(whole.experts, ranks.reduce([*whole.experts.values()], SUM)))
         return whole
 
     def _structure_of_all(self, ranks: Ranks) -> BlockStatistics:
@@ -362,59 +344,19 @@ class BlockStatistics:
             ],
             [(key, observer.amax.numel()) for key, observer in self.heads.items()],
             [(name, counts.numel()) for name, counts in self.experts.items()],
-            [(name, observer.gram.shape[0]) for name, observer in self.grams.items()],
         )
-        for inputs, heads, experts, grams in ranks.all_gather(described):
+        for inputs, heads, experts in ranks.all_gather(described):
             for linears, in_features in inputs:
                 whole.input(linears, in_features, device)
             for key, count in heads:
                 whole.heads.setdefault(key, HeadObserver(torch.zeros(count, device=device)))
             for name, count in experts:
                 whole.experts.setdefault(name, torch.zeros(count, dtype=torch.int64))
-            for name, size in grams:
-                whole.grams.setdefault(name, GramObserver(torch.zeros(size, size, device=device)))
         return whole
-
-    def reducible(self) -> list[tuple[Tensor, str, Callable[[Tensor], None]]]:
-        """Each tensor, whether it adds or is a maximum, and where its reduced value goes."""
-        found: list[tuple[Tensor, str, Callable[[Tensor], None]]] = []
-
-        def add(place: Any, name: str, operation: str) -> None:
-            found.append(
-                (getattr(place, name), operation, lambda value: setattr(place, name, value))
-            )
-
-        for observer in self.inputs.values():
-            add(observer, "channel_amax", "max")
-            for name in InputObserver.SUMS:
-                add(observer, name, "sum")
-            for name in ("extremes", "first_extremes"):
-                found.append(
-                    (
-                        _upward(getattr(observer, name)),
-                        "max",
-                        lambda value, place=observer, name=name: setattr(
-                            place, name, _upward(value)
-                        ),
-                    )
-                )
-        for head in self.heads.values():
-            add(head, "amax", "max")
-        for name in self.experts:
-            found.append(
-                (
-                    self.experts[name],
-                    "sum",
-                    lambda value, name=name: self.experts.__setitem__(name, value),
-                )
-            )
-        for gram in self.grams.values():
-            add(gram, "gram", "sum")
-        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as it is stored: NAME.FIELD of inputs, MODULE.k_amax and .v_amax per head,
-        MODULE.expert_tokens, NAME.gram.
+        MODULE.expert_tokens.
         """
         tensors: dict[str, Tensor] = {}
         for name, observer in self.inputs.items():
@@ -423,12 +365,17 @@ class BlockStatistics:
             f"{module}.{which}_amax": observer.amax.cpu()
             for (module, which), observer in self.heads.items()
         }
-        tensors |= {
+        return tensors | {
             f"{module}.expert_tokens": counts.cpu() for module, counts in self.experts.items()
         }
-        return tensors | {
-            f"{name}.gram": observer.gram.cpu() for name, observer in self.grams.items()
-        }
+
+
+def _merge(ours: dict[Key, AnyObserver], theirs: Mapping[Key, AnyObserver]) -> None:
+    for key, observer in theirs.items():
+        if key in ours:
+            ours[key].merge(observer)
+        else:
+            ours[key] = observer
 
 
 def _upward(extremes: Tensor) -> Tensor:

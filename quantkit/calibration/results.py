@@ -14,6 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.calibration.fields import (
+    KINDS,
+    OPTIONAL,
+    Damage,
+    Kind,
+    Schema,
+    is_text,
+    require,
+    require_kind,
+)
 from quantkit.checkpoint.files import blake3_file
 from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.header import TensorInfo, read_header
@@ -21,6 +31,7 @@ from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError
+from quantkit.schemes.algorithms import ALGORITHMS, CHANGES_WEIGHTS
 from quantkit.schemes.recipe import ObserverChoice, Recipe
 from quantkit.schemes.scheme import QuantSpec
 
@@ -29,7 +40,6 @@ if TYPE_CHECKING:
     from quantkit.ops.reference import QuantizedTensor
 
 SCHEMA_VERSION = 4
-FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -74,28 +84,29 @@ class Calibration:
             )
         try:
             description = read_json(path / CALIBRATION_FILE, "")
-            version = _count(description, "schema_version")
+            version = require_kind(description, "schema_version", KINDS["count"])
             if version != SCHEMA_VERSION:
                 raise CalibrationError(
                     f"{path} has calibration format {version}, this quantkit reads"
                     f" {SCHEMA_VERSION}; calibrate again"
                 )
             files = _checked_files(description)
+            require(description, _SCHEMA)
             inputs: dict[str, InputStatistics] = {}
-            for entry in _entries(description, "inputs"):
+            for entry in description["inputs"]:
                 statistics = _input_statistics(entry, files)
                 inputs |= dict.fromkeys(statistics.linears, statistics)
             kv_amax = {
-                _text(entry, "module"): (_magnitude(entry, "k_amax"), _magnitude(entry, "v_amax"))
-                for entry in _entries(description, "kv")
+                entry["module"]: (float(entry["k_amax"]), float(entry["v_amax"]))
+                for entry in description["kv"]
             }
-            _require_rest(description)
+            _require_chosen(description)
         except CheckpointError:
             raise CalibrationError(
                 f"{path}/{CALIBRATION_FILE} is damaged (it can't be read as a JSON object);"
                 " calibrate again"
             ) from None
-        except _Damage as damage:
+        except Damage as damage:
             raise CalibrationError(
                 f"{path}/{CALIBRATION_FILE} is damaged ({damage}); calibrate again"
             ) from None
@@ -129,6 +140,21 @@ class Calibration:
                 f"{self.path} was made for another recipe; export with the same recipe, or"
                 " calibrate without one, which serves every scheme"
             )
+
+    def require_recoverable(self) -> None:
+        """Refuse algorithms that changed weights in another way than by rotating them or scaling
+        their rows and columns: only that is undone from codes.
+        """
+        recipe = self.description.get("recipe")
+        if recipe is None:
+            return
+        for algorithm in Recipe.from_mapping(recipe, str(self.path)).algorithms:
+            if algorithm.row.changes == CHANGES_WEIGHTS:
+                raise CalibrationError(
+                    f"{self.path}: {algorithm.name} changed weights in a way that can't be undone"
+                    " from their codes, so layers can't be scored one by one; leave out"
+                    " --calibration to score rounding to nearest"
+                )
 
     @cached_property
     def weights(self) -> dict[str, TensorInfo]:
@@ -227,10 +253,6 @@ class Calibration:
 # ---- Is it what `calibrate` wrote?
 
 
-class _Damage(Exception):
-    """What is wrong with calibration.json."""
-
-
 def _require_as_written(path: Path, entry: Mapping[str, Any]) -> None:
     """A file with the size and the hash that were recorded when it was written."""
     if not path.is_file():
@@ -245,203 +267,86 @@ def _require_as_written(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _checked_files(description: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    files = _value(description, "files", "an object", lambda value: isinstance(value, dict))
+    files = require_kind(description, "files", KINDS["object"])
     for name, entry in files.items():
         if Path(name).name != name or "\0" in name or not isinstance(entry, dict):
-            raise _Damage(f"it names the file {name[:100]!r}, which is not beside it")
-        _count(entry, "bytes"), _text(entry, "blake3")
+            raise Damage(f"it names the file {name[:100]!r}, which is not beside it")
+        require(entry, {"bytes": "count", "blake3": "text"})
     return files
 
 
 def _input_statistics(entry: Mapping[str, Any], files: Mapping[str, Any]) -> InputStatistics:
-    quarters = _value(
-        entry,
-        "amax_quarters",
-        "four magnitudes",
-        lambda value: (
-            isinstance(value, list) and len(value) == 4 and all(map(_is_magnitude, value))
-        ),
-    )
-    _count(entry, "held_out_values"), _count(entry, "held_out_above")
+    is_file = Kind("one of its files", lambda value: is_text(value) and value in files)
+    require_kind(entry, "file", is_file)
     return InputStatistics(
-        _text(entry, "name"),
-        tuple(_texts(entry, "linears")),
-        _count(entry, "in_features"),
-        _count(entry, "tokens"),
-        _magnitude(entry, "amax"),
-        _magnitude(entry, "first_position_amax"),
-        tuple(quarters),
-        _value(entry, "estimated", "true or false", lambda value: isinstance(value, bool)),
-        _value(
-            entry,
-            "file",
-            "one of its files",
-            lambda value: isinstance(value, str) and value in files,
-        ),
+        entry["name"],
+        tuple(entry["linears"]),
+        entry["in_features"],
+        entry["tokens"],
+        float(entry["amax"]),
+        float(entry["first_position_amax"]),
+        tuple(entry["amax_quarters"]),
+        entry["estimated"],
+        entry["file"],
     )
 
 
-def _require_rest(description: Mapping[str, Any]) -> None:
-    """What others read of it, so that they needn't ask whether it is there."""
-    (
-        _text(_object(description, "model"), "path"),
-        _text(_object(description, "model"), "fingerprint"),
-    )
-    (
-        _texts(_object(description, "data"), "sources"),
-        _texts(_object(description, "data"), "source_sha256"),
-        _text(description, "token_pieces"),
-    )
-    for key in ("windows", "windows_requested", "seq_len", "tokens"):
-        _count(description, key)
-    _value(
-        description,
-        "seed",
-        "a whole number",
-        lambda value: isinstance(value, int) and not isinstance(value, bool),
-    )
-    _value(description, "all_experts", "true or false", lambda value: isinstance(value, bool))
-    for entry in _entries(description, "experts"):
-        _text(entry, "module"), _counts(entry, "starved")
-        if "tokens" in entry:
-            _counts(entry, "tokens")
-    if description.get("chosen") is not None:
-        chosen = _object(description, "chosen")
-        for entry in _entries(chosen, "folds"):
-            _text(entry, "into"), _text(entry, "measure"), _texts(entry, "linears")
-            (
-                _magnitude(entry, "error"),
-                _magnitude(entry, "plain_error"),
-                _magnitude(entry, "strength"),
-            )
-        for entry in _entries(chosen, "rotations"):
-            _text(entry, "block"), _magnitude(entry, "change")
-            for key in ("norms", "writers", "heads"):
-                _value(
-                    entry,
-                    key,
-                    "a list of texts",
-                    lambda value: isinstance(value, list) and all(map(_is_text, value)),
-                )
-            if "linears" in entry:  # earlier versions didn't say
-                _value(
-                    entry,
-                    "linears",
-                    "how Linears are rotated",
-                    lambda value: (
-                        isinstance(value, dict) and all(map(_is_rotated_linear, value.values()))
-                    ),
-                )
-        for name, source in _object(chosen, "untied").items():
-            _text({name: source}, name)
-        for entry in _entries(chosen, "refused"):
-            _text(entry, "linear"), _text(entry, "reason")
-        for entry in _entries(chosen, "linears"):
-            _text(entry, "name"), _text(entry, "algorithm"), _text({"reason": ""} | entry, "reason")
-            (
-                _magnitude({"error": 0} | entry, "error"),
-                _magnitude({"plain_error": 0} | entry, "plain_error"),
-            )
-            _value(
-                {"bias_corrected": False} | entry,
-                "bias_corrected",
-                "true or false",
-                lambda value: isinstance(value, bool),
-            )
-        _value(
-            chosen,
-            "files",
-            "names of its files",
-            lambda value: (
-                isinstance(value, list)
-                and all(isinstance(name, str) and name in description["files"] for name in value)
-            ),
-        )
+# What readers of calibration.json rely on.
+_SCHEMA: Schema = {
+    "inputs": [
+        {
+            "name": "text",
+            "linears": "texts",
+            "in_features": "count",
+            "tokens": "count",
+            "amax": "magnitude",
+            "first_position_amax": "magnitude",
+            "amax_quarters": "four magnitudes",
+            "held_out_values": "count",
+            "held_out_above": "count",
+            "estimated": "flag",
+        }
+    ],
+    "kv": [{"module": "text", "k_amax": "magnitude", "v_amax": "magnitude"}],
+    "experts": [{"module": "text", "starved": "counts", "tokens": "counts, or absent"}],
+    "model": {"path": "text", "fingerprint": "text"},
+    "data": {"sources": "texts", "source_sha256": "texts"},
+    "token_pieces": "text",
+    "windows": "count",
+    "windows_requested": "count",
+    "seq_len": "count",
+    "tokens": "count",
+    "seed": "whole number",
+    "all_experts": "flag",
+}
+
+
+def _require_chosen(description: Mapping[str, Any]) -> None:
+    """What algorithms wrote, and the recipe that asked for them."""
+    algorithms: set[str] = set()
     if description.get("recipe") is not None:
+        recipe = require_kind(description, "recipe", KINDS["object"])
         try:
-            Recipe.from_mapping(_object(description, "recipe"), "its recipe")
+            parsed = Recipe.from_mapping(recipe, "its recipe")
         except RecipeError as error:
-            raise _Damage(str(error)) from None
+            raise Damage(str(error)) from None
+        algorithms = {algorithm.name for algorithm in parsed.algorithms}
+    if description.get("chosen") is None:
+        return
+    chosen = require_kind(description, "chosen", KINDS["object"])
+    linear: dict[str, str] = {"name": "text", "algorithm": "text", "reason": "text, or absent"}
+    schema: dict[str, Any] = {"linears": [linear], "untied": "texts by name"}
+    for name, row in ALGORITHMS.items():
+        # Earlier versions didn't write the sections of algorithms that they didn't have.
+        known = [key for key in row.sections if key in chosen or name in algorithms]
+        schema |= {key: [row.sections[key]] for key in known}
+        linear |= {key: f"{kind}{OPTIONAL}" for key, kind in row.linear_fields.items()}
+    require(chosen, schema)
+    is_file = _is_names_of(description["files"])
+    require_kind(chosen, "files", Kind("names of its files", is_file))
 
 
-def _value(entry: Mapping[str, Any], key: str, wanted: str, is_so: Callable[[Any], bool]) -> Any:
-    if key not in entry:
-        raise _Damage(f"'{key}' is missing")
-    if not is_so(entry[key]):
-        raise _Damage(f"'{key}' is {repr(entry[key])[:60]}, not {wanted}")
-    return entry[key]
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _is_magnitude(value: Any) -> bool:
-    """Finite in float32, in which it was measured; neither NaN nor a bool."""
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and 0 <= value <= FLOAT32_MAX
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_rotated_linear(value: Any) -> bool:
-    kinds = {
-        "norm": str,
-        "adds_one": bool,
-        "writes": bool,
-        "reads_heads": bool,
-        "writes_heads": bool,
-    }
-    return (
-        isinstance(value, dict)
-        and value.keys() == kinds.keys()
-        and all(isinstance(value[key], kind) for key, kind in kinds.items())
-    )
-
-
-def _count(entry: Mapping[str, Any], key: str) -> int:
-    return _value(entry, key, "a count", _is_count)
-
-
-def _counts(entry: Mapping[str, Any], key: str) -> list[int]:
-    return _value(
-        entry,
-        key,
-        "a list of counts",
-        lambda value: isinstance(value, list) and all(map(_is_count, value)),
-    )
-
-
-def _magnitude(entry: Mapping[str, Any], key: str) -> float:
-    return float(_value(entry, key, "a finite magnitude", _is_magnitude))
-
-
-def _text(entry: Mapping[str, Any], key: str) -> str:
-    return _value(entry, key, "text", _is_text)
-
-
-def _texts(entry: Mapping[str, Any], key: str) -> list[str]:
-    return _value(
-        entry,
-        key,
-        "a list of texts",
-        lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value)),
-    )
-
-
-def _object(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return _value(entry, key, "an object", lambda value: isinstance(value, dict))
-
-
-def _entries(entry: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    return _value(
-        entry,
-        key,
-        "a list of objects",
-        lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
+def _is_names_of(files: Mapping[str, Any]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, list) and all(is_text(name) and name in files for name in value)
     )

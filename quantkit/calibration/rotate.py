@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.algorithms.rotation import rotated_reader, rotated_writer, rotation_matrix
+from quantkit.algorithms.layer_group import Needs
+from quantkit.algorithms.rotation import Rotation, rotated_reader, rotated_writer, rotation_matrix
+from quantkit.calibration.block_run import BlockChanges, BlockRun
 from quantkit.calibration.scale_folding import (
     STORED_TOLERANCE,
     TOLERANCE,
@@ -25,32 +27,20 @@ from quantkit.calibration.scale_folding import (
     Fold,
     find_linear_folds,
     find_norm_folds,
-    is_scaled_by_vector,
 )
-from quantkit.checkpoint.units import format_bytes
+from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.errors import CalibrationError, RecipeError
-from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models.blockwise import BlockStep, BlockwiseModel
+from quantkit.models.dataflow import KnownTensors, is_scaled_by_vector
 from quantkit.models.hidden_states import HiddenStates
+from quantkit.models.hooks import EnoughSeen, capture
+from quantkit.schemes.algorithms import Description, Table
 from quantkit.schemes.recipe import Algorithm
 
 # Positions of the window on which all blocks are tried first.
 TRIAL_POSITIONS = 32
 # Rows of an embedding that are rotated at a time.
 ROWS_AT_ONCE = 8192
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """stream: R of the residual stream, [hidden size, hidden size], or None to leave it. head: of
-    each head of values, [head size, head size], or None.
-
-    untied: the output head's tensor and the embedding's, by their names on disk, where they were
-    one until now.
-    """
-
-    stream: Tensor | None
-    head: Tensor | None
-    untied: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Refusal(Exception):
@@ -132,9 +122,7 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
     CalibrationError.
     """
     tokens = tokens[:1, :TRIAL_POSITIONS]
-    states = HiddenStates(device=model.device)
-    model.record([tokens], states)  # finds out what blocks return their hidden states in
-    states.close()
+    model.capture(tokens)  # finds out what blocks return their hidden states in
     try:
         outer = _find_outer(model, tokens.to(model.device), rotation.stream)
     except _Refusal as refusal:
@@ -225,51 +213,36 @@ def _small_in_float32(model: BlockwiseModel) -> Iterator[None]:
             parameter.data = tensor
 
 
-class _EnoughSeen(Exception):
-    """Ends a forward whose rest nobody needs."""
-
-
 def _run_to_head(
     model: BlockwiseModel, tokens: Tensor, embedding: str, head: str, rotation: Tensor | None = None
 ) -> tuple[str | None, Tensor]:
     """The module that returned what the output head is given, and that, [positions, hidden size]
     float32; blocks hand on what they are given.
     """
-    returned: dict[tuple[int, int], tuple[str, Tensor]] = {}
+    returned = KnownTensors()
     given: list[Tensor] = []
 
-    def embedded(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+    def embedded(_name: str, output: Tensor) -> Tensor:
         return output.float() if rotation is None else output.float() @ rotation
 
-    def normed(name: str) -> Callable[..., None]:
-        return lambda _module, _arguments, output: returned.update(
-            {(output.data_ptr(), output.numel()): (name, output)}
-        )
-
-    def arrive(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        given.append(arguments[0])
-        raise _EnoughSeen
+    def arrive(_name: str, hidden: Tensor) -> None:
+        given.append(hidden)
+        raise EnoughSeen
 
     modules = dict(model.model.named_modules())
-    hooks = [
-        modules[embedding].register_forward_hook(embedded),
-        modules[head].register_forward_pre_hook(arrive),
-    ]
-    hooks += [
-        module.register_forward_hook(normed(name))
-        for name, module in modules.items()
-        if is_scaled_by_vector(module)
-    ]
-    try:
-        with model.bypassed(), suppress(_EnoughSeen), torch.inference_mode():
-            model.model(input_ids=tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    norms = {name: module for name, module in modules.items() if is_scaled_by_vector(module)}
+    with (
+        capture({embedding: modules[embedding]}, after=embedded),
+        capture({head: modules[head]}, before=arrive),
+        capture(norms, after=returned.remember),
+        model.bypassed(),
+        suppress(EnoughSeen),
+        torch.inference_mode(),
+    ):
+        model.model(input_ids=tokens)
     if not given:
         raise _Refusal(f"{head} isn't called")
-    norm, _ = returned.get((given[0].data_ptr(), given[0].numel()), (None, None))
-    return norm, given[0].float().flatten(0, -2)
+    return returned.name_of(given[0]), given[0].float().flatten(0, -2)
 
 
 def _differs(found: Tensor, expected: Tensor) -> float:
@@ -453,23 +426,22 @@ def _readers_and_writers(probe: BlockProbe) -> tuple[dict[str, Tensor], tuple[st
     # norm, its input, how many outputs there were before it
     given: list[tuple[str, Tensor, int]] = []
 
-    def put_out(name: str) -> Callable[..., None]:
-        return lambda _module, _arguments, output: outputs.update({name: output})
+    def arrive(name: str, tensor: Tensor) -> None:
+        given.append((name, tensor, len(outputs)))
 
-    def arrive(name: str) -> Callable[..., None]:
-        return lambda _module, arguments: given.append((name, arguments[0], len(outputs)))
-
-    hooks = []
-    for name, module in probe.block.named_modules():
-        if isinstance(module, nn.Linear) and module.out_features == size:
-            hooks.append(module.register_forward_hook(put_out(name)))
-        elif is_scaled_by_vector(module) and module.weight.numel() == size:
-            hooks.append(module.register_forward_pre_hook(arrive(name)))
-    try:
+    modules = dict(probe.block.named_modules())
+    linears = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and module.out_features == size
+    }
+    norms = {
+        name: module
+        for name, module in modules.items()
+        if is_scaled_by_vector(module) and module.weight.numel() == size
+    }
+    with capture(linears, after=outputs.__setitem__), capture(norms, before=arrive):
         probe.run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     shaped = {
         name: output for name, output in outputs.items() if output.numel() == probe.hidden.numel()
     }
@@ -558,6 +530,79 @@ def _error(where: str, refusal: _Refusal) -> CalibrationError:
     )
 
 
+# ---- As a step of the block quantizer.
+
+
+def needs(settings: Algorithm) -> Needs:
+    return Needs()
+
+
+def change_block(work: BlockRun, settings: Algorithm) -> BlockChanges:
+    """Rotate a block as the whole model is rotated; rank 0 does it for all."""
+    rotation = work.rotation
+    assert rotation is not None, "a recipe with rotation has its matrices"
+
+    def find() -> RotatedBlock:
+        found = rotate_block(work.probe(rotation.stream), rotation, work.stored_dtypes(), work.name)
+        require_on_disk(work.model, work.name, list(found.parameters))
+        return found
+
+    found = work.ranks.on_first(find)
+    entry = work.ranks.broadcast_from_first(lambda: _entry(work.name, found))
+    parameters = work.ranks.broadcast_tensors(found.parameters if found else None)
+    return BlockChanges(parameters, {"rotations": [entry]})
+
+
+def _entry(name: str, found: RotatedBlock | None) -> dict[str, Any]:
+    assert found is not None, "rank 0 has rotated the block, and it alone asks"
+    return {
+        "block": name,
+        "norms": list(found.norms),
+        "writers": list(found.writers),
+        "heads": list(found.heads),
+        "change": found.change,
+        "linears": {path: asdict(linear) for path, linear in found.linears.items()},
+    }
+
+
+def describe(chosen: Mapping[str, Any]) -> Description:
+    rotated = chosen["rotations"]
+    tables: tuple[Table, ...] = ()
+    if rotated:
+        rows = [
+            [
+                entry["block"],
+                *(str(len(entry[key])) for key in ("norms", "writers", "heads")),
+                f"{entry['change']:.1e}",
+            ]
+            for entry in rotated
+        ]
+        columns = (
+            "block",
+            "norms that read the stream",
+            "Linears that write to it",
+            "projections of values",
+            "change of what it adds",
+        )
+        tables = (("rotated", columns, rows, (1, 2, 3, 4)),)
+    return Description(tuple(_remarks(rotated, chosen["untied"])), tables)
+
+
+def _remarks(rotated: Sequence[Mapping[str, Any]], untied: Mapping[str, str]) -> Iterator[str]:
+    heads = sum(len(entry["heads"]) for entry in rotated)
+    what = [
+        *(["the residual stream"] if any(entry["norms"] for entry in rotated) else []),
+        *([f"{counted(heads, 'projection')} of values"] if heads else []),
+    ]
+    worst = max((entry["change"] for entry in rotated), default=0.0)
+    yield (
+        f"rotation: {' and '.join(what) or 'nothing'} rotated; every block returns what it did,"
+        f" up to {worst:.1e} of what it adds to its input"
+    )
+    for name, source in untied.items():
+        yield f"rotation: {name} is no longer {source}, so the checkpoint grows by one of them"
+
+
 # ---- Before hours are spent.
 
 
@@ -575,39 +620,43 @@ def try_rotation(
     before each block.
     """
     tokens = tokens[:1, :TRIAL_POSITIONS]
+    if rotation.stream is not None:
+        _try_outer(model, tokens, rotation, rotation.stream, shapes)
     states = HiddenStates(device=model.device)
+
+    def rotate(step: BlockStep) -> None:
+        on_block(step.number)
+        name = model.block_name(step.number)
+        with torch.inference_mode():
+            probe = BlockProbe(model, step.block, step.inputs(0), step.hidden(0))
+            found = rotate_block(probe, rotation, {}, name)
+            require_on_disk(model, name, list(found.parameters))
+            step.advance(0)
+
     try:
-        model.load_outer(with_head=True)
-        calls = model.record([tokens], states)[0]
-        if rotation.stream is not None:
-            strangers = [
-                name
-                for name in model.unexpected
-                if len(shapes[name]) > 1 and len(rotation.stream) in shapes[name]
-            ]
-            if strangers:
-                raise _error(
-                    strangers[0],
-                    _Refusal(
-                        "transformers doesn't run it, so nobody knows whether it reads what is"
-                        " rotated"
-                    ),
-                )
-            rotated_outer(model, tokens, rotation)
-        model.free_outer()
-        for number in range(model.block_count):
-            on_block(number)
-            with model.block(number) as block, torch.inference_mode():
-                hidden = states.get(0).to(model.device)
-                found = rotate_block(
-                    BlockProbe(model, block, calls[number], hidden),
-                    rotation,
-                    {},
-                    model.block_name(number),
-                )
-                require_on_disk(model, model.block_name(number), list(found.parameters))
-                states.put(0, model.run_block(block, calls[number], hidden))
-            states.turn()
+        model.walk({0: tokens}, states, rotate)
     finally:
         states.close()
-        model.close()
+
+
+def _try_outer(
+    model: BlockwiseModel,
+    tokens: Tensor,
+    rotation: Rotation,
+    stream: Tensor,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Refuse what can't be rotated outside of the blocks. stream: [hidden size, hidden size]."""
+    unknown = [
+        name for name in model.unexpected if len(shapes[name]) > 1 and len(stream) in shapes[name]
+    ]
+    if unknown:
+        raise _error(
+            unknown[0],
+            _Refusal(
+                "transformers doesn't run it, so nobody knows whether it reads what is rotated"
+            ),
+        )
+    model.load_outer(with_head=True)
+    rotated_outer(model, tokens, rotation)
+    model.free_outer()

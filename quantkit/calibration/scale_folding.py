@@ -14,7 +14,7 @@ must leave its output as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.models.block_calls import Call
+from quantkit.models.block_inputs import BlockInputs
 from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models.dataflow import Trace, trace
+from quantkit.models.hooks import capture
 
 # How much of what a block adds to its input may change when only float32's rounding differs:
 # algebra that doesn't hold changes a tenth and more.
@@ -53,15 +55,17 @@ class BlockProbe:
     size].
     """
 
-    def __init__(self, model: BlockwiseModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
+    def __init__(
+        self, model: BlockwiseModel, block: nn.Module, call: BlockInputs, hidden: Tensor
+    ) -> None:
         self._model = model
         self.block = copy.deepcopy(block).float()
-        call = call.given()
+        call = call.resolved()
         self._call = replace(
             call,
             arguments=_in_float32(call.arguments),
             keywords=_in_float32(call.keywords),
-            hands_on=(),
+            side_outputs=(),
         )
         self.hidden = hidden.float()
         self.output = self.run()
@@ -85,7 +89,7 @@ class BlockProbe:
         return float(moved.flatten().quantile(0.9)) if torch.isfinite(output).all() else torch.inf
 
     @contextmanager
-    def changed(self, tensors: Mapping[str, Tensor]) -> Any:
+    def changed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """The copy with these parameters in place of its own for a while."""
         parameters = dict(self.block.named_parameters())
         before = {name: parameters[name].data for name in tensors}
@@ -100,29 +104,27 @@ class BlockProbe:
 
 def find_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
     """All folds of a block, and for each Linear whose inputs can't be scaled the reason."""
-    fed, order = _norm_of_linears(probe)
-    folds, reasons = _norm_folds(probe, fed, order)
-    into_linears, without = _linear_folds(probe, fed, order)
+    found = trace(probe.block, probe.run)
+    folds, reasons = _norm_folds(probe, found)
+    into_linears, without = _linear_folds(probe, found)
     return folds + into_linears, reasons | without
 
 
 def find_norm_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
     """Those into norms alone, and the reasons of Linears behind a norm that takes no scale."""
-    return _norm_folds(probe, *_norm_of_linears(probe))
+    return _norm_folds(probe, trace(probe.block, probe.run))
 
 
 def find_linear_folds(probe: BlockProbe) -> list[Fold]:
     """Those into Linears alone."""
-    return _linear_folds(probe, *_norm_of_linears(probe))[0]
+    return _linear_folds(probe, trace(probe.block, probe.run))[0]
 
 
-def _norm_folds(
-    probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]
-) -> tuple[list[Fold], dict[str, str]]:
+def _norm_folds(probe: BlockProbe, found: Trace) -> tuple[list[Fold], dict[str, str]]:
     folds: list[Fold] = []
     reasons: dict[str, str] = {}
-    for norm in dict.fromkeys(fed.values()):
-        consumers = tuple(name for name in order if fed.get(name) == norm)
+    for norm in dict.fromkeys(found.norm_of.values()):
+        consumers = tuple(name for name in found.order if found.norm_of.get(name) == norm)
         fold = next(
             (
                 fold
@@ -141,15 +143,13 @@ def _norm_folds(
     return folds, reasons
 
 
-def _linear_folds(
-    probe: BlockProbe, fed: Mapping[str, str], order: Sequence[str]
-) -> tuple[list[Fold], dict[str, str]]:
+def _linear_folds(probe: BlockProbe, found: Trace) -> tuple[list[Fold], dict[str, str]]:
     folds: list[Fold] = []
     reasons: dict[str, str] = {}
-    for number, consumer in enumerate(order):
-        if consumer in fed:
+    for number, consumer in enumerate(found.order):
+        if consumer in found.norm_of:
             continue
-        for producer in reversed(order[:number]):
+        for producer in reversed(found.order[:number]):
             fold = _linear_fold(probe, producer, consumer)
             if fold is not None and holds(probe, fold):
                 folds.append(fold)
@@ -211,64 +211,6 @@ def folded(
     }
 
 
-# ---- Who feeds whom.
-
-
-def _norm_of_linears(probe: BlockProbe) -> tuple[dict[str, str], list[str]]:
-    """Linear → the module that returned the tensor that it is handed, for modules with a vector of
-    weights; and all Linears in the order of their calls.
-    """
-    returned: dict[tuple[int, int], str] = {}
-    fed: dict[str, str] = {}
-    order: dict[str, None] = {}
-    alive: list[Tensor] = []  # as long as they live, no other tensor gets their address
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                alive.append(output)
-                returned[output.data_ptr(), output.numel()] = name
-
-        return hook
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Linear, arguments: tuple[Any, ...]) -> None:
-            order[name] = None
-            alive.append(arguments[0])
-            norm = returned.get((arguments[0].data_ptr(), arguments[0].numel()))
-            # A norm of each head by itself has a weight for the head's channels only.
-            if (
-                norm is not None
-                and probe.block.get_submodule(norm).weight.numel() == module.in_features
-            ):
-                fed[name] = norm
-
-        return hook
-
-    hooks = []
-    for name, module in probe.block.named_modules():
-        if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(before(name)))
-        elif is_scaled_by_vector(module):
-            hooks.append(module.register_forward_hook(after(name)))
-    try:
-        probe.run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return fed, list(order)
-
-
-def is_scaled_by_vector(module: nn.Module) -> bool:
-    """Whether all that a module has is a vector of weights, and maybe a bias: a norm, most
-    likely.
-    """
-    parameters = dict(module.named_parameters())
-    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(
-        parameter.dim() == 1 for parameter in parameters.values()
-    )
-
-
 def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None:
     """The fold of one Linear into another, if each input channel of the consumer follows the scale
     of one output channel of the producer.
@@ -279,12 +221,9 @@ def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None
     size = first.out_features
     # all different, between 1 and 2
     scale = 1 + torch.arange(1, size + 1, device=first.weight.device) / size
-    before, after = _inputs(probe, consumer), None
-    handle = first.register_forward_hook(lambda module, arguments, output: output * scale)
-    try:
+    before = _inputs(probe, consumer)
+    with capture({producer: first}, after=lambda _, output: output * scale):
         after = _inputs(probe, consumer)
-    finally:
-        handle.remove()
     # Over the tokens, the ratio that fits best, and how well it does.
     signal = before.square().sum(0).clamp(min=1e-30)
     ratio = (before * after).sum(0) / signal
@@ -298,14 +237,13 @@ def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None
 
 
 def _inputs(probe: BlockProbe, linear: str) -> Tensor:
+    """What a Linear is given, over all its calls, [rows, in_features]."""
     seen: list[Tensor] = []
-    handle = probe.block.get_submodule(linear).register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0].flatten(0, -2))
-    )
-    try:
+    with capture(
+        {linear: probe.block.get_submodule(linear)},
+        before=lambda _, inputs: seen.append(inputs.flatten(0, -2)),
+    ):
         probe.run()
-    finally:
-        handle.remove()
     return torch.cat(seen)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.calibration.block_quantizer import BlockChooser
+from quantkit.calibration.block_quantizer import BlockQuantizer
 from quantkit.calibration.rotate import put_outer, rotated_outer, try_rotation
 from quantkit.checkpoint.files import blake3_file
 from quantkit.checkpoint.header import read_header
@@ -34,20 +34,20 @@ def weights_file(number: int) -> str:
 
 @dataclass(frozen=True)
 class ChosenFiles:
-    """The files of one run, and the chooser whose work they hold. output: on the first rank, which
+    """The files of one run, and the quantizer whose work they hold. output: on the first rank, which
     reads and writes them for all.
     """
 
-    chooser: BlockChooser
+    quantizer: BlockQuantizer
     output: OutputDirectory | None
 
     @property
     def ranks(self) -> Ranks:
-        return self.chooser.ranks
+        return self.quantizer.ranks
 
     @property
     def rotates_outer(self) -> bool:
-        return self.chooser.rotation is not None and self.chooser.rotation.stream is not None
+        return self.quantizer.rotation is not None and self.quantizer.rotation.stream is not None
 
     def try_rotation(
         self,
@@ -59,45 +59,45 @@ class ChosenFiles:
         """Refuse now a rotation that couldn't be finished. build: makes a model of its own for
         that. tokens: [windows, positions].
         """
-        if self.chooser.rotation is None:
+        if self.quantizer.rotation is None:
             return
 
         def attempt() -> None:
             try:
-                try_rotation(build(), tokens, self.chooser.rotation, shapes, on_block)
+                try_rotation(build(), tokens, self.quantizer.rotation, shapes, on_block)
             except QuantkitError:
                 self.output.discard()
                 raise
 
-        self.ranks.first_decides(attempt)
+        self.ranks.on_first(attempt)
 
     def load_outer(self, tokens: Tensor) -> None:
         """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on
         which a rotation is checked.
         """
-        model = self.chooser.model
+        model = self.quantizer.model
         if not self.rotates_outer:
             model.load_outer(with_head=False)
             return
-        made: list[Mapping[str, Tensor]] = []
+        rotation = self.quantizer.rotation
 
-        def find() -> None:
+        def find() -> Mapping[str, Tensor]:
             if OUTER_FILE not in self.output.finished([OUTER_FILE]):
                 model.load_outer(with_head=True)
-                self._write(OUTER_FILE, rotated_outer(model, tokens, self.chooser.rotation), {})
+                self._write(OUTER_FILE, rotated_outer(model, tokens, rotation), {})
                 model.free_outer()
-            made.append(self._read(OUTER_FILE))
+            return self._read(OUTER_FILE)
 
-        self.ranks.first_decides(find)
+        found = self.ranks.on_first(find)
         model.load_outer(with_head=False)
-        put_outer(model, self.ranks.from_first(made[0] if made else None))
+        put_outer(model, self.ranks.broadcast_tensors(found))
 
     def install(self, number: int, block: nn.Module) -> None:
         """Make a block what an earlier run chose."""
-        self.chooser.install(
+        self.quantizer.install(
             number,
             block,
-            self.ranks.from_first(
+            self.ranks.broadcast_tensors(
                 self._read(weights_file(number)) if self.ranks.is_first else None
             ),
         )
@@ -111,7 +111,7 @@ class ChosenFiles:
         states: HiddenStates,
     ) -> None:
         """Choose a block's weights, put them in place and write them."""
-        chosen = self.chooser.choose(number, block, batches, calls, states)
+        chosen = self.quantizer.quantize(number, block, batches, calls, states)
         if self.ranks.is_first:
             self._write(weights_file(number), chosen.to_tensors(), chosen.described)
 
@@ -131,20 +131,21 @@ class ChosenFiles:
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What CALIB says of it, and the record of each file."""
-        names = [weights_file(number) for number in range(self.chooser.model.block_count)]
+        names = [weights_file(number) for number in range(self.quantizer.model.block_count)]
         described = [self.output.done[name]["description"] for name in names]
         found: dict[str, Any] = {
-            key: [item for block in described for item in block[key]] for key in described[0]
+            section: [entry for block in described for entry in block[section]]
+            for section in described[0]
         }
         done = {entry["name"] for entry in found["linears"]}
         reason = "transformers has no Linear of that name in a decoder block"
         found["linears"] += [
             {"name": name, "algorithm": "rtn", "reason": reason}
-            for name in self.chooser.schemes
+            for name in self.quantizer.schemes
             if name not in done
         ]
         if self.rotates_outer:
             names.append(OUTER_FILE)
-        found["untied"] = dict(self.chooser.rotation.untied) if self.chooser.rotation else {}
+        found["untied"] = dict(self.quantizer.rotation.untied) if self.quantizer.rotation else {}
         found["files"] = names
         return found, {name: self.output.done[name] for name in names}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint.files import finite
 from quantkit.checkpoint.formats import FORMATS
 from quantkit.checkpoint.units import counted, format_bytes
+from quantkit.schemes.algorithms import Table
 from quantkit.schemes.scheme import CATALOGUE
 from quantkit.schemes.serving import HARDWARE, RUNTIMES, Support
 
@@ -193,81 +194,28 @@ def schemes_tables() -> list[tuple[str, Sequence[str], list[list[str]]]]:
     ]
 
 
-def _chosen_tables(chosen: Any) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
-    """What algorithms did to the weights."""
-    tables = []
-    if chosen and chosen["rotations"]:
-        rows = [
-            [
-                entry["block"],
-                str(len(entry["norms"])),
-                str(len(entry["writers"])),
-                str(len(entry["heads"])),
-                f"{entry['change']:.1e}",
-            ]
-            for entry in chosen["rotations"]
+def _algorithm_tables(description: Mapping[str, Any]) -> list[Table]:
+    """What algorithms did to the weights: a table of each, and one of all Linears."""
+    from quantkit.calibration.describe import algorithm_descriptions
+
+    chosen = description.get("chosen")
+    if not chosen:
+        return []
+    tables = [table for each in algorithm_descriptions(description) for table in each.tables]
+    rows = [
+        [
+            entry["name"],
+            entry["algorithm"],
+            f"{entry['error'] / entry['plain_error']:.3f}" if entry.get("plain_error") else "",
+            entry.get("reason", ""),
         ]
-        columns = (
-            "block",
-            "norms that read the stream",
-            "Linears that write to it",
-            "projections of values",
-            "change of what it adds",
-        )
-        tables.append(("rotated", columns, rows, (1, 2, 3, 4)))
-    if chosen and chosen["folds"]:
-        rows = [
-            [
-                fold["into"],
-                str(len(fold["linears"])),
-                f"{fold['strength']:g} ({fold['measure']})",
-                f"{fold['plain_error']:.3g}",
-                f"{fold['error']:.3g}",
-            ]
-            for fold in chosen["folds"]
-        ]
-        columns = ("folded into", "Linears", "strength", "squared error without", "with")
-        tables.append(
-            (
-                "scales folded by smoothquant; errors of the Linears' outputs, over their squares",
-                columns,
-                rows,
-                (1, 3, 4),
-            )
-        )
-    if chosen and chosen["refused"]:
-        tables.append(
-            (
-                "inputs that smoothquant left alone",
-                ("input of", "why"),
-                [[entry["linear"], entry["reason"]] for entry in chosen["refused"]],
-                (),
-            )
-        )
-    if chosen:
-        rows = [
-            [
-                entry["name"],
-                entry["algorithm"],
-                f"{entry['error'] / entry['plain_error']:.3f}" if entry.get("plain_error") else "",
-                entry.get("reason", ""),
-            ]
-            for entry in chosen["linears"]
-        ]
-        tables.append(
-            (
-                "codes",
-                ("Linear", "chosen by", "squared error beside rounding's", "why rounded"),
-                rows,
-                (2,),
-            )
-        )
-    return tables
+        for entry in chosen["linears"]
+    ]
+    columns = ("Linear", "chosen by", "squared error beside rounding's", "why rounded")
+    return [*tables, ("codes", columns, rows, (2,))]
 
 
-def inspection_tables(
-    description: dict[str, Any],
-) -> list[tuple[str, Sequence[str], list[list[str]], Sequence[int]]]:
+def inspection_tables(description: dict[str, Any]) -> list[Table]:
     """Tables of `quantkit inspect`: (title, columns, rows, columns of numbers)."""
     if description["kind"] == "calibration":
         title = (
@@ -304,7 +252,7 @@ def inspection_tables(
             "settled",
             "amax, first position",
         )
-        tables = [(title, columns, rows, (1, 2, 3, 4, 5, 6, 8))]
+        tables: list[Table] = [(title, columns, rows, (1, 2, 3, 4, 5, 6, 8))]
         if description["experts"]:
             rows = [
                 [
@@ -339,7 +287,7 @@ def inspection_tables(
                     (1, 2),
                 )
             )
-        return tables + _chosen_tables(description.get("chosen"))
+        return tables + _algorithm_tables(description)
     quantization = description["quantization"]
     method = (
         f"{quantization['method']}, KV cache {quantization['kv_cache'] or 'as it is'}"

@@ -36,10 +36,9 @@ from quantkit.evaluation.quantized_experts import (
 )
 from quantkit.exporter.runtimes import as_computed
 from quantkit.models.blockwise import BlockwiseModel
-from quantkit.models.encoder_decoder import open_blockwise
 from quantkit.models.experts import Restacked
 from quantkit.models.linear_views import conv1d_as_linear
-from quantkit.models.null_cache import PassingCache
+from quantkit.models.null_cache import NullCache
 from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.weight_map import WeightMap
 from quantkit.ops.linear import OPS, QuantizedLinear, kernel_for
@@ -48,7 +47,7 @@ from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.scheme import QuantScheme
 
 
-class QuantizedCache(PassingCache):
+class QuantizedCache(NullCache):
     """A KV cache of one window that stores FP8: what attention reads are the quantized keys and
     values.
 
@@ -121,7 +120,7 @@ def load_served(
             checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
         )
         return ServedModel(
-            open_blockwise(skeleton, StoredWeights(checkpoint), str(path), device),
+            BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device),
             checkpoint,
             dtype,
             0,
@@ -134,7 +133,7 @@ def load_served(
     weights = QuantizedWeights(checkpoint, config, skeleton, computed, device, exec != "reference")
     if exec == "kernel":
         weights.require_kernels()
-    blocks = open_blockwise(skeleton, weights, str(path), device)
+    blocks = BlockwiseModel(skeleton, weights, str(path), device)
     unexpected = set(blocks.unexpected)
     beyond = {
         name
@@ -371,12 +370,7 @@ class QuantizedWeights:
                 weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device)
             )
             input_scale = None if input_scale is None else input_scale.to(self._device)
-            parent, _, leaf = path.rpartition(".")
-            setattr(
-                model.get_submodule(parent),
-                leaf,
-                self._linear(name, weight, input_scale, linear.bias),
-            )
+            model.set_submodule(path, self._linear(name, weight, input_scale, linear.bias))
 
     def _linear(
         self, name: str, weight: QuantizedTensor, input_scale: Tensor | None, bias: Tensor | None

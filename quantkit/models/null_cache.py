@@ -1,4 +1,4 @@
-"""A cache that keeps nothing: it hands keys and values on to the attention that made them."""
+"""A cache that keeps nothing: it returns keys and values to the attention that made them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class _NoLayers(list):
     compressors) finds None, and works as without a cache.
     """
 
-    def __getitem__(self, _: Any) -> None:
+    def __getitem__(self, _: Any) -> Any:
         return None
 
 
-class PassingCache(DynamicCache):
+class NullCache(DynamicCache):
     """A cache without a past that keeps nothing: layers with a recurrent state begin afresh in each
     window, and threads can share it.
     """

@@ -29,12 +29,9 @@ def linears_for_conv1d(model: nn.Module) -> None:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            parent, _, leaf = name.rpartition(".")
             in_features, out_features = module.weight.shape
-            setattr(
-                model.get_submodule(parent),
-                leaf,
-                nn.Linear(in_features, out_features, dtype=module.weight.dtype),
+            model.set_submodule(
+                name, nn.Linear(in_features, out_features, dtype=module.weight.dtype)
             )
 
 
@@ -63,7 +60,7 @@ def auto_class(config: Any) -> Any:
     )
 
 
-def body_name(model: nn.Module) -> str | None:
+def body_name(model: Any) -> str | None:
     """The child of a model that makes hidden states from tokens; None of a model that is its own
     body, without an output head.
     """
@@ -165,7 +162,7 @@ class StoredWeights:
 
     def read(self, name: str) -> Tensor:
         tensor = self._checkpoint.read(name)
-        if name in self._scales:
+        if self._block is not None and name in self._scales:
             scale = self._checkpoint.read(self._scales[name]).float()
             tensor = torch.ops.quantkit.dequantize_blocks(
                 tensor, scale, self._block.rows, self._block.columns
@@ -221,8 +218,7 @@ def build_skeleton(
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor._is_hf_initialized = True
         for name, buffer in list(model.named_non_persistent_buffers()):
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, torch.empty_like(buffer, device="cpu"))
+            put_tensor(model, name, torch.empty_like(buffer, device="cpu"))
         model.initialize_weights()
     except Exception as error:  # transformers raises every kind
         raise CheckpointError(
@@ -230,6 +226,12 @@ def build_skeleton(
         ) from None
     adopt_experts(model, settings.get("experts_implementation", ""))
     return model.eval().requires_grad_(False)
+
+
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or a buffer in the place of the one of this name in the module tree."""
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, tensor)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -247,7 +249,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     """The name and list of a model's decoder blocks: as many as its configuration says layers, and
     the largest such list that neither sees nor hears.
     """

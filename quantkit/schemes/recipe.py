@@ -11,51 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RecipeError
+from quantkit.schemes.algorithms import ALGORITHMS, AlgorithmRow
 from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.scheme import QuantScheme, quoted
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A number, a whole one where the default is one, or true and false, that a recipe may give an
-    algorithm; None where the algorithm finds it out.
-    """
-
-    default: float | int | bool | None
-    low: float = 0.0
-    high: float = 1.0
-
-    def require_allowed(self, value: Any, where: str) -> None:
-        if isinstance(self.default, bool):
-            if not isinstance(value, bool):
-                raise RecipeError(f"{where} is {value!r}; allowed are true and false")
-        elif (
-            not isinstance(value, (int, float))
-            or isinstance(value, bool)
-            or not self.low <= value <= self.high
-        ):
-            raise RecipeError(
-                f"{where} is {value!r}, not a number from {self.low:g} to {self.high:g}"
-            )
-        elif isinstance(self.default, int) and not isinstance(value, int):
-            raise RecipeError(f"{where} is {value!r}, not a whole number")
-
-
-# In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is
-# what `export` does without any.
-ALGORITHMS: dict[str, dict[str, Setting]] = {
-    "rotation": {"residual": Setting(True), "heads": Setting(True), "untie": Setting(False)},
-    "smoothquant": {"strength": Setting(None)},
-    "scale_search": {},
-    "gptq": {
-        "damping": Setting(0.03, 1e-6, 1.0),
-        "act_order": Setting(True),
-        "correct_inputs": Setting(False),
-        "passes": Setting(3, 0, 100),
-    },
-    "bias_correction": {},
-    "rtn": {},
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +30,7 @@ class Algorithm:
             raise RecipeError(
                 f"unknown algorithm '{self.name}'; this version has {', '.join(ALGORITHMS)}"
             )
-        known = ALGORITHMS[self.name]
+        known = self.row.settings
         for key, value in self.settings:
             if key not in known:
                 allowed = f"allowed are {quoted(known)}" if known else "it has none"
@@ -103,7 +61,12 @@ class Algorithm:
 
     def __getitem__(self, key: str) -> Any:
         """A setting's value: the given one, or the usual one."""
-        return dict(self.settings).get(key, ALGORITHMS[self.name][key].default)
+        return dict(self.settings).get(key, self.row.settings[key].default)
+
+    @property
+    def row(self) -> AlgorithmRow:
+        """What this version knows of the algorithm."""
+        return ALGORITHMS[self.name]
 
 
 def _strict_loader() -> type:
@@ -282,6 +245,12 @@ class Recipe:
 
     def algorithm(self, name: str) -> Algorithm | None:
         return next((algorithm for algorithm in self.algorithms if algorithm.name == name), None)
+
+    @property
+    def algorithms_in_order(self) -> list[Algorithm]:
+        """The algorithms in the order in which they work."""
+        names = list(ALGORITHMS)
+        return sorted(self.algorithms, key=lambda algorithm: names.index(algorithm.name))
 
     @property
     def chooses_weights(self) -> bool:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
-from quantkit.calibration.rotate import RotatedLinear, Rotation, make_rotation
+from quantkit.algorithms.rotation import Rotation
+from quantkit.calibration.rotate import RotatedLinear, make_rotation
 from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.quantized_experts import (
@@ -385,6 +386,8 @@ class _Weights(StoredWeights):
         EvaluationError where it doesn't say how.
         """
         recipe, calibration = self._plan.options.recipe, self._plan.calibration
+        if calibration is not None:
+            calibration.require_recoverable()
         if calibration is None or not recipe.algorithm("rotation"):
             return
         self._rotation = make_rotation(

@@ -57,7 +57,7 @@ class KeptScores:
         if output is None:
             return cls(ranks, stop)
         partial = partial_of(output)
-        # Shared by first_decides as None: other ranks know the place alone.
+        # Only rank 0 opens it; other ranks know the path alone.
         work = (
             [WorkDirectory(partial, fingerprint, resume=resume, overwrite=overwrite)]
             if ranks.is_first
@@ -71,7 +71,7 @@ class KeptScores:
         """
         if self.partial is not None:
             output = self.partial.with_name(self.partial.name.removesuffix(".partial"))
-            self.ranks.first_decides(
+            self.ranks.broadcast_from_first(
                 lambda: check_disk_space(output, 2 * nbytes, "what --resume goes on from")
             )
 
@@ -79,7 +79,7 @@ class KeptScores:
 
     def scores(self, walk: str) -> dict[int, Scores]:
         """Of the windows that are done, on every rank."""
-        return self.ranks.first_decides(lambda: self._read(walk))
+        return self.ranks.broadcast_from_first(lambda: self._read(walk))
 
     def _read(self, walk: str) -> dict[int, Scores]:
         if self.work is None:
@@ -115,7 +115,7 @@ class KeptScores:
 
     def layers(self) -> dict[str, Any] | None:
         """What `keeper` was given last: the figures of a walk, and of how many blocks."""
-        return self.ranks.first_decides(
+        return self.ranks.broadcast_from_first(
             lambda: self.work.done.get(_LAYERS) if self.work is not None else None
         )
 

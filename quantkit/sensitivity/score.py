@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -28,13 +28,14 @@ from quantkit.checkpoint.files import finite, write_json
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
 from quantkit.data.bundled import BUNDLED_CALIBRATION
 from quantkit.data.sampling import calibration_windows
-from quantkit.data.tokenizer import load_tokenizer
-from quantkit.data.windows import Windows, window_length
+from quantkit.data.windows import Windows
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.intervals import paired_interval, perplexity_change_pct
 from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import peak_memory_bytes
-from quantkit.models.skeleton import auto_config, pick_device
+from quantkit.models.machine import device_identity, software_versions
+from quantkit.models.skeleton import pick_device
+from quantkit.models.text import tokenizer_and_length
 from quantkit.ops.native import cpu_level
 from quantkit.sensitivity.advice import (
     RECIPE,
@@ -90,16 +91,16 @@ def score_sensitivity(
             "--resume continues what lies beside the result; give the same -o FILE as before"
         )
     with joined_ranks(pick_device(options.device)) as ranks:
-        choices, remarks = ranks.after_first(lambda: open_choices(options))
-        windows, seq_len = ranks.first_decides(lambda: _windows(options, ranks.count))
-        fingerprint = ranks.first_decides(
+        choices, remarks = ranks.first_then_others(lambda: open_choices(options))
+        windows, seq_len = ranks.broadcast_from_first(lambda: _windows(options, ranks.count))
+        fingerprint = ranks.broadcast_from_first(
             lambda: _fingerprint(options, choices, windows, seq_len, ranks.device)
         )
         budget = {
             "--max-size": str(options.max_size or ""),
             "--max-kld": str(options.max_kld or ""),
         }
-        finished = ranks.first_decides(
+        finished = ranks.broadcast_from_first(
             lambda: (
                 finished_result(options.output, fingerprint | budget, options.overwrite)
                 if options.resume
@@ -130,7 +131,7 @@ def _opened_scores(
     options: SensitivityOptions, ranks: Ranks, stop: StopRequest, fingerprint: Mapping[str, str]
 ) -> KeptScores:
     output = options.output if options.keeps else None
-    return ranks.after_first(
+    return ranks.first_then_others(
         lambda: KeptScores.open(ranks, stop, output, fingerprint, options.resume, options.overwrite)
     )
 
@@ -139,9 +140,6 @@ def _fingerprint(
     options: SensitivityOptions, choices: Choices, windows: Windows, seq_len: int, device: str
 ) -> dict[str, str]:
     """All that decides the scores; a budget doesn't."""
-    import torch
-    import transformers
-
     kind = device.split(":")[0]
     plan = choices.plans[1].fingerprint
     return {
@@ -154,15 +152,9 @@ def _fingerprint(
         "--seq-len": str(seq_len),
         "windows": windows.tokens_sha256,
         "seed": str(options.seed),
-        "device": (
-            f"{kind} {torch.backends.cpu.get_cpu_capability()}"
-            if kind == "cpu"
-            else f"{kind} {torch.cuda.get_device_name(device)}"
-        ),
+        "device": device_identity(device),
         "kernels": cpu_level() if kind == "cpu" else kind,
-        "quantkit version": __version__,
-        "torch version": torch.__version__,
-        "transformers version": transformers.__version__,
+        **software_versions(),
     }
 
 
@@ -208,11 +200,14 @@ def _scored(
         return _Scoring(options, choices, windows, installer, ranks, kept, on_progress).result()
 
 
+def _refuse_unquantizable() -> NoReturn:
+    raise EvaluationError("no set of this model can be quantized with the whole recipe")
+
+
 def _windows(options: SensitivityOptions, processes: int) -> tuple[Windows, int]:
-    config = auto_config(options.model, options.trust_remote_code)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    seq_len = window_length(options.seq_len, positions, default=DEFAULT_LENGTH)
+    tokenizer, seq_len = tokenizer_and_length(
+        options.model, options.seq_len, options.trust_remote_code, default=DEFAULT_LENGTH
+    )
     names = options.data or (str(BUNDLED_CALIBRATION),)
     windows = calibration_windows(
         names, tokenizer, max(len(names), options.max_tokens // seq_len), seq_len, options.seed
@@ -255,7 +250,7 @@ class _Scoring:
         self.blocks = self.block_runs = self.without_sharing = 0
 
     def result(self) -> dict[str, Any]:
-        sets, floors = self.ranks.after_first(self._open)
+        sets, floors = self.ranks.first_then_others(self._open)
         known = self.kept.layers()
         if known is not None:
             self.installer.know(known["blocks"], known["figures"])
@@ -373,7 +368,7 @@ class _Scoring:
         left = [window for window in range(len(self.batches)) if window not in scores]
         if left:
             scores |= self._walk(name, walk, extended, block_of, left, bool(floors))
-        return self.ranks.first_decides(
+        return self.ranks.broadcast_from_first(
             lambda: self._figures(
                 [scores[window] for window in range(len(self.batches))], len(extended)
             )
@@ -436,7 +431,7 @@ class _Scoring:
         longest = max(self.windows.windows[window].scored for window in windows)
         pieces = -(-longest // POSITIONS_PER_CHUNK) * -(-variants // VARIANTS_AT_ONCE)
         each = (
-            self.ranks.first_decides(lambda: -(-torch.get_num_threads() // pieces))
+            self.ranks.broadcast_from_first(lambda: -(-torch.get_num_threads() // pieces))
             * self.ranks.count
         )
         scores: dict[int, Scores] = {}
@@ -531,16 +526,14 @@ class _Scoring:
         and the budget's solution.
         """
         if RECIPE not in result["whole"]:
-            raise self.ranks.told_once(
-                EvaluationError("no set of this model can be quantized with the whole recipe")
-            )
+            self.ranks.on_first(_refuse_unquantizable)
         for place, layers in self.installer.layer_figures().items():
             rows[place]["layers"] = layers
         quantized = tuple([1] * len(sets))
         ranked = ranking(rows)
         restored = [self._only(quantized, place, 0) for place in ranked[:RESTORED]]
         lines = pareto_lines(rows, result, self.choices.names)
-        solution = self.ranks.first_decides(
+        solution = self.ranks.broadcast_from_first(
             lambda: solve(
                 result | {"pareto": lines},
                 self.options.max_size,

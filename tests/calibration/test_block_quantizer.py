@@ -12,7 +12,7 @@ from conftest import make_llama
 from safetensors.torch import load_file
 from tiny_models import make_model
 
-from quantkit.calibration.block_quantizer import _Block
+from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.results import Calibration
@@ -144,18 +144,17 @@ def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch)
     reads behind a norm counts all tokens alike.
     """
     seen = {}
-    weigh = _Block.weigh_tokens
+    weigh = BlockRun.weigh_tokens
 
     def with_an_enormous_token(work):
-        enormous = work.states.get(0).clone()
+        enormous = work._states.get(0).clone()
         enormous[:, 0] *= 1000
-        work.states.put(0, enormous)
+        work._states.put(0, enormous)
         weigh(work)
-        rows = torch.empty(enormous.shape[0] * enormous.shape[1], 1)
         for linear in work.schemes:
-            seen[linear] = work._importance(linear, 0, rows)
+            seen[linear] = work.importance(linear, 0, enormous.shape[0] * enormous.shape[1])
 
-    monkeypatch.setattr(_Block, "weigh_tokens", with_an_enormous_token)
+    monkeypatch.setattr(BlockRun, "weigh_tokens", with_an_enormous_token)
     calibrate(replace(options, num_samples=2, seq_len=32))
     assert {linear for linear, importance in seen.items() if importance is not None} == {
         "self_attn.o_proj",

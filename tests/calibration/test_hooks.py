@@ -24,6 +24,7 @@ from quantkit.calibration.hooks import (
 )
 from quantkit.calibration.observers import HELD_OUT, BlockStatistics, InputObserver
 from quantkit.errors import CalibrationError
+from quantkit.models.blockwise import BlockStep
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.threads import each_batch, one_thread
@@ -74,36 +75,27 @@ class Recorded:
             open_blockwise(directory, experts_implementation=EXPERTS_IMPLEMENTATION),
             HiddenStates(),
         )
-        blockwise.load_outer(with_head=False)
         cache = cache or ObservingCache()
-        calls = blockwise.record(batches, states, cache)
         self.by_batch, self.recorders = [], []
-        for number in range(blockwise.block_count):
-            with blockwise.block(number) as block:
-                recorder = BlockRecorder(blockwise, number, block, **options)
 
-                def work(
-                    batch: int, block=block, number=number, recorder=recorder
-                ) -> BlockStatistics:
-                    with recorder.batch(
-                        batches[batch].shape, quarters[batch], earlier or {}
-                    ) as statistics:
-                        states.put(
-                            batch,
-                            blockwise.run_block(block, calls[batch][number], states.get(batch)),
-                        )
-                    return statistics
+        def record(step: BlockStep) -> None:
+            recorder = BlockRecorder(blockwise, step.number, step.block, **options)
 
-                self.by_batch.append(
-                    list(each_batch(work, range(len(batches)), blockwise.device, threads))
-                )
-                recorder.close()
-                self.recorders.append(recorder)
-            states.turn()
-        self.output = [
-            blockwise.finish(tokens, states.get(number), cache)
-            for number, tokens in enumerate(batches)
-        ]
+            def work(batch: int) -> BlockStatistics:
+                with recorder.batch(
+                    batches[batch].shape, quarters[batch], earlier or {}
+                ) as statistics:
+                    step.advance(batch)
+                return statistics
+
+            self.by_batch.append(
+                list(each_batch(work, step.walk.batches, blockwise.device, threads))
+            )
+            recorder.close()
+            self.recorders.append(recorder)
+
+        walk = blockwise.walk(dict(enumerate(batches)), states, record, cache=cache)
+        self.output = [final for _, final in walk.finish(with_head=False)]
 
     def block(self, number: int) -> BlockStatistics:
         return merged(self.by_batch[number])
@@ -130,7 +122,6 @@ def merged(parts) -> BlockStatistics:
             clone.inputs[name] = InputObserver.from_tensors(name, observer.tensors(name))
             clone.linears[name] = list(part.linears[name])
         clone.heads = {key: type(head)(head.amax.clone()) for key, head in part.heads.items()}
-        clone.grams = {name: type(gram)(gram.gram.clone()) for name, gram in part.grams.items()}
         clone.experts = {name: counts.clone() for name, counts in part.experts.items()}
         total.merge(clone)
     return total
@@ -188,16 +179,10 @@ def assert_same(one: BlockStatistics, other: BlockStatistics) -> None:
             rtol=1e-12,
             atol=0,
         )
-    for ours, theirs in (
-        (one.heads, other.heads),
-        (one.experts, other.experts),
-        (one.grams, other.grams),
-    ):
+    for ours, theirs in ((one.heads, other.heads), (one.experts, other.experts)):
         assert ours.keys() == theirs.keys()
     assert all(torch.equal(head.amax, other.heads[key].amax) for key, head in one.heads.items())
     assert all(torch.equal(counts, other.experts[name]) for name, counts in one.experts.items())
-    for name, gram in one.grams.items():
-        torch.testing.assert_close(gram.gram, other.grams[name].gram)
 
 
 # ---- Linears.
@@ -300,25 +285,6 @@ def test_held_out_values_are_counted_above_what_came_before(stored):
 def _count_above(directory, model: nn.Module, name: str, bound: float) -> int:
     ((inputs,),) = seen_by_hooks(model, {name: model.get_submodule(name)}, BATCHES[2:])[name]
     return int((inputs[:, 1:].float().abs() > bound).sum())
-
-
-def test_gram_matrices_are_kept_for_those_inputs_that_are_asked_for(stored):
-    directory, model = stored("llama")
-    recorded = Recorded(directory, wants_gram=lambda name: name.endswith("q_proj"))
-    assert [list(recorded.block(number).grams) for number in (0, 1)] == [
-        ["model.layers.0.self_attn.q_proj"],
-        ["model.layers.1.self_attn.q_proj"],
-    ]
-    name = "model.layers.1.self_attn.q_proj"
-    rows = torch.cat(
-        [
-            inputs.reshape(-1, 64)
-            for (inputs,) in seen_by_hooks(model, {name: model.get_submodule(name)})[name]
-        ]
-    ).double()
-    torch.testing.assert_close(
-        recorded.block(1).grams[name].gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-4
-    )
 
 
 # ---- Keys and values.
@@ -554,9 +520,7 @@ def test_the_order_is_that_of_the_block_whichever_expert_came_first(stored):
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_batches_merge_in_any_order(stored, kind):
-    recorded = Recorded(
-        stored(kind)[0], quarters=(0, 1, HELD_OUT), wants_gram=lambda name: "q_proj" in name
-    )
+    recorded = Recorded(stored(kind)[0], quarters=(0, 1, HELD_OUT))
     for number in range(2):
         for order in itertools.permutations(recorded.by_batch[number]):
             assert_same(merged(order), recorded.block(number))
@@ -620,12 +584,7 @@ def test_ranks_together_have_what_one_process_has(stored, monkeypatch, count):
     """Also where a rank met experts that another didn't, or no batch at all."""
     directory, _ = stored("mixtral")
     batches = make_batches((1, 1), (1, 2), (2, 3), (1, 1))
-    recorded = Recorded(
-        directory,
-        batches,
-        quarters=(0, 1, 2, HELD_OUT),
-        wants_gram=lambda name: "experts.2" in name or "q_proj" in name,
-    )
+    recorded = Recorded(directory, batches, quarters=(0, 1, 2, HELD_OUT))
     processes = _ProcessesOfOneTest(count)
     monkeypatch.setattr(torch.distributed, "all_reduce", processes.all_reduce)
     monkeypatch.setattr(torch.distributed, "all_gather_object", processes.all_gather_object)
@@ -646,9 +605,8 @@ def test_one_rank_keeps_its_statistics():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_names_block_and_linear(stored, position, value):
     blockwise = open_blockwise(stored("llama")[0])
-    states = HiddenStates()
     blockwise.load_outer(with_head=False)
-    calls = blockwise.record(BATCHES[:1], states, ObservingCache())
+    captured = blockwise.capture(BATCHES[0], ObservingCache())
     with blockwise.block(1) as block, torch.inference_mode():
         # What comes behind the activation, so that the other inputs of the block are finite.
         block.mlp.act_fn.register_forward_hook(
@@ -656,7 +614,7 @@ def test_what_is_not_finite_names_block_and_linear(stored, position, value):
         )
         recorder = BlockRecorder(blockwise, 1, block)
         with recorder.batch(BATCHES[0].shape, 0, {}) as statistics:
-            blockwise.run_block(block, calls[0][1], states.get(0))
+            blockwise.run_block(block, captured.inputs[1], captured.hidden)
     with pytest.raises(
         CalibrationError,
         match=r"the input of model\.layers\.1\.mlp\.down_proj holds NaN or infinity",
@@ -676,14 +634,13 @@ def test_keys_and_values_that_are_not_finite_name_their_module(stored, which, na
 
 
 def test_tensors_hold_everything_under_the_names_of_the_checkpoint(stored):
-    statistics = Recorded(stored("mixtral")[0], wants_gram=lambda name: "q_proj" in name).block(1)
+    statistics = Recorded(stored("mixtral")[0]).block(1)
     tensors = statistics.tensors()
     name, place = "model.layers.1.self_attn", "model.layers.1.block_sparse_moe.experts"
     assert {
         f"{name}.k_amax",
         f"{name}.v_amax",
-        f"{name}.q_proj.gram",
         f"{place}.expert_tokens",
         f"{place}.1.w2.channel_amax",
     } <= tensors.keys()
-    assert len(tensors) == 7 * len(statistics.inputs) + 2 + 1 + 1
+    assert len(tensors) == 7 * len(statistics.inputs) + 2 + 1

@@ -8,7 +8,6 @@ import torch
 from quantkit.calibration.observers import (
     HELD_OUT,
     QUARTERS,
-    GramObserver,
     HeadObserver,
     InputObserver,
     least_error_amax,
@@ -206,17 +205,6 @@ def test_head_observer_keeps_the_largest_magnitude_of_each_head():
     whole.update(states)
     assert torch.equal(whole.amax, torch.stack([states[:, head].abs().max() for head in range(2)]))
     assert torch.equal(one.amax, whole.amax)
-
-
-def test_gram_observers_add_up_to_the_product_of_all_tokens():
-    tokens = whole_numbers(12, 5)
-    one, other = (GramObserver(torch.zeros(5, 5)) for _ in range(2))
-    one.update(tokens[:6].reshape(2, 3, 5).bfloat16())
-    other.update(tokens[6:10])
-    other.update(tokens[10:].reshape(1, 2, 1, 5))
-    one.merge(other)
-    assert one.gram.dtype == torch.float32
-    assert torch.equal(one.gram, tokens.T @ tokens)
 
 
 # ---- How far a static scale reaches.

@@ -22,7 +22,8 @@ from quantkit.data.windows import targets_of
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.models import saved_states
-from quantkit.models.encoder_decoder import halves, open_blockwise
+from quantkit.models.blockwise import BlockStep, BlockwiseModel
+from quantkit.models.encoder_decoder import halves
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.threads import one_thread
@@ -32,18 +33,16 @@ from quantkit.models.threads import one_thread
 def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(kind, tmp_path):
     whole = make_model(tmp_path, kind)
     checkpoint = Checkpoint.open(tmp_path)
-    model = open_blockwise(build_skeleton(checkpoint), StoredWeights(checkpoint), str(tmp_path))
+    model = BlockwiseModel(build_skeleton(checkpoint), StoredWeights(checkpoint), str(tmp_path))
     batches, states = make_batches((2, 24), (1, 17)), HiddenStates()
-    model.load_outer(with_head=False)
-    calls = dict(enumerate(model.record(batches, states)))
-    model.free_outer()
-    for number in range(model.block_count):
-        with model.block(number) as block, one_thread(), torch.inference_mode():
-            for batch in calls:
-                states.put(batch, model.run_block(block, calls[batch][number], states.get(batch)))
-        states.turn()
-        model.pass_on(number, dict(enumerate(batches)), states, calls)
-    model.load_outer(with_head=True)
+
+    def run(step: BlockStep) -> None:
+        with one_thread(), torch.inference_mode():
+            for batch in step.walk.batches:
+                step.advance(batch)
+
+    walk = model.walk(dict(enumerate(batches)), states, run)
+    found = dict(walk.finish())
     for batch, tokens in enumerate(batches):
         source, target = halves(tokens)
         read = torch.cat([torch.ones_like(target[:, :1]), target[:, :-1]], 1)
@@ -53,7 +52,7 @@ def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(kind, tmp_path):
                 encoder_hidden_states=whole.get_encoder()(input_ids=source)[0],
                 use_cache=False,
             )[0]
-        assert torch.equal(model.finish(tokens, states.get(batch)), expected)
+        assert torch.equal(found[batch], expected)
 
 
 @pytest.mark.parametrize("kind", TARGET)
@@ -164,3 +163,33 @@ def test_queries_on_the_target_have_a_scale_of_their_own(tmp_path, text, export_
             assert len({scales[which] for which in shared}) == 1 and len(
                 set(scales.values())
             ) == 4 - len(shared)
+
+
+@pytest.mark.parametrize("kind", TARGET)
+def test_a_branch_reads_what_its_own_encoder_made(kind, tmp_path):
+    """A batch that branches off in the encoder with other hidden states ends elsewhere; one that
+    keeps them ends with the same bits, also where it branches off in the decoder.
+    """
+    make_model(tmp_path, kind)
+    checkpoint = Checkpoint.open(tmp_path)
+    model = BlockwiseModel(build_skeleton(checkpoint), StoredWeights(checkpoint), str(tmp_path))
+
+    def run(step: BlockStep) -> None:
+        with one_thread(), torch.inference_mode():
+            outputs = {batch: step.run(batch) for batch in step.walk.batches}
+            if step.number == 0:
+                step.walk.branch(0, into=1)
+                step.walk.branch(0, into=2)
+                outputs |= {1: outputs[0] * 2, 2: outputs[0]}
+            if step.number == model.block_count - 1:
+                step.walk.branch(2, into=3)
+                outputs[3] = outputs[2]
+            for batch, output in outputs.items():
+                step.put(batch, output)
+
+    states = HiddenStates()
+    branches = dict.fromkeys((1, 2, 3), 0)
+    walk = model.walk({0: make_batches((1, 24))[0]}, states, run, branches=branches)
+    found = dict(walk.finish())
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2]) and torch.equal(found[0], found[3])

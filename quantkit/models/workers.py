@@ -1,0 +1,35 @@
+"""Who does the work on one block: threads of this process, and the processes of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantkit.models.distributed import Ranks
+from quantkit.models.threads import each_batch
+
+
+@dataclass(frozen=True)
+class Workers:
+    """ranks: the job's processes.
+    device: where this process computes.
+    threads: how many pieces of work run at once on a CPU.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    threads: int
+
+    def each(self, work: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+        """work(number) for each, in this process; results in this order."""
+        return each_batch(work, list(numbers), self.device, self.threads)
+
+    def shared(self, work: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+        """work(number) for each, every one done by one rank; all ranks get all results."""
+        numbers = list(numbers)
+        mine = numbers[self.ranks.rank :: self.ranks.count]
+        shares = self.ranks.all_gather(dict(zip(mine, self.each(work, mine))))
+        return [shares[place % self.ranks.count][number] for place, number in enumerate(numbers)]
