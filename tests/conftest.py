@@ -115,7 +115,7 @@ def make_llama(
 def whole_model(served) -> torch.nn.Module:
     """A ServedModel with all of its blocks in memory at once."""
     for number in range(served.blocks.block_count):
-        served.blocks._load_block(number)
+        served.blocks.loader.load_block(number)
     served.blocks.load_outer(with_head=True)
     return served.blocks.model
 

@@ -36,7 +36,7 @@ from quantkit.calibration.scale_folding import (
     is_scaled_by_vector,
 )
 from quantkit.errors import CalibrationError
-from quantkit.models.block_calls import Call
+from quantkit.models.block_inputs import BlockInputs
 from quantkit.models.blockwise import BlockwiseModel
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates
@@ -226,7 +226,7 @@ class _Block:
         number: int,
         block: nn.Module,
         batches: Sequence[int],
-        call_of: Callable[[int], Call],
+        call_of: Callable[[int], BlockInputs],
         states: HiddenStates,
     ) -> None:
         self.chooser, self.model, self.recipe, self.ranks = (

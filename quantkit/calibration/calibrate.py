@@ -48,7 +48,7 @@ from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import HiddenStates, available_memory, peak_memory_bytes
 from quantkit.models.saved_states import SavedStates
 from quantkit.models.tensor_roles import linears_of
-from quantkit.schemes.pattern import Pattern, covering_patterns
+from quantkit.schemes.pattern import covering_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from quantkit.calibration.block_quantizer import BlockChooser
     from quantkit.calibration.observers import BlockStatistics
     from quantkit.calibration.weight_files import ChosenFiles
-    from quantkit.models.blockwise import BlockwiseModel
+    from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
 
 # A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
@@ -193,7 +193,6 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
         "recipe": options.recipe.canonical() if options.recipe else "",
         "batch size": str(batch_size),
         "choice of experts": "all" if options.all_experts else "router's",
-        "Gram matrices": " ".join(options.gram),
         "device": (
             f"{kind} {torch.backends.cpu.get_cpu_capability()}"
             if kind == "cpu"
@@ -261,7 +260,6 @@ class _Run:
                 self._run_blocks(states, done)
             finally:
                 states.close()
-                self.model.close()
         description = self.ranks.first_decides(self._finish)
         return _summary_of(
             self.options, self.checkpoint, description, time.monotonic() - self.started
@@ -269,13 +267,13 @@ class _Run:
 
     def _build(self) -> BlockwiseModel:
         from quantkit.calibration.hooks import EXPERTS_IMPLEMENTATION, register_observing_experts
-        from quantkit.models.encoder_decoder import open_blockwise
+        from quantkit.models.blockwise import BlockwiseModel
         from quantkit.models.skeleton import StoredWeights, build_skeleton
 
         register_observing_experts()
         settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
         skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
-        return open_blockwise(
+        return BlockwiseModel(
             skeleton,
             StoredWeights(self.checkpoint, require_finite=True),
             str(self.checkpoint.path),
@@ -367,83 +365,56 @@ class _Run:
         from quantkit.calibration.hooks import ObservingCache
 
         self.on_progress(0, self.model.block_count, "calibrate: embeddings")
-        if self.chosen is None:
-            self.model.load_outer(with_head=False)
-        else:
-            self.chosen.load_outer(self.batches[0])
-        states.expect(
-            {number: self.model.states_shape(self.batches[number]) for number in self.mine},
-            self.model.states_dtype,
-        )
-        calls = dict(
-            zip(
-                self.mine,
-                self.model.record(
-                    [self.batches[number] for number in self.mine],
-                    states,
-                    ObservingCache(),
-                    self.mine,
-                ),
-            )
-        )
-        self.model.free_outer()
         self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
-        # What blocks hand on beside hidden states isn't saved: those that are done run again.
-        first = (
-            0 if any(self.ranks.all_gather(self.model.hands_on)) else self._restore(states, calls)
-        )
-        for number in range(first, self.model.block_count):
-            with self.model.block(number) as block:
-                if self.chosen is not None and number in done:
-                    self.chosen.install(number, block)
-                elif self.chosen is not None:
-                    self.on_progress(
-                        number,
-                        self.model.block_count,
-                        f"calibrate: choosing weights of block {number + 1} of"
-                        f" {self.model.block_count}",
-                    )
-                    self.chosen.choose(number, block, self.mine, calls, states)
-                if number in done:
-                    self._pass(number, block, calls, states)
-                else:
-                    self._measure(number, block, calls, states)
-            for batch in self.mine:
-                calls[batch][number] = None
-            states.turn()
-            self.model.pass_on(
-                number, {batch: self.batches[batch] for batch in self.mine}, states, calls
-            )
-            self.saved.stop_or_save(
-                number,
-                self.model.block_count,
-                states,
-                beside=lambda number=number: self._encoded(number),
-            )
+        chosen = self.chosen
 
-    def _measure(
-        self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates
-    ) -> None:
+        def on_block(step: BlockStep) -> None:
+            if chosen is not None:
+                self._quantize(step, chosen, is_done=step.number in done)
+            if step.number in done:
+                self._pass(step)
+            else:
+                self._measure(step)
+
+        self.model.walk(
+            {batch: self.batches[batch] for batch in self.mine},
+            states,
+            on_block,
+            cache=ObservingCache(),
+            load_outer=None if chosen is None else lambda: chosen.load_outer(self.batches[0]),
+            restore=self._restore,
+            after_block=lambda number, walk: self.saved.stop_or_save(
+                number, self.model.block_count, states, beside=lambda: self._encoded(number, walk)
+            ),
+        )
+
+    def _quantize(self, step: BlockStep, chosen: ChosenFiles, is_done: bool) -> None:
+        """Give a block its quantized weights: an earlier run's, or new ones."""
+        if is_done:
+            chosen.install(step.number, step.block)
+            return
+        self.on_progress(
+            step.number,
+            self.model.block_count,
+            f"calibrate: choosing weights of block {step.number + 1} of {self.model.block_count}",
+        )
+        chosen.choose(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
+
+    def _measure(self, step: BlockStep) -> None:
         from quantkit.calibration.hooks import BlockRecorder
         from quantkit.calibration.observers import BlockStatistics
 
-        patterns = [Pattern(text) for text in self.options.gram]
-        recorder = BlockRecorder(
-            self.model,
-            number,
-            block,
-            self.options.all_experts,
-            lambda name: any(pattern.matches(name) for pattern in patterns),
-        )
-        total, earlier = BlockStatistics(), {}
+        number = step.number
+        recorder = BlockRecorder(self.model, number, step.block, self.options.all_experts)
+        total = BlockStatistics()
+        earlier: dict[str, float] = {}
         quarter_of = {batch: 4 * batch // len(self.batches) for batch in self.mine}
 
         def work(batch: int) -> BlockStatistics:
             with recorder.batch(
                 self.batches[batch].shape, quarter_of[batch], earlier
             ) as statistics:
-                hidden = states.get(batch).to(self.model.device)
-                states.put(batch, self.model.run_block(block, calls[batch][number], hidden))
+                step.advance(batch)
             return statistics
 
         try:
@@ -471,21 +442,10 @@ class _Run:
         if self.ranks.is_first:
             self._write(number, whole, recorder)
 
-    def _pass(
-        self, number: int, block: Any, calls: Mapping[int, Any], states: HiddenStates
-    ) -> None:
-        """Run a block whose statistics are there, for the hidden states behind it."""
-
-        def work(batch: int) -> None:
-            states.put(
-                batch,
-                self.model.run_block(
-                    block, calls[batch][number], states.get(batch).to(self.model.device)
-                ),
-            )
-
-        for batch, _ in zip(self.mine, self._each(work, self.mine)):
-            self._tell(number, batch, "again, ")
+    def _pass(self, step: BlockStep) -> None:
+        """Run a block whose statistics are there, for the hidden states after it."""
+        for batch, _ in zip(self.mine, self._each(step.advance, self.mine)):
+            self._tell(step.number, batch, "again, ")
 
     def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Any:
         from quantkit.models.threads import each_batch
@@ -514,34 +474,30 @@ class _Run:
             {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described},
         )
 
-    def _restore(self, states: HiddenStates, calls: Mapping[int, Any]) -> int:
-        """The block to begin with: the one behind the hidden states that an earlier run saved, if
+    def _restore(self, walk: Walk) -> int:
+        """The block to begin with: the one after the hidden states that an earlier run saved, if
         it did.
         """
-        texts = {batch: self.batches[batch] for batch in self.mine}
-
-        def put_encoded(found: Mapping[str, Tensor]) -> None:
-            self.model.begin_decoder(
-                {batch: found[_encoded_name(batch)] for batch in self.mine}, texts, states, calls
-            )
-
+        # Side outputs aren't saved: blocks that are done run again.
+        if any(self.ranks.all_gather(self.model.has_side_outputs)):
+            return 0
         names = [_encoded_name(batch) for batch in self.mine]
         return self.saved.restore(
-            states,
+            walk.states,
             lambda block: self.mine,
             lambda block: names if self.model.reads_encoder(block + 1) else (),
-            put_encoded,
+            lambda found: walk.begin_decoder(
+                {batch: found[_encoded_name(batch)] for batch in self.mine}
+            ),
         )
 
-    def _encoded(self, number: int) -> dict[str, Tensor]:
+    def _encoded(self, number: int, walk: Walk) -> dict[str, Tensor]:
         """What the encoder made of each batch, by its name among saved hidden states, where it is
-        needed behind a block.
+        needed after a block.
         """
-        return (
-            {_encoded_name(batch): self.model.encoded[batch] for batch in self.mine}
-            if self.model.reads_encoder(number + 1)
-            else {}
-        )
+        if not self.model.reads_encoder(number + 1):
+            return {}
+        return {_encoded_name(batch): walk.encoded[batch] for batch in self.mine}
 
     # -- The end.
 

@@ -30,7 +30,7 @@ from quantkit.models.experts import (
     runs_as_told,
 )
 from quantkit.models.linear_views import DOWN, GATE_UP, experts_module
-from quantkit.models.null_cache import PassingCache
+from quantkit.models.null_cache import NullCache
 from quantkit.models.weight_map import ParameterSource, names_on_disk
 from quantkit.ops.linear import QuantizedLinear
 
@@ -216,7 +216,7 @@ def _linear_hook(names: Sequence[str]) -> Callable[..., None]:
     return hook
 
 
-class ObservingCache(PassingCache):
+class ObservingCache(NullCache):
     """Stands for a KV cache: measures keys and values after rotary embedding and hands them back;
     keeps nothing.
     """

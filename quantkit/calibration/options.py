@@ -15,8 +15,7 @@ class CalibrationOptions:
 
     memory: bytes that hidden states may hold before they go to a file; None is half of what the
     machine has to spare.
-    all_experts: show every token to every expert. gram: patterns of the Linears whose inputs' Gram
-    matrix is kept.
+    all_experts: show every token to every expert.
     """
 
     model: Path
@@ -30,7 +29,6 @@ class CalibrationOptions:
     device: str = "auto"
     memory: int | None = None
     all_experts: bool = False
-    gram: tuple[str, ...] = ()
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False

@@ -29,7 +29,7 @@ from quantkit.calibration.scale_folding import (
 )
 from quantkit.checkpoint.units import format_bytes
 from quantkit.errors import CalibrationError, RecipeError
-from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models.blockwise import BlockStep, BlockwiseModel
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.schemes.recipe import Algorithm
 
@@ -132,9 +132,7 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
     CalibrationError.
     """
     tokens = tokens[:1, :TRIAL_POSITIONS]
-    states = HiddenStates(device=model.device)
-    model.record([tokens], states)  # finds out what blocks return their hidden states in
-    states.close()
+    model.capture(tokens)  # finds out what blocks return their hidden states in
     try:
         outer = _find_outer(model, tokens.to(model.device), rotation.stream)
     except _Refusal as refusal:
@@ -575,39 +573,43 @@ def try_rotation(
     before each block.
     """
     tokens = tokens[:1, :TRIAL_POSITIONS]
+    if rotation.stream is not None:
+        _try_outer(model, tokens, rotation, rotation.stream, shapes)
     states = HiddenStates(device=model.device)
+
+    def rotate(step: BlockStep) -> None:
+        on_block(step.number)
+        name = model.block_name(step.number)
+        with torch.inference_mode():
+            probe = BlockProbe(model, step.block, step.inputs(0), step.hidden(0))
+            found = rotate_block(probe, rotation, {}, name)
+            require_on_disk(model, name, list(found.parameters))
+            step.advance(0)
+
     try:
-        model.load_outer(with_head=True)
-        calls = model.record([tokens], states)[0]
-        if rotation.stream is not None:
-            strangers = [
-                name
-                for name in model.unexpected
-                if len(shapes[name]) > 1 and len(rotation.stream) in shapes[name]
-            ]
-            if strangers:
-                raise _error(
-                    strangers[0],
-                    _Refusal(
-                        "transformers doesn't run it, so nobody knows whether it reads what is"
-                        " rotated"
-                    ),
-                )
-            rotated_outer(model, tokens, rotation)
-        model.free_outer()
-        for number in range(model.block_count):
-            on_block(number)
-            with model.block(number) as block, torch.inference_mode():
-                hidden = states.get(0).to(model.device)
-                found = rotate_block(
-                    BlockProbe(model, block, calls[number], hidden),
-                    rotation,
-                    {},
-                    model.block_name(number),
-                )
-                require_on_disk(model, model.block_name(number), list(found.parameters))
-                states.put(0, model.run_block(block, calls[number], hidden))
-            states.turn()
+        model.walk({0: tokens}, states, rotate)
     finally:
         states.close()
-        model.close()
+
+
+def _try_outer(
+    model: BlockwiseModel,
+    tokens: Tensor,
+    rotation: Rotation,
+    stream: Tensor,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Refuse what can't be rotated outside of the blocks. stream: [hidden size, hidden size]."""
+    unknown = [
+        name for name in model.unexpected if len(shapes[name]) > 1 and len(stream) in shapes[name]
+    ]
+    if unknown:
+        raise _error(
+            unknown[0],
+            _Refusal(
+                "transformers doesn't run it, so nobody knows whether it reads what is rotated"
+            ),
+        )
+    model.load_outer(with_head=True)
+    rotated_outer(model, tokens, rotation)
+    model.free_outer()

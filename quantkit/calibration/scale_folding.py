@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.models.block_calls import Call
+from quantkit.models.block_inputs import BlockInputs
 from quantkit.models.blockwise import BlockwiseModel
 
 # How much of what a block adds to its input may change when only float32's rounding differs:
@@ -53,15 +53,17 @@ class BlockProbe:
     size].
     """
 
-    def __init__(self, model: BlockwiseModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
+    def __init__(
+        self, model: BlockwiseModel, block: nn.Module, call: BlockInputs, hidden: Tensor
+    ) -> None:
         self._model = model
         self.block = copy.deepcopy(block).float()
-        call = call.given()
+        call = call.resolved()
         self._call = replace(
             call,
             arguments=_in_float32(call.arguments),
             keywords=_in_float32(call.keywords),
-            hands_on=(),
+            side_outputs=(),
         )
         self.hidden = hidden.float()
         self.output = self.run()

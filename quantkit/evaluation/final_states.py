@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from quantkit.errors import EvaluationError, NonFiniteError
 from quantkit.evaluation.masked_lm import Masking
 from quantkit.evaluation.quantized_model import ServedModel
 from quantkit.evaluation.state_cache import KeptStates, StateCache
+from quantkit.models.blockwise import BlockStep
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import body_name
 from quantkit.models.task import CAUSAL, TARGET
@@ -94,58 +96,35 @@ def make_final_states(
     }
     _require_head(blocks.model)
     states = HiddenStates(device=blocks.device)
+
+    def on_block(step: BlockStep) -> None:
+        nonlocal watched
+        finish = watch.block(step.number, step.block)
+
+        def work(number: int) -> None:
+            with nullcontext() if watch.batch is None else watch.batch(number):
+                output = step.run(number)
+            name = blocks.block_name(step.number)
+            _require_finite(output, served, number, f"first behind {name}")
+            if watch.change is not None:
+                output = watch.change(step.number, number, output)
+            step.put(number, output)
+
+        for done, _ in enumerate(
+            each_batch(work, numbers, blocks.device, torch.get_num_threads()), 1
+        ):
+            on_progress(step.number + done / len(numbers), blocks.block_count)
+        ran = time.perf_counter()
+        finish()
+        watched += time.perf_counter() - ran
+
     try:
-        blocks.load_outer(with_head=False)
-        states.expect(
-            {number: blocks.states_shape(tokens) for number, tokens in batches.items()},
-            blocks.states_dtype,
-        )
-        calls = dict(
-            zip(numbers, blocks.record(list(batches.values()), states, served.new_cache(), numbers))
-        )
-        blocks.free_outer()
-        for block_number in range(blocks.block_count):
-            with blocks.block(block_number) as block:
-                finish = watch.block(block_number, block)
-
-                def work(
-                    number: int, block: nn.Module = block, block_number: int = block_number
-                ) -> None:
-                    call, hidden = calls[number][block_number], states.get(number).to(blocks.device)
-                    if watch.batch is None:
-                        output = blocks.run_block(block, call, hidden)
-                    else:
-                        with watch.batch(number):
-                            output = blocks.run_block(block, call, hidden)
-                    _require_finite(
-                        output, served, number, f"first behind {blocks.block_name(block_number)}"
-                    )
-                    if watch.change is not None:
-                        output = watch.change(block_number, number, output)
-                    states.put(number, output)
-
-                for done, _ in enumerate(
-                    each_batch(work, numbers, blocks.device, torch.get_num_threads()), 1
-                ):
-                    on_progress(block_number + done / len(numbers), blocks.block_count)
-                ran = time.perf_counter()
-                finish()
-                watched += time.perf_counter() - ran
-            for number in numbers:
-                calls[number][block_number] = None
-            states.turn()
-            blocks.pass_on(block_number, batches, states, calls)
-        blocks.load_outer(with_head=True)
-        for number in numbers:
-            final = blocks.finish(batches[number], states.get(number), served.new_cache())
+        walk = blocks.walk(batches, states, on_block, cache=served.new_cache())
+        for number, final in walk.finish():
             _require_finite(final, served, number, "behind its last norm")
-            states.put(number, final)
-        states.turn()
     except BaseException:
         states.close()
         raise
-    finally:
-        blocks.close()
     return FinalStates(
         dict(windows),
         states,

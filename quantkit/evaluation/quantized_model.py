@@ -35,10 +35,9 @@ from quantkit.evaluation.quantized_experts import (
 )
 from quantkit.exporter.runtimes import as_computed
 from quantkit.models.blockwise import BlockwiseModel
-from quantkit.models.encoder_decoder import open_blockwise
 from quantkit.models.experts import Restacked
 from quantkit.models.linear_views import with_upright_weights
-from quantkit.models.null_cache import PassingCache
+from quantkit.models.null_cache import NullCache
 from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.weight_map import WeightMap
 from quantkit.ops.linear import OPS, QuantizedLinear, kernel_for
@@ -46,7 +45,7 @@ from quantkit.ops.reference import QuantizedTensor
 from quantkit.schemes.scheme import QuantScheme
 
 
-class QuantizedCache(PassingCache):
+class QuantizedCache(NullCache):
     """A KV cache of one window that stores FP8: what attention reads are the quantized keys and
     values.
 
@@ -119,7 +118,7 @@ def load_served(
             checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
         )
         return ServedModel(
-            open_blockwise(skeleton, StoredWeights(checkpoint), str(path), device),
+            BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device),
             checkpoint,
             dtype,
             0,
@@ -132,7 +131,7 @@ def load_served(
     weights = QuantizedWeights(checkpoint, layout, skeleton, computed, device, exec != "reference")
     if exec == "kernel":
         weights.require_kernels()
-    blocks = open_blockwise(skeleton, weights, str(path), device)
+    blocks = BlockwiseModel(skeleton, weights, str(path), device)
     unexpected = set(blocks.unexpected)
     beyond = {
         name

@@ -1,4 +1,4 @@
-"""A cache that keeps nothing: it hands keys and values on to the attention that made them."""
+"""A cache that keeps nothing: it returns keys and values to the attention that made them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _NoLayers(list):
         return None
 
 
-class PassingCache(DynamicCache):
+class NullCache(DynamicCache):
     """A cache without a past that keeps nothing: layers with a recurrent state begin afresh in each
     window, and threads can share it.
     """

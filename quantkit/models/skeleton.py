@@ -220,8 +220,7 @@ def build_skeleton(
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor._is_hf_initialized = True
         for name, buffer in list(model.named_non_persistent_buffers()):
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, torch.empty_like(buffer, device="cpu"))
+            put_tensor(model, name, torch.empty_like(buffer, device="cpu"))
         model.initialize_weights()
     except Exception as error:  # transformers raises every kind
         raise CheckpointError(
@@ -229,6 +228,12 @@ def build_skeleton(
         ) from None
     adopt_experts(model, settings.get("experts_implementation", ""))
     return model.eval().requires_grad_(False)
+
+
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or a buffer in the place of the one of this name in the module tree."""
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, tensor)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

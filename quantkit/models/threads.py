@@ -1,5 +1,5 @@
-"""Work on several threads: batches at once, each on one thread of its own, and modules that keep a
-state in themselves, one at a time.
+"""Work on several threads: batches at once, each on one thread of its own, and stateful modules one
+at a time.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def each_batch(
                 future.cancel()
 
 
-class Turns:
-    """Runs of modules from several threads: at once, except where a forward writes to the module
-    itself, as RecurrentGemma keeps its recurrent state; those run in turn.
+class StatefulModuleLock:
+    """Lets threads run modules at once, except modules whose forward writes to the module itself,
+    as RecurrentGemma keeps its recurrent state. Those run one at a time.
 
-    What kind of module that is shows in its first run, which is alone: whether an attribute or a
-    buffer is another object behind it than before.
+    The first run of each kind of module is alone and shows whether it is stateful: whether an
+    attribute or a buffer is another object after it than before.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,8 @@ class Turns:
         self._lock = Lock()
 
     @contextmanager
-    def of(self, module: nn.Module) -> Iterator[None]:
+    def held_for(self, module: nn.Module) -> Iterator[None]:
+        """Around each run of a module."""
         kind = frozenset(type(part) for part in module.modules())
         if self._writes.get(kind) is False:
             yield

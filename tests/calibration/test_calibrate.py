@@ -712,27 +712,3 @@ def test_eval_warns_of_the_same_file_whatever_the_windows_were(llama, text, tmp_
             "eval", llama, tmp_path / "q", "--data", text, "--seq-len", 48, "--max-tokens", 480
         )
         assert result.exit_code == 1 and "quantkit.json is damaged (calibrated_on)" in result.stderr
-
-
-def test_gram_matrices_are_kept_where_they_are_asked_for(llama, text, options):
-    calibrate(replace(options, gram=("re:.*layers.0.*o_proj",), num_samples=1, batch_size=1))
-    from safetensors.torch import load_file
-
-    tensors = load_file(options.output / "block-00000.safetensors")
-    assert [name for name in tensors if name.endswith(".gram")] == [
-        "model.layers.0.self_attn.o_proj.gram"
-    ]
-    window = calibration_windows([str(text)], load_tokenizer(llama), 1, 32, 0).windows[0]
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").eval()
-    seen = []
-    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0][0].double())
-    )
-    with one_thread(), torch.inference_mode():
-        model(torch.tensor([window.tokens]))
-    torch.testing.assert_close(
-        tensors["model.layers.0.self_attn.o_proj.gram"].double(),
-        seen[0].T @ seen[0],
-        rtol=1e-5,
-        atol=1e-6,
-    )

@@ -24,6 +24,7 @@ from quantkit.calibration.hooks import (
 )
 from quantkit.calibration.observers import HELD_OUT, BlockStatistics, InputObserver
 from quantkit.errors import CalibrationError
+from quantkit.models.blockwise import BlockStep
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.threads import each_batch, one_thread
@@ -74,36 +75,27 @@ class Recorded:
             open_blockwise(directory, experts_implementation=EXPERTS_IMPLEMENTATION),
             HiddenStates(),
         )
-        blockwise.load_outer(with_head=False)
         cache = cache or ObservingCache()
-        calls = blockwise.record(batches, states, cache)
         self.by_batch, self.recorders = [], []
-        for number in range(blockwise.block_count):
-            with blockwise.block(number) as block:
-                recorder = BlockRecorder(blockwise, number, block, **options)
 
-                def work(
-                    batch: int, block=block, number=number, recorder=recorder
-                ) -> BlockStatistics:
-                    with recorder.batch(
-                        batches[batch].shape, quarters[batch], earlier or {}
-                    ) as statistics:
-                        states.put(
-                            batch,
-                            blockwise.run_block(block, calls[batch][number], states.get(batch)),
-                        )
-                    return statistics
+        def record(step: BlockStep) -> None:
+            recorder = BlockRecorder(blockwise, step.number, step.block, **options)
 
-                self.by_batch.append(
-                    list(each_batch(work, range(len(batches)), blockwise.device, threads))
-                )
-                recorder.close()
-                self.recorders.append(recorder)
-            states.turn()
-        self.output = [
-            blockwise.finish(tokens, states.get(number), cache)
-            for number, tokens in enumerate(batches)
-        ]
+            def work(batch: int) -> BlockStatistics:
+                with recorder.batch(
+                    batches[batch].shape, quarters[batch], earlier or {}
+                ) as statistics:
+                    step.advance(batch)
+                return statistics
+
+            self.by_batch.append(
+                list(each_batch(work, step.walk.batches, blockwise.device, threads))
+            )
+            recorder.close()
+            self.recorders.append(recorder)
+
+        walk = blockwise.walk(dict(enumerate(batches)), states, record, cache=cache)
+        self.output = [final for _, final in walk.finish(with_head=False)]
 
     def block(self, number: int) -> BlockStatistics:
         return merged(self.by_batch[number])
@@ -646,9 +638,8 @@ def test_one_rank_keeps_its_statistics():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_names_block_and_linear(stored, position, value):
     blockwise = open_blockwise(stored("llama")[0])
-    states = HiddenStates()
     blockwise.load_outer(with_head=False)
-    calls = blockwise.record(BATCHES[:1], states, ObservingCache())
+    captured = blockwise.capture(BATCHES[0], ObservingCache())
     with blockwise.block(1) as block, torch.inference_mode():
         # What comes behind the activation, so that the other inputs of the block are finite.
         block.mlp.act_fn.register_forward_hook(
@@ -656,7 +647,7 @@ def test_what_is_not_finite_names_block_and_linear(stored, position, value):
         )
         recorder = BlockRecorder(blockwise, 1, block)
         with recorder.batch(BATCHES[0].shape, 0, {}) as statistics:
-            blockwise.run_block(block, calls[0][1], states.get(0))
+            blockwise.run_block(block, captured.inputs[1], captured.hidden)
     with pytest.raises(
         CalibrationError,
         match=r"the input of model\.layers\.1\.mlp\.down_proj holds NaN or infinity",

@@ -23,6 +23,7 @@ from quantkit.evaluation.gates import Gate
 from quantkit.evaluation.intervals import Interval
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.quantized_model import ServedModel, load_served
+from quantkit.models.blockwise import BlockStep
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.threads import one_thread
 from quantkit.ops import native
@@ -170,16 +171,16 @@ def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, exp
     dense = AutoModelForCausalLM.from_pretrained(model)
     served = load_served(out, "cpu")
     tokens, states = torch.arange(2, 60)[None], HiddenStates()
-    served.blocks.load_outer(with_head=True)
-    calls = served.blocks.record([tokens], states, served.new_cache())
+
+    def run(step: BlockStep) -> None:
+        for name, module in quantized_linears(served, step.number, step.block).items():
+            dense.get_submodule(name).weight.data = module.weight().dequantize()
+        step.advance(0)
+
     with torch.inference_mode():
-        for number in range(served.blocks.block_count):
-            with served.blocks.block(number) as block:
-                for name, module in quantized_linears(served, number, block).items():
-                    dense.get_submodule(name).weight.data = module.weight().dequantize()
-                states.put(0, served.blocks.run_block(block, calls[0][number], states.get(0)))
-            states.turn()
-        logits = served.blocks.model.lm_head(served.blocks.finish(tokens, states.get(0)))
+        walk = served.blocks.walk({0: tokens}, states, run, cache=served.new_cache())
+        ((_, final),) = walk.finish()
+        logits = served.blocks.model.lm_head(final)
         torch.testing.assert_close(logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
 
 

@@ -21,11 +21,11 @@ from tiny_models import (
 )
 from torch import nn
 
-import quantkit.models.blockwise
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
-from quantkit.models.block_calls import Call, Interned, Tape
-from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models import block_stack
+from quantkit.models.block_inputs import BlockInputs, InputRecord, SharedTensors
+from quantkit.models.blockwise import BlockStep, BlockwiseModel
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import StoredWeights, build_skeleton, decoder_blocks
 from quantkit.models.threads import each_batch, one_thread
@@ -53,28 +53,15 @@ def run_blockwise(
     blockwise: BlockwiseModel, batches=BATCHES, memory=None, prefetch=None, threads=1, cache=None
 ) -> list[torch.Tensor]:
     """Final hidden states of each batch."""
-    config = blockwise.model.config
     states = HiddenStates(memory)
-    try:
-        dtype = torch.float32 if getattr(config, "residual_in_fp32", False) else config.dtype
-        blockwise.load_outer(with_head=False)
-        states.expect(
-            {number: blockwise.states_shape(tokens) for number, tokens in enumerate(batches)}, dtype
-        )
+
+    def run(step: BlockStep) -> None:
         assert states.is_in_files == (memory == 0)
-        calls = blockwise.record(batches, states, cache)
-        blockwise.free_outer()
-        for number in range(blockwise.block_count):
-            with blockwise.block(number, prefetch) as block:
+        for _ in each_batch(step.advance, step.walk.batches, CPU, threads):
+            pass
 
-                def work(batch: int, block=block, number=number) -> None:
-                    states.put(
-                        batch, blockwise.run_block(block, calls[batch][number], states.get(batch))
-                    )
-
-                for _ in each_batch(work, range(len(batches)), CPU, threads):
-                    pass
-            states.turn()
+    try:
+        blockwise.walk(dict(enumerate(batches)), states, run, cache=cache, prefetch=prefetch)
         blockwise.load_outer(with_head=False)
         return [
             blockwise.finish(tokens, states.get(number), cache)
@@ -82,7 +69,6 @@ def run_blockwise(
         ]
     finally:
         states.close()
-        blockwise.close()
 
 
 def assert_equal(one, other) -> None:
@@ -158,16 +144,16 @@ def test_what_a_block_hands_on_beside_hidden_states_reaches_the_next(kind, tmp_p
     model = make_model(tmp_path, kind, **HANDING_ON[kind])
     blockwise = open_blockwise(tmp_path)
     assert_equal(run_blockwise(blockwise, threads=2), ordinary_hidden_states(model, BATCHES))
-    assert blockwise.hands_on
+    assert blockwise.has_side_outputs
 
 
 def test_a_block_does_not_run_before_the_one_that_hands_on_to_it(tmp_path):
     make_model(tmp_path, "zaya", **HANDING_ON["zaya"])
-    blockwise, states = open_blockwise(tmp_path), HiddenStates()
-    blockwise.load_outer(with_head=False)
-    calls = blockwise.record(BATCHES[:1], states)
-    with blockwise.block(1) as block, pytest.raises(CheckpointError, match="that one hasn't run"):
-        blockwise.run_block(block, calls[0][1], states.get(0))
+    blockwise = open_blockwise(tmp_path)
+    with pytest.raises(CheckpointError, match="that one hasn't run"):
+        blockwise.walk(
+            {0: BATCHES[0]}, HiddenStates(), lambda step: step.advance(0), restore=lambda walk: 1
+        )
 
 
 def test_hidden_states_that_rwkv_halves_between_blocks_are_not_halved_here(tmp_path):
@@ -317,15 +303,13 @@ def test_prefetch_reads_the_next_block_and_no_further(tmp_path, prefetch):
         assert not any(parameter.is_meta for parameter in block.parameters())
         assert weights.read_of[1].wait(10 if prefetch else 0.2) == prefetch
         assert not weights.read_of[2].wait(0.2)
-    blockwise.close()
+    blockwise.loader.close()
 
 
 def test_equal_masks_and_position_embeddings_are_kept_once(stored):
     blockwise = open_blockwise(stored("gemma3_text")[0])
-    blockwise.load_outer(with_head=False)
-    first, shorter, again, _ = blockwise.record(BATCHES, HiddenStates())
 
-    def tensors(call: Call) -> list[torch.Tensor]:
+    def tensors(call: BlockInputs) -> list[torch.Tensor]:
         values = [*call.arguments, *call.keywords.values()]
         return [
             item
@@ -334,28 +318,29 @@ def test_equal_masks_and_position_embeddings_are_kept_once(stored):
             if isinstance(item, torch.Tensor)
         ]
 
-    for number in range(blockwise.block_count):
-        assert len(tensors(first[number])) >= 3  # a mask, cosines and sines
-        assert all(
-            one is other for one, other in zip(tensors(first[number]), tensors(again[number]))
-        )
-        assert not any(
-            one is other for one, other in zip(tensors(first[number]), tensors(shorter[number]))
-        )
+    def check(step: BlockStep) -> None:
+        first, shorter, again = (tensors(step.inputs(batch)) for batch in range(3))
+        assert len(first) >= 3  # a mask, cosines and sines
+        assert all(one is other for one, other in zip(first, again))
+        assert not any(one is other for one, other in zip(first, shorter))
+        with torch.inference_mode():
+            for batch in step.walk.batches:
+                step.advance(batch)
+
+    blockwise.walk(dict(enumerate(BATCHES)), HiddenStates(), check)
 
 
 def test_interning_keeps_values_and_lets_go_of_those_that_never_come_again():
-    known = Interned()
+    known = SharedTensors()
     kept = []
-    for number in range(3 * Interned.COMPARED):
+    for number in range(3 * SharedTensors.COMPARED):
         tensor = torch.full((4,), float(number))
-        call = known.call(
-            Call(
-                (tensor, [tensor, None], 5),
-                {"mask": {"full": tensor.clone()}, "layer": "x"},
-                "hidden_states",
-            )
+        inputs = BlockInputs(
+            (tensor, [tensor, None], 5),
+            {"mask": {"full": tensor.clone()}, "layer": "x"},
+            "hidden_states",
         )
+        (call,) = known.of_batch([inputs])
         assert call.arguments[0] is call.arguments[1][0] is call.keywords["mask"]["full"]
         assert call.arguments[0].tolist() == [number] * 4
         assert (
@@ -365,16 +350,16 @@ def test_interning_keeps_values_and_lets_go_of_those_that_never_come_again():
             call.hidden_name,
         ) == (None, 5, "x", "hidden_states")
         kept.append(weakref.ref(tensor))
-        del tensor, call
-        known.forget_identities()
+        del tensor, call, inputs
     gc.collect()
-    assert sum(reference() is not None for reference in kept) == Interned.COMPARED
+    assert sum(reference() is not None for reference in kept) == SharedTensors.COMPARED
 
 
 def test_equal_values_of_another_shape_or_type_are_not_one():
-    known = Interned()
+    known = SharedTensors()
     tensors = [torch.ones(4), torch.ones(2, 2), torch.ones(4, dtype=torch.bool), torch.ones(8)[::2]]
-    assert len({id(known.call(Call((tensor,), {}, "")).arguments[0]) for tensor in tensors}) == 4
+    captured = [BlockInputs((tensor,), {}, "") for tensor in tensors]
+    assert len({id(inputs.arguments[0]) for inputs in known.of_batch(captured)}) == 4
 
 
 # ---- What is refused, before anything runs.
@@ -458,14 +443,14 @@ def test_decoder_blocks_are_the_list_with_the_most_parameters():
 
 
 def test_blocks_that_hand_on_more_than_is_known_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(quantkit.models.blockwise, "WAYS", (0, 1, 2))
+    monkeypatch.setattr(block_stack, "TEXT_RETURNS", block_stack.TEXT_RETURNS[:-1])
     make_model(tmp_path, "rwkv")
     blockwise = open_blockwise(tmp_path)
     blockwise.load_outer(with_head=False)
     with pytest.raises(
         CheckpointError, match="RwkvForCausalLM can't be run block by block: "
     ) as refusal:
-        blockwise.record(BATCHES, HiddenStates())
+        blockwise.capture(BATCHES[0])
     assert "\n" not in str(refusal.value)
 
 
@@ -474,12 +459,12 @@ def test_a_forward_that_skips_blocks_is_refused(stored):
     blockwise.load_outer(with_head=False)
     blockwise.model.model.config.num_hidden_layers = 1
     with pytest.raises(CheckpointError, match="its forward calls 1 of 2 blocks"):
-        blockwise.record(BATCHES, HiddenStates())
+        blockwise.capture(BATCHES[0])
 
 
 def test_a_block_that_is_called_without_hidden_states_is_refused():
     with pytest.raises(CheckpointError, match="without hidden states, only with tokens, mask"):
-        Tape(torch.Size((1, 2))).arrive((), {"tokens": None, "mask": None})
+        InputRecord(torch.Size((1, 2))).arrive((), {"tokens": None, "mask": None})
 
 
 def test_a_refused_forward_leaves_the_blocks_in_place(stored, monkeypatch):
@@ -489,7 +474,7 @@ def test_a_refused_forward_leaves_the_blocks_in_place(stored, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(blockwise.model.model), "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            blockwise.record(BATCHES, HiddenStates())
+            blockwise.capture(BATCHES[0])
     assert_equal(run_blockwise(blockwise), ordinary_hidden_states(model, BATCHES))
 
 

@@ -20,7 +20,8 @@ from quantkit.data.windows import evaluation_windows, load_tokenizer, targets_of
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.models import saved_states
-from quantkit.models.encoder_decoder import halves, open_blockwise
+from quantkit.models.blockwise import BlockStep, BlockwiseModel
+from quantkit.models.encoder_decoder import halves
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.threads import one_thread
@@ -30,18 +31,16 @@ from quantkit.models.threads import one_thread
 def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(kind, tmp_path):
     whole = make_model(tmp_path, kind)
     checkpoint = Checkpoint.open(tmp_path)
-    model = open_blockwise(build_skeleton(checkpoint), StoredWeights(checkpoint), str(tmp_path))
+    model = BlockwiseModel(build_skeleton(checkpoint), StoredWeights(checkpoint), str(tmp_path))
     batches, states = make_batches((2, 24), (1, 17)), HiddenStates()
-    model.load_outer(with_head=False)
-    calls = dict(enumerate(model.record(batches, states)))
-    model.free_outer()
-    for number in range(model.block_count):
-        with model.block(number) as block, one_thread(), torch.inference_mode():
-            for batch in calls:
-                states.put(batch, model.run_block(block, calls[batch][number], states.get(batch)))
-        states.turn()
-        model.pass_on(number, dict(enumerate(batches)), states, calls)
-    model.load_outer(with_head=True)
+
+    def run(step: BlockStep) -> None:
+        with one_thread(), torch.inference_mode():
+            for batch in step.walk.batches:
+                step.advance(batch)
+
+    walk = model.walk(dict(enumerate(batches)), states, run)
+    found = dict(walk.finish())
     for batch, tokens in enumerate(batches):
         source, target = halves(tokens)
         read = torch.cat([torch.ones_like(target[:, :1]), target[:, :-1]], 1)
@@ -51,7 +50,7 @@ def test_blocks_in_turn_give_the_bits_of_the_ordinary_forward(kind, tmp_path):
                 encoder_hidden_states=whole.get_encoder()(input_ids=source)[0],
                 use_cache=False,
             )[0]
-        assert torch.equal(model.finish(tokens, states.get(batch)), expected)
+        assert torch.equal(found[batch], expected)
 
 
 @pytest.mark.parametrize("kind", TARGET)

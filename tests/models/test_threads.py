@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit.models.threads import Turns, each_batch
+from quantkit.models.threads import StatefulModuleLock, each_batch
 
 CPU = torch.device("cpu")
 
@@ -106,10 +106,10 @@ class Free(nn.Module):
 
 @pytest.mark.parametrize("as_buffer", [False, True])
 def test_a_module_that_writes_to_itself_is_run_in_turn(as_buffer):
-    turns, module = Turns(), nn.Sequential(Keeping(as_buffer))
+    turns, module = StatefulModuleLock(), nn.Sequential(Keeping(as_buffer))
 
     def work(number: int) -> float:
-        with turns.of(module):
+        with turns.held_for(module):
             return module(torch.full((10,), float(number))).item()
 
     assert list(each_batch(work, range(8), CPU, 4)) == [10.0 * number for number in range(8)]
@@ -124,10 +124,10 @@ def test_the_same_without_turns_mixes_states_up():
 
 
 def test_other_modules_run_at_once_behind_the_first_run():
-    turns, module = Turns(), Free(threading.Barrier(3))
+    turns, module = StatefulModuleLock(), Free(threading.Barrier(3))
 
     def work(alone: bool) -> None:
-        with turns.of(module):
+        with turns.held_for(module):
             module(alone)
 
     work(True)
@@ -135,8 +135,8 @@ def test_other_modules_run_at_once_behind_the_first_run():
 
 
 def test_a_forward_that_fails_leaves_the_turn_to_the_next():
-    turns, module = Turns(), Keeping(False)
-    with pytest.raises(TypeError), turns.of(module):
+    turns, module = StatefulModuleLock(), Keeping(False)
+    with pytest.raises(TypeError), turns.held_for(module):
         module(None)
-    with turns.of(module):
+    with turns.held_for(module):
         assert module(torch.ones(2)).item() == 2

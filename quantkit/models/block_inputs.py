@@ -1,5 +1,5 @@
-"""What a model's own forward calls each of its decoder blocks with: recorders stand in the blocks'
-places, keep their arguments and return what they are given.
+"""Captured block inputs: what a model's own forward calls each of its blocks with. Recorders stand
+in the blocks' places, keep their arguments and return the hidden states that they are given.
 """
 
 from __future__ import annotations
@@ -14,20 +14,36 @@ from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError
 
-# Ways in which blocks return hidden states: a tensor, or a tuple of this length; RUN_FIRST: of
-# three, for which the first block is run.
-WAYS, RUN_FIRST = (0, 1, 2, 3), -1
-# How a block's hidden states are called where they aren't the first positional argument.
+# Names of a block's hidden states where they aren't its first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
 
-class Handed:
-    """What a block returns beside hidden states, put here when it has run, for the next block that
-    is called with it (GLM-5's choice of tokens, ZAYA's routers).
+@dataclass(frozen=True)
+class BlockReturn:
+    """How a model's loop over its blocks takes the hidden states out of what a block returns.
+
+    length: items of the tuple whose first one they are; None where a block returns them alone.
+    first_block_runs: whether the first block must run for the other items, which all blocks share
+    (T5's position bias).
+    """
+
+    length: int | None
+    first_block_runs: bool = False
+
+
+ALONE = BlockReturn(None)
+FIRST_BLOCK_RUNS = BlockReturn(3, first_block_runs=True)
+
+
+class SideOutput:
+    """One item that a block returns after its hidden states, for a later block that is called with
+    it (GLM-5's choice of tokens, ZAYA's routers).
+
+    is_read: whether a later block is called with it.
     """
 
     def __init__(self) -> None:
-        self.is_wanted = False
+        self.is_read = False
         self._values: list[Any] = []
 
     def put(self, value: Any) -> None:
@@ -42,40 +58,39 @@ class Handed:
         return self._values[0]
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one block was called with beside its hidden states, for one batch. hidden_name: their
-    keyword, or "" for the first argument.
+def _value_of(argument: Any) -> Any:
+    return argument.get() if isinstance(argument, SideOutput) else argument
 
-    hands_on: where what the block returns beside hidden states goes, in the order of its tuple.
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the model calls one block with, for one batch, apart from its hidden states.
+
+    arguments, keywords: those of the call.
+    hidden_name: the keyword of the hidden states, or "" where they are the first argument.
+    side_outputs: places for what the block returns after its hidden states, in that order.
     """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     hidden_name: str
-    hands_on: tuple[Handed, ...] = ()
+    side_outputs: tuple[SideOutput, ...] = ()
 
-    def given(self) -> Call:
-        """The call with what the block before has handed on."""
-        if not any(
-            isinstance(value, Handed) for value in (*self.arguments, *self.keywords.values())
-        ):
+    def resolved(self) -> BlockInputs:
+        """The same with the values of earlier blocks' side outputs."""
+        values = (*self.arguments, *self.keywords.values())
+        if not any(isinstance(value, SideOutput) for value in values):
             return self
-        arguments = tuple(
-            value.get() if isinstance(value, Handed) else value for value in self.arguments
-        )
         return replace(
             self,
-            arguments=arguments,
-            keywords={
-                key: value.get() if isinstance(value, Handed) else value
-                for key, value in self.keywords.items()
-            },
+            arguments=tuple(map(_value_of, self.arguments)),
+            keywords={key: _value_of(value) for key, value in self.keywords.items()},
         )
 
-    def hand_on(self, beside: Sequence[Any]) -> None:
-        for place, value in zip(self.hands_on, beside):
-            if place.is_wanted:
+    def keep_side_outputs(self, returned: Sequence[Any]) -> None:
+        """returned: the items after the hidden states."""
+        for place, value in zip(self.side_outputs, returned):
+            if place.is_read:
                 place.put(value)
 
 
@@ -85,30 +100,35 @@ class WrongReturn(Exception):
     """
 
 
-class Recorder(nn.Module):
-    """Stands in place of a block: keeps what it is called with, returns its hidden states (or, from
-    the last one, those that were given).
+# arrive(arguments, keywords, side outputs) gives the hidden states to return
+Arrive = Callable[[tuple[Any, ...], dict[str, Any], tuple[SideOutput, ...]], Tensor]
 
-    hands_on: what it returns beside them shows where the model's loop takes it.
+
+class Recorder(nn.Module):
+    """Stands in place of a block: keeps what it is called with, and returns its hidden states (the
+    last one may return others).
+
+    with_side_outputs: return places after the hidden states, which show where the loop takes them.
     """
 
     def __init__(
-        self, block: nn.Module, arrive: Callable[..., Tensor], outputs: int, hands_on: bool = False
+        self,
+        block: nn.Module,
+        arrive: Arrive,
+        returns: BlockReturn,
+        with_side_outputs: bool = False,
     ) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # no child: its parameters are not this module's
-        self._arrive, self._outputs, self._hands_on = arrive, outputs, hands_on
+        self._arrive, self._returns = arrive, returns
+        self._with_side_outputs = with_side_outputs
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        places = (Handed(), Handed()) if self._hands_on else ()
+        places = (SideOutput(), SideOutput()) if self._with_side_outputs else ()
         hidden = self._arrive(arguments, keywords, places)
-        return (
-            (hidden, *(places or (None, None)))[
-                : 3 if self._outputs == RUN_FIRST else self._outputs
-            ]
-            if self._outputs
-            else hidden
-        )
+        if self._returns.length is None:
+            return hidden
+        return (hidden, *(places or (None, None)))[: self._returns.length]
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their blocks for what kind they are (`attention_type`)."""
@@ -119,33 +139,31 @@ class Recorder(nn.Module):
 
 
 class RunningRecorder(Recorder):
-    """The same for a block that is run all the same, hidden states apart: what else it returns, all
-    blocks share (T5's position bias).
-    """
+    """A recorder that also runs its block, and returns the block's other items."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        hidden = self._arrive(arguments, keywords)
+        hidden = self._arrive(arguments, keywords, ())
         return (hidden, *self.__dict__["_block"](*arguments, **keywords)[1:])
 
 
-class Tape:
-    """The calls of one forward, in the order of the blocks. shape: of the batch's tokens."""
+class InputRecord:
+    """The block inputs of one forward, in the order of the blocks. shape: of the batch's tokens."""
 
     def __init__(self, shape: torch.Size) -> None:
-        self.calls: list[Call] = []
+        self.inputs: list[BlockInputs] = []
         self.first: Tensor | None = None
         self._shape = tuple(shape)
 
     @property
-    def is_handed_on(self) -> bool:
-        """Whether a block was called with what the one before it returned beside hidden states."""
-        return any(place.is_wanted for call in self.calls for place in call.hands_on)
+    def reads_side_outputs(self) -> bool:
+        """Whether a block was called with a side output of an earlier one."""
+        return any(place.is_read for inputs in self.inputs for place in inputs.side_outputs)
 
     def arrive(
         self,
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
-        hands_on: tuple[Handed, ...] = (),
+        side_outputs: tuple[SideOutput, ...] = (),
     ) -> Tensor:
         name = "" if arguments else next((name for name in _HIDDEN_NAMES if name in keywords), None)
         if name is None:
@@ -164,16 +182,10 @@ class Tape:
                 " by block"
             )
         for value in (*arguments, *keywords.values()):
-            if isinstance(value, Handed):
-                value.is_wanted = True
-        self.calls.append(
-            Call(
-                arguments[1:],
-                {key: value for key, value in keywords.items() if key != name},
-                name,
-                hands_on,
-            )
-        )
+            if isinstance(value, SideOutput):
+                value.is_read = True
+        others = {key: value for key, value in keywords.items() if key != name}
+        self.inputs.append(BlockInputs(arguments[1:], others, name, side_outputs))
         return hidden
 
     def require_end(self, output: Any) -> None:
@@ -181,8 +193,8 @@ class Tape:
             raise WrongReturn
 
 
-class Interned:
-    """Tensors that hold the same are kept once: masks and position embeddings of batch after
+class SharedTensors:
+    """Keeps equal tensors of captured inputs once: masks and position embeddings of batch after
     batch.
     """
 
@@ -192,13 +204,20 @@ class Interned:
         self._by_shape: dict[tuple[Any, ...], deque[Tensor]] = {}
         self._seen: dict[int, tuple[Any, Tensor]] = {}
 
-    def call(self, call: Call) -> Call:
-        return replace(
-            call, arguments=self._value(call.arguments), keywords=self._value(call.keywords)
-        )
-
-    def forget_identities(self) -> None:
+    def of_batch(self, captured: Sequence[BlockInputs]) -> list[BlockInputs]:
+        """The inputs of each block for one batch, made of tensors that are kept already where they
+        are equal.
+        """
+        shared = [
+            replace(
+                inputs,
+                arguments=self._value(inputs.arguments),
+                keywords=self._value(inputs.keywords),
+            )
+            for inputs in captured
+        ]
         self._seen.clear()
+        return shared
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, Tensor):

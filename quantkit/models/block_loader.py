@@ -1,0 +1,346 @@
+"""Brings a model's weights into memory: those outside of the blocks, and one block at a time.
+
+The module tree is built without memory; transformers' own loader fills the part that is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.models.block_stack import BlockStack
+from quantkit.models.hidden_states import release_freed_memory
+from quantkit.models.skeleton import Weights, put_tensor, require_no_missing
+from quantkit.models.tensor_roles import is_of_other_tower
+from quantkit.models.weight_map import ParameterSource, WeightMap
+
+
+class _Unread:
+    """A tensor that is read when it is looked into, which is how transformers' loader takes its
+    turn.
+    """
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self._weights.read(self._name)
+
+
+class BlockLoader:
+    """The weights of one model. stacks: its blocks, in the order in which they run.
+
+    shared: parameters of blocks that are stored as another block's, parameter → that one. Each
+    block gets its own while it is in memory, so transformers doesn't tie them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        where: str,
+        device: torch.device,
+        stacks: Sequence[BlockStack],
+    ) -> None:
+        self._model: Any = model  # a PreTrainedModel
+        self._weights, self._where, self._device, self._stacks = weights, where, device, stacks
+        self._in_blocks = tuple(f"{stack.name}." for stack in stacks)
+        shapes = weights.shapes()
+        self._map = WeightMap(model, list(shapes))
+        self.shared = self._shared_between_blocks()
+        self._require_whole(shapes)
+        self._prefetcher: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[nn.Module]] = {}
+        for name, buffer in list(model.named_buffers()):
+            if not buffer.is_meta and device.type != "cpu":
+                put_tensor(model, name, buffer.to(device))
+
+    def _shared_between_blocks(self) -> dict[str, str]:
+        shared = {
+            target: source
+            for target, source in self._map.shared.items()
+            if target.startswith(self._in_blocks) and source.startswith(self._in_blocks)
+        }
+        if shared:
+            self._model.all_tied_weights_keys = {
+                target: source
+                for target, source in self._model.all_tied_weights_keys.items()
+                if target not in shared
+            }
+        return shared
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Tensors of the checkpoint that the model has no place for."""
+        return self._map.unexpected
+
+    def sources(self, parameter: str) -> ParameterSource | None:
+        """The tensors on disk that make a parameter of the module tree."""
+        return self._map.sources.get(self.shared.get(parameter, parameter))
+
+    def _require_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse now what would otherwise be found when its block's turn comes, hours from here."""
+        expected = self._model.state_dict()
+        tied = {*(getattr(self._model, "all_tied_weights_keys", None) or {}), *self.shared}
+        ignored = self._model._keys_to_ignore_on_load_missing or ()
+        missing = [
+            name
+            for name in expected
+            if not self._map.is_made(name)
+            and name not in tied
+            and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        require_no_missing(self._where, missing)
+        for target, source in self._map.sources.items():
+            counts = {len(names) for names in source.lists}
+            if len(counts) > 1:
+                raise CheckpointError(
+                    f"{self._where} lacks some of the tensors that make {target}: {sorted(counts)}"
+                    " are there; fetch or export it again"
+                )
+            for names in source.lists:
+                usual = Counter(shapes[name] for name in names).most_common(1)[0][0]
+                odd = next((name for name in names if shapes[name] != usual), None)
+                if odd is not None:
+                    raise CheckpointError(
+                        f"{odd} in {self._where} has the shape {list(shapes[odd])}, others of its"
+                        f" kind {list(usual)}; fetch it again"
+                    )
+            if self._map.is_split(target):
+                continue
+            name, wanted = source.lists[0][0], expected[target].shape
+            found = sum(math.prod(shapes[name]) for names in source.lists for name in names)
+            # Transposed or merged, but as many numbers; a tensor that is only renamed has the same
+            # shape.
+            if found != wanted.numel() or (
+                self._map.is_plain(target) and shapes[name] != tuple(wanted)
+            ):
+                described = (
+                    f"{name} has the shape {list(shapes[name])}"
+                    if len(source.lists[0]) == 1
+                    else f"{len(source.lists[0])} tensors make"
+                )
+                raise CheckpointError(
+                    f"in {self._where} {described}, {target} needs {list(wanted)} by the model's"
+                    " configuration; fetch it again"
+                )
+
+    # -- Outside of the blocks.
+
+    def load_outer(self, with_head: bool) -> None:
+        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is
+        asked for; nothing that sees or hears.
+        """
+        head = self._model.get_output_embeddings()
+        head_names = {name for name, module in self._model.named_modules() if module is head}
+        names = [
+            name
+            for name, target in self._map.target_of.items()
+            if not target.startswith(self._in_blocks) and not is_of_other_tower(target)
+        ]
+        names = [
+            name
+            for name in names
+            if with_head or self._map.target_of[name].rpartition(".")[0] not in head_names
+        ]
+        names = [name for name in names if self._is_parameter(self._map.target_of[name])]
+        self._load(names)
+        tied = self._model.all_tied_weights_keys
+        self._model.tie_weights(
+            missing_keys={*tied, *tied.values()} - {self._map.target_of[name] for name in names},
+            recompute_mapping=False,
+        )
+        self._weights.finish(self._model, "")
+
+    def outer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is outside of the blocks, by its name in the module tree."""
+        return (
+            (name, parameter)
+            for name, parameter in self._model.named_parameters()
+            if not name.startswith(self._in_blocks)
+        )
+
+    def _is_parameter(self, name: str) -> bool:
+        """False where another module has taken the place of the one that had it."""
+        module, _, leaf = name.rpartition(".")
+        return leaf in self._model.get_submodule(module).state_dict()
+
+    def free_outer(self) -> None:
+        """Let go of what `load_outer` brought; buffers stay."""
+        for module in self._model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.is_meta:
+                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    # -- Blocks.
+
+    def place(self, number: int) -> tuple[BlockStack, int]:
+        """The stack that holds a block, and the block's place in it."""
+        for stack in self._stacks:
+            if number < len(stack):
+                return stack, number
+            number -= len(stack)
+        raise IndexError(number)
+
+    def block_name(self, number: int) -> str:
+        stack, place = self.place(number)
+        return f"{stack.name}.{place}"
+
+    @contextmanager
+    def block(self, number: int, prefetch: bool | None = None) -> Iterator[nn.Module]:
+        """A block with its weights, for as long as the context lasts; once for each block.
+
+        prefetch: load the stack's next one meanwhile; None is on a GPU.
+        """
+        prefetch = self._device.type == "cuda" if prefetch is None else prefetch
+        coming = self._coming.pop(number, None)
+        block = self.load_block(number) if coming is None else coming.result()
+        stack, place = self.place(number)
+        if prefetch and place + 1 < len(stack):
+            self._prefetcher = self._prefetcher or ThreadPoolExecutor(1)
+            self._coming[number + 1] = self._prefetcher.submit(self._load_aside, number + 1)
+        try:
+            yield block
+        finally:
+            # Its weights go; what the model's forward may ask it for (its kind) stays.
+            stack.blocks[place] = _empty(block)
+            del block
+            release_freed_memory()
+
+    @contextmanager
+    def first_block(self, stack: BlockStack) -> Iterator[None]:
+        """A stack's first block with its weights, which models need whose later blocks take what it
+        returns.
+        """
+        # A block can be loaded once: this one's turn is still to come.
+        empty = copy.deepcopy(stack.blocks[0])
+        before = itertools.takewhile(lambda other: other is not stack, self._stacks)
+        self.load_block(sum(map(len, before)))
+        try:
+            yield
+        finally:
+            stack.blocks[0] = empty
+
+    def close(self) -> None:
+        """Stop what is still loading."""
+        if self._prefetcher is not None:
+            self._prefetcher.shutdown(wait=True, cancel_futures=True)
+            self._prefetcher = None
+            self._coming.clear()
+
+    def _load_aside(self, number: int) -> nn.Module:
+        if self._device.type != "cuda":
+            return self.load_block(number)
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(stream):
+            block = self.load_block(number)
+        stream.synchronize()
+        return block
+
+    def load_block(self, number: int) -> nn.Module:
+        """A block with its weights, which stay in memory."""
+        prefix = f"{self.block_name(number)}."
+        shared: dict[str, str] = {}
+        for name in self.shared:
+            if name.startswith(prefix):
+                source = self.sources(name)
+                assert source is not None
+                shared[name] = source.lists[0][0]
+        names = [name for name, target in self._map.target_of.items() if target.startswith(prefix)]
+        self._load(names, shared)
+        stack, place = self.place(number)
+        block = stack.blocks[place]
+        self._weights.finish(self._model, self.block_name(number))
+        empty = [
+            name
+            for name, tensor in itertools.chain(block.named_parameters(), block.named_buffers())
+            if tensor.is_meta
+        ]
+        require_no_missing(self._where, [f"{self.block_name(number)}.{name}" for name in empty])
+        return block
+
+    def read_anew(self, parameter: str) -> nn.Parameter:
+        """A parameter of a block in memory as `weights` gives it now; the block keeps the one that
+        it has.
+        """
+        module, _, leaf = parameter.rpartition(".")
+        owner = self._model.get_submodule(module)
+        before = getattr(owner, leaf)
+        self._load([name for names in self._map.sources[parameter].lists for name in names])
+        anew = getattr(owner, leaf)
+        setattr(owner, leaf, before)
+        return anew
+
+    def _load(self, names: Sequence[str], shared: Mapping[str, str] = MappingProxyType({})) -> None:
+        """names: tensors of the checkpoint; shared: parameter → the tensor that makes it as well as
+        its own.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        if not names and not shared:
+            return
+        dtype = self._model.config.dtype
+        settings = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=self._model._get_dtype_plan(dtype),
+            weight_mapping=copy.deepcopy(self._map.conversions),
+            device_map={"": str(self._device)},
+        )
+        try:
+            with _no_progress_bar():
+                unread = {
+                    name: _Unread(self._weights, stored)
+                    for name, stored in [*zip(names, names), *shared.items()]
+                }
+                found, _ = convert_and_load_state_dict_in_model(self._model, unread, settings)
+        except QuantkitError:
+            raise
+        except Exception as error:  # transformers raises every kind
+            raise CheckpointError(
+                f"transformers can't load {names[0]} and its like from {self._where}:"
+                f" {' '.join(str(error).split())[:300]}"
+            ) from None
+        problems = [*found.mismatched_keys, *found.conversion_errors.items(), *found.error_msgs]
+        if problems:
+            raise CheckpointError(
+                f"{self._where} doesn't fit the model that its configuration describes:"
+                f" {' '.join(str(problems[0]).split())[:200]}"
+            )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one for each load, which here is each block."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _empty(block: nn.Module) -> nn.Module:
+    """The block without its weights, also those that replaced Linears keep outside of
+    parameters.
+    """
+    for module in block.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                setattr(module, name, None)
+    return block.to("meta")
