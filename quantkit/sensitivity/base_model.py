@@ -21,7 +21,6 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluation.quantized_experts import EXPERTS_IMPLEMENTATION, register_serving_experts
 from quantkit.exporter.plan import ExportPlan
 from quantkit.models.blockwise import BlockwiseModel
-from quantkit.models.encoder_decoder import open_blockwise
 from quantkit.models.experts import Restacked, first_and_down, is_experts
 from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.weight_map import names_on_disk
@@ -84,7 +83,7 @@ def open_base_model(plan: ExportPlan, trust_remote_code: bool, device: str) -> B
         experts_implementation=EXPERTS_IMPLEMENTATION,
     )
     weights = BaseWeights(plan, skeleton)
-    blocks = open_blockwise(skeleton, weights, str(plan.options.model), device)
+    blocks = BlockwiseModel(skeleton, weights, str(plan.options.model), device)
     blocks.require_unshared()
     weights.rotate(blocks)
     return BaseModel(blocks, weights)

@@ -277,9 +277,9 @@ class _Run:
         output = step.run(batch)
         if any(place.get() is not None for place in step.inputs(batch).side_outputs):
             raise CheckpointError(
-                f"the blocks of {self.blocks.where} return more than hidden states for later"
-                " blocks, which sensitivity doesn't keep for each variant; export the model in"
-                " several recipes and let eval compare them"
+                f"the blocks of {self.blocks.where} return side outputs that later blocks read,"
+                " which sensitivity doesn't store for each variant; export the model in several"
+                " recipes and let eval compare them"
             )
         return output
 

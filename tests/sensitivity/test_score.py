@@ -274,7 +274,9 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
     assert {name for group in groups for name in group.linears} == set(plan.linears)
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
-        states, _ = run_groups(plan, groups, [torch.tensor([window.tokens])], [tuple([1] * len(groups))])
+        states, _ = run_groups(
+            plan, groups, [torch.tensor([window.tokens])], [tuple([1] * len(groups))]
+        )
         served = make_final_states(
             load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
         )
@@ -285,13 +287,13 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("glm_moe_dsa", HANDING_ON["glm_moe_dsa"], "hand on more than hidden states"),
+        ("glm_moe_dsa", HANDING_ON["glm_moe_dsa"], "side outputs that later blocks read"),
         ("zamba2", SHARING_BLOCKS, "runs the weights of .* again in"),
         ("rwkv", {}, None),
     ],
 )
 def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, tmp_path, text):
-    """Not RWKV's, which hand on the state that they were given: none."""
+    """Not RWKV's, whose side output is the state that they were given: none."""
     make_model(tmp_path / "model", kind, vocab_size=make_tokenizer(tmp_path / "model"), **settings)
     options = SensitivityOptions(
         tmp_path / "model", INT8, ("keep",), data=(str(text),), max_tokens=64, seq_len=32
