@@ -63,6 +63,7 @@ def sensitivity_html(result: dict[str, Any]) -> str:
 
 def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     kinds = list(dict.fromkeys(entry["kind"] for entry in result["sets"]))
     blocks = max(entry["block"] for entry in result["sets"]) + 1
@@ -81,7 +82,7 @@ def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
     )
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.figure.colorbar(image, ax=axes, label="KL, nats", pad=0.02)
 
 

@@ -138,7 +138,7 @@ class _Hull:
             point = float(weight[number]), float(objective[number])
             if points and point[1] >= points[-1][1]:
                 continue
-            while len(points) > 1 and not _is_convex(*points[-2:], point):
+            while len(points) > 1 and not _is_convex(points[-2], points[-1], point):
                 points.pop()
             points.append(point)
         steps = tuple((b[0] - a[0], a[1] - b[1]) for a, b in zip(points, points[1:]))

@@ -76,4 +76,8 @@ def _leaf(name: str) -> str:
 
 
 def _parents(group: Sequence[str], count: int) -> str:
-    return ".".join(group[0].split(".")[-1 - count : -1])
+    """The last parts of a Linear's path in its block."""
+    path = group[0].split(".")[:-1]
+    numbers = [place for place, part in enumerate(path) if part.isdigit()]
+    in_block = path[numbers[-1] + 1 :] if numbers else path
+    return ".".join(in_block[-count:] or path[-1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,3 +165,10 @@ class _Perturbed(nn.Module):
         draws = torch.rand(output.shape, generator=generator).to(output.device)
         larger = (output.float() * (1 + torch.finfo(output.dtype).eps)).to(output.dtype)
         return torch.where(draws < PERTURBED, larger, output)
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their Linears for their weight's dtype (T5)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("linear"), name)
