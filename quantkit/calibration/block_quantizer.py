@@ -26,7 +26,7 @@ from quantkit.algorithms.bias_correction import corrected_bias
 from quantkit.algorithms.gptq import Solution, corrected_weight, gptq
 from quantkit.algorithms.scale_search import search_scale
 from quantkit.algorithms.smoothquant import Smoothing, search_smoothing
-from quantkit.calibration.rotate import Rotation, require_on_disk, rotate_block
+from quantkit.calibration.rotate import RotatedBlock, Rotation, require_on_disk, rotate_block
 from quantkit.calibration.scale_folding import (
     STORED_TOLERANCE,
     BlockProbe,
@@ -169,11 +169,9 @@ class _Names:
 def replace_linear(
     model: BlockwiseModel, block: nn.Module, path: str, weight: QuantizedTensor, scheme: QuantScheme
 ) -> None:
-    parent, _, leaf = path.rpartition(".")
     linear = block.get_submodule(path)
-    setattr(
-        block.get_submodule(parent),
-        leaf,
+    block.set_submodule(
+        path,
         QuantizedLinear(weight, as_it_arrives(scheme), None, linear.bias, model.model.config.dtype),
     )
 
@@ -247,7 +245,7 @@ class _Block:
             path: block.get_submodule(path).weight.data.float() for path in self.schemes
         }
         self.chosen = ChosenWeights()
-        self.order: _Order = self.ranks.first_decides(self._find_order)
+        self.order: _Order = self.ranks.broadcast_from_first(self._find_order)
         self.importance: dict[int, Tensor] = {}  # of each batch's tokens, [tokens, 1]
 
     def _run(self, batch: int) -> Tensor:
@@ -288,14 +286,14 @@ class _Block:
     # -- Rotation.
 
     def rotate(self, rotation: Rotation) -> None:
-        made: list[Mapping[str, Tensor]] = []
-
-        def find() -> dict[str, Any]:
+        def find() -> RotatedBlock:
             found = rotate_block(
                 self._probe(rotation.stream), rotation, self._stored_dtypes(), self.prefix
             )
             require_on_disk(self.model, self.prefix, list(found.parameters))
-            made.append(found.parameters)
+            return found
+
+        def describe(found: RotatedBlock) -> dict[str, Any]:
             entry = {
                 "block": self.prefix,
                 "norms": list(found.norms),
@@ -309,8 +307,11 @@ class _Block:
 
         # On one thread the result doesn't depend on how many there are.
         with torch.inference_mode(), one_thread():
-            self.chosen.described["rotations"].append(self.ranks.first_decides(find))
-            self._put(self.ranks.from_first(made[0] if made else None))
+            found = self.ranks.on_first(find)
+            self.chosen.described["rotations"].append(
+                self.ranks.broadcast_from_first(lambda: describe(found))
+            )
+            self._put(self.ranks.broadcast_tensors(found.parameters if found else None))
 
     # -- SmoothQuant.
 
@@ -318,7 +319,7 @@ class _Block:
         # On one thread the result doesn't depend on how many there are; each search is small.
         with torch.inference_mode(), one_thread():
             probe = self._probe() if self.ranks.is_first else None
-            folds, reasons = self.ranks.first_decides(lambda: find_folds(probe))
+            folds, reasons = self.ranks.broadcast_from_first(lambda: find_folds(probe))
             name = self.names.linears
             self.chosen.described["refused"] += [
                 {"linear": name.get(path, path), "reason": reason}
@@ -355,7 +356,7 @@ class _Block:
                 after |= changed
                 described.append(self._described_fold(fold, found))
             changed = {path: tensor for path, tensor in after.items() if tensor is not before[path]}
-            change = self.ranks.first_decides(lambda: _change(probe, changed))
+            change = self.ranks.broadcast_from_first(lambda: _change(probe, changed))
             if not change < STORED_TOLERANCE:
                 for fold in folds:
                     self._refuse(
@@ -621,7 +622,7 @@ class _Block:
         bias = self.block.get_submodule(path).bias
         if bias is None or inputs is None or f"{path}.bias" not in self.names.parameters:
             return False
-        bias.data = self.ranks.first_decides(
+        bias.data = self.ranks.broadcast_from_first(
             lambda: corrected_bias(
                 bias.data,
                 self.weights[path],
@@ -759,13 +760,16 @@ class _Block:
         total = self._added_up(total)
         if total is None:
             return None
-        if not torch.isfinite(total[3]).all():
-            raise self.ranks.told_once(
-                CalibrationError(
-                    f"the input of {self.names.linears[linear]} holds NaN or infinity; the model"
-                    " overflows on this text or its weights are damaged"
+        squares_sum, name = total[3], self.names.linears[linear]
+
+        def require_finite() -> None:
+            if not torch.isfinite(squares_sum).all():
+                raise CalibrationError(
+                    f"the input of {name} holds NaN or infinity; the model overflows on this text"
+                    " or its weights are damaged"
                 )
-            )
+
+        self.ranks.on_first(require_finite)
         count, exact, seen, squares, *grams = total
         return _Inputs(exact / count, seen / count, squares / count, *grams)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,18 +34,12 @@ from quantkit.checkpoint.output_dir import (
 )
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
-from quantkit.data.windows import (
-    BUNDLED_CALIBRATION,
-    Windows,
-    calibration_windows,
-    load_tokenizer,
-    token_pieces,
-    window_length,
-)
+from quantkit.data.windows import BUNDLED_CALIBRATION, Windows, calibration_windows, token_pieces
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.assignment import assign_layers
 from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import HiddenStates, available_memory, peak_memory_bytes
+from quantkit.models.machine import device_identity, software_versions
 from quantkit.models.saved_states import SavedStates
 from quantkit.models.tensor_roles import linears_of
 from quantkit.schemes.pattern import covering_patterns
@@ -115,8 +109,8 @@ def calibrate(
 
     device = pick_device(options.device)
     with joined_ranks(device) as ranks:
-        plan = ranks.first_decides(lambda: _plan(options, checkpoint, device))
-        finished = ranks.first_decides(
+        plan = ranks.broadcast_from_first(lambda: _plan(options, checkpoint, device))
+        finished = ranks.broadcast_from_first(
             lambda: (
                 options.resume
                 and finished_already(options.output, plan.fingerprint, options.overwrite)
@@ -130,11 +124,11 @@ def calibrate(
                 0.0,
                 was_finished=True,
             )
-        ranks.first_decides(
+        ranks.on_first(
             lambda: check_output(options.output, overwrite=options.overwrite, reads=[options.model])
         )
         with stop_between_steps() as stop:
-            return _Run(options, checkpoint, plan, ranks, stop, on_progress).run()
+            return _prepare(options, checkpoint, plan, ranks, stop, on_progress).run()
 
 
 @dataclass(frozen=True)
@@ -165,15 +159,10 @@ class _Plan:
 
 
 def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _Plan:
-    import torch
-    import transformers
+    from quantkit.models.text import tokenizer_and_length
 
-    from quantkit.models.skeleton import auto_config
-
-    config = auto_config(options.model, options.trust_remote_code)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    seq_len = window_length(
-        options.seq_len, getattr(config.get_text_config(), "max_position_embeddings", None)
+    tokenizer, seq_len = tokenizer_and_length(
+        options.model, options.seq_len, options.trust_remote_code
     )
     names = options.data or (str(BUNDLED_CALIBRATION),)
     windows = calibration_windows(names, tokenizer, options.num_samples, seq_len, options.seed)
@@ -193,14 +182,8 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
         "recipe": options.recipe.canonical() if options.recipe else "",
         "batch size": str(batch_size),
         "choice of experts": "all" if options.all_experts else "router's",
-        "device": (
-            f"{kind} {torch.backends.cpu.get_cpu_capability()}"
-            if kind == "cpu"
-            else f"{kind} {torch.cuda.get_device_name(device)}"
-        ),
-        "quantkit version": __version__,
-        "torch version": torch.__version__,
-        "transformers version": transformers.__version__,
+        "device": device_identity(device),
+        **software_versions(),
     }
     sources = tuple(str(name) for name in options.data) or ("bundled",)
     return _Plan(windows, seq_len, batch_size, sources, fingerprint)
@@ -210,10 +193,119 @@ def block_file(number: int) -> str:
     return f"block-{number:05d}.safetensors"
 
 
-@dataclass
-class _Run:
-    """One calibration on one rank: its batches, the blocks one after the other, and on the first
-    rank CALIB.
+def _prepare(
+    options: CalibrationOptions,
+    checkpoint: Checkpoint,
+    plan: _Plan,
+    ranks: Ranks,
+    stop: StopRequest,
+    on_progress: Progress,
+) -> _Session:
+    """Open the model and CALIB.partial on this rank; what can't be calibrated is refused here."""
+    import torch
+
+    from quantkit.calibration.hooks import require_linears
+
+    started = time.monotonic()
+    threads = max(1, torch.get_num_threads())
+    model = _open_model(options, checkpoint, ranks)
+    quantizer = ranks.first_then_others(
+        lambda: _block_quantizer(options, checkpoint, model, threads, ranks)
+    )
+    ranks.on_first(lambda: require_linears(model))
+    ranks.on_first(model.require_unshared)
+    output = ranks.on_first(
+        lambda: OutputDirectory(
+            options.output,
+            plan.fingerprint,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            reads=[options.model],
+        )
+    )
+    batches = [torch.tensor(batch) for batch in plan.batches]
+    return _Session(
+        options,
+        checkpoint,
+        plan,
+        ranks,
+        stop,
+        on_progress,
+        started,
+        threads,
+        model,
+        batches,
+        # Every rank takes whole batches, the same ones whatever their number: a batch of another
+        # make rounds otherwise.
+        range(ranks.rank, len(batches), ranks.count),
+        output,
+        ranks.broadcast_from_first(lambda: output and output.partial),
+        None if quantizer is None else _quantized_files(quantizer, output),
+    )
+
+
+def _open_model(
+    options: CalibrationOptions, checkpoint: Checkpoint, ranks: Ranks
+) -> BlockwiseModel:
+    from quantkit.calibration.hooks import EXPERTS_IMPLEMENTATION, register_observing_experts
+    from quantkit.models.blockwise import BlockwiseModel
+    from quantkit.models.skeleton import StoredWeights, build_skeleton
+
+    register_observing_experts()
+    settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
+    return BlockwiseModel(
+        build_skeleton(checkpoint, options.trust_remote_code, **settings),
+        StoredWeights(checkpoint, require_finite=True),
+        str(checkpoint.path),
+        ranks.device,
+    )
+
+
+def _block_quantizer(
+    options: CalibrationOptions,
+    checkpoint: Checkpoint,
+    model: BlockwiseModel,
+    threads: int,
+    ranks: Ranks,
+) -> BlockChooser | None:
+    """The recipe's algorithms, where they quantize weights. The schemes are those that `export`
+    will use; what it would refuse is refused here.
+    """
+    recipe = options.recipe
+    if recipe is None or not recipe.chooses_weights:
+        return None
+    from quantkit.calibration.block_quantizer import BlockChooser
+    from quantkit.calibration.rotate import make_rotation
+
+    assignment = assign_layers(checkpoint, recipe)
+    settings = recipe.algorithm("rotation")
+    return BlockChooser(
+        model,
+        recipe,
+        {name: linear.scheme for name, linear in assignment.linears.items()},
+        threads,
+        settings and make_rotation(settings, model, options.seed),
+        ranks,
+    )
+
+
+def _quantized_files(quantizer: BlockChooser, output: OutputDirectory | None) -> ChosenFiles:
+    from quantkit.calibration.weight_files import ChosenFiles
+
+    return ChosenFiles(quantizer, output)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One calibration on one rank, ready to run.
+
+    started: time.monotonic() when the run began.
+    threads: how many batches go through a block at once on a CPU.
+    batches: token ids of all ranks, [windows, positions] each.
+    mine: the numbers of this rank's batches.
+    output: CALIB.partial, on rank 0.
+    partial: its path, on every rank.
+    quantized: the files of quantized weights, where the recipe's algorithms quantize them.
     """
 
     options: CalibrationOptions
@@ -222,30 +314,21 @@ class _Run:
     ranks: Ranks
     stop: StopRequest
     on_progress: Progress
-    output: OutputDirectory | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float
+    threads: int
+    model: BlockwiseModel
+    batches: list[Tensor]
+    mine: Sequence[int]
+    output: OutputDirectory | None
+    partial: Path
+    quantized: ChosenFiles | None
 
     def run(self) -> CalibrationSummary:
-        import torch
-
-        from quantkit.calibration.hooks import require_linears
-
-        self.batches = [torch.tensor(batch) for batch in self.plan.batches]
-        # Every rank takes whole batches, the same ones whatever their number: a batch of another
-        # make rounds otherwise.
-        self.mine = list(range(self.ranks.rank, len(self.batches), self.ranks.count))
-        self.threads = max(1, torch.get_num_threads())
-        self.model = self._build()
-        self.chooser = self.ranks.after_first(self._chooser)
-        self.ranks.first_decides(lambda: require_linears(self.model))
-        self.ranks.first_decides(self.model.require_unshared)
-        done = self.ranks.first_decides(self._open_output)
-        self.partial = self.ranks.first_decides(lambda: self.output.partial)
-        self.chosen = self._chosen_files()
-        if self.chosen is not None and not done:
+        done = self.ranks.broadcast_from_first(self._finished_blocks)
+        if self.quantized is not None and not done:
             shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
-            self.chosen.try_rotation(
-                self._build,
+            self.quantized.try_rotation(
+                lambda: _open_model(self.options, self.checkpoint, self.ranks),
                 self.batches[0],
                 shapes,
                 lambda number: self.on_progress(
@@ -260,78 +343,26 @@ class _Run:
                 self._run_blocks(states, done)
             finally:
                 states.close()
-        description = self.ranks.first_decides(self._finish)
+        description = self.ranks.broadcast_from_first(self._finish)
         return _summary_of(
             self.options, self.checkpoint, description, time.monotonic() - self.started
         )
 
-    def _build(self) -> BlockwiseModel:
-        from quantkit.calibration.hooks import EXPERTS_IMPLEMENTATION, register_observing_experts
-        from quantkit.models.blockwise import BlockwiseModel
-        from quantkit.models.skeleton import StoredWeights, build_skeleton
+    @property
+    def _opened(self) -> OutputDirectory:
+        assert self.output is not None, "only rank 0 reads and writes CALIB"
+        return self.output
 
-        register_observing_experts()
-        settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
-        skeleton = build_skeleton(self.checkpoint, self.options.trust_remote_code, **settings)
-        return BlockwiseModel(
-            skeleton,
-            StoredWeights(self.checkpoint, require_finite=True),
-            str(self.checkpoint.path),
-            self.ranks.device,
-        )
-
-    def _chooser(self) -> BlockChooser | None:
-        """What chooses weights, where the recipe asks for that; the schemes are those that `export`
-        will use, refused here if it would refuse them.
-        """
-        recipe = self.options.recipe
-        if recipe is None or not recipe.chooses_weights:
-            return None
-        from quantkit.calibration.block_quantizer import BlockChooser
-        from quantkit.calibration.rotate import make_rotation
-
-        assignment = assign_layers(self.checkpoint, recipe)
-        rotation = recipe.algorithm("rotation") and make_rotation(
-            recipe.algorithm("rotation"), self.model, self.options.seed
-        )
-        return BlockChooser(
-            self.model,
-            recipe,
-            {name: linear.scheme for name, linear in assignment.linears.items()},
-            self.threads,
-            rotation,
-            self.ranks,
-        )
-
-    def _chosen_files(self) -> ChosenFiles | None:
-        if self.chooser is None:
-            return None
-        from quantkit.calibration.weight_files import ChosenFiles
-
-        return ChosenFiles(self.chooser, self.output)
-
-    def _open_output(self) -> dict[int, dict[str, Any]]:
-        """CALIB.partial, and which blocks an earlier run finished."""
-        options = self.options
-        self.output = OutputDirectory(
-            options.output,
-            self.plan.fingerprint,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            reads=[options.model],
-        )
+    def _finished_blocks(self) -> set[int]:
+        """The blocks that an earlier run finished: all of their files are there, and whole."""
         numbers = range(self.model.block_count)
-        whole = self.output.finished([file(number) for number in numbers for file in self._files])
-        return {
-            number: whole[block_file(number)]
-            for number in numbers
-            if all(file(number) in whole for file in self._files)
-        }
+        whole = self._opened.finished([file(number) for number in numbers for file in self._files])
+        return {number for number in numbers if all(file(number) in whole for file in self._files)}
 
     @property
     def _files(self) -> tuple[Callable[[int], str], ...]:
-        """The names of what a finished block leaves."""
-        if self.chooser is None:
+        """The names of the files of a finished block."""
+        if self.quantized is None:
             return (block_file,)
         from quantkit.calibration.weight_files import weights_file
 
@@ -342,7 +373,7 @@ class _Run:
         return share // self.ranks.count
 
     def _states_device(self) -> str:
-        """Hidden states stay on a GPU that has room for them beside the blocks."""
+        """Hidden states stay on a GPU that has room for them as well as for blocks."""
         import torch
 
         if not self.ranks.device.startswith("cuda"):
@@ -353,24 +384,21 @@ class _Run:
             * hidden_size
             * self.model.states_dtype.itemsize
         )
-        return (
-            self.ranks.device
-            if needed < torch.cuda.mem_get_info(self.ranks.device)[0] // 4
-            else "cpu"
-        )
+        free = torch.cuda.mem_get_info(self.ranks.device)[0]
+        return self.ranks.device if needed < free // 4 else "cpu"
 
     # -- The blocks.
 
-    def _run_blocks(self, states: HiddenStates, done: Mapping[int, Any]) -> None:
+    def _run_blocks(self, states: HiddenStates, done: Container[int]) -> None:
         from quantkit.calibration.hooks import ObservingCache
 
         self.on_progress(0, self.model.block_count, "calibrate: embeddings")
-        self.saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
-        chosen = self.chosen
+        saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
+        quantized = self.quantized
 
         def on_block(step: BlockStep) -> None:
-            if chosen is not None:
-                self._quantize(step, chosen, is_done=step.number in done)
+            if quantized is not None:
+                self._quantize(step, quantized, is_done=step.number in done)
             if step.number in done:
                 self._pass(step)
             else:
@@ -381,24 +409,24 @@ class _Run:
             states,
             on_block,
             cache=ObservingCache(),
-            load_outer=None if chosen is None else lambda: chosen.load_outer(self.batches[0]),
-            restore=self._restore,
-            after_block=lambda number, walk: self.saved.stop_or_save(
+            load_outer=None if quantized is None else lambda: quantized.load_outer(self.batches[0]),
+            restore=lambda walk: self._restore(saved, walk),
+            after_block=lambda number, walk: saved.stop_or_save(
                 number, self.model.block_count, states, beside=lambda: self._encoded(number, walk)
             ),
         )
 
-    def _quantize(self, step: BlockStep, chosen: ChosenFiles, is_done: bool) -> None:
+    def _quantize(self, step: BlockStep, quantized: ChosenFiles, is_done: bool) -> None:
         """Give a block its quantized weights: an earlier run's, or new ones."""
         if is_done:
-            chosen.install(step.number, step.block)
+            quantized.install(step.number, step.block)
             return
         self.on_progress(
             step.number,
             self.model.block_count,
             f"calibrate: choosing weights of block {step.number + 1} of {self.model.block_count}",
         )
-        chosen.choose(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
+        quantized.choose(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
 
     def _measure(self, step: BlockStep) -> None:
         from quantkit.calibration.hooks import BlockRecorder
@@ -447,7 +475,7 @@ class _Run:
         for batch, _ in zip(self.mine, self._each(step.advance, self.mine)):
             self._tell(step.number, batch, "again, ")
 
-    def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Any:
+    def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Iterator[Any]:
         from quantkit.models.threads import each_batch
 
         return each_batch(work, batches, self.model.device, self.threads)
@@ -465,16 +493,16 @@ class _Run:
         self.on_progress(done, self.model.block_count, text)
 
     def _write(self, number: int, statistics: BlockStatistics, recorder: Any) -> None:
-        name = block_file(number)
-        path = self.output.partial / name
+        output, name = self._opened, block_file(number)
+        path = output.partial / name
         write_tensors(path, statistics.tensors())
         described = describe_block(statistics, recorder, name)
-        self.output.record(
+        output.record(
             name,
             {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": described},
         )
 
-    def _restore(self, walk: Walk) -> int:
+    def _restore(self, saved: SavedStates, walk: Walk) -> int:
         """The block to begin with: the one after the hidden states that an earlier run saved, if
         it did.
         """
@@ -482,7 +510,7 @@ class _Run:
         if any(self.ranks.all_gather(self.model.has_side_outputs)):
             return 0
         names = [_encoded_name(batch) for batch in self.mine]
-        return self.saved.restore(
+        return saved.restore(
             walk.states,
             lambda block: self.mine,
             lambda block: names if self.model.reads_encoder(block + 1) else (),
@@ -502,13 +530,13 @@ class _Run:
     # -- The end.
 
     def _finish(self) -> dict[str, Any]:
-        options, plan = self.options, self.plan
+        options, plan, output = self.options, self.plan, self._opened
         names = [block_file(number) for number in range(self.model.block_count)]
-        entries = [self.output.done[name] for name in names]
+        entries = [output.done[name] for name in names]
         if any("description" not in entry for entry in entries):
             # An earlier run was stopped just before its last rename: everything is written.
             description = Calibration.open(self.partial).description
-            self.output.commit()
+            output.commit()
             return description
         blocks = [entry["description"] for entry in entries]
         description = {
@@ -535,18 +563,18 @@ class _Run:
             "experts": [entry for block in blocks for entry in block["experts"]],
             "token_pieces": token_pieces(plan.windows),
         }
-        if self.chosen is not None:
-            description["chosen"], chosen = self.chosen.describe()
+        if self.quantized is not None:
+            description["chosen"], chosen = self.quantized.describe()
             names, entries = [*names, *chosen], [*entries, *chosen.values()]
         description["files"] = {
             name: {"bytes": entry["bytes"], "blake3": entry["blake3"]}
             for name, entry in zip(names, entries)
         }
-        write_json(self.output.partial / CALIBRATION_FILE, description)
-        for path in self.output.partial.iterdir():
+        write_json(output.partial / CALIBRATION_FILE, description)
+        for path in output.partial.iterdir():
             if path.name not in names and path.name not in (CALIBRATION_FILE, "progress.json"):
                 path.unlink()
-        self.output.commit()
+        output.commit()
         return description
 
 

@@ -68,7 +68,7 @@ class ChosenFiles:
                 self.output.discard()
                 raise
 
-        self.ranks.first_decides(attempt)
+        self.ranks.on_first(attempt)
 
     def load_outer(self, tokens: Tensor) -> None:
         """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on
@@ -78,25 +78,25 @@ class ChosenFiles:
         if not self.rotates_outer:
             model.load_outer(with_head=False)
             return
-        made: list[Mapping[str, Tensor]] = []
+        rotation = self.chooser.rotation
 
-        def find() -> None:
+        def find() -> Mapping[str, Tensor]:
             if OUTER_FILE not in self.output.finished([OUTER_FILE]):
                 model.load_outer(with_head=True)
-                self._write(OUTER_FILE, rotated_outer(model, tokens, self.chooser.rotation), {})
+                self._write(OUTER_FILE, rotated_outer(model, tokens, rotation), {})
                 model.free_outer()
-            made.append(self._read(OUTER_FILE))
+            return self._read(OUTER_FILE)
 
-        self.ranks.first_decides(find)
+        found = self.ranks.on_first(find)
         model.load_outer(with_head=False)
-        put_outer(model, self.ranks.from_first(made[0] if made else None))
+        put_outer(model, self.ranks.broadcast_tensors(found))
 
     def install(self, number: int, block: nn.Module) -> None:
         """Make a block what an earlier run chose."""
         self.chooser.install(
             number,
             block,
-            self.ranks.from_first(
+            self.ranks.broadcast_tensors(
                 self._read(weights_file(number)) if self.ranks.is_first else None
             ),
         )

@@ -35,6 +35,7 @@ from quantkit.evaluation.state_cache import StateCache
 from quantkit.exporter.runtimes import HARDWARE
 from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import peak_memory_bytes
+from quantkit.models.machine import device_name, software_versions
 from quantkit.models.task import CAUSAL, MASKED, task_of
 from quantkit.models.tensor_roles import linears_of
 from quantkit.ops.native import cpu_level
@@ -73,7 +74,7 @@ def evaluate(
     from quantkit.models.skeleton import pick_device
 
     with joined_ranks(pick_device(options.device)) as ranks:
-        windows, seq_len, remarks = ranks.first_decides(
+        windows, seq_len, remarks = ranks.broadcast_from_first(
             lambda: prepare_evaluation(options, ranks.count)
         )
         result = _Judgement(options, ranks, windows, seq_len, on_progress).result(gates)
@@ -195,9 +196,6 @@ class _Judgement:
 
     def _made_from(self, served: ServedModel) -> dict[str, Any]:
         """All that decides the base's hidden states."""
-        import torch
-        import transformers
-
         device = self.ranks.device
         return {
             "version": STATES_VERSION,
@@ -212,12 +210,8 @@ class _Judgement:
                 if served.quantized_linears
                 else []
             ),
-            "device": (
-                torch.backends.cpu.get_cpu_capability()
-                if device == "cpu"
-                else torch.cuda.get_device_name(device)
-            ),
-            "versions": [__version__, torch.__version__, transformers.__version__],
+            "device": device_name(device),
+            "versions": list(software_versions().values()),
         }
 
     # -- Candidates.

@@ -55,8 +55,7 @@ class OutputHead:
                 for path, module in model.named_modules(remove_duplicate=False)
                 if module is head
             ]:
-                parent, _, leaf = path.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, _Given(self._part))
+                model.set_submodule(path, _Given(self._part))
         setattr(model, name, self._stand_in)
         model.config.output_router_logits = False
         self._model = model

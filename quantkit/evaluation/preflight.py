@@ -11,16 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.formats import QuantizationLayout
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.data.windows import (
-    Windows,
-    evaluation_windows,
-    load_tokenizer,
-    targets_of,
-    window_length,
-)
+from quantkit.data.windows import Windows, evaluation_windows, load_tokenizer, targets_of
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.exporter.runtimes import as_computed
 from quantkit.models.task import CAUSAL, MASKED, TARGET, task_of
+from quantkit.models.text import tokenizer_and_length
 
 if TYPE_CHECKING:
     pass
@@ -55,27 +50,23 @@ def prepare_evaluation(
     """Refuse what can't be judged before the base has run for an hour; cut the windows. Returns
     them, their length and remarks.
     """
-    from quantkit.models.skeleton import auto_config
 
     base = _check_candidate(options.base, Checkpoint.open(options.base), options.hardware)
     candidates = [_check_candidate(path, base, options.hardware) for path in options.quants]
-    config = auto_config(options.base, options.trust_remote_code)
-    tokenizer = load_tokenizer(options.base, options.trust_remote_code)
     task = task_of(base.config, options.base)
     if task != CAUSAL and options.protocol != "gptq":
         raise EvaluationError(
             f"--protocol {options.protocol} is for models that predict the next token of a text,"
             f" which {options.base} doesn't; leave it out"
         )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits: dict[str, int] = {}
     if task == MASKED:
         from quantkit.evaluation.masked_lm import DEFAULT_LENGTH, RESERVED_POSITIONS, Masking
 
-        seq_len = window_length(
-            options.seq_len, positions and positions - RESERVED_POSITIONS, DEFAULT_LENGTH
-        )
-    else:
-        seq_len = window_length(options.seq_len, positions)
+        limits = {"default": DEFAULT_LENGTH, "reserved": RESERVED_POSITIONS}
+    tokenizer, seq_len = tokenizer_and_length(
+        options.base, options.seq_len, options.trust_remote_code, **limits
+    )
     if seq_len < 2:
         raise EvaluationError(
             "--seq-len must be at least 2: a window's first token is not predicted"

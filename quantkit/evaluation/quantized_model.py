@@ -367,12 +367,7 @@ class QuantizedWeights:
                 weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device)
             )
             input_scale = None if input_scale is None else input_scale.to(self._device)
-            parent, _, leaf = path.rpartition(".")
-            setattr(
-                model.get_submodule(parent),
-                leaf,
-                self._linear(name, weight, input_scale, linear.bias),
-            )
+            model.set_submodule(path, self._linear(name, weight, input_scale, linear.bias))
 
     def _linear(
         self, name: str, weight: QuantizedTensor, input_scale: Tensor | None, bias: Tensor | None

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from quantkit.errors import FollowerStopped, QuantkitError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Result = TypeVar("Result")
 
 # Ranks wait for each other at the end of each block, which may take long for the slowest; a rank
 # that dies is noticed at once.
@@ -50,51 +52,63 @@ class Ranks:
             dist.all_gather_object(gathered, content)
         return gathered
 
-    def first_decides(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0 makes of `decide`, on every rank; its error ends them all, and only rank 0
-        says it.
+    def on_first(self, work: Callable[[], Result]) -> Result | None:
+        """Do work on rank 0 alone while the others wait: its result there, None elsewhere. An error
+        ends all ranks, and only rank 0 reports it.
+        """
+        return self._from_first(work, lambda result: None)[0]
+
+    def broadcast_from_first(self, make: Callable[[], Result]) -> Result:
+        """Rank 0's result of `make`, on every rank, pickled on its way; errors as in `on_first`."""
+        return self._from_first(make, lambda result: result)[1]
+
+    def first_then_others(self, work: Callable[[], Result]) -> Result:
+        """Each rank's own result of `work`, rank 0's first; errors as in `on_first`."""
+        made = self.on_first(work)
+        return work() if not self.is_first else cast(Result, made)
+
+    def _from_first(
+        self, work: Callable[[], Result], told: Callable[[Result], Any]
+    ) -> tuple[Result | None, Any]:
+        """Rank 0's result, on that rank, and what it tells all ranks of it. One exchange carries
+        that and an error's exit code.
         """
         if self.count == 1:
-            return decide()
+            result = work()
+            return result, told(result)
+        found: Result | None = None
         content, error = None, None
         if self.is_first:
             try:
-                content = decide()
-            except QuantkitError as refusal:
-                error = refusal
+                found = work()
+                content = told(found)
+            except QuantkitError as raised:
+                error = raised
         content, exit_code = self.all_gather((content, error.exit_code if error else None))[0]
         if error is not None:
             raise error
         if exit_code is not None:
             raise FollowerStopped(exit_code)
-        return content
+        return found, content
 
-    def after_first(self, work: Callable[[], Any]) -> Any:
-        """What each rank makes of `work`, which isn't sent; rank 0's error ends them all, and only
-        rank 0 says it.
-        """
-        made: list[Any] = []
-        self.first_decides(lambda: made.append(work()))
-        return made[0] if made else work()
-
-    def told_once(self, error: QuantkitError) -> QuantkitError:
-        """What to raise for an error that every rank finds: only rank 0 says it."""
-        return error if self.is_first else FollowerStopped(error.exit_code)
-
-    def from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Rank 0's tensors, on every rank; what others give is not looked at."""
         if self.count == 1:
-            return dict(tensors)
+            return dict(tensors or {})
         import torch
         import torch.distributed as dist
 
-        described = self.first_decides(
-            lambda: {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        given = tensors or {}
+        described = self.broadcast_from_first(
+            lambda: {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in given.items()}
         )
         found: dict[str, Tensor] = {}
         for name, (shape, dtype) in described.items():
-            empty = None if self.is_first else torch.empty(shape, dtype=dtype, device=self.device)
-            found[name] = tensors[name].to(self.device).contiguous() if self.is_first else empty
+            found[name] = (
+                given[name].to(self.device).contiguous()
+                if self.is_first
+                else torch.empty(shape, dtype=dtype, device=self.device)
+            )
             if found[name].numel():
                 with _peers_alive(), torch.inference_mode():
                     # as bytes: gloo doesn't know every dtype

@@ -54,7 +54,7 @@ class SavedStates:
         numbers_behind: which batches are needed behind a block; names_behind: which other tensors,
         for put_beside, which is called first.
         """
-        saved = self.ranks.first_decides(self._saved)
+        saved = self.ranks.broadcast_from_first(self._saved)
         if saved is None:
             return 0
         numbers, names = numbers_behind(saved["block"]), names_behind(saved["block"])
@@ -96,7 +96,7 @@ class SavedStates:
         numbers: of the batches to save, unless all. beside: gives other tensors.
         """
         stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
-        late = self.ranks.first_decides(
+        late = self.ranks.broadcast_from_first(
             lambda: time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
         )
         if (stopped or late) and (self.last_too or number + 1 < blocks):

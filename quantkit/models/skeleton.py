@@ -28,12 +28,9 @@ def linears_for_conv1d(model: nn.Module) -> None:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            parent, _, leaf = name.rpartition(".")
             in_features, out_features = module.weight.shape
-            setattr(
-                model.get_submodule(parent),
-                leaf,
-                nn.Linear(in_features, out_features, dtype=module.weight.dtype),
+            model.set_submodule(
+                name, nn.Linear(in_features, out_features, dtype=module.weight.dtype)
             )
 
 

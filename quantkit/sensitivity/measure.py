@@ -93,7 +93,7 @@ class VariantScorer:
         missing = [window for window in windows if window not in scores]
         if missing:
             scores |= self._run(name, walk, places, distinct, missing, sqnr)
-        metrics = self.ranks.first_decides(
+        metrics = self.ranks.broadcast_from_first(
             lambda: _metrics(
                 [scores[window] for window in windows],
                 np.array([window.scored for window in self.text.windows.windows]),
@@ -166,7 +166,9 @@ class VariantScorer:
         ranks, of = self.ranks, len(self.text.windows.windows)
         longest = max(self.text.windows.windows[window].scored for window in windows)
         pieces = -(-longest // POSITIONS_PER_CHUNK) * -(-variants // VARIANTS_AT_ONCE)
-        each = ranks.first_decides(lambda: -(-torch.get_num_threads() // pieces)) * ranks.count
+        each = (
+            ranks.broadcast_from_first(lambda: -(-torch.get_num_threads() // pieces)) * ranks.count
+        )
         scores: dict[int, WindowScores] = {}
         for start in range(0, len(windows), each):
             mine = windows[start + ranks.rank : start + each : ranks.count]

@@ -12,7 +12,7 @@ from typing import Any
 from quantkit.errors import EvaluationError
 from quantkit.sensitivity.advice import additivity, pareto_lines, ranking, solve
 from quantkit.sensitivity.base_model import open_base_model
-from quantkit.sensitivity.choices import KEEP_NUMBER, RECIPE, RECIPE_NUMBER, Choices
+from quantkit.sensitivity.choices import KEEP_NUMBER, RECIPE_NUMBER, Choices
 from quantkit.sensitivity.layer_groups import LayerGroup, layer_groups
 from quantkit.sensitivity.layer_sqnr import LayerSqnr
 from quantkit.sensitivity.layer_swap import Perturbation
@@ -169,16 +169,12 @@ def second_pass(
 ) -> dict[str, Any]:
     """What the first pass found, completed. first: its result, whose groups are added to."""
     ranks, choices, rows = scorer.ranks, scorer.choices, first["sets"]
-    if RECIPE not in first["whole"]:
-        raise ranks.told_once(
-            EvaluationError("no layer group of this model can be quantized with the whole recipe")
-        )
     for place, layers in sqnr.by_place().items():
         rows[place]["layers"] = layers
     ranked = ranking(rows)
     lines = pareto_lines(first, choices.names)
     options = scorer.options
-    solution = ranks.first_decides(
+    solution = ranks.broadcast_from_first(
         lambda: solve(first, options.max_size, options.max_kld, choices.allowed)
     )
     quantized = model.uniform(RECIPE_NUMBER)

@@ -80,7 +80,7 @@ class ResumeState:
         """
         if self.partial is not None:
             output = self.partial.with_name(self.partial.name.removesuffix(".partial"))
-            self.ranks.first_decides(
+            self.ranks.broadcast_from_first(
                 lambda: check_disk_space(output, 2 * nbytes, "what --resume goes on from")
             )
 
@@ -88,7 +88,7 @@ class ResumeState:
 
     def scores(self, walk: str) -> dict[int, WindowScores]:
         """Of the windows that are done, on every rank."""
-        return self.ranks.first_decides(lambda: self._read(walk))
+        return self.ranks.broadcast_from_first(lambda: self._read(walk))
 
     def _read(self, walk: str) -> dict[int, WindowScores]:
         if self.work is None:
@@ -125,7 +125,7 @@ class ResumeState:
 
     def layers(self) -> dict[str, Any] | None:
         """What `record_layers` was given last: "blocks" and "figures"."""
-        return self.ranks.first_decides(
+        return self.ranks.broadcast_from_first(
             lambda: self.work.done.get(_LAYERS) if self.work is not None else None
         )
 

@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers
 
 from quantkit import __version__
 from quantkit.checkpoint.files import finite, write_json
@@ -26,6 +25,7 @@ from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
 from quantkit.errors import EvaluationError
 from quantkit.models.distributed import joined_ranks
 from quantkit.models.hidden_states import peak_memory_bytes
+from quantkit.models.machine import device_identity, software_versions
 from quantkit.models.skeleton import pick_device
 from quantkit.ops.native import cpu_level
 from quantkit.sensitivity.advice import SCHEMA_VERSION
@@ -53,9 +53,9 @@ def score_sensitivity(
             "--resume continues what is stored next to the result; give the same -o FILE as before"
         )
     with joined_ranks(pick_device(options.device)) as ranks:
-        choices, remarks = ranks.after_first(lambda: open_choices(options))
-        text = ranks.first_decides(lambda: open_text(options, ranks.count))
-        fingerprint = ranks.first_decides(
+        choices, remarks = ranks.first_then_others(lambda: open_choices(options))
+        text = ranks.broadcast_from_first(lambda: open_text(options, ranks.count))
+        fingerprint = ranks.broadcast_from_first(
             lambda: _fingerprint(options, choices, text, ranks.device)
         )
         budget = {
@@ -63,13 +63,13 @@ def score_sensitivity(
             "--max-kld": str(options.max_kld or ""),
         }
         if options.resume and output is not None:
-            finished = ranks.first_decides(
+            finished = ranks.broadcast_from_first(
                 lambda: finished_result(output, fingerprint | budget, options.overwrite)
             )
             if finished is not None:
                 return finished | {"was_finished": True}
         with stop_between_steps() if output else nullcontext(StopRequest()) as stop:
-            resume_state = ranks.after_first(
+            resume_state = ranks.first_then_others(
                 lambda: ResumeState.open(
                     ranks, stop, output, fingerprint, options.resume, options.overwrite
                 )
@@ -90,7 +90,7 @@ def score_sensitivity(
 def _scored(scorer: VariantScorer) -> dict[str, Any]:
     options, ranks = scorer.options, scorer.ranks
     with torch.inference_mode():
-        model = ranks.after_first(
+        model = ranks.first_then_others(
             lambda: open_layer_groups(scorer.choices, options.trust_remote_code, ranks.device)
         )
         known = scorer.resume_state.layers()
@@ -117,15 +117,9 @@ def _fingerprint(
         "--seq-len": str(text.seq_len),
         "windows": text.windows.tokens_sha256,
         "seed": str(options.seed),
-        "device": (
-            f"{kind} {torch.backends.cpu.get_cpu_capability()}"
-            if kind == "cpu"
-            else f"{kind} {torch.cuda.get_device_name(device)}"
-        ),
+        "device": device_identity(device),
         "kernels": cpu_level() if kind == "cpu" else kind,
-        "quantkit version": __version__,
-        "torch version": torch.__version__,
-        "transformers version": transformers.__version__,
+        **software_versions(),
     }
 
 

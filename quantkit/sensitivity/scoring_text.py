@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.data.windows import (
-    BUNDLED_CALIBRATION,
-    Windows,
-    calibration_windows,
-    load_tokenizer,
-    targets_of,
-    window_length,
-)
+from quantkit.data.windows import BUNDLED_CALIBRATION, Windows, calibration_windows, targets_of
 from quantkit.errors import EvaluationError
 from quantkit.evaluation import masked_lm
 from quantkit.evaluation.masked_lm import Masking
-from quantkit.models.skeleton import auto_config
 from quantkit.models.task import MASKED, TARGET, task_of
+from quantkit.models.text import tokenizer_and_length
 from quantkit.sensitivity.options import SensitivityOptions
 
 # Several windows, so that there are intervals; long enough for attention to have something to look
@@ -72,15 +65,14 @@ class ScoringText:
 
 def open_text(options: SensitivityOptions, processes: int) -> ScoringText:
     """Raises EvaluationError where there are fewer windows than processes to share them."""
-    config = auto_config(options.model, options.trust_remote_code)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     task = task_of(Checkpoint.open(options.model).config, options.model)
-    positions, default = getattr(config.get_text_config(), "max_position_embeddings", None), None
-    masking = None
+    default, reserved = DEFAULT_LENGTH, 0
     if task == MASKED:
-        masking, default = Masking.of(tokenizer), masked_lm.DEFAULT_LENGTH
-        positions = positions and positions - masked_lm.RESERVED_POSITIONS
-    seq_len = window_length(options.seq_len, positions, default or DEFAULT_LENGTH)
+        default, reserved = masked_lm.DEFAULT_LENGTH, masked_lm.RESERVED_POSITIONS
+    tokenizer, seq_len = tokenizer_and_length(
+        options.model, options.seq_len, options.trust_remote_code, default, reserved
+    )
+    masking = Masking.of(tokenizer) if task == MASKED else None
     names = options.data or (str(BUNDLED_CALIBRATION),)
     windows = calibration_windows(
         names, tokenizer, max(len(names), options.max_tokens // seq_len), seq_len, options.seed

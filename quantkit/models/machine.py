@@ -1,0 +1,33 @@
+"""What a result depends on besides its inputs: the device that computes, and the software."""
+
+from __future__ import annotations
+
+from quantkit import __version__
+
+
+def device_name(device: str) -> str:
+    """The CPU's instruction set as torch uses it ("AVX2"), or the GPU's name. device: "cpu",
+    "cuda" or "cuda:N".
+    """
+    import torch
+
+    if device.split(":")[0] == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    return torch.cuda.get_device_name(device)
+
+
+def device_identity(device: str) -> str:
+    """The device's kind and name, such as "cpu AVX2", for the fingerprint of a run."""
+    return f"{device.split(':')[0]} {device_name(device)}"
+
+
+def software_versions() -> dict[str, str]:
+    """The entries of a run's fingerprint for the software that decides its bytes."""
+    import torch
+    import transformers
+
+    return {
+        "quantkit version": __version__,
+        "torch version": torch.__version__,
+        "transformers version": transformers.__version__,
+    }
