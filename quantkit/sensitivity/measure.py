@@ -26,7 +26,8 @@ from quantkit.sensitivity.layer_swap import LayerSwapper, Perturbation
 from quantkit.sensitivity.options import SensitivityOptions
 from quantkit.sensitivity.progress import ResumeState, WindowScores
 from quantkit.sensitivity.scoring_text import ScoringText
-from quantkit.sensitivity.variants import Variant, VariantStates, count_block_runs, run_variants
+from quantkit.sensitivity.streams import Variant, count_block_runs
+from quantkit.sensitivity.variants import VariantStates, run_variants
 
 VARIANTS_AT_ONCE = 16  # in one piece of scoring
 

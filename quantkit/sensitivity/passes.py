@@ -18,7 +18,7 @@ from quantkit.sensitivity.layer_sqnr import LayerSqnr
 from quantkit.sensitivity.layer_swap import Perturbation
 from quantkit.sensitivity.measure import VariantMetrics, VariantScorer
 from quantkit.sensitivity.noise_floor import NoiseFloor, depths, measured_blocks
-from quantkit.sensitivity.variants import Variant
+from quantkit.sensitivity.streams import Variant
 
 RESTORED = 10  # groups that are restored, each alone, in an otherwise quantized model
 

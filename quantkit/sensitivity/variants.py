@@ -12,7 +12,7 @@ A decoder that reads an encoder is called with what each stream's own encoder ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,7 @@ from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.saved_states import SavedStates
 from quantkit.models.threads import each_batch
-
-# For each place the number of its choice.
-Variant = tuple[int, ...]
+from quantkit.sensitivity.streams import Job, Numbering, Streams, Variant
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,6 @@ class VariantStates:
         self.states.close()
 
 
-def count_block_runs(variants: Sequence[Variant], block_of: Sequence[int], blocks: int) -> int:
-    """How often `run_variants` runs a block. block_of: the block of each place."""
-    total = 0
-    for block in range(blocks):
-        reached = [place for place, of in enumerate(block_of) if of <= block]
-        total += len({tuple(variant[place] for place in reached) for variant in variants})
-    return total
-
-
 def run_variants(
     blocks: BlockwiseModel,
     batches: Mapping[int, Tensor],
@@ -99,8 +88,8 @@ def run_variants(
     on from. Leaves the model with its output head in memory and without its blocks.
     """
     # On the CPU: a GPU's memory wouldn't hold so many.
-    states, streams = HiddenStates(), _Streams(variants, block_of, blocks.block_count)
-    numbering = _Numbering(list(batches), windows or len(batches))
+    states, streams = HiddenStates(), Streams(variants, block_of, blocks.block_count)
+    numbering = Numbering(list(batches), windows or len(batches))
     run = _Run(blocks, streams, numbering, make_swaps, before_block, on_progress)
 
     def end_block(number: int, walk: Walk) -> None:
@@ -133,93 +122,13 @@ def run_variants(
     )
 
 
-@dataclass(frozen=True)
-class _Numbering:
-    """The number of a stream's hidden states of a window. here: the windows of this rank; windows:
-    how many there are on all.
-    """
-
-    here: Sequence[int]
-    windows: int
-
-    def of(self, stream: int, window: int) -> int:
-        return stream * self.windows + window
-
-    def of_streams(self, streams: Iterable[int]) -> list[int]:
-        return [self.of(stream, window) for stream in streams for window in self.here]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a block runs under one of its choices. pairs: the stream that comes (parent) and the one
-    that leaves (child), which has the parent's name where it goes on.
-    """
-
-    choices: tuple[int, ...]
-    pairs: list[tuple[int, int]]
-
-
-class _Streams:
-    """Which streams there are before each block, and what the block does with them. A stream is
-    named after the first of its variants.
-    """
-
-    def __init__(
-        self, variants: Sequence[Variant], block_of: Sequence[int], block_count: int
-    ) -> None:
-        self.places = [
-            [place for place, of in enumerate(block_of) if of == number]
-            for number in range(block_count)
-        ]
-        self.total_runs = count_block_runs(variants, block_of, block_count)
-        # before each block, and after the last: stream → its variants
-        self.members: list[dict[int, list[int]]] = [{0: list(range(len(variants)))}]
-        self.jobs: list[list[_Job]] = []
-        for places in self.places:
-            jobs, members = _branched(self.members[-1], variants, places)
-            self.jobs.append(jobs)
-            self.members.append(members)
-
-    def of_variants(self, number: int) -> tuple[int, ...]:
-        """Each variant's stream before a block."""
-        stream_of = {
-            variant: stream
-            for stream, members in self.members[number].items()
-            for variant in members
-        }
-        return tuple(stream_of[variant] for variant in range(len(stream_of)))
-
-
-def _branched(
-    streams: Mapping[int, list[int]], variants: Sequence[Variant], places: Sequence[int]
-) -> tuple[list[_Job], dict[int, list[int]]]:
-    """A block's jobs, and the streams after it.
-
-    New streams come first: one that goes on under its own name may overwrite what it was made from.
-    """
-    after: dict[int, list[int]] = {}
-    branching: dict[tuple[int, ...], _Job] = {}
-    going_on: dict[tuple[int, ...], _Job] = {}
-    for parent, members in streams.items():
-        by_choices: dict[tuple[int, ...], list[int]] = {}
-        for variant in members:
-            choices = tuple(variants[variant][place] for place in places)
-            by_choices.setdefault(choices, []).append(variant)
-        for choices, alike in by_choices.items():
-            child = alike[0]
-            after[child] = alike
-            jobs = going_on if child == parent else branching
-            jobs.setdefault(choices, _Job(choices, [])).pairs.append((parent, child))
-    return [*branching.values(), *going_on.values()], after
-
-
 @dataclass
 class _Run:
     """One walk of all streams through the blocks. done: how often a block has met all windows."""
 
     blocks: BlockwiseModel
-    streams: _Streams
-    numbering: _Numbering
+    streams: Streams
+    numbering: Numbering
     make_swaps: MakeSwaps
     before_block: BeforeBlock | None
     on_progress: Callable[[float, float], None]
@@ -250,7 +159,7 @@ class _Run:
                         of = self.numbering.of
                         walk.branch(of(parent, window), into=of(child, window))
 
-    def _run_job(self, step: BlockStep, job: _Job) -> None:
+    def _run_job(self, step: BlockStep, job: Job) -> None:
         work = [
             (parent, child, window) for parent, child in job.pairs for window in self.numbering.here
         ]

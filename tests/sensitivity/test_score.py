@@ -37,7 +37,8 @@ from quantkit.sensitivity.layer_swap import LayerSwapper
 from quantkit.sensitivity.options import KEEP, SensitivityOptions
 from quantkit.sensitivity.passes import open_layer_groups
 from quantkit.sensitivity.score import score_sensitivity
-from quantkit.sensitivity.variants import VariantStates, count_block_runs, run_variants
+from quantkit.sensitivity.streams import count_block_runs
+from quantkit.sensitivity.variants import VariantStates, run_variants
 
 INT8 = Recipe(QuantScheme.parse("int8-dynamic"))
 BLOCKS, GROUPS = 3, 12
