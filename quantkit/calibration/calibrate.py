@@ -1,28 +1,29 @@
 """`calibrate`: run text through the model, block by block, and record the statistics of every
 Linear's input and of keys and values.
 
-With a recipe whose algorithms choose weights, each block's are chosen first (`block_quantizer.py`),
-and statistics are those of the block as it will be served.
+With a recipe whose algorithms quantize weights, each block's weights are quantized first
+(`block_quantizer.py`). The statistics are then those of the quantized block.
 
-CALIB holds `calibration.json` (what was measured, from what) and a `block-NNNNN.safetensors` for
-each decoder block, written when the block is finished, beside `weights-NNNNN.safetensors` with what
-algorithms chose: that is what `--resume` continues from. Statistics alone serve every scheme:
-calibrate once, export many.
+CALIB holds `calibration.json` (what was measured, from what) and, for each decoder block, a
+`block-NNNNN.safetensors` with its statistics and a `weights-NNNNN.safetensors` with its quantized
+weights, if any. They are written when the block is finished; `--resume` continues from them.
+Statistics alone serve every scheme: calibrate once, export many.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
-from quantkit.calibration.describe import chosen_remarks, describe_block, is_unsettled
+from quantkit.calibration.describe import describe_block
 from quantkit.calibration.options import CalibrationOptions, Progress
 from quantkit.calibration.results import SCHEMA_VERSION, Calibration
+from quantkit.calibration.summary import CalibrationSummary, summary_of
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.formats import QuantizationLayout
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
@@ -41,8 +42,6 @@ from quantkit.models.distributed import Ranks, joined_ranks
 from quantkit.models.hidden_states import HiddenStates, available_memory, peak_memory_bytes
 from quantkit.models.machine import device_identity, software_versions
 from quantkit.models.saved_states import SavedStates
-from quantkit.models.tensor_roles import linears_of
-from quantkit.schemes.pattern import covering_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,40 +53,6 @@ if TYPE_CHECKING:
 
 # A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class CalibrationSummary:
-    """What a run did.
-
-    unsettled: inputs whose amax still grew. starved: experts with too few tokens. unread: other
-    Linears that no token reached, which have no static scale.
-    refused: parameters that `export` can't quantize. chosen: what algorithms did, in sentences.
-    ignore: patterns, by "unread" and "refused", that leave just these.
-    """
-
-    path: Path
-    windows: int
-    seq_len: int
-    requested: int
-    inputs: int
-    linears: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    unsettled: tuple[str, ...] = ()
-    starved: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-    ignore: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    was_finished: bool = False
-    chosen: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self).items()
-        }
 
 
 def calibrate(
@@ -117,7 +82,7 @@ def calibrate(
             )
         )
         if finished:
-            return _summary_of(
+            return summary_of(
                 options,
                 checkpoint,
                 Calibration.open(options.output).description,
@@ -214,7 +179,7 @@ def _prepare(
     )
     ranks.on_first(lambda: require_linears(model))
     ranks.on_first(model.require_unshared)
-    output = ranks.on_first(
+    output: OutputDirectory | None = ranks.on_first(
         lambda: OutputDirectory(
             options.output,
             plan.fingerprint,
@@ -223,6 +188,8 @@ def _prepare(
             reads=[options.model],
         )
     )
+    partial = ranks.broadcast_from_first(lambda: None if output is None else output.partial)
+    assert partial is not None, "rank 0 has opened CALIB.partial"
     batches = [torch.tensor(batch) for batch in plan.batches]
     return _Session(
         options,
@@ -239,7 +206,7 @@ def _prepare(
         # make rounds otherwise.
         range(ranks.rank, len(batches), ranks.count),
         output,
-        ranks.broadcast_from_first(lambda: output and output.partial),
+        partial,
         None if quantizer is None else _quantized_files(quantizer, output),
     )
 
@@ -252,9 +219,10 @@ def _open_model(
     from quantkit.models.skeleton import StoredWeights, build_skeleton
 
     register_observing_experts()
-    settings = {"experts_implementation": EXPERTS_IMPLEMENTATION}
     return BlockwiseModel(
-        build_skeleton(checkpoint, options.trust_remote_code, **settings),
+        build_skeleton(
+            checkpoint, options.trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION
+        ),
         StoredWeights(checkpoint, require_finite=True),
         str(checkpoint.path),
         ranks.device,
@@ -284,7 +252,7 @@ def _block_quantizer(
         recipe,
         {name: linear.scheme for name, linear in assignment.linears.items()},
         threads,
-        settings and make_rotation(settings, model, options.seed),
+        None if settings is None else make_rotation(settings, model, options.seed),
         ranks,
     )
 
@@ -344,7 +312,7 @@ class _Session:
             finally:
                 states.close()
         description = self.ranks.broadcast_from_first(self._finish)
-        return _summary_of(
+        return summary_of(
             self.options, self.checkpoint, description, time.monotonic() - self.started
         )
 
@@ -412,7 +380,7 @@ class _Session:
             load_outer=None if quantized is None else lambda: quantized.load_outer(self.batches[0]),
             restore=lambda walk: self._restore(saved, walk),
             after_block=lambda number, walk: saved.stop_or_save(
-                number, self.model.block_count, states, beside=lambda: self._encoded(number, walk)
+                number, self.model.block_count, states, others=lambda: self._encoded(number, walk)
             ),
         )
 
@@ -581,51 +549,3 @@ class _Session:
 def _encoded_name(batch: int) -> str:
     """Of what an encoder made of a batch, among saved hidden states."""
     return f"{batch}.encoded"
-
-
-def _summary_of(
-    options: CalibrationOptions,
-    checkpoint: Checkpoint,
-    description: Mapping[str, Any],
-    seconds: float,
-    was_finished: bool = False,
-) -> CalibrationSummary:
-    inputs = description["inputs"]
-    # Experts that saw no token have their scale estimated.
-    unread = {
-        linear
-        for entry in inputs
-        if not entry["tokens"] and not entry["estimated"]
-        for linear in entry["linears"]
-    }
-    infos = linears_of(checkpoint).roles.values()
-    refused = [info.tensor for info in infos if info.kind == "unreached"]
-    linears = [info.name for info in infos if info.kind == "linear"]
-    observed = {linear for entry in inputs for linear in entry["linears"]}
-    unread = [name for name in linears if name in unread or name not in observed]
-    ignore = {
-        "unread": tuple(covering_patterns(unread, set(linears).difference(unread))),
-        "refused": tuple(covering_patterns(refused, linears)),
-    }
-    return CalibrationSummary(
-        options.output,
-        description["windows"],
-        description["seq_len"],
-        description["windows_requested"],
-        len(inputs),
-        sum(len(entry["linears"]) for entry in inputs),
-        seconds,
-        description["tokens"] / seconds if seconds else 0.0,
-        peak_memory_bytes(),
-        tuple(entry["name"] for entry in inputs if is_unsettled(entry)),
-        tuple(
-            f"{entry['module']}.{number}"
-            for entry in description["experts"]
-            for number in entry["starved"]
-        ),
-        tuple(unread),
-        tuple(refused),
-        ignore,
-        was_finished,
-        tuple(chosen_remarks(description)),
-    )

@@ -172,7 +172,7 @@ def _require_finite(hidden: Tensor, served: ServedModel, number: int, where: str
         )
 
 
-def _require_head(model: nn.Module) -> None:
+def _require_head(model: Any) -> None:
     if body_name(model) is None or model.get_output_embeddings() is None:
         raise EvaluationError(
             f"{type(model).__name__} is no causal language model with an output head, which is what"

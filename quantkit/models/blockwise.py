@@ -47,8 +47,8 @@ class BlockwiseModel:
     device: where it computes.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, where: str, device: str = "cpu") -> None:
-        self.model: Any = model  # a PreTrainedModel
+    def __init__(self, model: Any, weights: Weights, where: str, device: str = "cpu") -> None:
+        self.model = model  # a PreTrainedModel
         self.device, self.where = torch.device(device), where
         self.task = task_of(self.model.config.to_dict(), where)
         self.stages: tuple[Stage, ...]

@@ -13,7 +13,7 @@ class _NoLayers(list):
     compressors) finds None, and works as without a cache.
     """
 
-    def __getitem__(self, _: Any) -> None:
+    def __getitem__(self, _: Any) -> Any:
         return None
 
 

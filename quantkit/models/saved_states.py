@@ -30,7 +30,7 @@ class SavedStates:
     """What one walk through the blocks saves and goes on from. work: the directory, on the first
     rank; partial: its path, on all. walk: its name, where there are several.
 
-    last_too: save behind the last block as well, because more than writing a result comes after it.
+    last_too: save after the last block as well, because more than writing a result comes after it.
     """
 
     ranks: Ranks
@@ -44,20 +44,20 @@ class SavedStates:
     def restore(
         self,
         states: HiddenStates,
-        numbers_behind: Callable[[int], Sequence[int]],
-        names_behind: Callable[[int], Sequence[str]] = lambda block: (),
-        put_beside: Callable[[Mapping[str, Tensor]], None] | None = None,
+        numbers_after: Callable[[int], Sequence[int]],
+        names_after: Callable[[int], Sequence[str]] = lambda block: (),
+        put_others: Callable[[Mapping[str, Tensor]], None] = lambda found: None,
     ) -> int:
         """Put in place what an earlier run saved; returns the block to begin with, 0 where there is
         nothing.
 
-        numbers_behind: which batches are needed behind a block; names_behind: which other tensors,
-        for put_beside, which is called first.
+        numbers_after: which batches are needed after a block; names_after: which other tensors,
+        for put_others, which is called first.
         """
         saved = self.ranks.broadcast_from_first(self._saved)
         if saved is None:
             return 0
-        numbers, names = numbers_behind(saved["block"]), names_behind(saved["block"])
+        numbers, names = numbers_after(saved["block"]), names_after(saved["block"])
         paths = [self.partial / name for name in saved["files"]]
         found = {
             name: info
@@ -68,14 +68,19 @@ class SavedStates:
         if not all(self.ranks.all_gather(found.keys() >= {*map(str, numbers), *names})):
             return 0
         if names:
-            put_beside({name: read_tensor(found[name]) for name in names})
+            put_others({name: read_tensor(found[name]) for name in names})
         for number in numbers:
             states.put(number, read_tensor(found[str(number)]))
         states.turn()
         return saved["block"] + 1
 
+    @property
+    def _opened(self) -> WorkDirectory:
+        assert self.work is not None, "only rank 0 reads and writes the directory"
+        return self.work
+
     def _saved(self) -> dict[str, Any] | None:
-        saved = self.work.done.get(HIDDEN_STATES)
+        saved = self._opened.done.get(HIDDEN_STATES)
         if saved is None or saved.get("walk", "") != self.walk:
             return None
         return (
@@ -90,17 +95,17 @@ class SavedStates:
         blocks: int,
         states: HiddenStates,
         numbers: Sequence[int] | None = None,
-        beside: Callable[[], Mapping[str, Tensor]] = dict,
+        others: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
-        """Behind a block: save what is late, and end (exit 75) where a signal has come to any rank.
-        numbers: of the batches to save, unless all. beside: gives other tensors.
+        """After a block: save what is late, and end (exit 75) where a signal has come to any rank.
+        numbers: of the batches to save, unless all. others: gives other tensors.
         """
         stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
         late = self.ranks.broadcast_from_first(
             lambda: time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
         )
         if (stopped or late) and (self.last_too or number + 1 < blocks):
-            self._save(number, states, numbers, beside)
+            self._save(number, states, numbers, others)
             self.saved_at = time.monotonic()
         if stopped:
             StopRequest(stopped[0]).check(
@@ -112,7 +117,7 @@ class SavedStates:
         number: int,
         states: HiddenStates,
         numbers: Sequence[int] | None,
-        beside: Callable[[], Mapping[str, Tensor]],
+        others: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         """Each rank writes those of its batches, where all see the same directory."""
         saved = None
@@ -120,13 +125,13 @@ class SavedStates:
             walk = f"-{self.walk}" if self.walk else ""
             name = f"hidden-states{walk}-{number:05d}-{self.ranks.rank}.safetensors"
             path = self.partial / name
-            states.save(path, numbers, beside())
+            states.save(path, numbers, others())
             saved = path.name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
         gathered = self.ranks.all_gather(saved)
         if not self.ranks.is_first or None in gathered:
             return
-        former = self.work.done.get(HIDDEN_STATES, {"files": {}})
+        former = self._opened.done.get(HIDDEN_STATES, {"files": {}})
         files = dict(gathered)
-        self.work.record(HIDDEN_STATES, {"block": number, "walk": self.walk, "files": files})
+        self._opened.record(HIDDEN_STATES, {"block": number, "walk": self.walk, "files": files})
         for name in former["files"].keys() - files.keys():
             (self.partial / name).unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def auto_class(config: Any) -> Any:
     )
 
 
-def body_name(model: nn.Module) -> str | None:
+def body_name(model: Any) -> str | None:
     """The child of a model that makes hidden states from tokens; None of a model that is its own
     body, without an output head.
     """
@@ -161,7 +161,7 @@ class StoredWeights:
 
     def read(self, name: str) -> Tensor:
         tensor = self._checkpoint.read(name)
-        if name in self._scales:
+        if self._block is not None and name in self._scales:
             scale = self._checkpoint.read(self._scales[name]).float()
             tensor = torch.ops.quantkit.dequantize_blocks(
                 tensor, scale, self._block.rows, self._block.columns
@@ -248,7 +248,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     """The name and list of a model's decoder blocks: as many as its configuration says layers, and
     the largest such list that neither sees nor hears.
     """

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,10 @@ class ParameterSource:
 
 class WeightMap:
     """transformers' own mapping from a checkpoint's names to a model's, looked at before anything
-    is loaded.
+    is loaded. model: a PreTrainedModel without memory; names: the checkpoint's tensors.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -35,7 +34,7 @@ class WeightMap:
             rename_source_key,
         )
 
-        self.conversions = get_model_conversion_mapping(model)
+        self.conversions: list[Any] = get_model_conversion_mapping(model)
         expected = model.state_dict()
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]

@@ -161,3 +161,33 @@ def test_queries_on_the_target_have_a_scale_of_their_own(tmp_path, text, export_
             assert len({scales[which] for which in shared}) == 1 and len(
                 set(scales.values())
             ) == 4 - len(shared)
+
+
+@pytest.mark.parametrize("kind", TARGET)
+def test_a_branch_reads_what_its_own_encoder_made(kind, tmp_path):
+    """A batch that branches off in the encoder with other hidden states ends elsewhere; one that
+    keeps them ends with the same bits, also where it branches off in the decoder.
+    """
+    make_model(tmp_path, kind)
+    checkpoint = Checkpoint.open(tmp_path)
+    model = BlockwiseModel(build_skeleton(checkpoint), StoredWeights(checkpoint), str(tmp_path))
+
+    def run(step: BlockStep) -> None:
+        with one_thread(), torch.inference_mode():
+            outputs = {batch: step.run(batch) for batch in step.walk.batches}
+            if step.number == 0:
+                step.walk.branch(0, into=1)
+                step.walk.branch(0, into=2)
+                outputs |= {1: outputs[0] * 2, 2: outputs[0]}
+            if step.number == model.block_count - 1:
+                step.walk.branch(2, into=3)
+                outputs[3] = outputs[2]
+            for batch, output in outputs.items():
+                step.put(batch, output)
+
+    states = HiddenStates()
+    branches = dict.fromkeys((1, 2, 3), 0)
+    walk = model.walk({0: make_batches((1, 24))[0]}, states, run, branches=branches)
+    found = dict(walk.finish())
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2]) and torch.equal(found[0], found[3])

@@ -55,14 +55,14 @@ def torchrun(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 DYING = """
 import atexit, os, pathlib, sys
-from quantkit.calibration import calibrate
 from quantkit.errors import CalibrationError
-write = calibrate._Run._measure
-def measure(self, number, *arguments):
-    if self.ranks.rank == 1 and number == 1 and "DIE" in os.environ:
+from quantkit.models.blockwise import BlockwiseModel
+block = BlockwiseModel.block
+def dying(self, number, *arguments):
+    if os.environ["RANK"] == "1" and number == 1 and "DIE" in os.environ:
         raise CalibrationError("the input of model.layers.1.mlp.down_proj holds NaN")
-    write(self, number, *arguments)
-calibrate._Run._measure = measure
+    return block(self, number, *arguments)
+BlockwiseModel.block = dying
 def threads_left():
     names = [task.read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
     print("gloo left behind" if any("gloo" in name for name in names) else "gloo is gone", file=sys.stderr)
