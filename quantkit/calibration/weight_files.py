@@ -34,8 +34,10 @@ def weights_file(number: int) -> str:
 
 @dataclass(frozen=True)
 class ChosenFiles:
-    """The files of one run, and the quantizer whose work they hold. output: on the first rank, which
-    reads and writes them for all.
+    """The files of one run.
+
+    quantizer: whose work they hold.
+    output: CALIB.partial on rank 0, which reads and writes them for all ranks.
     """
 
     quantizer: BlockQuantizer

@@ -28,7 +28,7 @@ from quantkit.cli.options import (
     "--calibration",
     type=UserPath(),
     metavar="CALIB",
-    help="Calibration for static scales, or for the recipe's algorithms.",
+    help="Statistics for static scales, or weights that the recipe's algorithms quantized.",
 )
 @data_option
 @click.option(
@@ -41,17 +41,16 @@ from quantkit.cli.options import (
 @click.option(
     "--seq-len",
     type=click.IntRange(2),
-    help="Tokens per window.  [default: 256, or the model's positions if fewer]",
+    help="Tokens per window.  [default: 256 (masked models: 64), or the model's positions]",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed for sampling windows of text."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for sampling windows.")
 @click.option(
     "--alternative",
     "alternatives",
     multiple=True,
     metavar="SCHEME",
-    help="What a layer group may use instead: keep (stored dtype), or a scheme.  [default: keep]",
+    help="What a budget may give a layer group instead: keep (its stored dtype), or a scheme."
+    "  [default: keep]",
 )
 @click.option(
     "--max-size",
@@ -62,7 +61,10 @@ from quantkit.cli.options import (
     ),
 )
 @click.option(
-    "--max-kld", type=float, metavar="NATS", help="Budget of mean KL; the size is minimized."
+    "--max-kld",
+    type=float,
+    metavar="NATS",
+    help="Budget: the mean KL that the result may have; gives the smallest size within it.",
 )
 @click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
 @click.option(
@@ -85,8 +87,8 @@ from quantkit.cli.options import (
 )
 @device_option
 @remote_code_option
-@click.option("--resume", is_flag=True, help="Continue an interrupted run; needs the same -o.")
-@click.option("--overwrite", is_flag=True, help="Discard an interrupted run and start again.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; needs its -o.")
+@click.option("--overwrite", is_flag=True, help="Start again, over an interrupted run.")
 def sensitivity_command(
     out: Output,
     model: str,
@@ -103,32 +105,16 @@ def sensitivity_command(
 ) -> None:
     """Rank the Linears of MODEL by what quantizing them costs, and fit a recipe to a budget.
 
-    Layers that runtimes fuse (q/k/v, gate/up, all experts of a layer) form one group. Each group is
-    quantized alone and compared with MODEL on --data, or else on the calibration text that comes
-    with quantkit. The cost of several groups is predicted as the sum of their costs, and the error
-    of that prediction is measured. With a budget, the recipe that is optimal for these sums
-    follows. Several processes can share the windows:
-    torchrun --nproc-per-node N -m quantkit sensitivity ...
+    Each layer group that runtimes compute as one (q/k/v, gate/up, all experts of a layer) is
+    quantized alone and compared with MODEL on a little text: without --data, the calibration text
+    that comes with quantkit. What groups cost is added up to predict what several cost together;
+    how well is measured. With a budget the best choice for each group follows, exactly on these
+    sums. Several processes share the windows: torchrun --nproc-per-node N -m quantkit sensitivity
+    ...
     """
-    from quantkit.checkpoint.files import finite, write_json, write_text
     from quantkit.checkpoint.hub import resolve_model
-    from quantkit.checkpoint.reader import Checkpoint
-    from quantkit.cli.tables import print_json, print_table
     from quantkit.evaluation.html import require_matplotlib
     from quantkit.models.distributed import rank_of_environment
-    from quantkit.schemes.recipe import Recipe
-    from quantkit.sensitivity.advice import solution_recipe
-    from quantkit.sensitivity.html import sensitivity_html
-    from quantkit.sensitivity.report import (
-        LINE_COLUMNS,
-        SET_COLUMNS,
-        SHOWN,
-        line_rows,
-        sensitivity_remarks,
-        sensitivity_title,
-        set_rows,
-    )
-    from quantkit.sensitivity.score import OF_THE_RUN
 
     has_budget = max_size is not None or max_kld is not None
     if recipe_out is not None and not has_budget:
@@ -137,8 +123,8 @@ def sensitivity_command(
         )
     if scoring["resume"] and (output is None or earlier is not None):
         raise click.UsageError(
-            "--resume continues what lies beside the result: give the same -o FILE as before, and"
-            " no --from, which runs nothing"
+            "--resume continues what is stored next to the result: give the same -o FILE as"
+            " before, and no --from, which runs nothing"
         )
     require_places(output=output, html=html, recipe_out=recipe_out)
     if html is not None:
@@ -146,71 +132,25 @@ def sensitivity_command(
     path = resolve_model(model)
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
+    budget = {"max_size": max_size, "max_kld": max_kld}
     if earlier is None:
-        result = _sensitivity(
-            out,
-            path,
-            scheme,
-            recipe,
-            alternatives or ("keep",),
-            max_size,
-            max_kld,
-            scoring | {"output": output},
-        )
+        options = {"alternatives": alternatives or ("keep",), "output": output}
+        result = _scored(out, path, scheme, recipe, scoring | budget | options)
     else:
-        result = _sensitivity_anew(earlier, path, scheme, recipe, max_size, max_kld, alternatives)
-        if output is not None:
-            write_json(output, finite(result))
+        if scheme is not None or recipe is not None:
+            raise click.UsageError(
+                "--from has its recipe from the earlier run; leave out --scheme and --recipe"
+            )
+        result = _solved_anew(earlier, path, max_size, max_kld, alternatives, output)
     if rank_of_environment() > 0:
         return
-    if html is not None:
-        write_text(
-            html,
-            sensitivity_html(
-                {key: value for key, value in result.items() if key not in OF_THE_RUN}
-            ),
-        )
-    if recipe_out is not None:
-        from quantkit.schemes.mixed_recipe import recipe_text
-
-        write_text(
-            recipe_out,
-            recipe_text(solution_recipe(result, Checkpoint.open(path)), _recipe_comments(result)),
-        )
+    _write_files(result, path, html, recipe_out)
     if result.get("was_finished"):
         out.note(f"{output} was finished already, by the same work; nothing was run")
-    if out.as_json:
-        print_json(result)
-    else:
-        shown = None if out.verbose else SHOWN
-        title = (
-            ""
-            if shown is None or len(result["sets"]) <= shown
-            else f"; {shown} of {len(result['sets'])} sets (all with -v)"
-        )
-        print_table(
-            SET_COLUMNS,
-            set_rows(result, shown),
-            sensitivity_title(result) + title,
-            right=(0, 2, 3, 4, 5, 6, 7, 8, 9),
-        )
-        print_table(
-            LINE_COLUMNS,
-            line_rows(result),
-            "the worst sets given something else",
-            right=(2, 3, 4, 5),
-        )
-    for remark in sensitivity_remarks(result):
-        out.note(remark)
+    _print_result(out, result)
     if recipe_out is not None:
-        # What algorithms choose is chosen for one recipe, so it takes another calibration.
-        walk = (
-            "quantize"
-            if Recipe.from_mapping(result["recipe"], "recipe").needs_calibration
-            else "export"
-        )
         out.note(
-            f"Next: quantkit {walk} {shlex.quote(model)} -o OUT --recipe"
+            f"Next: quantkit {_next_command(result)} {shlex.quote(model)} -o OUT --recipe"
             f" {shlex.quote(str(recipe_out))}"
         )
     elif not has_budget:
@@ -221,49 +161,96 @@ def sensitivity_command(
         )
 
 
-def _sensitivity(
-    out: Output,
-    model: Path,
-    scheme: str | None,
-    recipe: Path | None,
-    alternatives: tuple[str, ...],
-    max_size: str | None,
-    max_kld: float | None,
-    scoring: dict[str, Any],
+def _scored(
+    out: Output, model: Path, scheme: str | None, recipe: Path | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     from quantkit.cli.tables import Progress
     from quantkit.sensitivity.options import SensitivityOptions
     from quantkit.sensitivity.score import score_sensitivity
 
-    chosen = recipe_of_options(scheme, recipe)
-    options = SensitivityOptions(
-        model, chosen, alternatives, max_size=max_size, max_kld=max_kld, **scoring
-    )
+    asked = SensitivityOptions(model, recipe_of_options(scheme, recipe), **options)
     with Progress("sensitivity", out.quiet) as progress:
         return score_sensitivity(
-            options, lambda name, done, total: progress.update(done, total, f"sensitivity, {name}")
+            asked, lambda name, done, total: progress.update(done, total, f"sensitivity, {name}")
         )
 
 
-def _sensitivity_anew(
+def _solved_anew(
     earlier: Path,
     model: Path,
-    scheme: str | None,
-    recipe: Path | None,
     max_size: str | None,
     max_kld: float | None,
     alternatives: tuple[str, ...],
+    output: Path | None,
 ) -> dict[str, Any]:
+    """An earlier run's result with another budget's solution, written where asked."""
+    from quantkit.checkpoint.files import finite, write_json
     from quantkit.checkpoint.reader import Checkpoint
     from quantkit.sensitivity.advice import opened_result, solved_anew
 
-    if scheme is not None or recipe is not None:
-        raise click.UsageError(
-            "--from has its recipe from the earlier run; leave out --scheme and --recipe"
-        )
-    return solved_anew(
-        opened_result(earlier, Checkpoint.open(model)), max_size, max_kld, alternatives
+    known = opened_result(earlier, Checkpoint.open(model))
+    result = solved_anew(known, max_size, max_kld, alternatives)
+    if output is not None:
+        write_json(output, finite(result))
+    return result
+
+
+def _write_files(
+    result: dict[str, Any], model: Path, html: Path | None, recipe_out: Path | None
+) -> None:
+    from quantkit.checkpoint.files import write_text
+    from quantkit.checkpoint.reader import Checkpoint
+    from quantkit.schemes.mixed_recipe import recipe_text
+    from quantkit.sensitivity.advice import OF_THE_RUN, solution_recipe
+    from quantkit.sensitivity.html import sensitivity_html
+
+    if html is not None:
+        lasting = {key: value for key, value in result.items() if key not in OF_THE_RUN}
+        write_text(html, sensitivity_html(lasting))
+    if recipe_out is not None:
+        made = solution_recipe(result, Checkpoint.open(model))
+        write_text(recipe_out, recipe_text(made, _recipe_comments(result)))
+
+
+def _print_result(out: Output, result: dict[str, Any]) -> None:
+    from quantkit.cli.tables import print_json, print_table
+    from quantkit.sensitivity.report import (
+        GROUP_COLUMNS,
+        LINE_COLUMNS,
+        SHOWN,
+        group_rows,
+        line_rows,
+        sensitivity_remarks,
+        sensitivity_title,
     )
+
+    if out.as_json:
+        print_json(result)
+    else:
+        shown, total = None if out.verbose else SHOWN, len(result["sets"])
+        more = "" if shown is None or total <= shown else f"; {shown} of {total} (all with -v)"
+        print_table(
+            GROUP_COLUMNS,
+            group_rows(result, shown),
+            sensitivity_title(result) + more,
+            right=tuple(number for number in range(len(GROUP_COLUMNS)) if number != 1),
+        )
+        print_table(
+            LINE_COLUMNS,
+            line_rows(result),
+            "the worst layer groups in another choice",
+            right=(2, 3, 4, 5),
+        )
+    for remark in sensitivity_remarks(result):
+        out.note(remark)
+
+
+def _next_command(result: dict[str, Any]) -> str:
+    """Algorithms quantize weights for one recipe, so a mixed one takes another calibration."""
+    from quantkit.schemes.recipe import Recipe
+
+    recipe = Recipe.from_mapping(result["recipe"], "recipe")
+    return "quantize" if recipe.needs_calibration else "export"
 
 
 def _recipe_comments(result: dict[str, Any]) -> list[str]:
@@ -279,7 +266,7 @@ def _recipe_comments(result: dict[str, Any]) -> list[str]:
     return [
         (
             f"Written by quantkit sensitivity for {budget}: {solution['moved']} of"
-            f" {len(result['sets'])} sets take another choice than the recipe's."
+            f" {len(result['sets'])} layer groups take another choice than the recipe's."
         ),
         (
             f"{format_bytes(solution['bytes'])} of weights, predicted KL"

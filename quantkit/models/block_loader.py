@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -32,11 +32,11 @@ class _Unread:
     turn.
     """
 
-    def __init__(self, weights: Weights, name: str) -> None:
-        self._weights, self._name = weights, name
+    def __init__(self, read: Callable[[str], Tensor], name: str) -> None:
+        self._read, self._name = read, name
 
     def __getitem__(self, _: Any) -> Tensor:
-        return self._weights.read(self._name)
+        return self._read(self._name)
 
 
 class BlockLoader:
@@ -271,21 +271,27 @@ class BlockLoader:
         require_no_missing(self._where, [f"{self.block_name(number)}.{name}" for name in empty])
         return block
 
-    def read_anew(self, parameter: str) -> nn.Parameter:
-        """A parameter of a block in memory as `weights` gives it now; the block keeps the one that
-        it has.
+    def read_anew(self, parameter: str, read: Callable[[str], Tensor]) -> nn.Parameter:
+        """A parameter of a block in memory as `read` gives its tensors on disk; the block keeps the
+        one that it has.
         """
         module, _, leaf = parameter.rpartition(".")
         owner = self._model.get_submodule(module)
         before = getattr(owner, leaf)
-        self._load([name for names in self._map.sources[parameter].lists for name in names])
+        names = [name for names in self._map.sources[parameter].lists for name in names]
+        self._load(names, read=read)
         anew = getattr(owner, leaf)
         setattr(owner, leaf, before)
         return anew
 
-    def _load(self, names: Sequence[str], shared: Mapping[str, str] = MappingProxyType({})) -> None:
+    def _load(
+        self,
+        names: Sequence[str],
+        shared: Mapping[str, str] = MappingProxyType({}),
+        read: Callable[[str], Tensor] | None = None,
+    ) -> None:
         """names: tensors of the checkpoint; shared: parameter → the tensor that makes it as well as
-        its own.
+        its own; read: gives a tensor, if it doesn't come from the weights.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -302,7 +308,7 @@ class BlockLoader:
         try:
             with _no_progress_bar():
                 unread = {
-                    name: _Unread(self._weights, stored)
+                    name: _Unread(read or self._weights.read, stored)
                     for name, stored in [*zip(names, names), *shared.items()]
                 }
                 found, _ = convert_and_load_state_dict_in_model(self._model, unread, settings)

@@ -147,11 +147,11 @@ class BlockwiseModel:
         """What is outside of the blocks, by its name in the module tree."""
         return self.loader.outer_parameters()
 
-    def read_anew(self, parameter: str) -> nn.Parameter:
-        """A parameter of a block in memory as `weights` gives it now; the block keeps the one that
-        it has.
+    def read_anew(self, parameter: str, read: Callable[[str], Tensor]) -> nn.Parameter:
+        """A parameter of a block in memory as `read` gives its tensors on disk; the block keeps the
+        one that it has.
         """
-        return self.loader.read_anew(parameter)
+        return self.loader.read_anew(parameter, read)
 
     def block(self, number: int, prefetch: bool | None = None) -> AbstractContextManager[nn.Module]:
         """A block with its weights, for as long as the context lasts. On a GPU the next one loads

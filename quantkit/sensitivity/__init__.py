@@ -1,1 +1,1 @@
-"""Which sets of Linears cost most, and the recipe for a budget."""
+"""Which layer groups cost most by being quantized, and the recipe for a budget."""

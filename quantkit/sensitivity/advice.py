@@ -1,5 +1,6 @@
-"""From the figures of `sensitivity` to advice: a ranking, how well sums predict, Pareto lines, and
-a budget's solution with its recipe. Nothing here runs a model.
+"""From the KLs of layer groups to advice: a ranking, how well sums predict, Pareto lines, and a
+budget's solution with its recipe. Nothing here runs a model: a result is what `sensitivity -o`
+writes.
 """
 
 from __future__ import annotations
@@ -17,28 +18,19 @@ from quantkit.schemes.mixed_recipe import mixed_recipe
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 from quantkit.sensitivity import knapsack
+from quantkit.sensitivity.choices import RECIPE
+from quantkit.sensitivity.options import KEEP
 
 SCHEMA_VERSION = 1
-KEEP = "keep"  # the choice of leaving a set in the dtype it is stored in
-RECIPE = "recipe"
+# Keys of a result that are said and aren't written: they differ from one run to the next.
+OF_THE_RUN = ("seconds", "peak_memory_bytes", "was_finished")
 # Sums are good enough to choose by while they are off by less than this factor: predictions are
 # scaled by it, and budgets depend on ratios alone.
 ADDITIVE_WITHIN = 2.0
 
 
-def set_name(linears: Sequence[str]) -> str:
-    """As a shell would expand it: model.layers.3.self_attn.{q,k,v}_proj."""
-    if len(linears) == 1:
-        return linears[0]
-    if all(".experts." in name for name in linears):
-        return linears[0][: linears[0].index(".experts.") + len(".experts")]
-    parent, leaves = linears[0].rpartition(".")[0], [name.rpartition(".")[2] for name in linears]
-    suffix = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""
-    return f"{parent}.{{{','.join(leaf.removesuffix(suffix) for leaf in leaves)}}}{suffix}"
-
-
 def ranking(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Places of the sets, the one that costs most first."""
+    """Places of the layer groups, the one that costs most first."""
     return sorted(
         range(len(rows)), key=lambda place: (-rows[place]["choices"][RECIPE]["own_kld"], place)
     )
@@ -47,8 +39,8 @@ def ranking(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 def additivity(
     rows: Sequence[Mapping[str, Any]], name: str, whole: float, floor: float
 ) -> dict[str, Any]:
-    """The sum of single KLs against the KL of all sets together, both beyond the floor. factor:
-    what sums are multiplied by to predict.
+    """The sum of single KLs against the KL of all groups together, both above the noise floor.
+    factor: what sums are multiplied by to predict.
     """
     total = sum(row["choices"][name]["own_kld"] for row in rows)
     own = max(0.0, whole - floor)
@@ -62,13 +54,11 @@ def additivity(
 
 
 def predicted_kld(result: Mapping[str, Any], choices: Sequence[str]) -> float:
-    """What sums say of a choice for each set, scaled so that the whole recipe's KL comes out, floor
-    included where anything changes.
+    """What sums say of a choice for each group, scaled so that the whole recipe's KL comes out;
+    with the noise floor where anything changes.
     """
-    factors = {name: entry["factor"] for name, entry in result["additivity"].items()}
-    factor = factors.get(RECIPE, 1.0)
     total = sum(
-        factors.get(name, factor) * row["choices"][name]["own_kld"]
+        _factor(result, name) * row["choices"][name]["own_kld"]
         for row, name in zip(result["sets"], choices)
         if name != KEEP
     )
@@ -77,7 +67,7 @@ def predicted_kld(result: Mapping[str, Any], choices: Sequence[str]) -> float:
 
 
 def size_of(result: Mapping[str, Any], choices: Sequence[str]) -> int:
-    """Bytes of the checkpoint's tensors with a choice for each set."""
+    """Bytes of the checkpoint's tensors with a choice for each group."""
     moved = sum(
         row["choices"][name]["bytes"] - row["choices"][RECIPE]["bytes"]
         for row, name in zip(result["sets"], choices)
@@ -85,42 +75,37 @@ def size_of(result: Mapping[str, Any], choices: Sequence[str]) -> int:
     return result["bytes"]["all_quantized"] + moved
 
 
-def pareto_lines(
-    rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """For each other choice: what the worst k sets cost that take it. measured: the k whose
-    variants are run.
+def pareto_lines(result: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each other choice: what it predicts that the worst k groups take it. measured: the k
+    whose variants are run.
     """
-    lines = []
-    for to in [name for name in names if name != RECIPE]:
-        able = [place for place in range(len(rows)) if to in rows[place]["choices"]]
-        order = sorted(
-            able,
-            key=lambda place: (
-                -(
-                    rows[place]["choices"][RECIPE]["own_kld"]
-                    - rows[place]["choices"][to].get("own_kld", 0.0)
-                ),
-                place,
-            ),
+    return [_pareto_line(result, to) for to in names if to != RECIPE]
+
+
+def _pareto_line(result: Mapping[str, Any], to: str) -> dict[str, Any]:
+    rows = result["sets"]
+
+    def gain(place: int) -> float:
+        choices = rows[place]["choices"]
+        return choices[RECIPE]["own_kld"] - choices[to].get("own_kld", 0.0)
+
+    able = [place for place in range(len(rows)) if to in rows[place]["choices"]]
+    order = sorted(able, key=lambda place: (-gain(place), place))
+    points = []
+    for k in range(len(order) + 1):
+        moved = set(order[:k])
+        choices = [to if place in moved else RECIPE for place in range(len(rows))]
+        points.append(
+            {
+                "k": k,
+                "bytes": size_of(result, choices),
+                "kld_predicted": predicted_kld(result, choices),
+            }
         )
-        points = []
-        for k in range(len(order) + 1):
-            moved = set(order[:k])
-            choices = [to if place in moved else RECIPE for place in range(len(rows))]
-            points.append(
-                {
-                    "k": k,
-                    "bytes": size_of(result | {"sets": rows}, choices),
-                    "kld_predicted": predicted_kld(result | {"sets": rows}, choices),
-                }
-            )
-        measured, k = [0], 1
-        while k <= len(order):
-            measured.append(k)
-            k *= 2
-        lines.append({"to": to, "order": order, "measured": measured, "points": points})
-    return lines
+    measured = [0]
+    while (k := 2 ** (len(measured) - 1)) <= len(order):
+        measured.append(k)
+    return {"to": to, "order": order, "measured": measured, "points": points}
 
 
 def opened_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -199,69 +184,36 @@ def solution_recipe(result: Mapping[str, Any], checkpoint: Checkpoint) -> Recipe
 def solve(
     result: Mapping[str, Any], max_size: str | None, max_kld: float | None, allowed: Sequence[str]
 ) -> dict[str, Any] | None:
-    """The best choice for each set within the budget, exactly on sums; None without a budget.
+    """The best choice for each group within the budget, exactly on sums; None without a budget.
     Raises EvaluationError where nothing fits.
     """
     if max_size is None and max_kld is None:
         return None
-    limit = (
-        None
-        if max_size is None
-        else knapsack.parse_size(
-            max_size, result["bytes"]["all_kept"], result["bytes"]["all_quantized"]
-        )
-    )
-    factors = {name: entry["factor"] for name, entry in result["additivity"].items()}
-    items = []
-    for row in result["sets"]:
-        names = [name for name in (RECIPE, *allowed) if name in row["choices"]]
-        cost = [
-            (
-                0.0
-                if name == KEEP
-                else factors.get(name, factors[RECIPE]) * row["choices"][name]["own_kld"]
-            )
-            for name in names
-        ]
-        items.append(
-            knapsack.Item(
-                tuple(names), tuple(row["choices"][name]["bytes"] for name in names), tuple(cost)
-            )
-        )
-    fixed = result["bytes"]["all_quantized"] - sum(
-        row["choices"][RECIPE]["bytes"] for row in result["sets"]
-    )
+    rows, sizes = result["sets"], result["bytes"]
+    limit = None
+    if max_size is not None:
+        limit = knapsack.parse_size(max_size, sizes["all_kept"], sizes["all_quantized"])
+    items = [_item(result, row, allowed) for row in rows]
+    fixed = sizes["all_quantized"] - sum(row["choices"][RECIPE]["bytes"] for row in rows)
     floor = result["floor"][0]
-    chosen = knapsack.solve(
+    found = knapsack.solve(
         items,
         None if limit is None else limit - fixed,
         None if max_kld is None else max_kld - floor,
     )
-    if chosen is None:
-        least, best = (
-            size_of(
-                result,
-                [
-                    min(item.names, key=lambda name: row["choices"][name]["bytes"])
-                    for item, row in zip(items, result["sets"])
-                ],
-            ),
-            min(
-                sum(min(item.costs) for item in items) + floor,
-                predicted_kld(result, [RECIPE] * len(items)),
-            ),
-        )
-        asked = " and ".join(
-            [
-                *([f"--max-size {max_size} ({limit} bytes)"] if limit is not None else []),
-                *([f"--max-kld {max_kld:g}"] if max_kld is not None else []),
-            ]
+    if found is None:
+        asked = [f"--max-size {max_size} ({limit} bytes)"] if limit is not None else []
+        asked += [f"--max-kld {max_kld:g}"] if max_kld is not None else []
+        smallest = sum(min(item.sizes) for item in items) + fixed
+        best = min(
+            sum(min(item.costs) for item in items) + floor,
+            predicted_kld(result, [RECIPE] * len(items)),
         )
         raise EvaluationError(
-            f"no choice meets {asked}: the smallest is {least} bytes, and the least KL that sums"
-            f" predict is {best:.2g}; allow more, or another --alternative"
+            f"no choice meets {' and '.join(asked)}: the smallest is {smallest} bytes, and the"
+            f" least KL that sums predict is {best:.2g}; allow more, or another --alternative"
         )
-    choices = [item.names[number] for item, number in zip(items, chosen)]
+    choices = [item.names[number] for item, number in zip(items, found)]
     return {
         "max_size": max_size,
         "max_size_bytes": limit,
@@ -271,3 +223,24 @@ def solve(
         "kld_predicted": predicted_kld(result, choices),
         "moved": sum(name != RECIPE for name in choices),
     }
+
+
+def _item(
+    result: Mapping[str, Any], row: Mapping[str, Any], allowed: Sequence[str]
+) -> knapsack.Item:
+    """A group's choices: their bytes, and what sums predict that they cost."""
+    names = [name for name in (RECIPE, *allowed) if name in row["choices"]]
+    entries = [row["choices"][name] for name in names]
+    costs = [
+        0.0 if name == KEEP else _factor(result, name) * entry["own_kld"]
+        for name, entry in zip(names, entries)
+    ]
+    return knapsack.Item(tuple(names), tuple(entry["bytes"] for entry in entries), tuple(costs))
+
+
+def _factor(result: Mapping[str, Any], name: str) -> float:
+    """What a scheme's KLs are multiplied by to predict: the recipe's factor, where the model can't
+    be in this scheme throughout.
+    """
+    additive = result["additivity"]
+    return additive.get(name, additive.get(RECIPE, {"factor": 1.0}))["factor"]

@@ -15,12 +15,12 @@ from quantkit.evaluation.html import (
     table_html,
 )
 from quantkit.sensitivity.report import (
+    GROUP_COLUMNS,
     LINE_COLUMNS,
-    SET_COLUMNS,
+    group_rows,
     line_rows,
     sensitivity_remarks,
     sensitivity_title,
-    set_rows,
 )
 
 if TYPE_CHECKING:
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 def sensitivity_html(result: dict[str, Any]) -> str:
-    """The page of `sensitivity`: the heat map of sets, the Pareto lines, and the tables."""
+    """The page of `sensitivity`: the heat map of layer groups, the Pareto lines, and the tables."""
     require_matplotlib()
     drawings = [
         (
-            drawn_as_svg("sets", lambda axes: _draw_sets(axes, result), 2.8),
-            "KL of each set quantized alone, beyond the floor: darker costs more.",
+            drawn_as_svg("layer groups", lambda axes: _draw_groups(axes, result), 2.8),
+            "KL of each layer group quantized alone, above the noise floor: darker costs more.",
         ),
         (
             drawn_as_svg("lines", lambda axes: _draw_lines(axes, result)),
             (
-                "KL against size, the worst sets moved first. Lines: predicted by sums; points:"
-                " measured."
+                "KL against size, the worst layer groups moved first. Lines: predicted by sums;"
+                " points: measured."
             ),
         ),
     ]
@@ -49,20 +49,21 @@ def sensitivity_html(result: dict[str, Any]) -> str:
     )
     parts = [
         (
-            f"<h1>What each set of Linears costs</h1><p>{escape(sensitivity_title(result))};"
+            f"<h1>What each layer group costs</h1><p>{escape(sensitivity_title(result))};"
             f" {escape(', '.join(result['data']['sources']))}.</p>"
         ),
         f'<div class="plots">{plots}</div>',
         "<h2>Sizes and losses</h2>" + table_html(LINE_COLUMNS, line_rows(result), kind="facts"),
         remarks_html(sensitivity_remarks(result)),
-        "<h2>All sets</h2>"
-        + table_html(SET_COLUMNS[1:], [row[1:] for row in set_rows(result, None)]),
+        "<h2>All layer groups</h2>"
+        + table_html(GROUP_COLUMNS[1:], [row[1:] for row in group_rows(result, None)]),
     ]
     return html_page("quantkit sensitivity", parts)
 
 
-def _draw_sets(axes: Axes, result: dict[str, Any]) -> None:
+def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     kinds = list(dict.fromkeys(entry["kind"] for entry in result["sets"]))
     blocks = max(entry["block"] for entry in result["sets"]) + 1
@@ -81,7 +82,7 @@ def _draw_sets(axes: Axes, result: dict[str, Any]) -> None:
     )
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.figure.colorbar(image, ax=axes, label="KL, nats", pad=0.02)
 
 

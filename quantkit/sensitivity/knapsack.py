@@ -1,10 +1,12 @@
 """Which choice each item takes so that a budget is kept and the sum of costs is least: the
 multiple-choice knapsack problem, solved exactly.
 
-Partial sums are built up item by item. Of two that hold the same items, one that is neither smaller
-nor cheaper is dropped, and so is what can't end better than a solution that is known: the rest of
-the items can at best follow the lower convex hull of their choices, whose sum over items is one
-piecewise linear curve.
+Partial sums are built up item by item. One that is neither smaller nor cheaper than another is
+dropped (dominance), and so is one that can't end better than a solution that is known (bound): the
+other items can at best follow the lower convex hulls of their choices, whose sum over items is one
+piecewise linear curve (Sinha & Zoltners 1979, The Multiple-Choice Knapsack Problem).
+
+A mixed-integer solver would stop at a relative gap and accept small violations of the budget.
 """
 
 from __future__ import annotations
@@ -61,145 +63,140 @@ def solve(items: Sequence[Item], max_size: int | None, max_cost: float | None) -
     if max_size is None:
         if max_cost is None:
             raise ValueError("a budget has a size or a cost")
-        chosen = _least(sizes, costs, max_cost)
-        if chosen is None:
+        smallest = _least(sizes, costs, max_cost)
+        if smallest is None:
             return None
-        max_size = int(sum(size[number] for size, number in zip(sizes, chosen)))
-    chosen = _least(costs, sizes, max_size)
-    if chosen is None or (
-        max_cost is not None
-        and sum(float(cost[number]) for cost, number in zip(costs, chosen))
-        > max_cost + ROUNDING * sum(float(cost.max()) for cost in costs)
-    ):
-        return None
-    return chosen
+        max_size = sum(item.sizes[number] for item, number in zip(items, smallest))
+    found = _least(costs, sizes, max_size)
+    if found is None or max_cost is None:
+        return found
+    total = sum(item.costs[number] for item, number in zip(items, found))
+    return found if total <= max_cost + _rounding(costs) else None
+
+
+def _rounding(values: Sequence[np.ndarray]) -> float:
+    return ROUNDING * sum(float(np.abs(each).max()) for each in values)
 
 
 def _least(
     objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float
 ) -> list[int] | None:
-    """The choices of least total objective whose total weight is at most the limit."""
-    slack, margin = (
-        ROUNDING * sum(float(np.abs(values).max()) for values in sums)
-        for sums in (weight, objective)
-    )
-    limit = limit + slack
-    curves = _remaining_curves(objective, weight)
-    if limit < curves[0][0][0]:
+    """The choices of least total objective whose total weight is at most the limit. objective,
+    weight: of each item's choices.
+    """
+    slack, margin = _rounding(weight), _rounding(objective)
+    limit += slack
+    hulls = [_Hull.of(*item) for item in zip(objective, weight)]
+    curves = _remaining_curves(hulls)
+    if limit < curves[0].weights[0]:
         return None
-    best = _rounded_relaxation(objective, weight, limit)
-    # Each state: total weight, total objective, the state before it and the choice that led here.
-    totals, values = np.zeros(1), np.zeros(1)
+    best = _rounded_relaxation(hulls, limit)
+    # Partial sums over the items so far: total weight and total objective.
+    weights, values = np.zeros(1), np.zeros(1)
+    # For each item and partial sum: the partial sum before, and the choice that led from there.
     history: list[tuple[np.ndarray, np.ndarray]] = []
-    for number in range(len(objective)):
-        new_totals = (totals[:, None] + weight[number]).ravel()
-        new_values = (values[:, None] + objective[number]).ravel()
-        before = np.repeat(np.arange(len(totals)), len(weight[number]))
-        choice = np.tile(np.arange(len(weight[number])), len(totals))
-        at, least = curves[number + 1]
-        fits = limit - new_totals >= at[0] - slack
-        bound = new_values + np.interp(limit - new_totals, at, least)
-        kept = np.flatnonzero(fits & (bound <= best + margin))
-        ranked = kept[np.lexsort((new_values[kept], new_totals[kept]))]
-        smallest = np.minimum.accumulate(new_values[ranked])
-        undominated = (
-            np.concatenate([[True], new_values[ranked][1:] < smallest[:-1]])
-            if len(ranked)
-            else np.zeros(0, bool)
-        )
-        ranked = ranked[undominated]
-        totals, values = new_totals[ranked], new_values[ranked]
+    for item, curve in enumerate(curves[1:]):
+        choices = len(objective[item])
+        before = np.repeat(np.arange(len(weights)), choices)
+        choice = np.tile(np.arange(choices), len(weights))
+        new_weights = weights[before] + weight[item][choice]
+        new_values = values[before] + objective[item][choice]
+        room = limit - new_weights
+        bound = new_values + np.interp(room, curve.weights, curve.objectives)
+        useful = np.flatnonzero((room >= curve.weights[0] - slack) & (bound <= best + margin))
+        ranked = useful[np.lexsort((new_values[useful], new_weights[useful]))]
+        # Of rising weights, only those with a smaller objective than all before.
+        least_before = np.minimum.accumulate(np.append(np.inf, new_values[ranked]))[:-1]
+        ranked = ranked[new_values[ranked] < least_before]
+        weights, values = new_weights[ranked], new_values[ranked]
         history.append((before[ranked], choice[ranked]))
     if not len(values):
         return None
-    state, chosen = int(values.argmin()), []
+    state, found = int(values.argmin()), []
     for before, choice in reversed(history):
-        chosen.append(int(choice[state]))
+        found.append(int(choice[state]))
         state = int(before[state])
-    return chosen[::-1]
+    return found[::-1]
 
 
-def _hull(objective: np.ndarray, weight: np.ndarray) -> list[int]:
-    """The choices on the lower convex hull of (weight, objective), from the lightest to the
-    best.
+@dataclass(frozen=True)
+class _Hull:
+    """The lower convex hull of an item's choices in the plane of weight and objective.
+
+    weight, objective: of the lightest choice.
+    steps: to each next choice on the hull, (weight more, objective less).
     """
-    hull: list[int] = []
-    for number in np.lexsort((objective, weight)):
-        if hull and objective[number] >= objective[hull[-1]]:
-            continue
-        while len(hull) > 1:
-            first, second = hull[-2], hull[-1]
-            rise = (objective[second] - objective[first]) * (weight[number] - weight[first])
-            if rise < (objective[number] - objective[first]) * (weight[second] - weight[first]):
-                break
-            hull.pop()
-        hull.append(int(number))
-    return hull
+
+    weight: float
+    objective: float
+    steps: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, objective: np.ndarray, weight: np.ndarray) -> _Hull:
+        points: list[tuple[float, float]] = []
+        for number in np.lexsort((objective, weight)):
+            point = float(weight[number]), float(objective[number])
+            if points and point[1] >= points[-1][1]:
+                continue
+            while len(points) > 1 and not _is_convex(points[-2], points[-1], point):
+                points.pop()
+            points.append(point)
+        steps = tuple((b[0] - a[0], a[1] - b[1]) for a, b in zip(points, points[1:]))
+        return cls(*points[0], steps)
 
 
-def _steps(
-    objective: Sequence[np.ndarray], weight: Sequence[np.ndarray]
-) -> list[list[tuple[float, float, int]]]:
-    """Of each item: the hull's steps as (weight more, objective less, choice)."""
-    steps = []
-    for values, totals in zip(objective, weight):
-        hull = _hull(values, totals)
-        steps.append(
-            [
-                (float(totals[b] - totals[a]), float(values[a] - values[b]), b)
-                for a, b in zip(hull, hull[1:])
-            ]
-        )
-    return steps
+def _is_convex(
+    first: tuple[float, float], second: tuple[float, float], third: tuple[float, float]
+) -> bool:
+    """Whether the second of three points of rising weight is below the line of the others."""
+    return (second[1] - first[1]) * (third[0] - first[0]) < (third[1] - first[1]) * (
+        second[0] - first[0]
+    )
 
 
-def _remaining_curves(
-    objective: Sequence[np.ndarray], weight: Sequence[np.ndarray]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each number of items done: the least objective that the others could have at a weight if
-    choices could be mixed, as a curve (weights, objectives).
+@dataclass(frozen=True)
+class _Curve:
+    """The least total objective of some items at a total weight, if choices could be mixed:
+    piecewise linear between these points.
     """
-    steps = _steps(objective, weight)
+
+    weights: np.ndarray
+    objectives: np.ndarray
+
+
+def _remaining_curves(hulls: Sequence[_Hull]) -> list[_Curve]:
+    """For each number of items done, the curve of the others."""
     curves = []
-    for done in range(len(objective) + 1):
-        lightest = [
-            int(np.lexsort((values, totals))[0])
-            for values, totals in zip(objective[done:], weight[done:])
-        ]
-        start = (
-            sum(float(totals[n]) for totals, n in zip(weight[done:], lightest)),
-            sum(float(values[n]) for values, n in zip(objective[done:], lightest)),
+    for done in range(len(hulls) + 1):
+        others = hulls[done:]
+        # The steps that gain most per weight come first.
+        steps = sorted(
+            (step for hull in others for step in hull.steps), key=lambda step: -step[1] / step[0]
         )
-        ordered = sorted(
-            (step for each in steps[done:] for step in each), key=lambda step: -step[1] / step[0]
+        weight, objective = sum(h.weight for h in others), sum(h.objective for h in others)
+        curves.append(
+            _Curve(
+                np.cumsum([weight, *(more for more, _ in steps)]),
+                objective - np.cumsum([0.0, *(less for _, less in steps)]),
+            )
         )
-        at = np.cumsum([start[0], *(step[0] for step in ordered)])
-        least = start[1] - np.cumsum([0.0, *(step[1] for step in ordered)])
-        curves.append((at, least))
     return curves
 
 
-def _rounded_relaxation(
-    objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float
-) -> float:
-    """The objective of a solution that fits: the best steps that still do, taken one after the
-    other.
+def _rounded_relaxation(hulls: Sequence[_Hull], limit: float) -> float:
+    """The objective of a solution that fits: the steps that gain most per weight, as long as they
+    fit.
     """
-    total = sum(float(totals.min()) for totals in weight)
-    value = sum(
-        float(values[np.lexsort((values, totals))[0]]) for values, totals in zip(objective, weight)
-    )
-    taken, steps = [0] * len(objective), _steps(objective, weight)
-    ordered = sorted(
-        (
-            (gain / more, number, place)
-            for number, each in enumerate(steps)
-            for place, (more, gain, _) in enumerate(each)
-        ),
-        key=lambda step: -step[0],
-    )
-    for _, number, place in ordered:
-        more, gain, _ = steps[number][place]
-        if taken[number] == place and total + more <= limit:
-            total, value, taken[number] = total + more, value - gain, place + 1
-    return value
+    weight, objective = sum(h.weight for h in hulls), sum(h.objective for h in hulls)
+    taken = [0] * len(hulls)
+    steps = [(item, place) for item, hull in enumerate(hulls) for place in range(len(hull.steps))]
+
+    def gain(step: tuple[int, int]) -> float:
+        more, less = hulls[step[0]].steps[step[1]]
+        return less / more
+
+    for item, place in sorted(steps, key=gain, reverse=True):
+        more, less = hulls[item].steps[place]
+        if taken[item] == place and weight + more <= limit:
+            weight, objective, taken[item] = weight + more, objective - less, place + 1
+    return objective

@@ -1,5 +1,6 @@
-"""What `sensitivity` keeps beside its output while it runs, in RESULT.json.partial: the scores of
-each window, the figures of Linears, and hidden states between blocks.
+"""What `sensitivity --resume` needs, stored next to the output in RESULT.json.partial while a run
+lasts: the scores of each window, what was compared of single Linears, and hidden states between
+blocks.
 
 A walk is one pass of variants through the model. Its scores are sums over the tokens of a window,
 so that windows can be scored in any order, by any process.
@@ -8,7 +9,7 @@ so that windows can be scored in any order, by any process.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,28 @@ from quantkit.checkpoint.output_checks import check_disk_space
 from quantkit.checkpoint.output_dir import WorkDirectory
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.models.distributed import Ranks
-from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.saved_states import SavedStates
+from quantkit.models.task import TARGET
 
-# Of one window, by variant: the sums over its tokens of the KL to the unquantized model, and of the
-# losses.
-Scores = tuple[list[float], list[float]]
 _LAYERS = "layers"
 
 
 @dataclass(frozen=True)
-class KeptScores:
-    """work: the directory, on the first rank; partial: its path, on all. Both None where nothing is
-    kept.
+class WindowScores:
+    """Of one window, by variant: sums over its tokens.
+
+    kld: of the KL to the unquantized model, in nats.
+    losses: of −log p of the tokens, in nats.
+    """
+
+    kld: list[float]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """work: the directory, on the first rank. partial: its path, on all. Both are None where
+    nothing is stored.
     """
 
     ranks: Ranks
@@ -50,24 +60,20 @@ class KeptScores:
         fingerprint: Mapping[str, str],
         resume: bool,
         overwrite: bool,
-    ) -> KeptScores:
-        """Beside `output`, or nowhere without one. Raises OutputError where an interrupted run has
+    ) -> ResumeState:
+        """Next to `output`, or nowhere without one. Raises OutputError where an interrupted run has
         left other work there.
         """
         if output is None:
             return cls(ranks, stop)
-        partial = partial_of(output)
-        # Only rank 0 opens it; other ranks know the path alone.
-        work = (
-            [WorkDirectory(partial, fingerprint, resume=resume, overwrite=overwrite)]
-            if ranks.is_first
-            else []
-        )
-        return cls(ranks, stop, work[0] if work else None, partial)
+        partial, work = partial_of(output), None
+        if ranks.is_first:
+            work = WorkDirectory(partial, fingerprint, resume=resume, overwrite=overwrite)
+        return cls(ranks, stop, work, partial)
 
     def require_room(self, nbytes: int) -> None:
         """Refuse before the start what a disk won't hold. nbytes: of all hidden states between two
-        blocks; two copies lie there for a moment.
+        blocks; for a moment there are two copies.
         """
         if self.partial is not None:
             output = self.partial.with_name(self.partial.name.removesuffix(".partial"))
@@ -77,32 +83,33 @@ class KeptScores:
 
     # -- Scores.
 
-    def scores(self, walk: str) -> dict[int, Scores]:
+    def scores(self, walk: str) -> dict[int, WindowScores]:
         """Of the windows that are done, on every rank."""
         return self.ranks.broadcast_from_first(lambda: self._read(walk))
 
-    def _read(self, walk: str) -> dict[int, Scores]:
+    def _read(self, walk: str) -> dict[int, WindowScores]:
         if self.work is None:
             return {}
         names = [name for name in self.work.done if name.startswith(f"scores-{walk}-")]
-        found: dict[int, Scores] = {}
+        found: dict[int, WindowScores] = {}
         for name in self.work.finished(names):
             content = json.loads((self.work.partial / name).read_text())
-            found |= {int(window): (kld, losses) for window, (kld, losses) in content.items()}
+            found |= {int(window): WindowScores(*sums) for window, sums in content.items()}
         return found
 
-    def add(self, walk: str, found: Mapping[int, Scores], done: int, of: int) -> dict[int, Scores]:
-        """Keep what the ranks found; returns it all, and ends (exit 75) where a signal has come.
+    def add(
+        self, walk: str, found: Mapping[int, WindowScores], done: int, of: int
+    ) -> dict[int, WindowScores]:
+        """Store what the ranks found; returns it all, and ends (exit 75) where a signal has come.
         done, of: windows that have scores now, and will have.
         """
         shares = self.ranks.all_gather(dict(found))
         merged = {window: share[window] for share in shares for window in share}
         if self.work is not None and merged:
             name = f"scores-{walk}-{min(merged):06d}.json"
-            write_json(
-                self.work.partial / name, {str(window): merged[window] for window in sorted(merged)}
-            )
             path = self.work.partial / name
+            sums = {window: [scores.kld, scores.losses] for window, scores in merged.items()}
+            write_json(path, {str(window): sums[window] for window in sorted(sums)})
             self.work.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)})
         stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
         if stopped and done < of:
@@ -111,43 +118,34 @@ class KeptScores:
             )
         return merged
 
-    # -- Figures of Linears, and hidden states.
+    # -- Single Linears, and hidden states.
 
     def layers(self) -> dict[str, Any] | None:
-        """What `keeper` was given last: the figures of a walk, and of how many blocks."""
+        """What `record_layers` was given last: "blocks" and "figures"."""
         return self.ranks.broadcast_from_first(
             lambda: self.work.done.get(_LAYERS) if self.work is not None else None
         )
 
-    def keeper(self, walk: str, figures: Callable[[], Any] | None = None) -> WalkKeeper | None:
-        """For `run_variants`. figures: of the Linears, as JSON, which grow from block to block."""
+    def record_layers(self, blocks: int, figures: Mapping[int, Any]) -> None:
+        """What was compared of the Linears of so many blocks, as JSON."""
+        if self.work is not None:
+            self.work.record(_LAYERS, {"blocks": blocks, "figures": figures})
+
+    def saved_states(self, walk: str, task: str) -> SavedStates | None:
+        """Hidden states of a walk that a later run goes on from; None where nothing is stored.
+
+        Scoring comes after the last block, so its output is saved too; not a decoder's that reads
+        an encoder, which must run a block to be finished.
+        """
         if self.partial is None:
             return None
-        return WalkKeeper(
-            SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too=True),
-            figures,
-        )
+        last_too = task != TARGET
+        return SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too)
 
     def clear(self) -> None:
         """Remove the directory: the result is written."""
         if self.work is not None:
             self.work.discard()
-
-
-@dataclass(frozen=True)
-class WalkKeeper:
-    saved: SavedStates
-    figures: Callable[[], Any] | None
-
-    def restore(self, states: HiddenStates, numbers_behind: Callable[[int], Sequence[int]]) -> int:
-        return self.saved.restore(states, numbers_behind)
-
-    def block_done(
-        self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int]
-    ) -> None:
-        if self.figures is not None and self.saved.work is not None:
-            self.saved.work.record(_LAYERS, {"blocks": number + 1, "figures": self.figures()})
-        self.saved.stop_or_save(number, blocks, states, numbers)
 
 
 def partial_of(output: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What `sensitivity` says to people: its tables, and what must be known beside them."""
+"""What `sensitivity` says to people: its tables, and what must be known to read them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.evaluation.report import interval_text
-from quantkit.sensitivity.advice import KEEP, RECIPE
+from quantkit.sensitivity.choices import RECIPE
+from quantkit.sensitivity.options import KEEP
 
-SHOWN = 15  # sets; all of them with -v
-SET_COLUMNS = (
+SHOWN = 15  # layer groups; all of them with -v
+GROUP_COLUMNS = (
     "",
-    "set",
-    "KL beyond the floor",
+    "layer group",
+    "KL above the floor",
     "share",
     "KL alone [95 %]",
     "restored, KL less",
@@ -24,7 +25,7 @@ SET_COLUMNS = (
     "kept",
 )
 LINE_COLUMNS = (
-    "worst sets",
+    "worst groups",
     "given",
     "size",
     "KL predicted",
@@ -37,43 +38,43 @@ def sensitivity_title(result: Mapping[str, Any]) -> str:
     scheme = result["recipe"]["scheme"]
     named = scheme if isinstance(scheme, str) else "the recipe's scheme"
     return (
-        f"{result['model']['path']}, {counted(len(result['sets']), 'set')} in {named}:"
+        f"{result['model']['path']}, {counted(len(result['sets']), 'layer group')} in {named}:"
         f" {result['tokens_scored']} tokens in {counted(result['windows'], 'window')} of"
         f" {result['seq_len']}"
     )
 
 
-def set_rows(result: Mapping[str, Any], shown: int | None = SHOWN) -> list[tuple[str, ...]]:
-    """The columns are SET_COLUMNS; the set that costs most first."""
+def group_rows(result: Mapping[str, Any], shown: int | None = SHOWN) -> list[tuple[str, ...]]:
+    """The columns are GROUP_COLUMNS; the group that costs most first."""
     total = result["additivity"][RECIPE]["sum"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for rank, place in enumerate(result["ranking"][:shown], 1):
         entry = result["sets"][place]
-        figure = entry["choices"][RECIPE]
+        metrics = entry["choices"][RECIPE]
         rows.append(
             (
                 str(rank),
                 entry["name"],
-                f"{figure['own_kld']:.6f}",
-                f"{100 * figure['own_kld'] / total:.1f} %" if total else "",
-                _kld(figure),
+                f"{metrics['own_kld']:.6f}",
+                f"{100 * metrics['own_kld'] / total:.1f} %" if total else "",
+                _kld(metrics),
                 f"{entry['restored']['gain']:+.6f}" if "restored" in entry else "",
                 _least(entry["layers"], "weight_sqnr_db"),
                 _least(entry["layers"], "output_sqnr_db"),
-                format_bytes(figure["bytes"]),
+                format_bytes(metrics["bytes"]),
                 format_bytes(entry["choices"][KEEP]["bytes"]),
             )
         )
     return rows
 
 
-def _kld(figure: Mapping[str, Any], digits: int = 6) -> str:
+def _kld(metrics: Mapping[str, Any], digits: int = 6) -> str:
     bounds = (
         ""
-        if figure["kld_low"] is None
-        else f" [{max(0.0, figure['kld_low']):.{digits}f}, {figure['kld_high']:.{digits}f}]"
+        if metrics["kld_low"] is None
+        else f" [{max(0.0, metrics['kld_low']):.{digits}f}, {metrics['kld_high']:.{digits}f}]"
     )
-    return f"{figure['kld']:.{digits}f}{bounds}"
+    return f"{metrics['kld']:.{digits}f}{bounds}"
 
 
 def _least(layers: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -111,69 +112,77 @@ def _given(choice: str) -> str:
 
 def _line_row(what: str, given: str, point: Mapping[str, Any]) -> tuple[str, ...]:
     measured = point.get("measured")
-    figures = (
+    metrics = (
         (_kld(measured, 5), interval_text(measured["ppl_delta_pct"]))
         if isinstance(measured, dict)
         else ("", "")
     )
-    return what, given, format_bytes(point["bytes"]), f"{point['kld_predicted']:.5f}", *figures
+    return what, given, format_bytes(point["bytes"]), f"{point['kld_predicted']:.5f}", *metrics
 
 
 def sensitivity_remarks(result: Mapping[str, Any]) -> list[str]:
-    """What a reader of the tables must know beside them."""
-    remarks = list(result["remarks"])
+    """What a reader of the tables must know."""
     floor = result["floor"]
-    remarks.append(
-        f"any change at all, one rounding in twelve moved by a step, costs a KL of {max(floor):.2g}"
-        f" before the first block and {floor[-1]:.2g} behind the last; that floor is subtracted"
-        " from each set's"
+    return [
+        *result["remarks"],
+        (
+            "noise floor: perturbing 1 in 12 activations by one rounding step costs KL"
+            f" {floor[0]:.2g} before the first block and {floor[-1]:.2g} after the last; it is"
+            " subtracted from every layer group's KL"
+        ),
+        *(_additivity_remark(name, entry) for name, entry in result["additivity"].items()),
+        *_error_remarks(result),
+        _work_remark(result),
+        *_solution_remarks(result.get("solution")),
+    ]
+
+
+def _additivity_remark(name: str, entry: Mapping[str, Any]) -> str:
+    advice = (
+        "sums are good enough to choose by"
+        if entry["additive"]
+        else "trust measured points more than predicted ones, since the groups' errors are not"
+        " independent here"
     )
-    for name, entry in result["additivity"].items():
-        said = (
-            "sums are good enough to choose by"
-            if entry["additive"]
-            else (
-                "the sets' errors are not independent here: trust the measured points more than the"
-                " predicted ones"
-            )
-        )
-        of = "" if name == RECIPE else f" in {name}"
-        remarks.append(
-            f"the sets' KLs{of} add up to {entry['sum']:.4f}, and all of them together have"
-            f" {entry['whole']:.4f} ({entry['factor']:.2f} of it, by which predictions are scaled):"
-            f" {said}"
-        )
+    scheme = "" if name == RECIPE else f" in {name}"
+    return (
+        f"the layer groups' KLs{scheme} add up to {entry['sum']:.4f}, and all groups together have"
+        f" KL {entry['whole']:.4f}; predictions are sums times {entry['factor']:.2f}: {advice}"
+    )
+
+
+def _error_remarks(result: Mapping[str, Any]) -> list[str]:
     off = [
         abs(point["kld_predicted"] / point["measured"]["kld"] - 1)
         for line in result["pareto"]
         for point in line["points"]
         if _is_measured(point)
     ]
-    if off:
-        remarks.append(
-            f"at the measured points predictions are off by at most {100 * max(off):.0f} %"
-        )
-    took = (
-        f"; {result['seconds']:.0f} s, peak memory {format_bytes(result['peak_memory_bytes'])}"
-        if "seconds" in result
-        else ""
+    if not off:
+        return []
+    return [f"at the measured points predictions are off by at most {100 * max(off):.0f} %"]
+
+
+def _work_remark(result: Mapping[str, Any]) -> str:
+    took = ""
+    if "seconds" in result:
+        memory = format_bytes(result["peak_memory_bytes"])
+        took = f"; {result['seconds']:.0f} s, peak memory {memory}"
+    return (
+        f"{result['block_runs']} runs of a block over all windows, where separate runs of all"
+        f" variants would take {result['block_runs_without_sharing']}{took}"
     )
-    remarks.append(
-        f"{result['block_runs']} runs of a block over {result['tokens_scored'] + result['windows']}"
-        " tokens, where separate runs of all variants would take"
-        f" {result['block_runs_without_sharing']}{took}"
+
+
+def _solution_remarks(solution: Mapping[str, Any] | None) -> list[str]:
+    if solution is None:
+        return []
+    counts = {name: solution["choices"].count(name) for name in dict.fromkeys(solution["choices"])}
+    what = ", ".join(
+        f"{count} {'as the recipe says' if name == RECIPE else f'in {_given(name)}'}"
+        for name, count in counts.items()
     )
-    solution = result.get("solution")
-    if solution is not None:
-        by_choice = {
-            name: solution["choices"].count(name) for name in dict.fromkeys(solution["choices"])
-        }
-        what = ", ".join(
-            f"{count} {'as the recipe says' if name == RECIPE else f'in {_given(name)}'}"
-            for name, count in by_choice.items()
-        )
-        remarks.append(
-            f"within the budget, by sums the best: {what}; {format_bytes(solution['bytes'])},"
-            f" predicted KL {solution['kld_predicted']:.4f}"
-        )
-    return remarks
+    return [
+        f"the best choice within the budget, by sums: {what}; {format_bytes(solution['bytes'])},"
+        f" predicted KL {solution['kld_predicted']:.4f}"
+    ]

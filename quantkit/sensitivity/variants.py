@@ -1,11 +1,13 @@
 """Many variants of one model over the same windows, block by block: each block's weights are read
 once, and variants that are alike up to a block share everything before it.
 
-A variant says for each set of Linears which of its choices it takes. Before the first block there
-is one stream of hidden states; it branches where two variants differ for the first time. So the
-states of all streams lie between two blocks (in memory, or in a file where they don't fit), and a
-block runs once for each stream that leaves it: with n variants that differ in one block each, on
-average half of n times.
+A variant says for each place (a layer group) which choice it takes. Before the first block there is
+one stream of hidden states; it branches where two variants differ for the first time. The hidden
+states of all streams are stored between two blocks (in memory, or in a file where they don't fit),
+and a block runs once for each stream that leaves it: with n variants that differ in one block each,
+on average half of n times.
+
+A decoder that reads an encoder is called with what each stream's own encoder made of the text.
 """
 
 from __future__ import annotations
@@ -13,18 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError, NonFiniteError
-from quantkit.models.blockwise import BlockwiseModel
+from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
 from quantkit.models.hidden_states import HiddenStates
+from quantkit.models.saved_states import SavedStates
 from quantkit.models.threads import each_batch
-
-# For each set the number of its choice.
-Variant = tuple[int, ...]
+from quantkit.sensitivity.streams import Job, Numbering, Streams, Variant
 
 
 @dataclass(frozen=True)
@@ -38,49 +39,33 @@ class Swap:
     value: Any
 
 
-# (block's number, the block, set's number, choice) → what changes; called once for each choice that
-# a block has to make.
-Installer = Callable[[int, nn.Module, int, int], Sequence[Swap]]
+# (block's number, the block, place, choice) → what changes; called once for each choice that a
+# block has to make.
+MakeSwaps = Callable[[int, nn.Module, int, int], Sequence[Swap]]
+# (block's number, the block, a function that runs a window through it as the first variant does)
+BeforeBlock = Callable[[int, nn.Module, Callable[[int], Tensor]], None]
 
 
 @dataclass(frozen=True)
 class VariantStates:
-    """Final hidden states of each variant. block_runs: how often a block met all windows."""
+    """Final hidden states of each variant.
+
+    windows: how many there are, those of other ranks among them.
+    stream_of: by variant; equal variants share a stream.
+    block_runs: how often a block met all windows.
+    """
 
     states: HiddenStates
     windows: int
-    stream_of: tuple[int, ...]  # by variant: equal variants share one
+    stream_of: tuple[int, ...]
     block_runs: int
 
     def get(self, variant: int, window: int) -> Tensor:
-        """[positions, hidden size]"""
-        return self.states.get(self.stream_of[variant] * self.windows + window)[0]
+        """[rows, positions, hidden size]"""
+        return self.states.get(self.stream_of[variant] * self.windows + window)
 
     def close(self) -> None:
         self.states.close()
-
-
-def count_block_runs(variants: Sequence[Variant], block_of: Sequence[int], blocks: int) -> int:
-    """How often `run_variants` runs a block. block_of: the block of each set."""
-    total = 0
-    for block in range(blocks):
-        last = [number for number, of in enumerate(block_of) if of <= block]
-        total += len({tuple(variant[number] for number in last) for variant in variants})
-    return total
-
-
-class Keeper(Protocol):
-    """What an interrupted run goes on from."""
-
-    def restore(self, states: HiddenStates, numbers_behind: Callable[[int], Sequence[int]]) -> int:
-        """Put in place the states that were saved, of these numbers behind each block; returns the
-        block to begin with.
-        """
-
-    def block_done(
-        self, number: int, blocks: int, states: HiddenStates, numbers: Sequence[int]
-    ) -> None:
-        """Behind each block; numbers: of the states that lie there."""
 
 
 def run_variants(
@@ -88,216 +73,185 @@ def run_variants(
     batches: Mapping[int, Tensor],
     variants: Sequence[Variant],
     block_of: Sequence[int],
-    install: Installer,
-    look: Callable[[int, nn.Module, Callable[[int], Tensor]], None] = lambda number, block, run: (
-        None
-    ),
+    make_swaps: MakeSwaps,
+    *,
+    windows: int | None = None,
+    saved: SavedStates | None = None,
+    before_block: BeforeBlock | None = None,
+    after_block: Callable[[int], None] = lambda number: None,
     on_progress: Callable[[float, float], None] = lambda done, total: None,
-    keeper: Keeper | None = None,
-    count: int | None = None,
 ) -> VariantStates:
-    """batches: the windows' token ids, [1, positions] each, by number. variants: the first is the
-    one that all others branch off from.
+    """batches: each window's token ids, [rows, positions], by number. variants: all others branch
+    off from the first.
 
-    look: called with each block's number, the block, and a function that runs a window through it
-    as the first variant does. count: how many windows there are, where some are run elsewhere.
-    Leaves the model with its output head in memory and without its blocks.
+    windows: how many there are, where some run on other ranks. saved: what an interrupted run goes
+    on from. Leaves the model with its output head in memory and without its blocks.
     """
-    run = _Run(blocks, batches, variants, block_of, install, count or len(batches), on_progress)
+    # On the CPU: a GPU's memory wouldn't hold so many.
+    states, streams = HiddenStates(), Streams(variants, block_of, blocks.block_count)
+    numbering = Numbering(list(batches), windows or len(batches))
+    run = _Run(blocks, streams, numbering, make_swaps, before_block, on_progress)
+
+    def end_block(number: int, walk: Walk) -> None:
+        after_block(number)
+        if saved is not None:
+            saved.stop_or_save(
+                number, blocks.block_count, states, beside=lambda: run.encoded_states(walk)
+            )
+
     try:
-        run.begin(keeper)
-        for number in range(run.first, blocks.block_count):
-            run.block(number, look)
-            if keeper is not None:
-                keeper.block_done(number, blocks.block_count, run.states, run.numbers)
-        run.finish()
+        walk = blocks.walk(
+            {numbering.of(0, window): tokens for window, tokens in batches.items()},
+            states,
+            run.block,
+            branches={
+                numbering.of(stream, window): numbering.of(0, window)
+                for stream in range(1, len(variants))
+                for window in batches
+            },
+            restore=None if saved is None else lambda walk: run.restored(walk, saved),
+            after_block=end_block,
+        )
+        for _ in walk.finish():
+            pass
     except BaseException:
-        run.states.close()
+        states.close()
         raise
-    finally:
-        blocks.close()
-    stream_of = {variant: stream for stream, members in run.streams.items() for variant in members}
     return VariantStates(
-        run.states,
-        run.count,
-        tuple(stream_of[number] for number in range(len(variants))),
-        run.total,
+        states, numbering.windows, streams.of_variants(blocks.block_count), streams.total_runs
     )
 
 
+@dataclass
 class _Run:
-    """One walk through the blocks. count: of the windows; a stream's states of a window are number
-    stream · count + window.
-    """
+    """One walk of all streams through the blocks. done: how often a block has met all windows."""
 
-    def __init__(
-        self,
-        blocks: BlockwiseModel,
-        batches: Mapping[int, Tensor],
-        variants: Sequence[Variant],
-        block_of: Sequence[int],
-        install: Installer,
-        count: int,
-        on_progress: Callable[[float, float], None],
-    ) -> None:
-        self._blocks, self._batches, self._variants, self._install, self._on_progress = (
-            blocks,
-            batches,
-            variants,
-            install,
-            on_progress,
-        )
-        self.count, self.first, self._done = count, 0, 0
-        self.total = count_block_runs(variants, block_of, blocks.block_count)
-        self._here = [
-            [place for place, of in enumerate(block_of) if of == number]
-            for number in range(blocks.block_count)
+    blocks: BlockwiseModel
+    streams: Streams
+    numbering: Numbering
+    make_swaps: MakeSwaps
+    before_block: BeforeBlock | None
+    on_progress: Callable[[float, float], None]
+    done: int = 0
+
+    def block(self, step: BlockStep) -> None:
+        """Run a block on all streams, under each of its choices."""
+        number, block = step.number, step.block
+        for batch in step.walk.batches:
+            for place in step.inputs(batch).side_outputs:
+                place.put(None)  # `_output` requires that it stays so
+        if self.before_block is not None:
+            self.before_block(
+                number, block, lambda window: self._output(step, self.numbering.of(0, window))
+            )
+        self._branch(step.walk, number)
+        swaps = _Swaps(number, block, self.streams.places[number], self.make_swaps)
+        for job in self.streams.jobs[number]:
+            with swaps.in_place(job.choices):
+                self._run_job(step, job)
+
+    def _branch(self, walk: Walk, number: int) -> None:
+        """Give the walk the streams that a block makes."""
+        for job in self.streams.jobs[number]:
+            for parent, child in job.pairs:
+                if child != parent:
+                    for window in self.numbering.here:
+                        of = self.numbering.of
+                        walk.branch(of(parent, window), into=of(child, window))
+
+    def _run_job(self, step: BlockStep, job: Job) -> None:
+        work = [
+            (parent, child, window) for parent, child in job.pairs for window in self.numbering.here
         ]
-        # a stream is called after the first of its variants
-        self.streams = {0: list(range(len(variants)))}
-        # It lies on the CPU: a GPU's memory wouldn't hold so many.
-        self.states = HiddenStates()
 
-    @property
-    def numbers(self) -> list[int]:
-        """Of the states that there are."""
-        return [stream * self.count + window for stream in self.streams for window in self._batches]
+        def run(index: int) -> None:
+            parent, child, window = work[index]
+            output = self._output(step, self.numbering.of(parent, window))
+            if not torch.isfinite(output).all():
+                where = self.blocks.where
+                raise NonFiniteError(
+                    f"{where} gives NaN or infinity in window {window + 1}, first after"
+                    f" {self.blocks.block_name(step.number)}",
+                    where,
+                )
+            step.put(self.numbering.of(child, window), output)
 
-    def _numbers_behind(self, number: int) -> list[int]:
-        streams = self.streams
-        for here in self._here[: number + 1]:
-            streams = _branched(streams, self._variants, here)[1]
-        return [stream * self.count + window for stream in streams for window in self._batches]
+        batches = each_batch(run, range(len(work)), self.blocks.device, torch.get_num_threads())
+        for count, _ in enumerate(batches, 1):
+            done = self.done + count / len(self.numbering.here)
+            self.on_progress(done, self.streams.total_runs)
+        self.done += len(job.pairs)
 
-    def begin(self, keeper: Keeper | None) -> None:
-        """What comes before the blocks; and those that an earlier run went through."""
-        blocks, windows = self._blocks, list(self._batches)
-        blocks.load_outer(with_head=False)
-        shapes = {window: blocks.states_shape(tokens) for window, tokens in self._batches.items()}
-        places = range(len(self._variants))
-        self.states.expect(
-            {
-                stream * self.count + window: shape
-                for stream in places
-                for window, shape in shapes.items()
-            },
-            blocks.states_dtype,
-        )
-        self._calls = dict(
-            zip(windows, blocks.record(list(self._batches.values()), self.states, numbers=windows))
-        )
-        blocks.free_outer()
-        for place in [
-            place for calls in self._calls.values() for call in calls for place in call.hands_on
-        ]:
-            place.put(None)  # `_output` requires that it stays so
-        self.first = keeper.restore(self.states, self._numbers_behind) if keeper is not None else 0
-        for number in range(self.first):
-            jobs, self.streams = _branched(self.streams, self._variants, self._here[number])
-            self._done += sum(len(pairs) for _, pairs in jobs)
-            self._forget_calls(number)
-
-    def _forget_calls(self, number: int) -> None:
-        for calls in self._calls.values():
-            calls[number] = None
-
-    def block(
-        self, number: int, look: Callable[[int, nn.Module, Callable[[int], Tensor]], None]
-    ) -> None:
-        jobs, self.streams = _branched(self.streams, self._variants, self._here[number])
-        with self._blocks.block(number) as block:
-            look(number, block, lambda window: self._output(number, block, 0, window))
-            swaps = _Swaps(number, block, self._here[number], self._install)
-            for choices, pairs in jobs:
-                with swaps.in_place(choices):
-                    self._run_pairs(number, block, pairs)
-        self._forget_calls(number)
-        self.states.turn()
-
-    def _output(self, number: int, block: nn.Module, parent: int, window: int) -> Tensor:
-        hidden, call = (
-            self.states.get(parent * self.count + window).to(self._blocks.device),
-            self._calls[window][number],
-        )
-        output = self._blocks.run_block(block, call, hidden)
-        if any(place.get() is not None for place in call.hands_on):
+    def _output(self, step: BlockStep, batch: int) -> Tensor:
+        output = step.run(batch)
+        if any(place.get() is not None for place in step.inputs(batch).side_outputs):
             raise CheckpointError(
-                f"the decoder blocks of {self._blocks.where} hand on more than hidden states, which"
-                " sensitivity doesn't keep for each variant; export the model in several recipes"
-                " and let eval compare them"
+                f"the blocks of {self.blocks.where} return side outputs that later blocks read,"
+                " which sensitivity doesn't store for each variant; export the model in several"
+                " recipes and let eval compare them"
             )
         return output
 
-    def _run_pairs(self, number: int, block: nn.Module, pairs: Sequence[tuple[int, int]]) -> None:
-        """Each of the windows through the block, from one stream (parent) into another (child)."""
-        blocks = self._blocks
-        work = [(parent, stream, window) for parent, stream in pairs for window in self._batches]
+    # -- An interrupted run.
 
-        def step(index: int) -> None:
-            parent, stream, window = work[index]
-            output = self._output(number, block, parent, window)
-            if not torch.isfinite(output).all():
-                raise NonFiniteError(
-                    f"{blocks.where} gives NaN or infinity in window {window + 1}, first behind"
-                    f" {blocks.block_name(number)}",
-                    blocks.where,
-                )
-            self.states.put(stream * self.count + window, output)
+    def restored(self, walk: Walk, saved: SavedStates) -> int:
+        """Put in place what an earlier run saved; returns the block to begin with."""
+        encoder_blocks = self._encoder_blocks()
 
-        for index, _ in enumerate(
-            each_batch(step, range(len(work)), blocks.device, torch.get_num_threads()), 1
-        ):
-            self._on_progress(self._done + index / len(self._batches), self.total)
-        self._done += len(pairs)
+        def begin_decoder(found: Mapping[str, Tensor]) -> None:
+            for number in range(encoder_blocks):
+                self._branch(walk, number)
+            walk.begin_decoder({batch: found[_encoded_name(batch)] for batch in walk.batches})
 
-    def finish(self) -> None:
-        self._blocks.load_outer(with_head=True)
-        for stream in self.streams:
-            for window, tokens in self._batches.items():
-                number = stream * self.count + window
-                self.states.put(number, self._blocks.finish(tokens, self.states.get(number)))
-        self.states.turn()
+        def names_after(number: int) -> list[str]:
+            if not self.blocks.reads_encoder(number + 1):
+                return []
+            return [_encoded_name(batch) for batch in self._numbers_before(encoder_blocks)]
+
+        first = saved.restore(
+            walk.states, lambda number: self._numbers_before(number + 1), names_after, begin_decoder
+        )
+        branched = encoder_blocks if self.blocks.reads_encoder(first) else 0
+        for number in range(branched, first):
+            self._branch(walk, number)
+        self.done = sum(len(job.pairs) for jobs in self.streams.jobs[:first] for job in jobs)
+        return first
+
+    def encoded_states(self, walk: Walk) -> dict[str, Tensor]:
+        """What the encoder made of each stream that left it, as long as decoder blocks are to
+        come.
+        """
+        if not walk.encoded:
+            return {}
+        batches = self._numbers_before(self._encoder_blocks())
+        return {_encoded_name(batch): walk.encoded[batch] for batch in batches}
+
+    def _numbers_before(self, number: int) -> list[int]:
+        return self.numbering.of_streams(self.streams.members[number])
+
+    def _encoder_blocks(self) -> int:
+        count = self.blocks.block_count
+        return next((number for number in range(count) if self.blocks.reads_encoder(number)), 0)
 
 
-def _branched(
-    streams: Mapping[int, list[int]], variants: Sequence[Variant], here: Sequence[int]
-) -> tuple[list[tuple[tuple[int, ...], list[tuple[int, int]]]], dict[int, list[int]]]:
-    """What a block has to run: for each of its choices, which streams (parent, child); and the
-    streams behind it.
-
-    New streams come first: one that goes on under its own name may overwrite what it was made from.
-    """
-    behind: dict[int, list[int]] = {}
-    branching: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    going_on: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for parent, members in streams.items():
-        by_choices: dict[tuple[int, ...], list[int]] = {}
-        for variant in members:
-            by_choices.setdefault(tuple(variants[variant][place] for place in here), []).append(
-                variant
-            )
-        for choices, alike in by_choices.items():
-            behind[alike[0]] = alike
-            (going_on if alike[0] == parent else branching).setdefault(choices, []).append(
-                (parent, alike[0])
-            )
-    return [*branching.items(), *going_on.items()], behind
+def _encoded_name(batch: int) -> str:
+    return f"encoded-{batch}"
 
 
 class _Swaps:
-    """The choices of one block, each made when it is first asked for."""
+    """The changes of one block under its choices, each made when it is first asked for."""
 
     def __init__(
-        self, number: int, block: nn.Module, here: Sequence[int], install: Installer
+        self, number: int, block: nn.Module, places: Sequence[int], make_swaps: MakeSwaps
     ) -> None:
-        self._number, self._block, self._here, self._install = number, block, here, install
+        self._number, self._block, self._places = number, block, places
+        self._make_swaps = make_swaps
         self._made: dict[tuple[int, int], Sequence[Swap]] = {}
 
     @contextmanager
     def in_place(self, choices: Sequence[int]) -> Iterator[None]:
-        swaps = [
-            swap for place, choice in zip(self._here, choices) for swap in self._of(place, choice)
-        ]
+        """choices: of the block's places."""
+        swaps = [swap for item in zip(self._places, choices) for swap in self._of(*item)]
         before = [(swap.owner, swap.leaf, getattr(swap.owner, swap.leaf, None)) for swap in swaps]
         for swap in swaps:
             setattr(swap.owner, swap.leaf, swap.value)
@@ -309,5 +263,6 @@ class _Swaps:
 
     def _of(self, place: int, choice: int) -> Sequence[Swap]:
         if (place, choice) not in self._made:
-            self._made[place, choice] = self._install(self._number, self._block, place, choice)
+            made = self._make_swaps(self._number, self._block, place, choice)
+            self._made[place, choice] = made
         return self._made[place, choice]

@@ -112,9 +112,9 @@ def whole(run, llama, text, tmp_path):
 @pytest.fixture
 def stopped(run, llama, text, tmp_path, monkeypatch):
     """What SIGTERM leaves in a run that has scored some windows: the output that was asked for."""
-    from quantkit.sensitivity.progress import KeptScores
+    from quantkit.sensitivity.progress import ResumeState
 
-    add, rounds = KeptScores.add, []
+    add, rounds = ResumeState.add, []
 
     def stop_soon(self, *arguments):
         rounds.append(1)
@@ -124,7 +124,7 @@ def stopped(run, llama, text, tmp_path, monkeypatch):
         return add(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptScores, "add", stop_soon)
+        patch.setattr(ResumeState, "add", stop_soon)
         done = run(*command(llama, text, tmp_path / "r.json"))
     assert done.exit_code == 75 and re.search(
         r"SIGTERM with \d of 5 windows scored; what is done is kept; .*--resume", done.stderr
@@ -135,16 +135,16 @@ def stopped(run, llama, text, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_and_scores_no_window_twice(
     run, llama, text, whole, stopped, monkeypatch
 ):
-    from quantkit.sensitivity.progress import KeptScores
+    from quantkit.sensitivity.progress import ResumeState
 
     assert not stopped.exists() and stopped.with_name("r.json.partial").is_dir()
     kept = [
         json.loads(path.read_text())
         for path in stopped.with_name("r.json.partial").glob("scores-*.json")
     ]
-    add, scored = KeptScores.add, []
+    add, scored = ResumeState.add, []
     monkeypatch.setattr(
-        KeptScores,
+        ResumeState,
         "add",
         lambda self, walk, found, *rest: (
             scored.extend((walk, window) for window in found) or add(self, walk, found, *rest)
@@ -218,7 +218,7 @@ def test_two_processes_find_what_one_does(llama, text, whole, tmp_path):
     two = torchrun("-m", "quantkit", *command(llama, text, tmp_path / "two.json"))
     assert two.returncode == 0, two.stderr
     assert (tmp_path / "two.json").read_bytes() == whole.read_bytes()
-    assert two.stdout.count("the worst sets given something else") == 1
+    assert two.stdout.count("the worst layer groups in another choice") == 1
 
 
 def test_two_processes_go_on_from_what_one_left(llama, text, whole, stopped):

@@ -61,7 +61,7 @@ def test_no_choice_is_better_than_the_solution(seed):
     assert max_cost is None or cost <= max_cost * (1 + 1e-9)
 
 
-def test_a_hundred_and_sixty_sets_of_unlike_sizes_take_seconds():
+def test_a_hundred_and_sixty_items_of_unlike_sizes_take_seconds():
     generator = np.random.default_rng(0)
     items = []
     for _ in range(160):

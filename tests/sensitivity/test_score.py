@@ -1,7 +1,8 @@
-"""Which sets of Linears cost most, and the recipe for a budget."""
+"""Which layer groups cost most, and the recipe for a budget."""
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny_models import HANDING_ON, SHARING_BLOCKS, make_model
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.windows import Window
 from quantkit.errors import CheckpointError, EvaluationError
-from quantkit.exporter.plan import ExportOptions, plan_export
+from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.exporter.write import export
 from quantkit.models.assignment import assign_layers
 from quantkit.models.tensor_roles import fused_sets
@@ -23,22 +24,24 @@ from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
 from quantkit.sensitivity.advice import (
-    KEEP,
-    RECIPE,
     opened_result,
     predicted_kld,
-    set_name,
     size_of,
     solution_recipe,
     solved_anew,
 )
-from quantkit.sensitivity.layer_swap import SetInstaller, recovered_weight
-from quantkit.sensitivity.options import SensitivityOptions, linear_sets
+from quantkit.sensitivity.base_model import BaseModel, open_base_model, recovered_weight
+from quantkit.sensitivity.choices import RECIPE, Choices
+from quantkit.sensitivity.layer_groups import LayerGroup, layer_groups
+from quantkit.sensitivity.layer_swap import LayerSwapper
+from quantkit.sensitivity.options import KEEP, SensitivityOptions
+from quantkit.sensitivity.passes import open_layer_groups
 from quantkit.sensitivity.score import score_sensitivity
-from quantkit.sensitivity.variants import count_block_runs, run_variants
+from quantkit.sensitivity.streams import count_block_runs
+from quantkit.sensitivity.variants import VariantStates, run_variants
 
 INT8 = Recipe(QuantScheme.parse("int8-dynamic"))
-BLOCKS, SETS = 3, 12
+BLOCKS, GROUPS = 3, 12
 BAD = "model.layers.1.mlp.down_proj"
 
 
@@ -82,7 +85,7 @@ def result(options):
 # ---- Scoring.
 
 
-def test_a_planted_bad_set_is_ranked_first_and_its_restoring_helps_most(result):
+def test_a_planted_bad_layer_is_ranked_first_and_its_restoring_helps_most(result):
     worst = result["sets"][result["ranking"][0]]
     assert worst["name"] == BAD and worst["kind"] == "down"
     gains = {
@@ -99,8 +102,8 @@ def test_a_planted_bad_set_is_ranked_first_and_its_restoring_helps_most(result):
     assert min(outputs, key=outputs.get) == BAD and len(outputs) == 7 * BLOCKS
 
 
-def test_sets_are_what_runtimes_merge_and_each_linear_is_in_one(result, planted):
-    assert len(result["sets"]) == SETS and [entry["kind"] for entry in result["sets"][:4]] == [
+def test_layer_groups_are_what_runtimes_merge_and_each_linear_is_in_one(result, planted):
+    assert len(result["sets"]) == GROUPS and [entry["kind"] for entry in result["sets"][:4]] == [
         "q+k+v",
         "o",
         "gate+up",
@@ -115,9 +118,9 @@ def test_sets_are_what_runtimes_merge_and_each_linear_is_in_one(result, planted)
         for leaf in ("gate_proj", "up_proj", "down_proj")
     ]
     shared = [f"model.layers.0.mlp.shared_expert.{leaf}" for leaf in ("gate_proj", "up_proj")]
-    found = linear_sets([[*experts, *shared]])
+    found = layer_groups([[*experts, *shared]])
     assert [(each.kind, len(each.linears)) for each in found] == [("gate+up", 2), ("experts", 9)]
-    assert set_name(found[1].linears) == "model.layers.0.mlp.experts"
+    assert found[1].name == "model.layers.0.mlp.experts"
 
 
 def test_a_scheme_that_changes_nothing_costs_nothing(tmp_path, text):
@@ -147,8 +150,8 @@ def test_a_scheme_that_changes_nothing_costs_nothing(tmp_path, text):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
-def test_a_layers_experts_are_scored_as_one_set(kind, tmp_path, text):
-    """Whether they lie one by one on disk or stacked."""
+def test_a_layers_experts_are_scored_as_one_group(kind, tmp_path, text):
+    """Whether they are stored one by one or stacked."""
     model = tmp_path / "model"
     make_model(model, kind, vocab_size=make_tokenizer(model))
     found = score_sensitivity(
@@ -163,7 +166,7 @@ def test_a_layers_experts_are_scored_as_one_set(kind, tmp_path, text):
 
 
 def test_sums_and_sizes_are_those_of_their_parts(result):
-    nothing, everything = [KEEP] * SETS, [RECIPE] * SETS
+    nothing, everything = [KEEP] * GROUPS, [RECIPE] * GROUPS
     assert (
         predicted_kld(result, nothing) == 0
         and size_of(result, nothing) == result["bytes"]["all_kept"] == result["model"]["bytes"]
@@ -176,7 +179,7 @@ def test_sums_and_sizes_are_those_of_their_parts(result):
     assert predicted_kld(result, everything) == pytest.approx(entry["whole"] + result["floor"][0])
     for line in result["pareto"]:
         kld = [point["kld_predicted"] for point in line["points"]]
-        assert len(kld) == SETS + 1 and (kld == sorted(kld, reverse=True) or line["to"] != KEEP)
+        assert len(kld) == GROUPS + 1 and (kld == sorted(kld, reverse=True) or line["to"] != KEEP)
         assert line["points"][0]["measured"]["kld"] == pytest.approx(
             result["whole"][RECIPE]["kld"], rel=1e-9
         )
@@ -184,7 +187,7 @@ def test_sums_and_sizes_are_those_of_their_parts(result):
     assert everything_kept["bytes"] == result["bytes"]["all_kept"]
 
 
-def test_the_same_run_gives_the_same_figures(options, result):
+def test_the_same_run_gives_the_same_result(options, result):
     again = score_sensitivity(options)
     for key in ("sets", "whole", "floor", "pareto", "solution"):
         assert json.dumps(again[key]) == json.dumps(result[key]), key
@@ -193,14 +196,15 @@ def test_the_same_run_gives_the_same_figures(options, result):
 # ---- Variants that share what they can.
 
 
-def run_alone(batches, installer, variant, block_of):
-    states = run_variants(
-        installer.reopened("cpu"), dict(enumerate(batches)), [variant], block_of, installer.install
-    )
-    try:
-        return [states.get(0, window).clone() for window in range(len(batches))], states.block_runs
-    finally:
-        states.close()
+def run_groups(
+    plan: ExportPlan, groups: Sequence[LayerGroup], batches, variants
+) -> tuple[VariantStates, BaseModel]:
+    """Variants of a model that is opened for them."""
+    base = open_base_model(plan, False, "cpu")
+    swapper = LayerSwapper(base, Choices(plan), groups)
+    block_of = [group.block for group in groups]
+    numbered = dict(enumerate(batches))
+    return run_variants(base.blocks, numbered, variants, block_of, swapper.swaps), base
 
 
 @pytest.mark.parametrize("memory", [None, 0])
@@ -208,50 +212,36 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
     if memory == 0:
         monkeypatch.setattr("quantkit.models.hidden_states.available_memory", lambda: 0)
     plan = plan_export(ExportOptions(planted, planted.with_name("none"), INT8))
-    installer = SetInstaller(planted, [None, plan], False)
-    blocks = installer.open("cpu")
-    sets = linear_sets(
-        [
-            [name for name in installer.linears_of(number) if name in plan.linears]
-            for number in range(blocks)
-        ]
-    )
-    installer.sets = [each.linears for each in sets]
-    block_of = [each.block for each in sets]
+    groups = open_layer_groups(Choices(plan), False, "cpu").groups
     generator = np.random.default_rng(0)
     variants = [
-        tuple([0] * SETS),
+        tuple([0] * GROUPS),
         *(
             tuple(
-                int(bit) for bit in generator.integers(0, 2, SETS) * (generator.random(SETS) < 0.4)
+                int(bit)
+                for bit in generator.integers(0, 2, GROUPS) * (generator.random(GROUPS) < 0.4)
             )
             for _ in range(6)
         ),
     ]
     batches = [torch.randint(0, 300, (1, 24)), torch.randint(0, 300, (1, 17))]
     with torch.inference_mode():
-        states = run_variants(
-            installer.reopened("cpu"),
-            dict(enumerate(batches)),
-            variants,
-            block_of,
-            installer.install,
-        )
+        states, _ = run_groups(plan, groups, batches, variants)
         shared = [
             [states.get(number, window).clone() for window in range(2)]
             for number in range(len(variants))
         ]
         assert (
             states.block_runs
-            == count_block_runs(variants, block_of, BLOCKS)
+            == count_block_runs(variants, [group.block for group in groups], BLOCKS)
             < BLOCKS * len(variants)
         )
         states.close()
         for variant, found in zip(variants, shared):
-            alone, runs = run_alone(batches, installer, variant, block_of)
-            assert runs == BLOCKS and all(
-                torch.equal(ours, theirs) for ours, theirs in zip(found, alone)
-            )
+            alone, _ = run_groups(plan, groups, batches, [variant])
+            assert alone.block_runs == BLOCKS
+            assert all(torch.equal(ours, alone.get(0, window)) for window, ours in enumerate(found))
+            alone.close()
 
 
 @pytest.mark.parametrize(
@@ -280,43 +270,31 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
         calibrate(CalibrationOptions(model, calib, (str(text),), num_samples=4, seq_len=32))
     plan = plan_export(ExportOptions(model, tmp_path / "out", recipe, calib))
     export(plan)
-    installer = SetInstaller(model, [None, plan], False)
-    blocks = installer.open("cpu")
-    sets = linear_sets(
-        [
-            [name for name in installer.linears_of(number) if name in plan.linears]
-            for number in range(blocks)
-        ]
-    )
-    installer.sets = [each.linears for each in sets]
-    assert ("experts" in {each.kind for each in sets}) == (kind != "llama")
-    assert {name for each in sets for name in each.linears} == set(plan.linears)
+    groups = open_layer_groups(Choices(plan), False, "cpu").groups
+    assert ("experts" in {group.kind for group in groups}) == (kind != "llama")
+    assert {name for group in groups for name in group.linears} == set(plan.linears)
     window = Window(tuple(range(2, 40)))
     with torch.inference_mode():
-        states = run_variants(
-            installer.reopened("cpu"),
-            {0: torch.tensor([window.tokens])},
-            [tuple([1] * len(sets))],
-            [each.block for each in sets],
-            installer.install,
+        states, _ = run_groups(
+            plan, groups, [torch.tensor([window.tokens])], [tuple([1] * len(groups))]
         )
         served = make_final_states(
             load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
         )
-        assert torch.equal(states.get(0, 0), served.states.get(0)[0])
+        assert torch.equal(states.get(0, 0)[0], served.states.get(0)[0])
     states.close(), served.close()
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("glm_moe_dsa", HANDING_ON["glm_moe_dsa"], "hand on more than hidden states"),
+        ("glm_moe_dsa", HANDING_ON["glm_moe_dsa"], "side outputs that later blocks read"),
         ("zamba2", SHARING_BLOCKS, "runs the weights of .* again in"),
         ("rwkv", {}, None),
     ],
 )
 def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, tmp_path, text):
-    """Not RWKV's, which hand on the state that they were given: none."""
+    """Not RWKV's, whose side output is the state that they were given: none."""
     make_model(tmp_path / "model", kind, vocab_size=make_tokenizer(tmp_path / "model"), **settings)
     options = SensitivityOptions(
         tmp_path / "model", INT8, ("keep",), data=(str(text),), max_tokens=64, seq_len=32
@@ -388,7 +366,7 @@ def rotated_recipe(rotation, *others) -> Recipe:
     ids=["untied", "with others", "heads alone"],
 )
 def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes, tmp_path, text):
-    """All sets quantized are the exported checkpoint, to the last bit; none quantized is the
+    """All groups quantized are the exported checkpoint, to the last bit; none quantized is the
     original model, up to what rotated weights lose in bfloat16.
     """
     from quantkit.calibration.calibrate import calibrate
@@ -402,22 +380,17 @@ def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes
     )
     plan = plan_export(ExportOptions(model, tmp_path / "out", recipe, calib))
     export(plan)
-    installer = SetInstaller(model, [None, plan], False)
-    blocks = installer.open("cpu")
-    sets = linear_sets([installer.linears_of(number) for number in range(blocks)])
-    installer.sets = [each.linears for each in sets]
+    base = open_base_model(plan, False, "cpu")
+    groups = layer_groups([base.linears_of(block) for block in range(base.blocks.block_count)])
     window = Window(tuple(range(2, 40)))
     tokens = torch.tensor([window.tokens])
-    variants = [tuple([0] * len(sets)), tuple([1] * len(sets))]
+    variants = [tuple([0] * len(groups)), tuple([1] * len(groups))]
     with torch.inference_mode():
-        opened = installer.reopened("cpu")
-        states = run_variants(
-            opened, {0: tokens}, variants, [each.block for each in sets], installer.install
-        )
+        states, base = run_groups(plan, groups, [tokens], variants)
         served = make_final_states(
             load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
         )
-        assert torch.equal(states.get(1, 0), served.states.get(0)[0])
+        assert torch.equal(states.get(1, 0)[0], served.states.get(0)[0])
         original = make_final_states(load_served(model, "cpu"), {0: window}, len(window.tokens))
         original_head = load_served(model, "cpu").blocks
         original_head.load_outer(with_head=True)
@@ -425,10 +398,10 @@ def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes
             head.lm_head.weight.float() @ hidden.float().T
             for head, hidden in (
                 (original_head.model, original.states.get(0)[0]),
-                (opened.model, states.get(0, 0)),
+                (base.blocks.model, states.get(0, 0)[0]),
             )
         )
-        quantized = opened.model.lm_head.weight.float() @ states.get(1, 0).float().T
+        quantized = base.blocks.model.lm_head.weight.float() @ states.get(1, 0)[0].float().T
         assert float((after - before).norm()) < min(
             0.02 * float(before.norm()), 0.8 * float((quantized - before).norm())
         )
@@ -492,7 +465,7 @@ def test_a_budget_of_a_rotated_model_counts_what_was_untied(tmp_path, text, run,
 # ---- Budgets and recipes.
 
 
-def test_the_recipe_is_taken_by_export_has_the_size_promised_and_splits_no_fused_set(
+def test_the_recipe_is_taken_by_export_has_the_size_promised_and_splits_no_fused_layers(
     run, run_json, planted, text, tmp_path
 ):
     recipe, stored = tmp_path / "mixed.yaml", tmp_path / "r.json"
@@ -688,7 +661,7 @@ def test_the_page_has_a_heat_map_and_needs_no_network(result):
 
     page = sensitivity_html(result)
     assert (
-        'aria-label="sets"' in page
+        'aria-label="layer groups"' in page
         and 'aria-label="lines"' in page
         and ">gate+up<" in page
         and BAD in page

@@ -1,0 +1,111 @@
+"""What a layer group may become: kept in its stored dtype, quantized as the recipe says, or in
+another scheme; and how many bytes each choice takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from quantkit.checkpoint.formats import read_quantization_config
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import CheckpointError, EvaluationError
+from quantkit.exporter.plan import ExportOptions, ExportPlan, ParameterPlan, plan_export
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import QuantScheme
+from quantkit.sensitivity.options import KEEP, SensitivityOptions
+
+RECIPE = "recipe"  # the choice of quantizing as the recipe says
+KEEP_NUMBER, RECIPE_NUMBER = 0, 1  # of these two in `Choices.names`; other schemes follow
+
+
+@dataclass(frozen=True)
+class Choices:
+    """recipe: the plan of a model whose groups are all quantized as the recipe says.
+    alternatives: for each other scheme the plan of a model that is in it throughout.
+    may_keep: whether a budget may keep a group in its stored dtype.
+    """
+
+    recipe: ExportPlan
+    alternatives: tuple[ExportPlan, ...] = ()
+    may_keep: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return KEEP, RECIPE, *(scheme_name(plan) for plan in self.alternatives)
+
+    @property
+    def allowed(self) -> list[str]:
+        """What a budget may give a group instead of the recipe's scheme."""
+        return [name for name in self.names if name != RECIPE and (name != KEEP or self.may_keep)]
+
+    def plan(self, choice: int) -> ExportPlan:
+        """choice: the number of a choice that quantizes."""
+        return self._plans[choice - RECIPE_NUMBER]
+
+    def bytes_of(self, linears: Sequence[str], choice: int) -> int | None:
+        """What the Linears take on disk, None where this choice can't hold one of them."""
+        if choice == KEEP_NUMBER:
+            return sum(self._rows[0][name].bytes_before for name in linears)
+        rows = [self._rows[choice - RECIPE_NUMBER][name] for name in linears]
+        if any(row.status != "quantized" for row in rows):
+            return None
+        return sum(row.bytes_after for row in rows)
+
+    @property
+    def _plans(self) -> tuple[ExportPlan, ...]:
+        return self.recipe, *self.alternatives
+
+    @cached_property
+    def _rows(self) -> list[dict[str, ParameterPlan]]:
+        return [
+            {row.name.removesuffix(".weight"): row for row in plan.parameters}
+            for plan in self._plans
+        ]
+
+
+def scheme_name(plan: ExportPlan) -> str:
+    return plan.options.recipe.scheme.name
+
+
+def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
+    """The plans of all choices, which refuse what `export` would refuse; and remarks."""
+    checkpoint, remarks, recipe = Checkpoint.open(options.model), [], options.recipe
+    if read_quantization_config(checkpoint.config) is not None:
+        raise CheckpointError(
+            f"{options.model} is quantized already; sensitivity asks what quantizing costs, so give"
+            " the original model"
+        )
+    if recipe.chooses_weights and options.calibration is None:
+        names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
+        remarks.append(
+            f"scored with weights rounded to nearest: what {names} choose is scored with"
+            " --calibration CALIB"
+        )
+        recipe = replace(recipe, algorithms=())
+    if recipe.kv_cache:
+        remarks.append(
+            "the KV cache is left as it is while sets are scored; the written recipe has it"
+        )
+
+    def planned(recipe: Recipe, calibration: Path | None) -> ExportPlan:
+        nowhere = options.model.with_name(options.model.name + "-sensitivity")
+        return plan_export(
+            ExportOptions(options.model, nowhere, recipe, calibration), checkpoint=checkpoint
+        )
+
+    plan = planned(replace(recipe, kv_cache=None), options.calibration)
+    has_quantized_weights = plan.calibration is not None and bool(plan.calibration.weights)
+    alternatives: list[ExportPlan] = []
+    for name in options.alternatives:
+        if name == KEEP:
+            continue
+        other = Recipe(QuantScheme.parse(name), ignore=recipe.ignore, observer=recipe.observer)
+        # Weights that algorithms quantized are in the recipe's scheme, and so is their calibration.
+        alternatives.append(planned(other, None if has_quantized_weights else options.calibration))
+        found = scheme_name(alternatives[-1])
+        if found in map(scheme_name, alternatives[:-1]):
+            raise EvaluationError(f"the alternative {found} is named twice; leave one out")
+    return Choices(plan, tuple(alternatives), KEEP in options.alternatives), remarks

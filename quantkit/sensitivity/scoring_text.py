@@ -1,0 +1,91 @@
+"""The windows of text that variants run on, as the model's task reads and predicts them: a decoder
+every next token, a masked language model each token from all others, an encoder with a decoder the
+second half of a window from the first. It is the same loss as that of `eval`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.data.bundled import BUNDLED_CALIBRATION
+from quantkit.data.sampling import calibration_windows
+from quantkit.data.windows import Windows, targets_of
+from quantkit.errors import EvaluationError
+from quantkit.evaluation import masked_lm
+from quantkit.evaluation.masked_lm import Masking
+from quantkit.models.task import MASKED, TARGET, task_of
+from quantkit.models.text import tokenizer_and_length
+from quantkit.sensitivity.options import SensitivityOptions
+
+# Several windows, so that there are intervals; long enough for attention to have something to look
+# at.
+DEFAULT_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class ScoringText:
+    """windows: with the tokens that are scored.
+    seq_len: tokens of a window.
+    task: what the model predicts, one of models.task.
+    masking: how a masked language model's windows become inputs, None for others.
+    """
+
+    windows: Windows
+    seq_len: int
+    task: str
+    masking: Masking | None = None
+
+    def inputs(self, number: int) -> Tensor:
+        """Token ids of a window, [1, positions]; of a masked language model one row for each token
+        that is hidden.
+        """
+        window = self.windows.windows[number]
+        if self.masking is not None:
+            return self.masking.inputs(window)
+        return torch.tensor([window.tokens])
+
+    def targets(self, number: int) -> Tensor:
+        """The tokens that are predicted, [scored]."""
+        window = self.windows.windows[number]
+        return torch.tensor(window.tokens[window.first_scored :])
+
+    def scored(self, states: Tensor, number: int) -> Tensor:
+        """The final hidden states that predict them, [scored, hidden size]. states: of all of the
+        window's inputs.
+        """
+        window = self.windows.windows[number]
+        if self.masking is not None:
+            return self.masking.scored(states)
+        if self.task == TARGET:
+            return states[0]
+        return states[0, window.first_scored - 1 : len(window.tokens) - 1]
+
+
+def open_text(options: SensitivityOptions, processes: int) -> ScoringText:
+    """Raises EvaluationError where there are fewer windows than processes to share them."""
+    task = task_of(Checkpoint.open(options.model).config, options.model)
+    default, reserved = DEFAULT_LENGTH, 0
+    if task == MASKED:
+        default, reserved = masked_lm.DEFAULT_LENGTH, masked_lm.RESERVED_POSITIONS
+    tokenizer, seq_len = tokenizer_and_length(
+        options.model, options.seq_len, options.trust_remote_code, default, reserved
+    )
+    masking = Masking.of(tokenizer) if task == MASKED else None
+    names = options.data or (str(BUNDLED_CALIBRATION),)
+    windows = calibration_windows(
+        names, tokenizer, max(len(names), options.max_tokens // seq_len), seq_len, options.seed
+    )
+    if len(windows.windows) < processes:
+        raise EvaluationError(
+            f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer,"
+            " or raise --max-tokens"
+        )
+    if masking is not None:
+        windows = masking.windows(windows)
+    elif task == TARGET:
+        windows = targets_of(windows)
+    return ScoringText(windows, seq_len, task, masking)
