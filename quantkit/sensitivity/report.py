@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.checkpoint.units import counted, format_bytes
-from quantkit.evaluation.report import interval_text
+from quantkit.evaluation.intervals import Interval
 from quantkit.sensitivity.advice import KEEP, RECIPE
 
 SHOWN = 15  # sets; all of them with -v
@@ -112,7 +112,7 @@ def _given(choice: str) -> str:
 def _line_row(what: str, given: str, point: Mapping[str, Any]) -> tuple[str, ...]:
     measured = point.get("measured")
     figures = (
-        (_kld(measured, 5), interval_text(measured["ppl_delta_pct"]))
+        (_kld(measured, 5), Interval(**measured["ppl_delta_pct"]).text())
         if isinstance(measured, dict)
         else ("", "")
     )

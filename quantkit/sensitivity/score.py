@@ -417,7 +417,9 @@ class _Scoring:
             len(self.batches),
         )
         try:
-            return self._score(walk, OutputHead(model.model, True), states, windows, len(variants))
+            return self._score(
+                walk, OutputHead.of(model.model, True), states, windows, len(variants)
+            )
         finally:
             states.close()
 
