@@ -126,21 +126,25 @@ class LayerProbe:
             for hook in hooks:
                 hook.remove()
             names, device = list(linears), self._served.blocks.device
-            for _ in each_batch(
-                lambda index: self._compare_linear(names[index], linears[names[index]]),
+            for error in each_batch(
+                lambda index: self._error_of(names[index], linears[names[index]]),
                 range(len(names)),
                 device,
                 torch.get_num_threads(),
             ):
-                pass
+                self._keep(error)
             self._inputs = {}
 
         return finish
 
-    def _compare_linear(self, name: str, module: QuantizedLinear) -> None:
+    def _error_of(self, name: str, module: QuantizedLinear) -> LayerError | None:
         kept = self._inputs[name]
         rows = torch.cat([kept[window] for window in sorted(kept)]) if kept else None
-        self._compare(name, module.weight(), module, rows)
+        return self._compare(name, module.weight(), module, rows)
+
+    def _keep(self, error: LayerError | None) -> None:
+        if error is not None:
+            self._errors[error.name] = error
 
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -164,7 +168,7 @@ class LayerProbe:
             scheme = self._layout.scheme_of(name) if self._layout else None
             assert scheme is not None, name
             tensors = {suffix: self._candidate.read(f"{name}.{suffix}") for suffix in suffixes}
-            self._compare(name, decode_linear(tensors, scheme, name)[0], None, None)
+            self._keep(self._compare(name, decode_linear(tensors, scheme, name)[0], None, None))
         self._base.close()
         return worst_first(list(self._errors.values()))
 
@@ -183,16 +187,17 @@ class LayerProbe:
         weight: QuantizedTensor,
         module: QuantizedLinear | None,
         inputs: Tensor | None,
-    ) -> None:
+    ) -> LayerError | None:
+        """None where the base has no such weight to compare with."""
         if not self._comparable(name) or self._base.checkpoint.tensors[
             f"{name}.weight"
         ].shape != tuple(weight.qdata.shape):
-            return
+            return None
         of_weight, expected = self._weight_error(f"{name}.weight", weight, inputs)
         of_output: dict[str, Any] = {}
         if module is not None and inputs is not None and expected is not None:
             of_output = _output_error(module, inputs, expected) | _input_error(module, inputs)
-        self._errors[name] = LayerError(name=name, **of_weight, **of_output)
+        return LayerError(name=name, **of_weight, **of_output)
 
     def _weight_error(
         self, tensor: str, weight: QuantizedTensor, inputs: Tensor | None

@@ -256,8 +256,8 @@ def _role(path: str, modules: Mapping[str, nn.Module]) -> Role:
         return Role.NOT_IN_MODEL
     if path not in modules:
         return Role.STACKED_EXPERT
-    module = modules[path]
-    is_linear = isinstance(module, nn.Linear) and _computes_as_linear(type(module))
+    kind: Any = type(modules[path])
+    is_linear = issubclass(kind, nn.Linear) and _computes_as_linear(kind)
     # DeepSeek V4's grouped projection has a forward of its own.
     return Role.LINEAR if is_linear else Role.OWN_FORWARD
 
@@ -425,9 +425,9 @@ class QuantizedWeights:
 
 
 @functools.cache
-def _computes_as_linear(kind: type) -> bool:
-    """Whether a class's forward is Linear's, or gives the same on a small one (Falcon's writes it
-    out).
+def _computes_as_linear(kind: Any) -> bool:
+    """Whether the forward of a subclass of nn.Linear is Linear's, or gives the same on a small one
+    (Falcon's writes it out).
     """
     if kind.forward is nn.Linear.forward:
         return True
