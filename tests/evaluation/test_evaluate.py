@@ -18,7 +18,7 @@ from quantkit.checkpoint.formats import QuantizationLayout
 from quantkit.data.windows import Window, evaluation_windows, load_tokenizer
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
 from quantkit.evaluation.evaluate import evaluate
-from quantkit.evaluation.final_states import make_final_states, rounding_noise
+from quantkit.evaluation.final_states import FinalStates, make_final_states, rounding_noise
 from quantkit.evaluation.gates import Gate
 from quantkit.evaluation.intervals import Interval
 from quantkit.evaluation.logits import OutputHead
@@ -143,6 +143,11 @@ def test_codes_leave_memory_with_their_block(export_to):
     assert not any(reference() is not None for reference in codes)
 
 
+def all_hidden(states: FinalStates) -> torch.Tensor:
+    """Of all windows, [tokens, hidden size] float64."""
+    return torch.cat([states.scored(number) for number in states.windows]).double()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_and_reference_agree(scheme, export_to, text, evaluated):
     """INT8 to the last bit of the hidden states; FP8 and weights alone within what the order of
@@ -157,16 +162,17 @@ def test_kernels_and_reference_agree(scheme, export_to, text, evaluated):
         set(served["reference"].kernels) == {"reference"}
         and "reference" not in served["kernel"].kernels
     )
+    numbered = dict(enumerate(windows.windows))
     with torch.inference_mode():
-        numbered = dict(enumerate(windows.windows))
-        kernel, reference = (make_final_states(model, numbered, 64) for model in served.values())
-    for ours, expected in (
-        (kernel.scored(number), reference.scored(number)) for number in numbered
-    ):
-        if served["kernel"].kernels == {"matmul_int8": 14}:
-            assert torch.equal(ours, expected)
-        else:
-            assert (ours.double() - expected.double()).norm() < 0.02 * expected.double().norm()
+        kernel, reference = (
+            all_hidden(make_final_states(model, numbered, 64)) for model in served.values()
+        )
+        again = load_served(out, "cpu", exec="reference")
+        noisy = all_hidden(make_final_states(again, numbered, 64, watch=rounding_noise()))
+    if served["kernel"].kernels == {"matmul_int8": 14}:
+        assert torch.equal(kernel, reference)
+    # Less than one more rounding to bfloat16 after each block changes.
+    assert (kernel - reference).norm() < (noisy - reference).norm()
     results = {
         name: evaluated(out, exec=name)["quants"][0] for name in ("kernel", "reference", "auto")
     }
