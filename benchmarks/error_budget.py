@@ -37,8 +37,9 @@ from quantkit.checkpoint.formats import (
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.intervals import Difference
 from quantkit.evaluation.preflight import EvaluationOptions
-from quantkit.evaluation.report import interval_text, markdown_table
+from quantkit.evaluation.report import markdown_table
 from quantkit.schemes.scheme import QuantScheme
 
 KINDS = {"q, k, v": "[qkv]_proj", "o": "o_proj", "gate, up": "(gate|up)_proj", "down": "down_proj"}
@@ -95,7 +96,7 @@ def judged(
         ]
         result = evaluate(
             EvaluationOptions(model, (checkpoint, *copies), (data,), LENGTH, LENGTH * windows)
-        )
+        ).to_json()
     names = ["none", *patterns]
     return [
         {"unquantized": name, "kld": quant["kld"]["mean"], "ppl_delta_pct": quant["ppl_delta_pct"]}
@@ -110,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["unquantized"],
             f"{row['kld']:.5f}",
             f"{whole - row['kld']:+.5f}",
-            interval_text(row["ppl_delta_pct"]),
+            Difference(**row["ppl_delta_pct"]).text(),
         )
         for row in rows
     ]

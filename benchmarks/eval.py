@@ -64,7 +64,7 @@ transformers.utils.logging.disable_progress_bar()
 base, quant, data, length, count = sys.argv[1:]
 options = EvaluationOptions(Path(base), (Path(quant),), (data,), int(length), int(length) * int(count), cache=False)
 started, used = time.perf_counter(), time.process_time()
-result = evaluate(options)
+result = evaluate(options).to_json()
 print(json.dumps({
     "seconds": time.perf_counter() - started, "cpu": time.process_time() - used, "perplexity": result["base"]["perplexity"],
     "rates": [model["tokens_per_second"] for model in (result["base"], *result["quants"])],

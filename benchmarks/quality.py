@@ -42,8 +42,9 @@ from quantkit.data.protocols import evaluation_windows
 from quantkit.data.sources import read_source
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.intervals import Difference
 from quantkit.evaluation.preflight import EvaluationOptions
-from quantkit.evaluation.report import interval_text, markdown_table
+from quantkit.evaluation.report import markdown_table
 from quantkit.schemes.recipe import Recipe
 
 LENGTH = 1024
@@ -290,7 +291,7 @@ def _measured(
                 LENGTH,
                 LENGTH * arguments.windows,
             )
-        )
+        ).to_json()
         for (name, (output, cost)), judged in zip(made.items(), result["quants"], strict=True):
             cost = {
                 "samples": arguments.samples if Recipe.load(recipes[name]).needs_calibration else 0
@@ -311,7 +312,7 @@ def _measured(
             report = _with_row(report, row, result, arguments)
             costs = f"{row['seconds']:.0f} s ({row['cpu_seconds']:.0f} s of the processor)"
             print(
-                f"{name}: {interval_text(row['ppl_delta_pct'])}, KL {row['kld']['mean']:.4f},"
+                f"{name}: {Difference(**row['ppl_delta_pct']).text()}, KL {row['kld']['mean']:.4f},"
                 f" {costs}",
                 flush=True,
             )
@@ -326,7 +327,9 @@ def _measured(
                 )
                 report = _with_row(
                     report,
-                    {"recipe": name + WITHOUT_FP8} | cost | evaluate(options)["quants"][0],
+                    {"recipe": name + WITHOUT_FP8}
+                    | cost
+                    | evaluate(options).to_json()["quants"][0],
                     result,
                     arguments,
                 )
@@ -385,7 +388,7 @@ def _markdown(report: dict[str, Any]) -> str:
         )
         figures = (
             f"{row['perplexity']:.3f}",
-            interval_text(row["ppl_delta_pct"]),
+            Difference(**row["ppl_delta_pct"]).text(),
             f"{row['kld']['mean']:.4f}",
             f"{100 * row['top1_agreement']:.1f} %",
         )

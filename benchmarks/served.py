@@ -168,7 +168,7 @@ def compare(
     def judged(quants: tuple[Path, ...], **options: Any) -> dict[str, Any]:
         return evaluate(
             EvaluationOptions(base, quants, (data,), seq_len, windows * seq_len, **options)
-        )
+        ).to_json()
 
     kernels, reference = (
         judged((outputs["int8-dynamic"], outputs["fp8-dynamic"]), exec=name)

@@ -389,7 +389,7 @@ def try_architecture(kind: str, place: Path, text: Path) -> dict[str, Any]:
     with step("eval", "quantkit"):
         result = evaluate(
             EvaluationOptions(model_path, (output,), (str(text),), SEQ_LEN, TOKENS, cache=False)
-        )
+        ).to_json()
     with step("calibrate", "quantkit"):  # last: what it refuses can be exported and judged
         summary = calibrate(
             CalibrationOptions(

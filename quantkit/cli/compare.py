@@ -20,22 +20,13 @@ def compare_command(out: Output, first: Path, second: Path) -> None:
     """
     from quantkit.cli.tables import print_json, print_table
     from quantkit.evaluation.compare import compare
-    from quantkit.evaluation.report import (
-        COMPARISON_COLUMNS,
-        comparison_remarks,
-        comparison_rows,
-        comparison_title,
-    )
+    from quantkit.evaluation.report import comparison_remarks, comparison_table, comparison_title
 
     comparison = compare(first, second)
     if out.as_json:
-        print_json(comparison)
+        print_json(comparison.to_json())
     else:
-        print_table(
-            COMPARISON_COLUMNS,
-            comparison_rows(comparison),
-            comparison_title(comparison),
-            right=range(2, len(COMPARISON_COLUMNS)),
-        )
+        table = comparison_table(comparison)
+        print_table(table.columns, table.rows, comparison_title(comparison), right=table.right)
     for remark in comparison_remarks(comparison):
         out.note(remark)

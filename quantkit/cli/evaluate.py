@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from quantkit.cli.options import UserPath, device_option, different_sources, rem
 from quantkit.data.protocols import PROTOCOLS
 from quantkit.errors import FaultsFound, Inconclusive, OutputError
 from quantkit.schemes.serving import HARDWARE
+
+if TYPE_CHECKING:
+    from quantkit.evaluation.result import Evaluation
 
 
 @command("eval")
@@ -135,13 +138,13 @@ def eval_command(
     if rank_of_environment() > 0:
         return
     if output is not None:
-        write_json(output, finite(result))
+        write_json(output, finite(result.to_json()))
     if markdown is not None:
         write_text(markdown, evaluation_markdown(result))
     if html is not None:
         write_text(html, evaluation_html(result))
     if out.as_json:
-        print_json(result)
+        print_json(result.to_json())
     else:
         _print_evaluation(result)
     for remark in evaluation_remarks(result):
@@ -152,8 +155,8 @@ def eval_command(
 
 
 def require_places(**files: Path | None) -> None:
-    """Refuse files that are one, or that lie where nothing can be written; before anything has run.
-    files: by the option.
+    """Refuse equal files, and files where nothing can be written, before anything has run. files:
+    by the option.
     """
     given = {name: path for name, path in files.items() if path is not None}
     if len({path.resolve() for path in given.values()}) < len(given):
@@ -167,41 +170,29 @@ def require_places(**files: Path | None) -> None:
             )
 
 
-def _print_evaluation(result: dict[str, Any]) -> None:
+def _print_evaluation(result: Evaluation) -> None:
     from quantkit.cli.tables import print_table
-    from quantkit.evaluation.report import (
-        EVALUATION_COLUMNS,
-        LAYER_COLUMNS,
-        evaluation_rows,
-        evaluation_title,
-        figure_rows,
-        layer_rows,
-    )
+    from quantkit.evaluation.report import evaluation_title, layer_table, metric_table, model_table
 
-    print_table(
-        EVALUATION_COLUMNS,
-        evaluation_rows(result),
-        evaluation_title(result),
-        right=(2, 3, 4, 5, 6, 7, 8, 9, 11),
-    )
-    if result["quants"]:
-        columns, rows = figure_rows(result)
-        print_table(columns, rows, right=range(1, len(columns)))
-    layers = layer_rows(result)
-    if layers:
-        print_table(LAYER_COLUMNS, layers, right=range(2, len(LAYER_COLUMNS)))
+    models, layers = model_table(result), layer_table(result)
+    print_table(models.columns, models.rows, evaluation_title(result), right=models.right)
+    if result.quants:
+        metrics = metric_table(result)
+        print_table(metrics.columns, metrics.rows, right=metrics.right)
+    if layers.rows:
+        print_table(layers.columns, layers.rows, right=layers.right)
 
 
-def _raise_gates(result: dict[str, Any], strict: bool) -> None:
-    failed = [gate for gate in result["gates"] if gate["result"] == "fail"]
-    undecided = [gate for gate in result["gates"] if gate["result"] == "inconclusive"]
+def _raise_gates(result: Evaluation, strict: bool) -> None:
+    failed = [gate for gate in result.gates if gate.result == "fail"]
+    undecided = [gate for gate in result.gates if gate.result == "inconclusive"]
     if failed:
         raise FaultsFound(
-            f"the gate {failed[0]['expr']} failed on {failed[0]['path']}: {failed[0]['value']:.4g}"
+            f"the gate {failed[0].expr} failed on {failed[0].path}: {failed[0].value:.4g}"
         )
     if undecided and strict:
-        more = undecided[0].get("more_tokens_needed")
+        more = undecided[0].more_tokens_needed
         raise Inconclusive(
-            f"the gate {undecided[0]['expr']} is undecided on this text"
+            f"the gate {undecided[0].expr} is undecided on this text"
             + (f"; it needs about {more} more tokens" if more else "; give more text")
         )

@@ -148,9 +148,9 @@ def quantize_command(
         plan = plan_export(replace(options, calibration=directory))
     summary, seconds = run_export(out, plan)
     found = verified(out, output, options.model, runtime)
-    judged = None
+    checked = None
     if not found.faults and not no_judge:
-        judged = _judged(
+        checked = _sanity_checked(
             out,
             path,
             output,
@@ -169,15 +169,15 @@ def quantize_command(
                 "seconds": seconds,
                 "scheme": chosen.scheme.name,
                 "verify": found.to_json(),
-                "judgement": judged,
+                "judgement": checked,
             }
         )
     raise_faults(found)
-    if judged is not None and judged["sane"] is False:
+    if checked is not None and checked["sane"] is False:
         again = f"quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE"
         raise FaultsFound(
-            f"{output} is ruined, and kept for you to look at: {judged['problem']}. `{again}` shows"
-            " more"
+            f"{output} is ruined, and kept for you to look at: {checked['problem']}."
+            f" `{again}` shows more"
         )
     out.note(
         f"Next: quantkit eval {shlex.quote(model)} {shlex.quote(str(output))} --data FILE\n     "
@@ -197,7 +197,7 @@ def _default_scheme(
 
 
 def _require_files(data: Sequence[str]) -> None:
-    """Before an hour's work: what is judged at its end must be there."""
+    """Before an hour's work: the text of the check at its end must be there."""
     for name in data:
         if not name.startswith("dataset:") and not Path(name).expanduser().is_file():
             raise DataError(
@@ -206,7 +206,7 @@ def _require_files(data: Sequence[str]) -> None:
             )
 
 
-def _judged(
+def _sanity_checked(
     out: Output,
     model: Path,
     output: Path,
@@ -216,15 +216,17 @@ def _judged(
     device: str,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """The judgement as JSON; where the two can't be run, "sane" is null, and a warning says why."""
+    """The sanity check as JSON; where the two can't be run, "sane" is null, and a warning says
+    why.
+    """
     from quantkit.cli.tables import Progress
-    from quantkit.evaluation.sanity_check import judge
+    from quantkit.evaluation.sanity_check import check_sanity
 
     out.quiet_libraries()
     started = time.monotonic()
     try:
-        with Progress("judge", out.quiet) as progress:
-            judgement = judge(
+        with Progress("sanity check", out.quiet) as progress:
+            check = check_sanity(
                 model,
                 output,
                 data,
@@ -232,13 +234,13 @@ def _judged(
                 hardware,
                 device,
                 trust_remote_code,
-                lambda name, done, total: progress.update(done, total, f"judge {name}"),
+                lambda name, done, total: progress.update(done, total, f"sanity check {name}"),
             )
     except QuantkitError as error:
-        out.warn(f"{output} is not judged: {error}")
+        out.warn(f"{output} is not checked: {error}")
         return {"sane": None, "problem": str(error)}
-    out.note(f"{output}: {judgement.sentence()}, {time.monotonic() - started:.1f} s")
-    return judgement.to_json()
+    out.note(f"{output}: {check.sentence()}, {time.monotonic() - started:.1f} s")
+    return check.to_json()
 
 
 def _require_same_calibration(

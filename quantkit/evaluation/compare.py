@@ -1,4 +1,4 @@
-"""`compare`: quant against quant, paired, from the per-window sums that two runs of `eval -o`
+"""`compare`: quant against quant, paired, from the sums of each window that two runs of `eval -o`
 stored. No model is needed any more.
 
 Two results are comparable when the same tokens went through the same protocol against the same
@@ -8,22 +8,100 @@ base; everything else is refused by name.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantkit.errors import EvaluationError, NotComparableError
-from quantkit.evaluation.evaluate import SCHEMA_VERSION
-from quantkit.evaluation.intervals import Interval, paired_interval, perplexity_change_pct
+from quantkit.evaluation import json_values
+from quantkit.evaluation.json_values import INLINE
+from quantkit.evaluation.metrics import PERPLEXITY, Deltas
+from quantkit.evaluation.result import (
+    SCHEMA_VERSION,
+    Evaluation,
+    EvaluationProtocol,
+    QuantResult,
+    TextSources,
+)
 
-_SUMS = ("window_nll", "window_kld", "window_same_top1")
+
+@dataclass(frozen=True)
+class ComparedBase:
+    """path: of the base in the first result; perplexity: its own."""
+
+    path: str
+    perplexity: float
 
 
-def read_result(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ComparedQuant:
+    """One candidate of a pair.
+
+    path: its directory.
+    scheme: its name.
+    perplexity: its own.
+    bytes: of its tensors.
+    """
+
+    path: str
+    scheme: str
+    perplexity: float
+    bytes: int
+
+    @classmethod
+    def of(cls, quant: QuantResult) -> ComparedQuant:
+        return cls(quant.path, quant.scheme, quant.metrics[PERPLEXITY], quant.bytes)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two candidates.
+
+    a, b: of the first result and of the second.
+    deltas: B − A of each metric that can be paired.
+    size_ratio: the bytes of B by those of A.
+    """
+
+    a: ComparedQuant
+    b: ComparedQuant
+    deltas: Deltas = field(metadata=INLINE)
+    size_ratio: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; the fields are the JSON's keys, in its order.
+
+    schema_version: of the JSON.
+    a, b: the files.
+    protocol, data, tokens_scored: of both.
+    windows: how many.
+    base: of both.
+    pairs: each candidate of B with each of A.
+    remarks: what else differs.
+    """
+
+    schema_version: int
+    a: str
+    b: str
+    protocol: EvaluationProtocol
+    data: TextSources
+    tokens_scored: int
+    windows: int
+    base: ComparedBase
+    pairs: tuple[Pair, ...]
+    remarks: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return json_values.fields_to_json(self)
+
+
+def read_result(path: Path) -> Evaluation:
     """A result of `eval -o`, whole and of a version that this one knows."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvaluationError(
             f"there is no file {path}; write one with: quantkit eval BASE QUANT --data FILE -o"
@@ -34,153 +112,123 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{path} can't be read as JSON ({' '.join(str(error).split())[:100]}); give a file that"
             " `quantkit eval -o` wrote"
         ) from None
-    if not isinstance(result, dict) or "schema_version" not in result or "quants" not in result:
+    if not isinstance(content, dict) or "schema_version" not in content or "quants" not in content:
         raise EvaluationError(f"{path} is no result of `quantkit eval -o`")
-    if result["schema_version"] != SCHEMA_VERSION:
+    if content["schema_version"] != SCHEMA_VERSION:
         raise EvaluationError(
-            f"{path} has schema version {result['schema_version']}; this quantkit reads"
-            f" {SCHEMA_VERSION}: judge again with it"
+            f"{path} has schema version {content['schema_version']}; this quantkit reads"
+            f" {SCHEMA_VERSION}: evaluate again with it"
         )
     try:
+        result = Evaluation.from_json(content)
         _require_whole(result)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise EvaluationError(
-            f"{path} is damaged or incomplete; judge again with: quantkit eval … -o {path.name}"
+            f"{path} is damaged or incomplete; evaluate again with: quantkit eval … -o {path.name}"
         ) from None
-    if not result["quants"]:
+    if not result.quants:
         raise EvaluationError(
             f"{path} holds a base alone; give quantized models to `quantkit eval` too"
         )
     return result
 
 
-def _require_whole(result: dict[str, Any]) -> None:
-    windows = len(result["window_tokens"])
+def _require_whole(result: Evaluation) -> None:
+    windows = len(result.window_tokens)
     sums = [
-        result["window_tokens"],
-        result["base"]["window_nll"],
-        *(quant[name] for quant in result["quants"] for name in _SUMS),
+        result.window_tokens,
+        result.base.window_nll,
+        *(each for quant in result.quants for each in quant.window_sums.values.values()),
     ]
-    needed = [
-        result["protocol"]["hash"],
-        result["data"]["tokens_sha256"],
-        result["base"]["path"],
-        *(quant["path"] for quant in result["quants"]),
-    ]
-    if (
-        not windows
-        or any(
-            len(values) != windows or not np.isfinite(np.array(values, np.float64)).all()
-            for values in sums
-        )
-        or not all(needed)
+    if not windows or any(
+        len(values) != windows or not np.isfinite(np.array(values, np.float64)).all()
+        for values in sums
     ):
-        raise ValueError
-    if min(result["window_tokens"]) < 1 or any(
-        quant["bytes"] <= 0 or quant["perplexity"] <= 0 for quant in result["quants"]
+        raise ValueError("sums")
+    paths = [result.base.path, *(quant.path for quant in result.quants)]
+    if not all([result.protocol.hash, result.data.tokens_sha256, *paths]):
+        raise ValueError("names")
+    if min(result.window_tokens) < 1 or not all(
+        quant.bytes > 0 and quant.metrics[PERPLEXITY] > 0 for quant in result.quants
     ):
-        raise ValueError
+        raise ValueError("counts")
 
 
-def compare(first: Path, second: Path) -> dict[str, Any]:
+def compare(first: Path, second: Path) -> Comparison:
     """Each quant of `second` against each of `first`."""
     a, b = read_result(first), read_result(second)
     _require_comparable(a, b, first, second)
-    counts, per_unit = np.array(a["window_tokens"]), float(a.get("tokens_per_unit", 1.0))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "a": str(first),
-        "b": str(second),
-        "protocol": a["protocol"],
-        "data": a["data"],
-        "tokens_scored": a["tokens_scored"],
-        "windows": len(counts),
-        "base": {"path": a["base"]["path"], "perplexity": a["base"]["perplexity"]},
-        "pairs": [
-            _pair(ours, theirs, counts, per_unit) for ours in a["quants"] for theirs in b["quants"]
-        ],
-        "remarks": _differences(a, b),
-    }
+    counts = np.array(a.window_tokens)
+    return Comparison(
+        SCHEMA_VERSION,
+        str(first),
+        str(second),
+        a.protocol,
+        a.data,
+        a.tokens_scored,
+        len(counts),
+        ComparedBase(a.base.path, a.base.perplexity),
+        tuple(
+            Pair(
+                ComparedQuant.of(ours),
+                ComparedQuant.of(theirs),
+                Deltas.of(ours.window_sums, theirs.window_sums, counts, a.tokens_per_unit),
+                theirs.bytes / ours.bytes,
+            )
+            for ours in a.quants
+            for theirs in b.quants
+        ),
+        tuple(_differences(a, b)),
+    )
 
 
-def _require_comparable(a: dict[str, Any], b: dict[str, Any], first: Path, second: Path) -> None:
-    if a["protocol"]["hash"] != b["protocol"]["hash"]:
+def _require_comparable(a: Evaluation, b: Evaluation, first: Path, second: Path) -> None:
+    if a.protocol.hash != b.protocol.hash:
         described = " and ".join(
-            f"{result['protocol'].get('name')}, windows of {result['protocol'].get('seq_len')}"
-            for result in (a, b)
+            f"{result.protocol.name}, windows of {result.protocol.seq_len}" for result in (a, b)
         )
         raise NotComparableError(
-            f"{first} and {second} were made by different protocols ({described}); judge both with"
-            " the same --protocol and --seq-len"
+            f"{first} and {second} were made by different protocols ({described}); evaluate both"
+            " with the same --protocol and --seq-len"
         )
-    if (
-        a["data"]["tokens_sha256"] != b["data"]["tokens_sha256"]
-        or a["window_tokens"] != b["window_tokens"]
-    ):
+    if a.data.tokens_sha256 != b.data.tokens_sha256 or a.window_tokens != b.window_tokens:
         described = " and ".join(
-            f"{', '.join(map(str, result['data'].get('sources', ['?'])))},"
-            f" {result['tokens_scored']} tokens"
-            for result in (a, b)
+            f"{', '.join(result.data.sources)}, {result.tokens_scored} tokens" for result in (a, b)
         )
         raise NotComparableError(
-            f"{first} and {second} were made on different tokens ({described}); judge both on the"
-            " same --data and --max-tokens"
+            f"{first} and {second} were made on different tokens ({described}); evaluate both on"
+            " the same --data and --max-tokens"
         )
-    fingerprints = a["base"].get("fingerprint"), b["base"].get("fingerprint")
+    fingerprints = a.base.fingerprint, b.base.fingerprint
     same = (
         fingerprints[0] == fingerprints[1]
         if all(fingerprints)
-        else a["base"]["window_nll"] == b["base"]["window_nll"]
+        else a.base.window_nll == b.base.window_nll
     )
     if not same:
         raise NotComparableError(
-            f"{first} and {second} have different bases ({a['base']['path']} and"
-            f" {b['base']['path']}); judge both against the same one"
+            f"{first} and {second} have different bases ({a.base.path} and {b.base.path});"
+            " evaluate both against the same one"
         )
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What else was not the same, and may show in the figures."""
-    what = {
-        "hardware": "--hardware",
-        "kernel_level": "kernels",
-        "device": "device",
-        "quantkit_version": "quantkit",
+def _differences(a: Evaluation, b: Evaluation) -> list[str]:
+    """What else was not the same, and may show in the metrics."""
+    settings = {
+        "--hardware": (a.hardware, b.hardware),
+        "kernels": (a.kernel_level, b.kernel_level),
+        "device": (a.device, b.device),
+        "quantkit": (a.quantkit_version, b.quantkit_version),
     }
     found = [
-        f"A and B ran with different {name}: {a.get(key)} and {b.get(key)}"
-        for key, name in what.items()
-        if a.get(key) != b.get(key)
+        f"A and B ran with different {name}: {ours} and {theirs}"
+        for name, (ours, theirs) in settings.items()
+        if ours != theirs
     ]
-    ran = [sorted({str(quant.get("exec")) for quant in result["quants"]}) for result in (a, b)]
-    return (
-        found
-        if ran[0] == ran[1]
-        else [
-            *found,
-            (
-                "A and B ran with different arithmetic (--exec):"
-                f" {' and '.join(', '.join(each) for each in ran)}"
-            ),
-        ]
-    )
-
-
-def _pair(
-    a: dict[str, Any], b: dict[str, Any], counts: np.ndarray, tokens_per_unit: float
-) -> dict[str, Any]:
-    nll, kld, top1 = (np.array(b[name]) - np.array(a[name]) for name in _SUMS)
-    delta = perplexity_change_pct(nll, counts, tokens_per_unit)
-
-    def described(interval: Interval) -> dict[str, Any]:
-        return interval.to_json() | {"smallest_resolvable": interval.half_width}
-
-    keys = ("path", "scheme", "perplexity", "bytes")
-    return {
-        "a": {key: a[key] for key in keys},
-        "b": {key: b[key] for key in keys},
-        "ppl_delta_pct": described(delta),
-        "kld_delta": described(paired_interval(kld, counts)),
-        "top1_delta": described(paired_interval(top1, counts)),
-        "size_ratio": b["bytes"] / a["bytes"],
-    }
+    ran = [sorted({str(quant.exec) for quant in result.quants}) for result in (a, b)]
+    if ran[0] != ran[1]:
+        found.append(
+            "A and B ran with different arithmetic (--exec):"
+            f" {' and '.join(', '.join(each) for each in ran)}"
+        )
+    return found

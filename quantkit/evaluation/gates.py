@@ -5,26 +5,38 @@ decided on this much text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from quantkit.errors import EvaluationError
+from quantkit.evaluation import metrics
 from quantkit.evaluation.intervals import Interval
+from quantkit.evaluation.result import GateResult, QuantResult
+
+
+def gate_units() -> dict[str, str]:
+    """The unit of each metric that a gate may ask for, by the gate's name: those of the tokens, and
+    the candidate's size.
+    """
+    units = {gate.name: gate.unit for _, gate in metrics.gateable_metrics()}
+    return units | {"size_ratio": "shares of the base's size"}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition on a figure: passed where its whole interval holds it, failed where none of it
+    """A condition on a metric: passed where its whole interval holds it, failed where none of it
     does, else inconclusive.
+
+    expr: as the user wrote it.
+    metric: the gate's name of it.
+    operator: <=, <, >= or >.
+    bound: in the metric's unit.
     """
 
     expr: str
     metric: str
     operator: str
     bound: float
-
-    METRICS = ("ppl_delta_pct", "kld_mean", "top1", "size_ratio")
 
     @classmethod
     def parse(cls, expr: str) -> Gate:
@@ -37,10 +49,11 @@ class Gate:
                 f"the gate '{expr}' has no comparison; write for example ppl_delta_pct<=1.0"
             )
         metric = metric.strip()
-        if metric not in cls.METRICS:
+        units = gate_units()
+        if metric not in units:
             raise EvaluationError(
-                f"the gate '{expr}' names an unknown figure '{metric}'; choose one of"
-                f" {', '.join(cls.METRICS)}"
+                f"the gate '{expr}' names an unknown metric '{metric}'; choose one of"
+                f" {', '.join(units)}"
             )
         try:
             number = float(bound)
@@ -48,11 +61,12 @@ class Gate:
             number = math.nan
         if not math.isfinite(number):
             raise EvaluationError(
-                f"the gate '{expr}' compares with '{bound.strip()}', which is no number"
+                f"the gate '{expr}' compares with '{bound.strip()}', which is no number; give"
+                f" {units[metric]}"
             )
         return cls(expr, metric, operator, number)
 
-    def judge(self, interval: Interval) -> str:
+    def outcome(self, interval: Interval) -> str:
         """ "pass" or "fail" where the whole interval lies on one side of the bound, else
         "inconclusive".
         """
@@ -72,32 +86,39 @@ class Gate:
         }[self.operator]
 
 
-def judged_gates(
-    gates: Sequence[Gate], figures: Mapping[str, Interval], path: str, tokens: int
-) -> list[dict[str, Any]]:
+def gate_results(gates: Sequence[Gate], quant: QuantResult, tokens: int) -> list[GateResult]:
     """What becomes of each gate. tokens: how many were scored, for an estimate of how many more
     would decide.
 
     more_tokens_needed: an interval's width shrinks with the square root of the text, so by the time
-    it is as wide as the value is far from the bound, this many more are scored; null where one
+    it is as wide as the value is far from the bound, this many more are scored; None where one
     window gives no width to go by.
     """
-    judged = []
+    results = []
     for gate in gates:
-        interval = figures[gate.metric]
-        outcome = gate.judge(interval)
-        entry = {
-            "expr": gate.expr,
-            "path": path,
-            "value": interval.value,
-            "low": interval.low,
-            "high": interval.high,
-            "result": outcome,
-        }
-        if outcome == "inconclusive":
-            entry["more_tokens_needed"] = _more_tokens(gate, interval, tokens)
-        judged.append(entry)
-    return judged
+        interval = _interval(gate.metric, quant)
+        outcome = gate.outcome(interval)
+        more = _more_tokens(gate, interval, tokens) if outcome == "inconclusive" else None
+        results.append(
+            GateResult(
+                expr=gate.expr,
+                path=quant.path,
+                value=interval.value,
+                low=interval.low,
+                high=interval.high,
+                result=outcome,
+                more_tokens_needed=more,
+            )
+        )
+    return results
+
+
+def _interval(name: str, quant: QuantResult) -> Interval:
+    """Of what a gate asks for."""
+    for metric, gate in metrics.gateable_metrics():
+        if gate.name == name:
+            return gate.interval(quant.metrics[metric])
+    return Interval(quant.size_ratio, quant.size_ratio, quant.size_ratio, "exact")
 
 
 def _more_tokens(gate: Gate, interval: Interval, tokens: int) -> int | None:

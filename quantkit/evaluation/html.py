@@ -2,32 +2,32 @@
 by matplotlib (extra `report`).
 
 Of `eval` five plots: the difference window by window with its band, the estimate as the text grows,
-the distribution of KL beside the noise floor, KL against size, and layers. They are narrow, and
+the distribution of KL with the noise floor, KL against size, and layers. They are narrow, and
 stand one below the other on a telephone. Everything that is drawn stands in the JSON too.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.metrics import running_estimate
+from quantkit.evaluation.metrics import KLD, KLD_HISTOGRAM, PPL_DELTA, TOP1_AGREEMENT
 from quantkit.evaluation.report import (
-    EVALUATION_COLUMNS,
-    LAYER_COLUMNS,
     evaluation_remarks,
-    evaluation_rows,
     evaluation_title,
-    figure_rows,
     gate_text,
-    interval_text,
-    layer_rows,
+    layer_table,
+    metric_table,
+    model_table,
 )
+from quantkit.evaluation.result import Evaluation, LayerError, QuantResult
+from quantkit.evaluation.token_statistics import Divergence, Histogram, running_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,32 +75,37 @@ ul{padding-left:1.2rem}li{overflow-wrap:anywhere;margin:.2rem 0}
 """
 
 
-def evaluation_html(result: dict[str, Any]) -> str:
+def evaluation_html(evaluation: Evaluation) -> str:
     """The page."""
     require_matplotlib()
     parts = [
-        f"<h1>What quantization cost</h1><p>{escape(evaluation_title(result))};"
-        f" {escape(', '.join(result['data']['sources']))}.</p>"
+        f"<h1>What quantization cost</h1><p>{escape(evaluation_title(evaluation))};"
+        f" {escape(', '.join(evaluation.data.sources))}.</p>"
     ]
-    parts += [f"<p>{_verdict(quant)}</p>" for quant in result["quants"]]
-    if result["gates"]:
+    parts += [f"<p>{_summary(quant)}</p>" for quant in evaluation.quants]
+    if evaluation.gates:
         items = "".join(
-            f'<li class="{gate["result"]}"><code>{escape(gate["expr"])}</code> on'
-            f" {escape(gate['path'])}: <b>{escape(gate_text(gate))}</b></li>"
-            for gate in result["gates"]
+            f'<li class="{gate.result}"><code>{escape(gate.expr)}</code> on'
+            f" {escape(gate.path)}: <b>{escape(gate_text(gate))}</b></li>"
+            for gate in evaluation.gates
         )
         parts.append(f"<h2>Gates</h2><ul>{items}</ul>")
-    parts.append(table_html(EVALUATION_COLUMNS, evaluation_rows(result)))
-    if result["quants"]:
+    models, layers = model_table(evaluation), layer_table(evaluation)
+    parts.append(table_html(models.columns, models.rows))
+    if evaluation.quants:
         plots = "".join(
             f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
-            for drawing, caption in _plots(result)
+            for drawing, caption in _plots(evaluation)
         )
         parts.append(f'<h2>Plots</h2><div class="plots">{plots}</div>')
-        parts.append("<h2>All figures</h2>" + table_html(*figure_rows(result), kind="facts"))
-    if layer_rows(result):
-        parts.append("<h2>The worst layers</h2>" + table_html(LAYER_COLUMNS, layer_rows(result)))
-    remarks = [remark for remark in evaluation_remarks(result) if not remark.startswith("gate ")]
+        all_metrics = metric_table(evaluation)
+        table = table_html(all_metrics.columns, all_metrics.rows, kind="facts")
+        parts.append(f"<h2>All metrics</h2>{table}")
+    if layers.rows:
+        parts.append(f"<h2>The worst layers</h2>{table_html(layers.columns, layers.rows)}")
+    remarks = [
+        remark for remark in evaluation_remarks(evaluation) if not remark.startswith("gate ")
+    ]
     return html_page("quantkit eval", [*parts, remarks_html(remarks)])
 
 
@@ -122,14 +127,13 @@ def html_page(title: str, parts: Iterable[str]) -> str:
     )
 
 
-def _verdict(quant: dict[str, Any]) -> str:
+def _summary(quant: QuantResult) -> str:
     """One sentence for each candidate."""
-    delta = quant["ppl_delta_pct"]
-    share = 100 * quant["size_ratio"]
+    agreement = 100 * quant.metrics[TOP1_AGREEMENT]
     return (
-        f"<b>{escape(quant['path'])}</b> ({escape(quant['scheme'])}) has {share:.0f} % of the"
-        f" base's size; its perplexity is <b>{escape(interval_text(delta))}</b>, and it finds the"
-        f" same next token likeliest in {100 * quant['top1_agreement']:.1f} % of places."
+        f"<b>{escape(quant.path)}</b> ({escape(quant.scheme)}) has {100 * quant.size_ratio:.0f} %"
+        f" of the base's size; its perplexity is <b>{escape(quant.metrics[PPL_DELTA].text())}</b>,"
+        f" and it finds the same next token likeliest in {agreement:.1f} % of places."
     )
 
 
@@ -158,38 +162,38 @@ def require_matplotlib() -> None:
         ) from None
 
 
-def _plots(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
     """(SVG, caption) of each plot that this result has."""
     plots = [
         (
-            drawn_as_svg("windows", lambda axes: _draw_windows(axes, result)),
+            drawn_as_svg("windows", lambda axes: _draw_windows(axes, evaluation)),
             (
                 "Difference to the base in each window, nats per token; the band is the mean's 95 %"
                 " interval."
             ),
         ),
         (
-            drawn_as_svg("kld", lambda axes: _draw_divergence(axes, result)),
-            _divergence_caption(result),
+            drawn_as_svg("kld", lambda axes: _draw_divergence(axes, evaluation)),
+            _divergence_caption(evaluation),
         ),
     ]
-    if len(result["window_tokens"]) > 2:
+    if len(evaluation.window_tokens) > 2:
         caption = (
             "The estimate as the text grows: what is inside the band can't be told apart with so"
             " much text."
         )
         plots.insert(
-            1, (drawn_as_svg("running", lambda axes: _draw_running(axes, result)), caption)
+            1, (drawn_as_svg("running", lambda axes: _draw_running(axes, evaluation)), caption)
         )
-    if len(result["quants"]) > 1:
+    if len(evaluation.quants) > 1:
         plots.append(
             (
-                drawn_as_svg("size", lambda axes: _draw_size(axes, result)),
+                drawn_as_svg("size", lambda axes: _draw_size(axes, evaluation)),
                 "Mean KL (95 % interval) against size: lower left is better.",
             )
         )
-    for number, quant in enumerate(result["quants"]):
-        grid, key = _layer_grid(quant["layers"])
+    for number, quant in enumerate(evaluation.quants):
+        grid, key = _layer_grid(quant.layers)
         if grid:
             what = "output" if key == "output_sqnr_db" else "weight"
             caption = (
@@ -199,7 +203,7 @@ def _plots(result: dict[str, Any]) -> list[tuple[str, str]]:
             plots.append(
                 (
                     drawn_as_svg(
-                        f"layers{number}", lambda axes, grid=grid: _draw_layers(axes, grid), 2.4
+                        f"layers{number}", functools.partial(_draw_layers, grid=grid), 2.4
                     ),
                     caption,
                 )
@@ -207,17 +211,17 @@ def _plots(result: dict[str, Any]) -> list[tuple[str, str]]:
     return plots
 
 
-def _divergence_caption(result: dict[str, Any]) -> str:
-    floor = " Grey: rounding noise of bfloat16 alone." if result.get("noise_floor") else ""
+def _divergence_caption(evaluation: Evaluation) -> str:
+    floor = " Grey: rounding noise of bfloat16 alone." if evaluation.noise_floor else ""
     return f"How the KL of single tokens is distributed; dashed: the mean.{floor}"
 
 
-def drawn_as_svg(name: str, draw: Any, height: float = HEIGHT) -> str:
+def drawn_as_svg(name: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
     """An SVG whose names don't meet those of the page's others, and which is the same each time."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",
@@ -244,28 +248,39 @@ def drawn_as_svg(name: str, draw: Any, height: float = HEIGHT) -> str:
     )
 
 
-def _label(quant: dict[str, Any]) -> str:
+def _label(quant: QuantResult) -> str:
     """A candidate's directory and scheme, short enough for a legend."""
-    name = quant["path"].rstrip("/").rpartition("/")[2]
+    name = quant.path.rstrip("/").rpartition("/")[2]
     name = name if len(name) <= 24 else name[:23] + "…"
-    return name if quant["scheme"] in name else f"{name} ({quant['scheme']})"
+    return name if quant.scheme in name else f"{name} ({quant.scheme})"
 
 
-def _colored(result: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    return ((COLORS[number % len(COLORS)], quant) for number, quant in enumerate(result["quants"]))
+def _colored(evaluation: Evaluation) -> Iterable[tuple[str, QuantResult]]:
+    return ((COLORS[number % len(COLORS)], quant) for number, quant in enumerate(evaluation.quants))
 
 
-def _differences(result: dict[str, Any], quant: dict[str, Any]) -> list[float]:
-    return [ours - base for ours, base in zip(quant["window_nll"], result["base"]["window_nll"])]
+def _differences(evaluation: Evaluation, quant: QuantResult) -> list[float]:
+    return [
+        ours - base for ours, base in zip(quant.window_sums[PPL_DELTA], evaluation.base.window_nll)
+    ]
 
 
-def _draw_windows(axes: Axes, result: dict[str, Any]) -> None:
-    counts = result["window_tokens"]
+def _whole_numbers(axes: Axes) -> None:
+    """On the x axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    locator = axes.xaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)
+    locator.set_params(integer=True)
+
+
+def _draw_windows(axes: Axes, evaluation: Evaluation) -> None:
+    counts = evaluation.window_tokens
     axes.axhline(0, color="0.5", linewidth=1)
-    per_unit = result["tokens_per_unit"]
-    for color, quant in _colored(result):
+    per_unit = evaluation.tokens_per_unit
+    for color, quant in _colored(evaluation):
         per_token = [
-            difference / count for difference, count in zip(_differences(result, quant), counts)
+            difference / count for difference, count in zip(_differences(evaluation, quant), counts)
         ]
         places = range(1, len(per_token) + 1)
         axes.plot(
@@ -277,62 +292,54 @@ def _draw_windows(axes: Axes, result: dict[str, Any]) -> None:
             color=color,
             label=_label(quant),
         )
-        delta = quant["ppl_delta_pct"]
-        if delta["low"] is not None:
-            low, high = (math.log1p(delta[bound] / 100) / per_unit for bound in ("low", "high"))
+        delta = quant.metrics[PPL_DELTA]
+        if delta.low is not None and delta.high is not None:
+            low, high = (math.log1p(bound / 100) / per_unit for bound in (delta.low, delta.high))
             axes.axhspan(low, high, color=color, alpha=0.18, linewidth=0)
     axes.set_xlabel("window")
     axes.set_ylabel("ΔNLL per token, nats")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes)
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_running(axes: Axes, result: dict[str, Any]) -> None:
+def _draw_running(axes: Axes, evaluation: Evaluation) -> None:
     axes.axhline(0, color="0.5", linewidth=1)
     shown: list[float] = []
-    for color, quant in _colored(result):
+    for color, quant in _colored(evaluation):
         points = running_estimate(
-            _differences(result, quant), result["window_tokens"], result["tokens_per_unit"]
+            _differences(evaluation, quant), evaluation.window_tokens, evaluation.tokens_per_unit
         )
-        places = [point["windows"] for point in points]
-        axes.plot(
-            places,
-            [point["value"] for point in points],
-            color=color,
-            linewidth=1.5,
-            label=_label(quant),
+        places = [point.windows for point in points]
+        values = [point.interval.value for point in points]
+        lows, highs = (
+            [getattr(point.interval, bound) for point in points] for bound in ("low", "high")
         )
-        axes.fill_between(
-            places,
-            [point["low"] for point in points],
-            [point["high"] for point in points],
-            color=color,
-            alpha=0.18,
-            linewidth=0,
-        )
-        settled = points[len(points) // 4 :]
-        shown += [point[bound] for point in settled for bound in ("low", "high")]
+        axes.plot(places, values, color=color, linewidth=1.5, label=_label(quant))
+        axes.fill_between(places, lows, highs, color=color, alpha=0.18, linewidth=0)
+        settled = len(points) // 4
+        shown += [*lows[settled:], *highs[settled:]]
     # The first intervals, of two and three windows, would flatten all others.
     low, high = min(0.0, *shown), max(0.0, *shown)
     axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
     axes.set_xlabel("windows")
     axes.set_ylabel("ΔPPL, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes)
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_divergence(axes: Axes, result: dict[str, Any]) -> None:
-    def shares(figures: dict[str, Any]) -> tuple[list[float], list[float]]:
-        edges, counts = figures["kld_histogram"]["log10_edges"], figures["kld_histogram"]["counts"]
-        total = max(1, sum(counts) + figures["kld_histogram"]["zero"])
-        return edges, [100 * count / total for count in counts]
-
+def _draw_divergence(axes: Axes, evaluation: Evaluation) -> None:
     used: list[float] = []
-    noise = result.get("noise_floor")
-    drawn = [("0.55", "noise floor", noise)] if noise else []
-    drawn += [(color, _label(quant), quant) for color, quant in _colored(result)]
-    for color, label, figures in drawn:
-        edges, heights = shares(figures)
+    noise = evaluation.noise_floor
+    drawn: list[tuple[str, str, Divergence, Histogram]] = []
+    if noise:
+        drawn.append(("0.55", "noise floor", noise.kld, noise.kld_histogram))
+    drawn += [
+        (color, _label(quant), quant.metrics[KLD], quant.metrics[KLD_HISTOGRAM])
+        for color, quant in _colored(evaluation)
+    ]
+    for color, label, kld, histogram in drawn:
+        edges, total = histogram.log10_edges, max(1, sum(histogram.counts) + histogram.zero)
+        heights = [100 * count / total for count in histogram.counts]
         used += [edge for edge, height in zip(edges, heights) if height]
         axes.stairs(
             heights,
@@ -342,8 +349,8 @@ def _draw_divergence(axes: Axes, result: dict[str, Any]) -> None:
             alpha=0.5 if label == "noise floor" else 1,
             label=label,
         )
-        if figures["kld"]["mean"] > 0:
-            axes.axvline(figures["kld"]["mean"], color=color, linestyle="--", linewidth=1)
+        if kld.mean > 0:
+            axes.axvline(kld.mean, color=color, linestyle="--", linewidth=1)
     axes.set_xscale("log")
     if used:
         axes.set_xlim(10 ** (min(used) - 0.25), 10 ** (max(used) + 0.5))
@@ -352,15 +359,15 @@ def _draw_divergence(axes: Axes, result: dict[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_size(axes: Axes, result: dict[str, Any]) -> None:
-    for color, quant in _colored(result):
-        kld, size = quant["kld"], quant["bytes"] / 1e9
-        if kld["mean_low"] is not None:
-            axes.vlines(size, kld["mean_low"], kld["mean_high"], color=color, linewidth=1.5)
-        axes.plot([size], [kld["mean"]], marker="o", color=color, linestyle="", label=_label(quant))
-    if result.get("noise_floor"):
+def _draw_size(axes: Axes, evaluation: Evaluation) -> None:
+    for color, quant in _colored(evaluation):
+        kld, size = quant.metrics[KLD], quant.bytes / 1e9
+        if kld.mean_low is not None and kld.mean_high is not None:
+            axes.vlines(size, kld.mean_low, kld.mean_high, color=color, linewidth=1.5)
+        axes.plot([size], [kld.mean], marker="o", color=color, linestyle="", label=_label(quant))
+    if evaluation.noise_floor:
         axes.axhline(
-            result["noise_floor"]["kld"]["mean"],
+            evaluation.noise_floor.kld.mean,
             color="0.5",
             linestyle=":",
             linewidth=1,
@@ -373,22 +380,22 @@ def _draw_size(axes: Axes, result: dict[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _layer_grid(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, list[float]], str]:
+def _layer_grid(layers: Sequence[LayerError]) -> tuple[dict[str, list[float]], str]:
     """Rows of the heat map by kind: for each block the least signal-to-noise ratio of its Linears
     of that kind, NaN where it has none.
     """
     key = (
         "output_sqnr_db"
-        if any(layer.get("output_sqnr_db") is not None for layer in layers)
+        if any(layer.output_sqnr_db is not None for layer in layers)
         else "weight_sqnr_db"
     )
     found: dict[tuple[str, int], float] = {}
     for layer in layers:
-        number = re.search(r"\.(\d+)\.", layer["name"])
-        leaf = layer["name"].rpartition(".")[2]
+        number = re.search(r"\.(\d+)\.", layer.name)
+        leaf = layer.name.rpartition(".")[2]
         kind = next((kind for kind, leaves in GROUPS.items() if leaf in leaves), None)
-        value = layer.get(key)
-        if number is None or kind is None or value is None:
+        value = getattr(layer, key)
+        if number is None or kind is None or value is None or math.isnan(value):
             continue
         place = kind, int(number[1])
         found[place] = min(found.get(place, math.inf), value)
@@ -407,5 +414,5 @@ def _draw_layers(axes: Axes, grid: dict[str, list[float]]) -> None:
     image = axes.imshow(list(grid.values()), aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set_yticks(range(len(grid)), list(grid))
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes)
     axes.figure.colorbar(image, ax=axes, label="dB", pad=0.02)

@@ -8,9 +8,12 @@ resampled, because tokens of one window depend on each other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from quantkit.evaluation.json_values import fields_to_json
 
 BOOTSTRAP_RESAMPLES = 2000
 # Below this many windows a bootstrap's intervals come out too narrow; Student's t takes over.
@@ -40,8 +43,12 @@ _T_975 = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval. low and high are None where one window allows none. method:
-    "bootstrap", "t" or "none".
+    """A value with its 95 % interval.
+
+    value: the estimate.
+    low: the lower bound, None where one window allows no interval.
+    high: the upper bound, None likewise.
+    method: "bootstrap", "t" or "none".
     """
 
     value: float
@@ -49,20 +56,43 @@ class Interval:
     high: float | None
     method: str
 
-    def to_json(self) -> dict[str, float | str | None]:
-        return {"value": self.value, "low": self.low, "high": self.high, "method": self.method}
-
     @property
     def half_width(self) -> float | None:
         """Half the interval: about the smallest true effect that this much text tells from zero."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
-    def mapped(self, function: np.ufunc) -> Interval:
+    def to_json(self) -> dict[str, float | str | None]:
+        return fields_to_json(self)
+
+    def mapped(self, function: Callable[[float], float]) -> Interval:
         """The interval of an increasing function of the value."""
         low, high = (
             None if bound is None else float(function(bound)) for bound in (self.low, self.high)
         )
         return Interval(float(function(self.value)), low, high, self.method)
+
+    def text(self, digits: int = 2, unit: str = " %") -> str:
+        """+1.23 % [+1.10, +1.36]"""
+        value = f"{self.value:+.{digits}f}{unit}"
+        if self.low is None:
+            return value
+        return f"{value} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """An interval that can be compared with zero.
+
+    smallest_resolvable: about the smallest true difference that this much text tells from zero.
+    """
+
+    smallest_resolvable: float | None = None
+
+    @classmethod
+    def of(cls, interval: Interval) -> Difference:
+        return cls(
+            interval.value, interval.low, interval.high, interval.method, interval.half_width
+        )
 
 
 def paired_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Interval:

@@ -1,19 +1,20 @@
-"""A model's last step: final hidden states to the figures of each token, without ever holding
+"""A model's last step: from final hidden states to the scores of each token, without ever holding
 tokens × vocabulary.
 
 `lm_head` gives float32 (bfloat16 logits alone would add a KL of 1e-4, and ties at the top in some
 percent of positions): through a kernel that multiplies bfloat16 and loses nothing, where hidden
 states and weights are of that type and there is one. The vocabulary comes in parts; base and
-candidate make the same part at the same time, and what is left of it are a few sums for each
-position (ops/score_logits.py); where nothing comes behind `lm_head`, a kernel makes those at once.
+candidate make the same part at the same time, and a few sums for each position are all that stays
+of it (ops/score_logits.py); where nothing comes after `lm_head`, a kernel makes those at once.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.errors import EvaluationError
+from quantkit.evaluation.token_scores import PairedScores, TokenScores
 from quantkit.models.skeleton import body_name
 from quantkit.ops.native import cpu_kernels
 from quantkit.ops.score_logits import VOCABULARY_PER_CHUNK, score_parts
@@ -30,101 +32,67 @@ POSITIONS_PER_CHUNK = 512
 ROWS_PACKED = 16  # of a packed weight, side by side
 
 
+@dataclass(frozen=True)
+class HeadPlan:
+    """How a model makes logits of its last hidden states, as probing it showed.
+
+    parts: slices of the vocabulary, or [None] where it only comes as a whole.
+    is_plain: whether logits are `lm_head`'s own.
+    prepares: whether something comes between the body and `lm_head`: a transform (BERT's), or a
+    scaling.
+    """
+
+    parts: Sequence[slice | None] = (None,)
+    is_plain: bool = False
+    prepares: bool = False
+
+
+@dataclass(frozen=True)
 class OutputHead:
     """Hidden states to float32 logits, a part of the vocabulary at a time, without the model's
     body.
 
-    Where an architecture does something after `lm_head` (scaling, soft-capping), the model's own
-    forward does it here too, with stand-ins for body and `lm_head`.
-    parts: slices of the vocabulary, or [None] where it only comes as a whole. like: another
-    model's, whose packed weight is shared if it is the same.
+    linear: `lm_head`, or None where a model has something else.
+    shell: the model without its body and `lm_head`.
+    plan: how the shell is used.
     """
 
-    def __init__(self, model: nn.Module, use_kernel: bool, like: OutputHead | None = None) -> None:
-        # asked first: without a body transformers finds none
-        head, name = model.get_output_embeddings(), body_name(model)
-        self._linear = (
-            _PartialLinear(head, use_kernel, like._linear if like else None)
-            if isinstance(head, nn.Linear)
-            else None
-        )
-        self._stand_in, self._part = _stand_in(getattr(model, name)), threading.local()
-        if self._linear is not None:
-            for path in [
-                path
-                for path, module in model.named_modules(remove_duplicate=False)
-                if module is head
-            ]:
-                model.set_submodule(path, _Given(self._part))
-        setattr(model, name, self._stand_in)
-        model.config.output_router_logits = False
-        self._model = model
-        self.parts: list[slice | None] = [None]
-        self._is_plain = False
-        self._accepted = (
-            {"use_cache": False}
-            if "use_cache" in inspect.signature(model.forward).parameters
-            else {}
-        )
-        self._prepares = False
-        if self._linear is not None:
-            self._probe(head)
+    linear: PartialLinear | None
+    shell: ModelShell
+    plan: HeadPlan
 
-    def _probe(self, head: nn.Linear) -> None:
-        """Does the model change logits behind `lm_head`, and if so, each by itself?"""
-        parts = self._linear.parts
-        hidden = self._probing_states(head)
-        arrived = (
-            None
-            if self._part.arrived is None
-            else self._part.arrived.reshape(2, -1).to(hidden.dtype)
-        )
-        self._prepares = arrived is not None and not torch.equal(arrived, hidden)
-        raw = torch.cat([self._linear(self._prepared(hidden), part) for part in parts], dim=-1)
-        whole = self._finished(hidden, raw)
-        self._is_plain = whole.shape == raw.shape and torch.equal(whole, raw)
-        by_parts = (
-            torch.cat([self._finished(hidden, raw[:, part]) for part in parts], dim=-1)
-            if not self._is_plain
-            else whole
-        )
-        if by_parts.shape == whole.shape and torch.allclose(by_parts, whole, rtol=1e-5, atol=1e-6):
-            self.parts = parts
-
-    def _probing_states(self, head: nn.Linear) -> Tensor:
-        """Two random hidden states that the model has taken: as wide as `lm_head`'s input, or
-        (RemBERT) as what a transform before it reads.
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        use_kernel: bool,
+        like: OutputHead | None = None,
+        part_size: int = VOCABULARY_PER_CHUNK,
+    ) -> OutputHead:
+        """The model loses its body and `lm_head` to this: their memory is freed. like: another
+        model's head, whose packed weight is shared if it is the same. part_size: rows of `lm_head`
+        at a time.
         """
-        config, weight = self._model.config.get_text_config(), head.weight
-        generator = torch.Generator().manual_seed(0)
-        for width in dict.fromkeys((weight.shape[1], config.hidden_size)):
-            hidden = torch.randn(2, width, generator=generator).to(weight.device).to(weight.dtype)
-            self._part.arrived = None
-            try:
-                self._finished(hidden, torch.zeros(2, weight.shape[0], device=hidden.device))
-                return hidden
-            except (
-                RuntimeError,
-                IndexError,
-                TypeError,
-                ValueError,
-                AttributeError,
-                KeyError,
-            ) as error:
-                reason = f"{type(error).__name__}: {error}"
-        raise EvaluationError(
-            f"{type(self._model).__name__} can't be judged: its logits come from more than the last"
-            f" hidden states of its body ({reason})"
-        )
+        # asked first: without a body transformers finds none
+        lm_head = output_embeddings(model)
+        if not isinstance(lm_head, nn.Linear):
+            return cls(None, ModelShell.of(model, None), HeadPlan())
+        linear = PartialLinear(lm_head, use_kernel, part_size, like.linear if like else None)
+        shell = ModelShell.of(model, lm_head)
+        return cls(linear, shell, _probe(shell, linear, lm_head.weight))
+
+    @property
+    def parts(self) -> Sequence[slice | None]:
+        return self.plan.parts
 
     def packed(self, hidden: Tensor) -> PackedHead | None:
-        """What a kernel takes that makes figures of these hidden states at once: where nothing
-        comes behind `lm_head`, and bfloat16 holds them.
+        """What a kernel takes that makes scores of these hidden states at once: where logits are
+        `lm_head`'s own, and bfloat16 holds them.
         """
-        linear = self._linear
+        linear = self.linear
         if (
-            not self._is_plain
-            or self._prepares
+            not self.plan.is_plain
+            or self.plan.prepares
             or linear is None
             or linear.packed is None
             or not is_exact_in_bfloat16(hidden)
@@ -132,67 +100,187 @@ class OutputHead:
             return None
         return PackedHead(linear.packed, linear.bias, linear.vocabulary)
 
-    def logits(self, hidden: Tensor, part: slice | None) -> Tensor:
-        """hidden: [positions, hidden size]; returns [positions, size of the part] float32, for the
-        caller to change.
+    def logits_of(self, hidden: Tensor) -> Callable[[slice | None], Tensor]:
+        """hidden: [positions, hidden size]. Returns what makes logits of a part of the vocabulary,
+        or of all of it: [positions, size of the part] float32, for the caller to change.
         """
-        if self._linear is None:
-            return self._finished(hidden.float(), None)
-        arriving = self._prepared(hidden)
-        if part is None:
-            return self._finished(
-                hidden,
-                torch.cat([self._linear(arriving, piece) for piece in self._linear.parts], dim=-1),
-            )
-        raw = self._linear(arriving, part)
-        return raw if self._is_plain else self._finished(hidden, raw)
+        linear, shell, plan = self.linear, self.shell, self.plan
+        if linear is None:
+            return lambda part: shell.logits(hidden.float(), None).logits
+        arriving = shell.arriving(hidden) if plan.prepares else hidden
 
-    def _prepared(self, hidden: Tensor) -> Tensor:
-        """What the model makes of hidden states before they arrive at its output head: nothing, or
-        a transform of their own (BERT's), or a scaling.
-        """
-        if not self._prepares:
-            return hidden
-        # once for all parts of the vocabulary
-        if getattr(self._part, "prepared_from", None) is not hidden:
-            self._finished(hidden, torch.zeros(hidden.shape[0], 1, device=hidden.device))
-            self._part.prepared_from, self._part.prepared = (
-                hidden,
-                self._part.arrived.reshape(hidden.shape[0], -1),
-            )
-        return self._part.prepared
+        def logits(part: slice | None) -> Tensor:
+            if part is None:
+                whole = torch.cat([linear(arriving, piece) for piece in linear.parts], dim=-1)
+                return shell.logits(hidden, whole).logits
+            raw = linear(arriving, part)
+            return raw if plan.is_plain else shell.logits(hidden, raw).logits
 
-    def _finished(self, hidden: Tensor, raw: Tensor | None) -> Tensor:
-        """What the model makes of logits (or, without them, of hidden states)."""
-        self._part.logits = None if raw is None else raw[None]
-        self._stand_in.here.hidden = hidden[None]
-        tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-        inputs = (
-            {"encoder_outputs": (hidden[None],), "decoder_input_ids": tokens}
-            if self._model.config.is_encoder_decoder
-            else {"input_ids": tokens}
-        )
-        return self._model(**inputs, **self._accepted).logits[0].float()
+        return logits
 
 
-class _Given(nn.Module):
-    """In place of `lm_head`: keeps what arrives at it and returns the logits that were made
-    already. weight: asked for by models that look at its dtype.
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """What transformers calls the model's output embeddings: `lm_head`."""
+    get: Any = model.get_output_embeddings
+    return get()
+
+
+# ---- Probing.
+
+
+def _probe(shell: ModelShell, linear: PartialLinear, weight: Tensor) -> HeadPlan:
+    """Does the model change logits after `lm_head`, and if so, each by itself? weight: `lm_head`'s,
+    [vocabulary, width].
+    """
+    hidden, arrived = _accepted_states(shell, weight)
+    prepares = arrived is not None and not torch.equal(arrived, hidden)
+    arriving = shell.arriving(hidden) if prepares else hidden
+    raw = torch.cat([linear(arriving, part) for part in linear.parts], dim=-1)
+    whole = shell.logits(hidden, raw).logits
+    if whole.shape == raw.shape and torch.equal(whole, raw):
+        return HeadPlan(linear.parts, True, prepares)
+    by_parts = torch.cat(
+        [shell.logits(hidden, raw[:, part]).logits for part in linear.parts], dim=-1
+    )
+    each_by_itself = by_parts.shape == whole.shape and torch.allclose(
+        by_parts, whole, rtol=1e-5, atol=1e-6
+    )
+    return HeadPlan(linear.parts if each_by_itself else (None,), False, prepares)
+
+
+def _accepted_states(shell: ModelShell, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Two random hidden states that the model takes, and what of them arrives at `lm_head`: as wide
+    as its input, or (RemBERT) as what a transform before it reads.
+    """
+    generator = torch.Generator().manual_seed(0)
+    reason = ""
+    for width in dict.fromkeys((weight.shape[1], shell.config.get_text_config().hidden_size)):
+        hidden = torch.randn(2, width, generator=generator).to(weight.device).to(weight.dtype)
+        try:
+            call = shell.logits(hidden, torch.zeros(2, weight.shape[0], device=hidden.device))
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        if call.arrived is None:
+            return hidden, None
+        return hidden, call.arrived.reshape(2, -1).to(hidden.dtype)
+    raise EvaluationError(
+        f"{type(shell.model).__name__} can't be evaluated: its logits come from more than the last"
+        f" hidden states of its body ({reason})"
+    )
+
+
+# ---- The model without its body and `lm_head`.
+
+
+@dataclass
+class _Call:
+    """One run of a shell.
+
+    hidden: what the body returns, [1, positions, hidden size].
+    given: what `lm_head` returns, [1, positions, size of the part].
+    arrived: what reached `lm_head`.
     """
 
-    def __init__(self, here: threading.local) -> None:
+    hidden: Tensor
+    given: Tensor | None
+    arrived: Tensor | None = None
+
+
+_call: ContextVar[_Call] = ContextVar("call of a model shell")
+
+
+@contextmanager
+def _calling(call: _Call) -> Iterator[None]:
+    """The call that stand-ins see, on this thread."""
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+@dataclass(frozen=True)
+class ShellOutput:
+    """logits: [positions, size of the part] float32; arrived: what reached `lm_head`, or None."""
+
+    logits: Tensor
+    arrived: Tensor | None
+
+
+@dataclass(frozen=True)
+class ModelShell:
+    """A model with stand-ins for its body and `lm_head`: its own forward does what comes after them
+    (scaling, soft-capping). Several threads may call it.
+
+    model: with the stand-ins.
+    takes_cache: whether its forward has an argument use_cache.
+    """
+
+    model: nn.Module
+    takes_cache: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, lm_head: nn.Module | None) -> ModelShell:
+        name = body_name(model)
+        assert name is not None, type(model).__name__
+        body = getattr(model, name)
+        if lm_head is not None:
+            modules = model.named_modules(remove_duplicate=False)
+            for path in [path for path, module in modules if module is lm_head]:
+                model.set_submodule(path, _StandInHead())
+        setattr(model, name, _stand_in_body(body))
+        shell = cls(model, "use_cache" in inspect.signature(model.forward).parameters)
+        shell.config.output_router_logits = False
+        return shell
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def logits(self, hidden: Tensor, given: Tensor | None) -> ShellOutput:
+        """What the model makes of hidden states [positions, hidden size] whose `lm_head` returns
+        `given` [positions, size of the part]; None where it has no `lm_head`.
+        """
+        tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+        inputs: dict[str, Any] = (
+            {"encoder_outputs": (hidden[None],), "decoder_input_ids": tokens}
+            if self.config.is_encoder_decoder
+            else {"input_ids": tokens}
+        )
+        if self.takes_cache:
+            inputs["use_cache"] = False
+        call = _Call(hidden[None], None if given is None else given[None])
+        with _calling(call):
+            logits = self.model(**inputs).logits[0].float()
+        return ShellOutput(logits, call.arrived)
+
+    def arriving(self, hidden: Tensor) -> Tensor:
+        """What the model makes of hidden states before they arrive at `lm_head`, [positions,
+        width].
+        """
+        given = torch.zeros(hidden.shape[0], 1, device=hidden.device)
+        arrived = self.logits(hidden, given).arrived
+        assert arrived is not None
+        return arrived.reshape(hidden.shape[0], -1)
+
+
+class _StandInHead(nn.Module):
+    """In place of `lm_head`. weight: asked for by models that look at its dtype."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self._here = here
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def forward(self, arrived: Tensor) -> Tensor:
-        self._here.arrived = arrived
-        return self._here.logits
+    def forward(self, arrived: Tensor) -> Tensor | None:
+        call = _call.get()
+        call.arrived = arrived
+        return call.given
 
 
-def _stand_in(body: nn.Module) -> Any:
-    """A module that returns the hidden states it was given, in place of the decoder; models ask it
-    for the decoder's own numbers.
+def _stand_in_body(body: nn.Module) -> nn.Module:
+    """A module that returns the hidden states of the call; models ask it for the body's own
+    numbers.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -204,7 +292,6 @@ def _stand_in(body: nn.Module) -> Any:
     class StandIn(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.here = threading.local()
             self.__dict__["_numbers"] = {
                 name: value for name, value in vars(body).items() if isinstance(value, (int, float))
             }
@@ -214,11 +301,11 @@ def _stand_in(body: nn.Module) -> Any:
             return numbers[name] if name in numbers else super().__getattr__(name)
 
         @property
-        def decoder(self) -> Any:
+        def decoder(self) -> nn.Module:
             return self  # OPT calls model.decoder
 
-        def forward(self, *_: Any, **__: Any) -> Any:
-            return Output(last_hidden_state=self.here.hidden)
+        def forward(self, *_: Any, **__: Any) -> Output:
+            return Output(last_hidden_state=_call.get().hidden)
 
     return StandIn()
 
@@ -234,17 +321,19 @@ class PackedHead:
     vocabulary: int
 
 
-class _PartialLinear:
+class PartialLinear:
     """Rows of `lm_head`, with a float32 result: from a kernel where its operands are bfloat16, else
     converted a part at a time.
     """
 
-    def __init__(self, linear: nn.Linear, use_kernel: bool, like: _PartialLinear | None) -> None:
+    def __init__(
+        self, linear: nn.Linear, use_kernel: bool, part_size: int, like: PartialLinear | None
+    ) -> None:
         weight = linear.weight.detach()
         self.vocabulary, self._features = weight.shape
         self.parts = [
-            slice(start, min(start + VOCABULARY_PER_CHUNK, self.vocabulary))
-            for start in range(0, self.vocabulary, VOCABULARY_PER_CHUNK)
+            slice(start, min(start + part_size, self.vocabulary))
+            for start in range(0, self.vocabulary, part_size)
         ]
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         ready = (
@@ -267,6 +356,7 @@ class _PartialLinear:
     def __call__(self, hidden: Tensor, part: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[part]
         if self.packed is None:
+            assert self._weight is not None
             return nn.functional.linear(hidden.float(), self._weight[part].float(), bias)
         packed, rows = (
             self.packed[part.start // ROWS_PACKED :][: -(-(part.stop - part.start) // ROWS_PACKED)],
@@ -285,91 +375,70 @@ def is_exact_in_bfloat16(values: Tensor) -> bool:
     return values.dtype == torch.bfloat16 or torch.equal(values.bfloat16().float(), values.float())
 
 
-# ---- Figures of each token.
+# ---- Scores of each token.
 
 
-@dataclass(frozen=True)
-class TokenFigures:
-    """Per scored token, in order. Of a model judged alone: nll, hit and confidence; the rest needs
-    a candidate beside the base.
-
-    nll: of the base; hit: whether its likeliest token is the true one; confidence: the probability
-    that it gives to its likeliest token.
-    quant_nll, quant_hit: of the candidate; kld: KL(base‖quant) in nats; same_top1: whether both
-    find the same token likeliest.
+def score(head: OutputHead, hidden: Tensor, targets: Tensor) -> TokenScores:
+    """The base's scores of some positions. hidden: [positions, hidden size]; targets: [positions],
+    the tokens that came next.
     """
-
-    nll: np.ndarray
-    hit: np.ndarray
-    confidence: np.ndarray
-    quant_nll: np.ndarray | None = None
-    quant_hit: np.ndarray | None = None
-    kld: np.ndarray | None = None
-    same_top1: np.ndarray | None = None
-
-    @classmethod
-    def joined(cls, parts: list[TokenFigures]) -> TokenFigures:
-        columns = {
-            column.name: [getattr(part, column.name) for part in parts] for column in fields(cls)
-        }
-        return cls(
-            **{
-                name: None if values[0] is None else np.concatenate(values)
-                for name, values in columns.items()
-            }
-        )
-
-    def nonfinite(self) -> int:
-        """How many tokens have a figure that is NaN or infinite."""
-        finite = np.isfinite(self.nll)
-        for values in (self.quant_nll, self.kld):
-            if values is not None:
-                finite &= np.isfinite(values)
-        return int((~finite).sum())
-
-
-def score(
-    base_head: OutputHead,
-    base_hidden: Tensor,
-    targets: Tensor,
-    head: OutputHead | None = None,
-    hidden: Tensor | None = None,
-) -> TokenFigures:
-    """The figures of some positions. base_hidden, hidden: [positions, hidden size]; targets:
-    [positions], what came next.
-    """
-    fused = base_head.packed(base_hidden)
-    own = None if head is None else head.packed(hidden)
-    if fused is not None and (
-        head is None or (own is not None and own.vocabulary == fused.vocabulary)
-    ):
-        candidate = () if own is None else (hidden.bfloat16(), own.weight, own.bias)
+    fused = head.packed(hidden)
+    if fused is not None:
         found = torch.ops.quantkit.score_logits(
-            base_hidden.bfloat16(), fused.weight, fused.bias, targets, fused.vocabulary, *candidate
+            hidden.bfloat16(), fused.weight, fused.bias, targets, fused.vocabulary
+        )
+    else:
+        logits_of = head.logits_of(hidden)
+        found = score_parts(((_start(part), logits_of(part), None) for part in head.parts), targets)
+    nll, index, confidence, *_ = found
+    return TokenScores(*(values.cpu().numpy() for values in (nll, index == targets, confidence)))
+
+
+def score_pair(
+    base_head: OutputHead, base_hidden: Tensor, targets: Tensor, head: OutputHead, hidden: Tensor
+) -> PairedScores:
+    """The scores of some positions by base and candidate. base_hidden, hidden: [positions, hidden
+    size]; targets: [positions], the tokens that came next.
+    """
+    fused, own = base_head.packed(base_hidden), head.packed(hidden)
+    if fused is not None and own is not None and own.vocabulary == fused.vocabulary:
+        found = torch.ops.quantkit.score_logits(
+            base_hidden.bfloat16(),
+            fused.weight,
+            fused.bias,
+            targets,
+            fused.vocabulary,
+            hidden.bfloat16(),
+            own.weight,
+            own.bias,
         )
     else:
         # Logits of heads that don't come in the same parts can only be compared whole.
-        parts = base_head.parts if head is None or head.parts == base_head.parts else [None]
-        logits = (
+        parts = base_head.parts if list(head.parts) == list(base_head.parts) else [None]
+        base_logits, logits = base_head.logits_of(base_hidden), head.logits_of(hidden)
+        found = score_parts(
             (
-                0 if part is None else part.start,
-                base_head.logits(base_hidden, part),
-                None if head is None else lambda part=part: head.logits(hidden, part),
-            )
-            for part in parts
+                (_start(part), base_logits(part), lambda part=part: logits(part))  # type: ignore[misc]
+                for part in parts
+            ),
+            targets,
         )
-        found = score_parts(logits, targets)
     nll, index, confidence, quant_nll, quant_index, kld = found
-    arrays = {"nll": nll, "hit": index == targets, "confidence": confidence}
-    if head is not None:
+    arrays = (
+        nll,
+        index == targets,
+        confidence,
+        quant_nll,
+        quant_index == targets,
         # A divergence is never negative; its rounding, about 1e-7, may be.
-        arrays |= {
-            "quant_nll": quant_nll,
-            "quant_hit": quant_index == targets,
-            "kld": kld.clamp(min=0),
-            "same_top1": index == quant_index,
-        }
-    return TokenFigures(**{name: values.cpu().numpy() for name, values in arrays.items()})
+        kld.clamp(min=0),
+        index == quant_index,
+    )
+    return PairedScores(*(values.cpu().numpy() for values in arrays))
+
+
+def _start(part: slice | None) -> int:
+    return 0 if part is None else part.start
 
 
 def score_variants(
@@ -378,5 +447,5 @@ def score_variants(
     """KL(base‖variant) and nll of each variant's positions. All share one head. base_hidden and
     each variant: [positions, hidden size].
     """
-    found = [score(head, base_hidden, targets, head, hidden) for hidden in variants]
-    return [(figures.kld, figures.quant_nll) for figures in found]
+    found = [score_pair(head, base_hidden, targets, head, hidden) for hidden in variants]
+    return [(scores.kld, scores.quant_nll) for scores in found]

@@ -1,4 +1,4 @@
-"""Masked language models judged: every token of a window is hidden in turn and predicted from all
+"""Masked language models: every token of a window is hidden in turn and predicted from all
 the others.
 
 The figure is a pseudo-perplexity (Salazar et al. 2020, Masked Language Model Scoring): exp of the
@@ -36,8 +36,8 @@ class Masking:
     def of(cls, tokenizer: Any) -> Masking:
         if tokenizer.mask_token_id is None:
             raise EvaluationError(
-                "the tokenizer has no mask token, by which a masked language model is judged; copy"
-                " the model's own tokenizer beside it"
+                "the tokenizer has no mask token, by which a masked language model is evaluated;"
+                " copy the model's own tokenizer into its directory"
             )
         around = [
             () if token is None else (token,)

@@ -1,136 +1,479 @@
-"""The figures of a comparison: from numbers per token to what a reader is told."""
+"""The metrics of `eval`: one row of METRICS each. A row says how the metric is computed from the
+tokens' scores, how it is shown, whether a gate may ask for it, and whether `compare` can pair it.
+
+To add one, write its row; where a gate may ask for it, name it in the help of `--gate` too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from quantkit.evaluation import token_statistics
 from quantkit.evaluation.intervals import (
+    Difference,
     Interval,
-    mcnemar_p,
     paired_interval,
     perplexity_change_pct,
 )
+from quantkit.evaluation.json_values import INLINE, from_json
+from quantkit.evaluation.scored_text import ScoredText
+from quantkit.evaluation.token_scores import PairedScores
+from quantkit.evaluation.token_statistics import (
+    ConfidenceBin,
+    Divergence,
+    Flips,
+    Histogram,
+    PositionBin,
+    ProbabilityChange,
+    per_window,
+)
 
-# Edges of the base's confidence: the probability that it gives to its likeliest token.
-CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-POSITION_BINS = 8
-# Of KL in nats, in decades; what is below the first edge or above the last is counted in the bins
-# at the ends.
-HISTOGRAM_EDGES = tuple(round(exponent / 4, 2) for exponent in range(-32, 9))
+Value = TypeVar("Value")
 
 
-def per_window(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over each window's tokens. counts: tokens of each window, none of them 0."""
-    return np.add.reduceat(values.astype(np.float64), np.concatenate([[0], np.cumsum(counts)[:-1]]))
+@dataclass(frozen=True)
+class NoiseFloor:
+    """What one more rounding to bfloat16 after each block changes in the base alone.
+
+    kld: KL(base‖noisy base), nats.
+    kld_histogram: its distribution.
+    top1_agreement: the share of tokens whose likeliest token stays the same.
+    ppl_delta_pct: the change of perplexity, %.
+    """
+
+    kld: Divergence
+    kld_histogram: Histogram
+    top1_agreement: float
+    ppl_delta_pct: Interval
+
+    @classmethod
+    def of(cls, scores: PairedScores, text: ScoredText) -> NoiseFloor:
+        return cls(
+            token_statistics.divergence(scores.kld, text.counts),
+            token_statistics.histogram(scores.kld),
+            float(scores.same_top1.mean()),
+            perplexity_change_pct(
+                per_window(scores.quant_nll - scores.nll, text.counts),
+                text.counts,
+                text.tokens_per_unit,
+            ),
+        )
 
 
-def divergence_figures(kld: np.ndarray, counts: np.ndarray) -> tuple[dict[str, Any], Interval]:
-    """The distribution of KL over tokens, and its mean with an interval over windows."""
-    interval = paired_interval(per_window(kld, counts), counts)
-    quantiles = np.quantile(kld, [0.5, 0.9, 0.99, 0.999])
-    names = ("median", "p90", "p99", "p99_9")
-    figures = {
-        "mean": interval.value,
-        "mean_low": interval.low,
-        "mean_high": interval.high,
-        "method": interval.method,
-    }
-    return (
-        figures
-        | {name: float(value) for name, value in zip(names, quantiles)}
-        | {"max": float(kld.max())},
-        interval,
+class BaseNumbers(Protocol):
+    """What rows show of the base."""
+
+    @property
+    def perplexity(self) -> float: ...
+
+    @property
+    def bits_per_byte(self) -> float | None: ...
+
+
+# ---- What a row of the table holds.
+
+
+@dataclass(frozen=True)
+class Shown(Generic[Value]):
+    """A metric in a table of the report, in Markdown and in HTML.
+
+    heading: of the column or row.
+    text: the cell of a candidate.
+    of_base: the base's cell; in a row of its own, what follows each cell in parentheses.
+    of_noise: the cell of the noise floor.
+    """
+
+    heading: str
+    text: Callable[[Value], str]
+    of_base: Callable[[BaseNumbers], str] | None = None
+    of_noise: Callable[[NoiseFloor], str] | None = None
+
+
+@dataclass(frozen=True)
+class Gateable(Generic[Value]):
+    """How a gate asks for a metric.
+
+    name: in the gate's expression.
+    unit: of the gate's bound.
+    interval: the value with its interval, in that unit.
+    """
+
+    name: str
+    unit: str
+    interval: Callable[[Value], Interval]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How `compare` finds the difference of two candidates from what `eval -o` stored.
+
+    sums: the key of the sums of each window.
+    per_token: what is summed, [tokens].
+    delta: the key of the difference, B − A.
+    heading: of its column.
+    text: its cell.
+    interval: of the difference, from the windows' differences, their tokens, and tokens per unit.
+    """
+
+    sums: str
+    per_token: Callable[[PairedScores], np.ndarray]
+    delta: str
+    heading: str
+    text: Callable[[Interval], str]
+    interval: Callable[[np.ndarray, np.ndarray, float], Interval] = lambda differences, counts, _: (
+        paired_interval(differences, counts)
     )
 
-
-def histogram(kld: np.ndarray) -> dict[str, Any]:
-    """Counts of tokens by log10 of their KL; `zero` counts those without any."""
-    positive = kld[kld > 0]
-    inside = np.clip(np.log10(positive), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
-    return {
-        "log10_edges": list(HISTOGRAM_EDGES),
-        "counts": np.histogram(inside, HISTOGRAM_EDGES)[0].tolist(),
-        "zero": int((kld == 0).sum()),
-    }
+    def window_sums(self, scores: PairedScores, counts: np.ndarray) -> np.ndarray:
+        return per_window(self.per_token(scores), counts)
 
 
-def probability_change(base_nll: np.ndarray, nll: np.ndarray) -> dict[str, float]:
-    """Δp: how much the true token's probability changed, quant − base."""
-    change = np.exp(-nll) - np.exp(-base_nll)
-    quantiles = np.quantile(change, [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99])
-    named = zip(("p1", "p5", "p25", "median", "p75", "p95", "p99"), quantiles)
-    return {"mean": float(change.mean()), "rms": float(np.sqrt((change**2).mean()))} | {
-        name: float(value) for name, value in named
-    }
+@dataclass(frozen=True)
+class Metric(Generic[Value]):
+    """A row of the table.
 
-
-def flips(base_hit: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
-    """Tokens that only one of the two predicts: right before and wrong now, and the other way;
-    McNemar's p says whether that is more than chance.
+    name: its key in the JSON.
+    kind: the type of its value: float, int, or a dataclass that json_values can read.
+    value: the metric, from the scores of all tokens.
+    columns: of the table of models.
+    rows: of the table of all metrics.
+    rows_last: whether those rows come after the others.
+    gate: how a gate asks for it, None where none can.
+    pairing: how `compare` pairs it, None where it can't.
     """
-    to_wrong, to_right = int((base_hit & ~hit).sum()), int((~base_hit & hit).sum())
-    return {"to_wrong": to_wrong, "to_right": to_right, "mcnemar_p": mcnemar_p(to_wrong, to_right)}
+
+    name: str
+    kind: Any
+    value: Callable[[PairedScores, ScoredText], Value]
+    columns: tuple[Shown[Value], ...] = ()
+    rows: tuple[Shown[Value], ...] = ()
+    rows_last: bool = False
+    gate: Gateable[Value] | None = None
+    pairing: Pairing | None = None
 
 
-def by_confidence(kld: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:
-    """KL where the base was unsure and where it was sure."""
-    rows = []
-    for low, high in zip(CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:]):
-        chosen = (confidence >= low) & ((confidence < high) | (high == 1.0))
-        rows.append(
+# ---- Values by metric. Each is part of a larger JSON object.
+
+
+@dataclass(frozen=True)
+class MetricValues:
+    """The metrics of one candidate; values[KLD] is KLD's.
+
+    values: by the metrics' names. A file of an earlier version may lack some.
+    """
+
+    values: Mapping[str, Any] = field(metadata=INLINE)
+
+    def __getitem__(self, metric: Metric[Value]) -> Value:
+        return self.values[metric.name]
+
+    @classmethod
+    def of(cls, scores: PairedScores, text: ScoredText) -> MetricValues:
+        return cls({metric.name: metric.value(scores, text) for metric in METRICS})
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> MetricValues:
+        found = [metric for metric in METRICS if metric.name in content]
+        return cls({metric.name: from_json(metric.kind, content[metric.name]) for metric in found})
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """Sums over the tokens of each window, for each metric that `compare` pairs.
+
+    values: by the key of the sums; each [windows].
+    """
+
+    values: Mapping[str, tuple[float, ...]] = field(metadata=INLINE)
+
+    def __getitem__(self, metric: Metric[Any]) -> tuple[float, ...]:
+        assert metric.pairing is not None, metric.name
+        return self.values[metric.pairing.sums]
+
+    @classmethod
+    def of(cls, scores: PairedScores, text: ScoredText) -> WindowSums:
+        return cls(
             {
-                "from": low,
-                "to": high,
-                "tokens": int(chosen.sum()),
-                "kld_mean": float(kld[chosen].mean()) if chosen.any() else None,
+                pairing.sums: tuple(pairing.window_sums(scores, text.counts).tolist())
+                for _, pairing in paired_metrics()
             }
         )
-    return rows
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> WindowSums:
+        keys = [pairing.sums for _, pairing in paired_metrics()]
+        return cls({key: from_json(tuple[float, ...], content[key]) for key in keys})
 
 
-def by_position(
-    kld: np.ndarray, difference: np.ndarray, positions: np.ndarray, length: int
-) -> list[dict[str, Any]]:
-    """KL and ΔNLL by the place in the window: does the damage grow with the context? positions: of
-    each token; length: of the windows.
+@dataclass(frozen=True)
+class Deltas:
+    """Differences of two candidates, B − A.
+
+    values: by the key of the difference.
     """
-    rows = []
-    edges = np.linspace(0, length, min(POSITION_BINS, length) + 1).round().astype(int)
-    for low, high in zip(edges, edges[1:]):
-        chosen = (positions >= low) & (positions < high)
-        if chosen.any():
-            rows.append(
-                {
-                    "from": int(low),
-                    "to": int(high),
-                    "tokens": int(chosen.sum()),
-                    "kld_mean": float(kld[chosen].mean()),
-                    "delta_nll": float(difference[chosen].mean()),
-                }
-            )
-    return rows
+
+    values: Mapping[str, Difference] = field(metadata=INLINE)
+
+    def __getitem__(self, metric: Metric[Any]) -> Difference:
+        assert metric.pairing is not None, metric.name
+        return self.values[metric.pairing.delta]
+
+    @classmethod
+    def of(cls, a: WindowSums, b: WindowSums, counts: np.ndarray, per_unit: float) -> Deltas:
+        """counts: tokens of each window; per_unit: tokens per unit of the perplexity."""
+        return cls(
+            {
+                pairing.delta: Difference.of(
+                    pairing.interval(np.array(b[metric]) - np.array(a[metric]), counts, per_unit)
+                )
+                for metric, pairing in paired_metrics()
+            }
+        )
 
 
-def running_estimate(
-    differences: Sequence[float],
-    counts: Sequence[int],
-    tokens_per_unit: float = 1.0,
-    points: int = 40,
-) -> list[dict[str, Any]]:
-    """ΔPPL % after the first 2, 3 … windows with its interval, at no more than so many places."""
-    differences, counts = np.asarray(differences, np.float64), np.asarray(counts)
-    places = (
-        np.unique(np.linspace(2, len(counts), points).round().astype(int))
-        if len(counts) > 1
-        else []
-    )
-    return [
-        {
-            "windows": int(end),
-            **perplexity_change_pct(differences[:end], counts[:end], tokens_per_unit).to_json(),
-        }
-        for end in places
-    ]
+def paired_metrics() -> Iterator[tuple[Metric[Any], Pairing]]:
+    """The metrics that `compare` pairs."""
+    return ((metric, metric.pairing) for metric in METRICS if metric.pairing is not None)
+
+
+def gateable_metrics() -> Iterator[tuple[Metric[Any], Gateable[Any]]]:
+    """The metrics that a gate may ask for."""
+    return ((metric, metric.gate) for metric in METRICS if metric.gate is not None)
+
+
+# ---- How values are computed and shown.
+
+
+def perplexity(nll: np.ndarray, units: int) -> float:
+    return float(np.exp(nll.sum() / units))
+
+
+def bits_per_byte(nll: np.ndarray, utf8_bytes: int) -> float | None:
+    return float(nll.sum() / math.log(2) / utf8_bytes) if utf8_bytes else None
+
+
+def _perplexity_change(scores: PairedScores, text: ScoredText) -> Difference:
+    quant, base = (per_window(nll, text.counts) for nll in (scores.quant_nll, scores.nll))
+    return Difference.of(perplexity_change_pct(quant - base, text.counts, text.tokens_per_unit))
+
+
+def _divergence(scores: PairedScores, text: ScoredText) -> Divergence:
+    found = token_statistics.divergence(scores.kld, text.counts)
+    return replace(found, max_at=text.place(int(scores.kld.argmax())))
+
+
+def _top1(scores: PairedScores, text: ScoredText) -> Interval:
+    return paired_interval(per_window(scores.same_top1, text.counts), text.counts)
+
+
+def _mean_text(kld: Divergence) -> str:
+    bounds = "" if kld.mean_low is None else f" [{kld.mean_low:.5f}, {kld.mean_high:.5f}]"
+    return f"{kld.mean:.5f}{bounds}"
+
+
+def _quantiles_text(kld: Divergence) -> str:
+    return " · ".join(f"{each:.4f}" for each in (kld.median, kld.p90, kld.p99, kld.p99_9, kld.max))
+
+
+def _share_text(share: Interval) -> str:
+    bounds = "" if share.low is None else f" [{100 * share.low:.2f}, {100 * (share.high or 0):.2f}]"
+    return f"{100 * share.value:.2f} %{bounds}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _bits_text(bits: float | None) -> str:
+    return "" if bits is None else f"{bits:.4f}"
+
+
+def _confidence_text(bins: Sequence[ConfidenceBin], low: float, high: float) -> str:
+    """The mean KL over the tokens of several bins of confidence."""
+    inside = [row for row in bins if row.low >= low and row.high <= high]
+    tokens = sum(row.tokens for row in inside)
+    total = sum(row.kld_mean * row.tokens for row in inside if row.kld_mean is not None)
+    return f"{total / tokens:.5f}" if tokens else "–"
+
+
+def _points_text(change: Interval) -> str:
+    return change.mapped(lambda share: 100 * share).text(unit=" points")
+
+
+# ---- The table.
+
+PERPLEXITY: Metric[float] = Metric(
+    "perplexity",
+    float,
+    lambda scores, text: perplexity(scores.quant_nll, text.units),
+    columns=(
+        Shown(
+            "perplexity",
+            lambda value: f"{value:.4f}",
+            of_base=lambda base: f"{base.perplexity:.4f}",
+        ),
+    ),
+)
+PPL_DELTA: Metric[Difference] = Metric(
+    "ppl_delta_pct",
+    Difference,
+    _perplexity_change,
+    columns=(Shown("ΔPPL [95 %]", lambda delta: delta.text()),),
+    gate=Gateable("ppl_delta_pct", "per cent", lambda delta: delta),
+    pairing=Pairing(
+        "window_nll",
+        lambda scores: scores.quant_nll,
+        "ppl_delta_pct",
+        "B against A [95 %]",
+        lambda delta: delta.text(),
+        perplexity_change_pct,
+    ),
+)
+KLD: Metric[Divergence] = Metric(
+    "kld",
+    Divergence,
+    _divergence,
+    columns=(
+        Shown("KL mean", lambda kld: f"{kld.mean:.5f}"),
+        Shown("KL p99", lambda kld: f"{kld.p99:.4f}"),
+    ),
+    rows=(
+        Shown(
+            "KL(base‖quant) mean [95 %], nats",
+            _mean_text,
+            of_noise=lambda floor: _mean_text(floor.kld),
+        ),
+        Shown(
+            "KL median · p90 · p99 · p99.9 · max",
+            _quantiles_text,
+            of_noise=lambda floor: _quantiles_text(floor.kld),
+        ),
+    ),
+    gate=Gateable("kld_mean", "nats", lambda kld: kld.interval),
+    pairing=Pairing(
+        "window_kld",
+        lambda scores: scores.kld,
+        "kld_delta",
+        "KL B − A [95 %]",
+        lambda delta: delta.text(5, ""),
+    ),
+)
+KLD_HISTOGRAM: Metric[Histogram] = Metric(
+    "kld_histogram", Histogram, lambda scores, text: token_statistics.histogram(scores.kld)
+)
+KLD_BY_CONFIDENCE: Metric[tuple[ConfidenceBin, ...]] = Metric(
+    "kld_by_confidence",
+    tuple[ConfidenceBin, ...],
+    lambda scores, text: token_statistics.by_confidence(scores.kld, scores.confidence),
+    rows=(
+        Shown(
+            "KL where the base is sure of < 25 % · > 90 %",
+            lambda bins: (
+                f"{_confidence_text(bins, 0.0, 0.25)} · {_confidence_text(bins, 0.9, 1.0)}"
+            ),
+        ),
+    ),
+    rows_last=True,
+)
+KLD_BY_POSITION: Metric[tuple[PositionBin, ...]] = Metric(
+    "kld_by_position",
+    tuple[PositionBin, ...],
+    lambda scores, text: token_statistics.by_position(
+        scores.kld, scores.quant_nll - scores.nll, text.positions, text.longest_window
+    ),
+    rows=(
+        Shown(
+            "KL in the windows' first · last eighth",
+            lambda bins: f"{bins[0].kld_mean:.5f} · {bins[-1].kld_mean:.5f}",
+        ),
+    ),
+    rows_last=True,
+)
+TOP1_AGREEMENT: Metric[float] = Metric(
+    "top1_agreement",
+    float,
+    lambda scores, text: _top1(scores, text).value,
+    columns=(Shown("same top-1", _percent),),
+)
+TOP1: Metric[Interval] = Metric(
+    "top1",
+    Interval,
+    _top1,
+    rows=(
+        Shown(
+            "same top-1 [95 %]", _share_text, of_noise=lambda floor: _percent(floor.top1_agreement)
+        ),
+    ),
+    gate=Gateable("top1", "shares of 1", lambda share: share),
+    pairing=Pairing(
+        "window_same_top1",
+        lambda scores: scores.same_top1,
+        "top1_delta",
+        "same top-1 B − A [95 %]",
+        _points_text,
+    ),
+)
+FLIPS: Metric[Flips] = Metric(
+    "flips",
+    Flips,
+    lambda scores, text: token_statistics.flips(scores.hit, scores.quant_hit),
+    rows=(
+        Shown(
+            "right before, wrong now · the other way",
+            lambda flips: f"{flips.to_wrong} · {flips.to_right}",
+        ),
+        Shown("McNemar's p of these", lambda flips: f"{flips.mcnemar_p:.3g}"),
+    ),
+)
+DELTA_P: Metric[ProbabilityChange] = Metric(
+    "delta_p",
+    ProbabilityChange,
+    lambda scores, text: token_statistics.probability_change(scores.nll, scores.quant_nll),
+    rows=(
+        Shown(
+            "Δp of the true token: mean · RMS",
+            lambda change: f"{100 * change.mean:+.3f} % · {100 * change.rms:.3f} %",
+        ),
+        Shown(
+            "Δp p1 · p99", lambda change: f"{100 * change.p1:+.2f} % · {100 * change.p99:+.2f} %"
+        ),
+    ),
+)
+BITS_PER_BYTE: Metric[float | None] = Metric(
+    "bits_per_byte",
+    float | None,
+    lambda scores, text: bits_per_byte(scores.quant_nll, text.utf8_bytes),
+    rows=(
+        Shown(
+            "bits per byte (base)", _bits_text, of_base=lambda base: _bits_text(base.bits_per_byte)
+        ),
+    ),
+)
+NONFINITE: Metric[int] = Metric(
+    "nonfinite",
+    int,
+    lambda scores, text: scores.nonfinite,
+    rows=(Shown("non-finite tokens", str),),
+    rows_last=True,
+)
+
+# In the order of the JSON, of the columns, and (those with rows_last at the end) of the rows.
+METRICS: tuple[Metric[Any], ...] = (
+    PERPLEXITY,
+    PPL_DELTA,
+    KLD,
+    KLD_HISTOGRAM,
+    KLD_BY_CONFIDENCE,
+    KLD_BY_POSITION,
+    TOP1_AGREEMENT,
+    TOP1,
+    FLIPS,
+    DELTA_P,
+    BITS_PER_BYTE,
+    NONFINITE,
+)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
@@ -18,9 +18,6 @@ from quantkit.errors import CheckpointError, EvaluationError, NotComparableError
 from quantkit.exporter.runtimes import as_computed
 from quantkit.models.task import CAUSAL, MASKED, TARGET, task_of
 from quantkit.models.text import tokenizer_and_length
-
-if TYPE_CHECKING:
-    pass
 
 SAMPLE_WINDOWS = 4  # that tokenizers are compared on
 
@@ -49,7 +46,7 @@ class EvaluationOptions:
 def prepare_evaluation(
     options: EvaluationOptions, processes: int
 ) -> tuple[Windows, int, list[str]]:
-    """Refuse what can't be judged before the base has run for an hour; cut the windows. Returns
+    """Refuse what can't be compared before the base has run for an hour; cut the windows. Returns
     them, their length and remarks.
     """
 
@@ -116,8 +113,8 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
     if found.unequal:
         tensor, message = found.unequal[0]
         return [
-            f"Warning: {path} is judged as it is stored, but {tensor} {message}: they round again,"
-            " and serve something else"
+            f"Warning: {path} is evaluated as it is stored, but {tensor} {message}: they round"
+            " again, and serve something else"
         ]
     return []
 
@@ -157,7 +154,7 @@ def _require_same_tokenizer(
     try:
         other = load_tokenizer(path, options.trust_remote_code)
     except QuantkitError:
-        return  # a checkpoint without one is judged with the base's
+        return  # a checkpoint without one is evaluated with the base's
     tokens, others = (
         each(sample, add_special_tokens=False, verbose=False).input_ids
         for each in (tokenizer, other)

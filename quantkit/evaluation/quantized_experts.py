@@ -73,9 +73,9 @@ def quantize_expert_inputs(
                 else []
             )
             specs = {schemes[linear].input if linear in schemes else None for linear in linears}
-            if len(specs) != 1 or None in specs:
+            spec = specs.pop() if len(specs) == 1 else None
+            if spec is None:
                 continue
-            spec = specs.pop()
             scales = (
                 None
                 if spec.dynamic

@@ -1,17 +1,18 @@
 """A checkpoint as a server runs it: quantized Linears that quantize their inputs, and keys and
-values kept in FP8.
+values stored in FP8.
 
-Codes and scales come from the files as they lie on disk, block by block; any checkpoint that
-`checkpoint.formats` reads can be loaded, whoever wrote it. `hardware` computes what that hardware
-computes (`runtimes.as_computed`).
+Codes and scales are read from the files block by block; any checkpoint that `checkpoint/formats.py`
+understands can be loaded, whoever wrote it. `hardware` computes what that hardware computes
+(`runtimes.as_computed`).
 """
 
 from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,20 @@ def _through_fp8(states: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model ready to be judged, its decoder blocks still on disk.
+    """A model ready to be evaluated, its decoder blocks still on disk.
 
-    scheme: the scheme of most Linears, "mixed" with several, or the stored dtype of an unquantized
+    blocks: the model.
+    checkpoint: its files.
+    scheme: the scheme of all Linears, "mixed" with several, or the stored dtype of an unquantized
     model.
+    quantized_linears: how many are evaluated quantized.
     activations_quantized: True, False, or "partial".
     weights_only: Linears whose weights are quantized but whose inputs aren't, though the scheme
-    says so: stacked experts that don't all quantize alike, and Linears that transformers computes
-    in a way of its own.
+    says so: stacked experts that don't all quantize alike, and Linears with a forward of their own.
+    kv_scales: layer → scales of keys and values, or None.
     kernels: how many quantized Linears run through each kernel, and under "reference" those that
     don't.
-    beyond: quantized Linears that transformers leaves out of the model, so that they aren't judged.
+    beyond: quantized Linears that transformers leaves out of the model: they aren't evaluated.
     """
 
     blocks: BlockwiseModel
@@ -116,80 +120,157 @@ def load_served(
         checkpoint, trust_remote_code, experts_implementation=EXPERTS_IMPLEMENTATION
     )
     if config is None:
-        dtype = str(
-            checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-        )
-        return ServedModel(
-            BlockwiseModel(skeleton, StoredWeights(checkpoint), str(path), device),
-            checkpoint,
-            dtype,
-            0,
-            False,
-            (),
-            None,
-            {},
-        )
+        return _unquantized(checkpoint, skeleton, device)
     computed = {scheme: as_computed(scheme, hardware) for scheme in config.schemes}
     weights = QuantizedWeights(checkpoint, config, skeleton, computed, device, exec != "reference")
     if exec == "kernel":
         weights.require_kernels()
     blocks = BlockwiseModel(skeleton, weights, str(path), device)
-    unexpected = set(blocks.unexpected)
-    beyond = {
-        name
-        for name in weights.linears
-        if f"{name}.weight" in unexpected and blocks.is_beyond(f"{name}.weight")
-    }
-    strangers = [
-        name for name in weights.linears if f"{name}.weight" in unexpected and name not in beyond
-    ]
-    if strangers:
-        raise CheckpointError(
-            f"{path} quantizes {strangers[0]}, which transformers' {type(skeleton).__name__}"
-            " doesn't have; it can't be judged"
-        )
-    schemes = {name: computed[scheme] for name, scheme in weights.linears.items()}
-    reached = set(weights.modules) | quantize_expert_inputs(
-        blocks, schemes, weights.input_scale, weights.restacked.names
+    _require_known(weights.linears.values(), blocks)
+    absent = [each.name for each in weights.linears.values() if each.role is Role.NOT_IN_MODEL]
+    present = [each for each in weights.linears.values() if each.role is not Role.NOT_IN_MODEL]
+    inputs_quantized = {linear.name for linear in present if linear.role is Role.LINEAR}
+    inputs_quantized |= quantize_expert_inputs(
+        blocks,
+        {name: linear.computed for name, linear in weights.linears.items()},
+        weights.input_scale,
+        weights.restacked.names,
     )
-    inputs_quantized = sum(
-        computed[weights.linears[name]].input is not None
-        for name in weights.linears
-        if name in reached
-    )
-    total = len(weights.linears) - len(beyond)
-    activations: bool | str = (
-        inputs_quantized == total if inputs_quantized in (0, total) else "partial"
-    )
-    names = list(dict.fromkeys(scheme.name for scheme in config.schemes))
-    weights_only = [name for name in weights.linears if name not in reached | beyond]
-    dropped = tuple(weights_only) if any(scheme.input for scheme in computed.values()) else ()
-    on_disk = {
-        path.rpartition(".")[0]: name.rpartition(".")[0] for name, path in weights.modules.items()
-    }
-    kv_scales = _kv_scales(config, skeleton, weights.kv_tensors, on_disk, device)
-    scheme = names[0] if len(names) == 1 else "mixed"
+    scheme_names = list(dict.fromkeys(scheme.name for scheme in config.schemes))
     return ServedModel(
         blocks,
         checkpoint,
-        scheme,
-        total,
-        activations,
-        dropped,
-        kv_scales,
-        weights.count_kernels(beyond),
-        tuple(sorted(beyond)),
+        scheme_names[0] if len(scheme_names) == 1 else "mixed",
+        len(present),
+        _activations_quantized(present, inputs_quantized),
+        tuple(linear.name for linear in present if linear.name not in inputs_quantized)
+        if any(scheme.input for scheme in computed.values())
+        else (),
+        _kv_scales(config, skeleton, weights.kv_tensors, weights.linears.values(), device),
+        weights.count_kernels(present),
+        tuple(sorted(absent)),
     )
+
+
+def _unquantized(checkpoint: Checkpoint, skeleton: nn.Module, device: str) -> ServedModel:
+    config = checkpoint.config
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    blocks = BlockwiseModel(skeleton, StoredWeights(checkpoint), str(checkpoint.path), device)
+    return ServedModel(blocks, checkpoint, dtype, 0, False, (), None, {})
+
+
+def _require_known(linears: Iterable[StoredLinear], blocks: BlockwiseModel) -> None:
+    """Refuse a Linear that neither transformers nor any runtime has."""
+    for linear in linears:
+        if linear.role is Role.NOT_IN_MODEL and not blocks.is_beyond(f"{linear.name}.weight"):
+            raise CheckpointError(
+                f"{blocks.where} quantizes {linear.name}, which transformers'"
+                f" {type(blocks.model).__name__} doesn't have; it can't be evaluated"
+            )
+
+
+def _activations_quantized(
+    present: Sequence[StoredLinear], inputs_quantized: Container[str]
+) -> bool | str:
+    count = sum(
+        linear.computed.input is not None for linear in present if linear.name in inputs_quantized
+    )
+    return count == len(present) if count in (0, len(present)) else "partial"
+
+
+# ---- The Linears of a quantized checkpoint.
+
+
+class Role(Enum):
+    """What transformers' model makes of a stored Linear."""
+
+    LINEAR = "a Linear, which a QuantizedLinear replaces"
+    STACKED_EXPERT = "a part of stacked experts, dequantized"
+    OWN_FORWARD = "a Linear that computes in a way of its own, dequantized"
+    NOT_IN_MODEL = "nothing"
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A quantized Linear of a checkpoint.
+
+    name: in the checkpoint.
+    suffixes: of its tensors, such as weight_packed.
+    scheme: as it is stored.
+    computed: as the hardware computes it.
+    role: in the model.
+    path: of the module that its weight goes into, "" where there is none.
+    shared_by: paths of further Linears that are tied to it.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    scheme: QuantScheme
+    computed: QuantScheme
+    role: Role
+    path: str = ""
+    shared_by: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Paths of the Linears that a QuantizedLinear replaces."""
+        return (self.path, *self.shared_by) if self.role is Role.LINEAR else ()
+
+
+def _stored_linears(
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
+    skeleton: nn.Module,
+    computed: Mapping[QuantScheme, QuantScheme],
+) -> dict[str, StoredLinear]:
+    """Each by its name."""
+    suffixes = stored_linears(checkpoint.tensors)
+    found = WeightMap(skeleton, [f"{name}.weight" for name in suffixes])
+    modules = dict(skeleton.named_modules())
+    shared: dict[str, list[str]] = {}
+    for target, source in found.shared.items():
+        shared.setdefault(source.removesuffix(".weight"), []).append(target.removesuffix(".weight"))
+    linears = {}
+    for name in suffixes:
+        scheme = config.scheme_of(name)
+        if scheme is None:
+            raise CheckpointError(
+                f"{name} has quantized tensors but quantization_config ignores it; `quantkit verify"
+                f" {shlex.quote(str(checkpoint.path))}` lists all faults"
+            )
+        path = found.target_of.get(f"{name}.weight", "").removesuffix(".weight")
+        linears[name] = StoredLinear(
+            name,
+            tuple(suffixes[name]),
+            scheme,
+            computed[scheme],
+            _role(path, modules),
+            path,
+            tuple(shared.get(path, ())),
+        )
+    return linears
+
+
+def _role(path: str, modules: Mapping[str, nn.Module]) -> Role:
+    """path: of the module, or of the parameter where experts are merged into one."""
+    if not path:
+        return Role.NOT_IN_MODEL
+    if path not in modules:
+        return Role.STACKED_EXPERT
+    kind: Any = type(modules[path])
+    is_linear = issubclass(kind, nn.Linear) and _computes_as_linear(kind)
+    # DeepSeek V4's grouped projection has a forward of its own.
+    return Role.LINEAR if is_linear else Role.OWN_FORWARD
 
 
 class QuantizedWeights:
     """The tensors of a quantized checkpoint, and the QuantizedLinears that take the place of
     Linears.
 
-    linears: each quantized module of the checkpoint and its scheme. modules: those of them that are
-    Linears of the module tree, and their paths there; others go into the model dequantized: those
-    that are merged into stacked experts, by transformers or (restacked) here, or that compute in a
-    way of their own.
+    linears: the quantized Linears, by their names in the checkpoint.
+    restacked: experts among them that are quantized one by one, where transformers looks for
+    stacks alone.
+    kv_tensors: scales of keys and values, by their names.
     """
 
     def __init__(
@@ -202,51 +283,19 @@ class QuantizedWeights:
         use_kernels: bool = True,
     ) -> None:
         checkpoint = conv1d_as_linear(checkpoint)
-        self._checkpoint, self._computed, self._device, self._use_kernels = (
-            checkpoint,
-            computed,
-            device,
-            use_kernels,
-        )
-        self._dtype = skeleton.config.dtype
+        self._checkpoint, self._device, self._use_kernels = checkpoint, device, use_kernels
+        model_config: Any = skeleton.config
+        self._dtype: torch.dtype = model_config.dtype
         self._file_format = config.file_format
-        self._stored = stored_linears(checkpoint.tensors)
-        self.linears: dict[str, QuantScheme] = {}
-        for module in self._stored:
-            scheme = config.scheme_of(module)
-            if scheme is None:
-                raise CheckpointError(
-                    f"{module} has quantized tensors but quantization_config ignores it; `quantkit"
-                    f" verify {shlex.quote(str(checkpoint.path))}` lists all faults"
-                )
-            self.linears[module] = scheme
-            self._require_readable(module)
-        # One with a forward of its own (DeepSeek V4's grouped projection) keeps it, and gets its
-        # weight dequantized.
-        trees = {
-            name
-            for name, module in skeleton.named_modules()
-            if isinstance(module, nn.Linear) and _computes_as_linear(type(module))
-        }
-        found = WeightMap(skeleton, [f"{name}.weight" for name in self.linears])
-        paths = {
-            weight.removesuffix(".weight"): path.removesuffix(".weight")
-            for weight, path in found.target_of.items()
-        }
-        self.modules = {name: path for name, path in paths.items() if path in trees}
-        name_of = {path: name for name, path in self.modules.items()}
-        shared = {
-            target.removesuffix(".weight"): source.removesuffix(".weight")
-            for target, source in found.shared.items()
-        }
-        self._places = {
-            path: name_of[shared.get(path, path)]
-            for path in (*name_of, *shared)
-            if shared.get(path, path) in name_of
-        }
+        self.linears = _stored_linears(checkpoint, config, skeleton, computed)
+        for linear in self.linears.values():
+            self._require_readable(linear)
         self.restacked = Restacked.of(
-            skeleton, [name for name in self.linears if name not in self.modules]
+            skeleton,
+            [name for name, linear in self.linears.items() if linear.role is not Role.LINEAR],
         )
+        for name in self.restacked.parts() & set(self.linears):
+            self.linears[name] = replace(self.linears[name], role=Role.STACKED_EXPERT)
         self.kv_tensors: dict[str, Tensor] = {}
         self._others = []
         for name, info in checkpoint.tensors.items():
@@ -254,7 +303,7 @@ class QuantizedWeights:
             attention = kv_scale_module(name)
             if attention is not None:
                 self.kv_tensors[f"{attention}.{suffix}"] = checkpoint.read(name).float().reshape(-1)
-            elif module not in self._stored:
+            elif module not in self.linears:
                 if holds_codes(info.dtype):
                     raise CheckpointError(
                         f"{name} holds codes, but {module}.weight_scale is missing; `quantkit"
@@ -262,12 +311,14 @@ class QuantizedWeights:
                     )
                 self._others.append(name)
 
-    def input_scale(self, module: str) -> Tensor:
+    def input_scale(self, name: str) -> Tensor:
         """The static scale of a Linear's input, [1]."""
-        return self._decoded(module)[1]
+        scale = self._decoded(self.linears[name])[1]
+        assert scale is not None, name
+        return scale
 
-    def _kernel_for(self, module: str) -> tuple[str | None, str]:
-        if module not in self.modules:
+    def _kernel_for(self, linear: StoredLinear) -> tuple[str | None, str]:
+        if linear.role is not Role.LINEAR:
             return (
                 None,
                 (
@@ -275,110 +326,100 @@ class QuantizedWeights:
                     " such run with dequantized weights"
                 ),
             )
-        scheme = self._computed[self.linears[module]]
         return kernel_for(
-            scheme.weight,
-            scheme.input,
-            self._weight_shape(module, self._stored[module])[1],
+            linear.computed.weight,
+            linear.computed.input,
+            self._weight_shape(linear)[1],
             self._dtype,
             self._device,
         )
 
     def require_kernels(self) -> None:
-        for module in self.linears:
-            kernel, why_not = self._kernel_for(module)
+        for linear in self.linears.values():
+            kernel, why_not = self._kernel_for(linear)
             if kernel is None:
                 raise EvaluationError(
-                    f"--exec kernel: {module} of {self._checkpoint.path} has none: {why_not}; use"
-                    " --exec auto or reference"
+                    f"--exec kernel: {linear.name} of {self._checkpoint.path} has none: {why_not};"
+                    " use --exec auto or reference"
                 )
 
-    def count_kernels(self, beyond: Container[str] = ()) -> dict[str, int]:
-        kernels = [
-            self._kernel_for(module)[0] if self._use_kernels else None
-            for module in self.linears
-            if module not in beyond
-        ]
+    def count_kernels(self, linears: Iterable[StoredLinear]) -> dict[str, int]:
+        kernels = [self._kernel_for(each)[0] if self._use_kernels else None for each in linears]
         return {name or "reference": kernels.count(name) for name in dict.fromkeys(kernels)}
 
-    def _require_readable(self, module: str) -> None:
-        """Refuse now, from headers alone, what would be found when the module's block has its
-        turn.
-        """
+    def _require_readable(self, linear: StoredLinear) -> None:
+        """Refuse now, from headers alone, what would be found when the Linear's block is loaded."""
         tensors = {}
-        for suffix in self._stored[module]:
-            info = self._checkpoint.tensors[f"{module}.{suffix}"]
+        for suffix in linear.suffixes:
+            info = self._checkpoint.tensors[f"{linear.name}.{suffix}"]
             tensors[suffix] = (
                 self._checkpoint.read(info.name)
                 if suffix == "weight_shape"
                 else torch.empty(info.shape, dtype=torch_dtype(info), device="meta")
             )
-        self._file_format.decode(tensors, self.linears[module], module)
+        self._file_format.decode(tensors, linear.scheme, linear.name)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes = {name: self._checkpoint.tensors[name].shape for name in self._others}
         merged = self.restacked.parts()
         shapes |= self.restacked.shapes
-        for module, suffixes in self._stored.items():
-            if module in merged:
+        for name, linear in self.linears.items():
+            if name in merged:
                 continue
-            shapes[f"{module}.weight"] = self._weight_shape(module, suffixes)
-            if "bias" in suffixes:
-                shapes[f"{module}.bias"] = self._checkpoint.tensors[f"{module}.bias"].shape
+            shapes[f"{name}.weight"] = self._weight_shape(linear)
+            if "bias" in linear.suffixes:
+                shapes[f"{name}.bias"] = self._checkpoint.tensors[f"{name}.bias"].shape
         return shapes
 
-    def _weight_shape(self, module: str, suffixes: Sequence[str]) -> tuple[int, ...]:
-        if "weight" in suffixes:
-            return self._checkpoint.tensors[f"{module}.weight"].shape
-        return tuple(self._decoded(module)[0].qdata.shape)
+    def _weight_shape(self, linear: StoredLinear) -> tuple[int, ...]:
+        if "weight" in linear.suffixes:
+            return self._checkpoint.tensors[f"{linear.name}.weight"].shape
+        return tuple(self._decoded(linear)[0].qdata.shape)
 
-    def _decoded(self, module: str) -> tuple[QuantizedTensor, Tensor | None]:
+    def _decoded(self, linear: StoredLinear) -> tuple[QuantizedTensor, Tensor | None]:
         tensors = {
-            suffix: self._checkpoint.read(f"{module}.{suffix}") for suffix in self._stored[module]
+            suffix: self._checkpoint.read(f"{linear.name}.{suffix}") for suffix in linear.suffixes
         }
-        return self._file_format.decode(tensors, self.linears[module], module)
+        return self._file_format.decode(tensors, linear.scheme, linear.name)
+
+    def _dequantized(self, name: str) -> Tensor:
+        return self._decoded(self.linears[name])[0].dequantize().to(self._dtype)
 
     def read(self, name: str) -> Tensor:
         """A tensor as transformers shall have it. A weight whose codes come in its place later is a
         shape alone.
         """
         if name in self.restacked.shapes:
-            return self.restacked.read(
-                name, lambda linear: self._decoded(linear)[0].dequantize().to(self._dtype)
-            )
+            return self.restacked.read(name, self._dequantized)
         module, _, suffix = name.rpartition(".")
-        if module not in self.linears or suffix != "weight":
+        linear = self.linears.get(module)
+        if linear is None or suffix != "weight":
             return self._checkpoint.read(name)
-        if module in self.modules:
-            return torch.zeros((), dtype=self._dtype).expand(
-                self._weight_shape(module, self._stored[module])
-            )
-        return self._decoded(module)[0].dequantize().to(self._dtype)
+        if linear.role is Role.LINEAR:
+            return torch.zeros((), dtype=self._dtype).expand(self._weight_shape(linear))
+        return self._dequantized(module)
 
     def finish(self, model: nn.Module, prefix: str) -> None:
         """Put QuantizedLinears in place of the Linears under `prefix` that have their weights; of
         all outside of the blocks with "".
         """
-        for path, name in [
-            item for item in self._places.items() if item[0].startswith(f"{prefix}.") or not prefix
-        ]:
-            linear = model.get_submodule(path)
-            if not isinstance(linear, nn.Linear) or linear.weight.is_meta:
-                continue
-            weight, input_scale = self._decoded(name)
-            weight = replace(
-                weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device)
-            )
-            input_scale = None if input_scale is None else input_scale.to(self._device)
-            model.set_submodule(path, self._linear(name, weight, input_scale, linear.bias))
+        for stored in self.linears.values():
+            for path in stored.places:
+                if prefix and not path.startswith(f"{prefix}."):
+                    continue
+                linear = model.get_submodule(path)
+                if isinstance(linear, nn.Linear) and not linear.weight.is_meta:
+                    model.set_submodule(path, self._quantized_linear(stored, linear.bias))
 
-    def _linear(
-        self, name: str, weight: QuantizedTensor, input_scale: Tensor | None, bias: Tensor | None
-    ) -> QuantizedLinear:
+    def _quantized_linear(self, linear: StoredLinear, bias: Tensor | None) -> QuantizedLinear:
+        weight, input_scale = self._decoded(linear)
+        weight = replace(
+            weight, qdata=weight.qdata.to(self._device), scale=weight.scale.to(self._device)
+        )
         return QuantizedLinear(
             weight,
-            self._computed[self.linears[name]],
-            input_scale,
+            linear.computed,
+            None if input_scale is None else input_scale.to(self._device),
             bias,
             self._dtype,
             self._use_kernels,
@@ -386,9 +427,9 @@ class QuantizedWeights:
 
 
 @functools.cache
-def _computes_as_linear(kind: type[nn.Linear]) -> bool:
-    """Whether a class's forward is Linear's, or gives the same on a small one (Falcon's writes it
-    out).
+def _computes_as_linear(kind: Any) -> bool:
+    """Whether the forward of a subclass of nn.Linear is Linear's, or gives the same on a small one
+    (Falcon's writes it out).
     """
     if kind.forward is nn.Linear.forward:
         return True
@@ -411,32 +452,38 @@ def _kv_scales(
     config: QuantizationConfig,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    on_disk: Mapping[str, str],
+    linears: Iterable[StoredLinear],
     device: str,
 ) -> dict[int, tuple[Tensor, Tensor]] | None:
-    """Scale of keys and of values by layer. on_disk: what modules are called in the checkpoint,
-    where that is known.
+    """Scale of keys and of values by layer. tensors: by their names in the checkpoint; linears:
+    tell what modules are called there.
     """
     if not config.kv_cache:
         return None
+    stored_names = {
+        linear.path.rpartition(".")[0]: linear.name.rpartition(".")[0]
+        for linear in linears
+        if linear.role is Role.LINEAR
+    }
+    attentions: dict[str, Any] = dict(model.named_modules())
     scales = {}
-    for name, module in model.named_modules():
-        stored = on_disk.get(name, name)
-        key = tensors.get(f"{stored}.k_scale")
-        if key is not None:
-            value = tensors.get(f"{stored}.v_scale")
-            if value is None or key.numel() != 1 or value.numel() != 1:
-                raise CheckpointError(
-                    f"{name} has no pair of per-tensor k_scale and v_scale; export it again"
-                )
-            scales[module.layer_idx] = (key.to(device), value.to(device))
-    attentions = {
+    for name, module in attentions.items():
+        stored = stored_names.get(name, name)
+        key, value = (tensors.get(f"{stored}.{which}_scale") for which in ("k", "v"))
+        if key is None:
+            continue
+        if value is None or key.numel() != 1 or value.numel() != 1:
+            raise CheckpointError(
+                f"{name} has no pair of per-tensor k_scale and v_scale; export it again"
+            )
+        scales[module.layer_idx] = (key.to(device), value.to(device))
+    needed = {
         module.layer_idx
-        for module in model.modules()
+        for module in attentions.values()
         if isinstance(getattr(module, "layer_idx", None), int)
         and any(isinstance(child, (nn.Linear, QuantizedLinear)) for child in module.children())
     }
-    if attentions - set(scales):
+    if needed - set(scales):
         raise CheckpointError(
             "the checkpoint has a kv_cache_scheme but layers without k_scale and v_scale: a server"
             " would use the scale 1; export it again with --kv-cache fp8"

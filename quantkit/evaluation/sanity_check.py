@@ -1,8 +1,8 @@
-"""What `quantize` says of its own result: is this still the model? A few thousand tokens through
-base and result, and a bound that only a ruined one exceeds.
+"""The check that `quantize` ends with: is this still the model? A few thousand tokens run through
+base and result, and a bound that only a ruined result exceeds.
 
-It is no measure of quality: `eval` on text of your own is. Where the bound is exceeded it says
-which layers did it, and whether by their weights or by their inputs.
+It does not measure quality: `eval` on text of your own does. Where the bound is exceeded, the check
+names the layers that caused it, and whether by their weights or by their inputs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from quantkit.checkpoint.units import counted
 from quantkit.data.bundled import BUNDLED_EVALUATION
 from quantkit.errors import NonFiniteError
 from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.json_values import to_json
+from quantkit.evaluation.metrics import KLD, PPL_DELTA, TOP1_AGREEMENT
 from quantkit.evaluation.preflight import EvaluationOptions
-from quantkit.evaluation.report import interval_text
+from quantkit.evaluation.result import Evaluation, LayerError, QuantResult
 
 # Beyond these a result is ruined. On SmolLM2-135M, which shows every mistake, the worst of the
 # sound recipes loses 5 % of perplexity at a mean KL of 0.038 (README), and static INT8, which its
@@ -27,18 +29,56 @@ from quantkit.evaluation.report import interval_text
 # asked too because perplexity may fall by chance where the model has become another one.
 MOST_PPL_DELTA_PCT = 10.0
 MOST_KLD = 0.15
-JUDGE_TOKENS = 4096
-JUDGE_LENGTH = 512  # tokens of a window: eight windows give an interval
+CHECK_TOKENS = 4096
+CHECK_LENGTH = 512  # tokens of a window: eight windows give an interval
 WORST_SHOWN = 3
+# What the JSON repeats of the candidate's own result.
+_REPEATED = (
+    "perplexity",
+    "ppl_delta_pct",
+    "kld",
+    "top1_agreement",
+    "activations_quantized",
+    "kv_cache_quantized",
+)
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """result: of `evaluate`, or None where the quantized model gives no finite numbers. problem:
-    why it is ruined, or "".
+class LayerDamage:
+    """One of the layers whose outputs changed most; fields as of LayerError.
+
+    blame: "inputs" where their rounding is the larger error, else "weights".
     """
 
-    result: dict[str, Any] | None
+    name: str
+    output_sqnr_db: float | None
+    weight_sqnr_db: float
+    input_sqnr_db: float | None
+    blame: str
+
+    @classmethod
+    def of(cls, layer: LayerError) -> LayerDamage:
+        inputs = layer.input_sqnr_db
+        blame = "inputs" if inputs is not None and inputs < layer.weight_sqnr_db else "weights"
+        return cls(layer.name, layer.output_sqnr_db, layer.weight_sqnr_db, inputs, blame)
+
+    def sentence(self) -> str:
+        decibels = self.weight_sqnr_db if self.blame == "weights" else self.input_sqnr_db
+        return (
+            f"{self.name} (output {self.output_sqnr_db:.1f} dB, by its {self.blame}:"
+            f" {decibels:.1f} dB)"
+        )
+
+
+@dataclass(frozen=True)
+class SanityCheck:
+    """The outcome of the check.
+
+    evaluation: of base and result, or None where the result gives no finite numbers.
+    problem: why the result is ruined, or "".
+    """
+
+    evaluation: Evaluation | None
     problem: str
 
     @property
@@ -46,65 +86,57 @@ class Judgement:
         return not self.problem
 
     def to_json(self) -> dict[str, Any]:
-        described: dict[str, Any] = {
+        content: dict[str, Any] = {
             "sane": self.is_sane,
             "problem": self.problem,
             "bounds": {"ppl_delta_pct": MOST_PPL_DELTA_PCT, "kld_mean": MOST_KLD},
         }
-        if self.result is not None:
-            quant = self.result["quants"][0]
-            described |= {
-                "tokens_scored": self.result["tokens_scored"],
-                "data": self.result["data"],
-                "protocol": self.result["protocol"],
+        if self.evaluation is None:
+            return content
+        (quant,) = self.evaluation.quants
+        of_quant = to_json(quant)
+        return (
+            content
+            | {
+                "tokens_scored": self.evaluation.tokens_scored,
+                "data": to_json(self.evaluation.data),
+                "protocol": to_json(self.evaluation.protocol),
             }
-            described |= {
-                key: quant[key]
-                for key in (
-                    "perplexity",
-                    "ppl_delta_pct",
-                    "kld",
-                    "top1_agreement",
-                    "activations_quantized",
-                    "kv_cache_quantized",
-                )
-            }
-            described["worst_layers"] = [damage(layer) for layer in worst_outputs(quant["layers"])]
-        return described
+            | {key: of_quant[key] for key in _REPEATED}
+            | {"worst_layers": to_json(worst_outputs(quant.layers))}
+        )
 
     def sentence(self) -> str:
         """What was measured, in a line."""
-        if self.result is None:
+        if self.evaluation is None:
             return self.problem
-        quant = self.result["quants"][0]
-        kld = quant["kld"]
-        bounds = (
-            "" if kld["mean_low"] is None else f" [{kld['mean_low']:.4f}, {kld['mean_high']:.4f}]"
-        )
+        (quant,) = self.evaluation.quants
+        kld = quant.metrics[KLD]
+        bounds = "" if kld.mean_low is None else f" [{kld.mean_low:.4f}, {kld.mean_high:.4f}]"
         return (
-            f"perplexity {interval_text(quant['ppl_delta_pct'])}, KL {kld['mean']:.4f}{bounds},"
-            f" same top-1 {100 * quant['top1_agreement']:.1f} % on {self.result['tokens_scored']}"
-            f" tokens of {_sources(self.result)}"
+            f"perplexity {quant.metrics[PPL_DELTA].text()}, KL {kld.mean:.4f}{bounds}, same top-1"
+            f" {100 * quant.metrics[TOP1_AGREEMENT]:.1f} % on {self.evaluation.tokens_scored}"
+            f" tokens of {_sources(self.evaluation)}"
         )
 
 
-def judge(
+def check_sanity(
     base: Path,
     quantized: Path,
     data: Sequence[str] = (),
-    tokens: int = JUDGE_TOKENS,
+    tokens: int = CHECK_TOKENS,
     hardware: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     on_progress: Callable[[str, float, float], None] = lambda name, done, total: None,
-) -> Judgement:
+) -> SanityCheck:
     """data: sources, or none for a bundled text that no calibration has seen. Raises what
-    `evaluate` raises where the two can't be judged.
+    `evaluate` raises where the two can't be compared.
     """
-    positions = Checkpoint.open(base).config
-    positions = (positions.get("text_config") or positions).get("max_position_embeddings")
+    config = Checkpoint.open(base).config
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
     length = min(
-        JUDGE_LENGTH, positions if isinstance(positions, int) else JUDGE_LENGTH, max(2, tokens)
+        CHECK_LENGTH, positions if isinstance(positions, int) else CHECK_LENGTH, max(2, tokens)
     )
     options = EvaluationOptions(
         base,
@@ -117,75 +149,55 @@ def judge(
         trust_remote_code=trust_remote_code,
     )
     try:
-        result = evaluate(options, on_progress)
+        evaluation = evaluate(options, on_progress)
     except NonFiniteError as error:
         if error.path != str(quantized):
             raise
-        return Judgement(None, f"{error}")
-    return Judgement(result, _problem(result))
+        return SanityCheck(None, f"{error}")
+    return SanityCheck(evaluation, _problem(evaluation.quants[0]))
 
 
-def _problem(result: dict[str, Any]) -> str:
-    quant = result["quants"][0]
-    delta, kld = quant["ppl_delta_pct"], quant["kld"]
+def _problem(quant: QuantResult) -> str:
+    delta, kld = quant.metrics[PPL_DELTA], quant.metrics[KLD]
     # The whole interval must lie beyond: too little text is no reason to refuse.
-    least_delta, least_kld = (
-        value if low is None else low
-        for value, low in ((delta["value"], delta["low"]), (kld["mean"], kld["mean_low"]))
-    )
+    least_delta = delta.value if delta.low is None else delta.low
+    least_kld = kld.mean if kld.mean_low is None else kld.mean_low
     exceeded = []
     if least_delta > MOST_PPL_DELTA_PCT:
         exceeded.append(
-            f"perplexity is {interval_text(delta)}, and +{MOST_PPL_DELTA_PCT:g} % is more than a"
-            " sound result loses"
+            f"perplexity is {delta.text()}, and +{MOST_PPL_DELTA_PCT:g} % is more than a sound"
+            " result loses"
         )
     if least_kld > MOST_KLD:
         exceeded.append(
-            f"the mean KL is {kld['mean']:.3f}, and {MOST_KLD:g} is more than a sound result has"
+            f"the mean KL is {kld.mean:.3f}, and {MOST_KLD:g} is more than a sound result has"
         )
     return "; ".join([*exceeded, _where(quant), _remedy(quant)]) if exceeded else ""
 
 
-def worst_outputs(
-    layers: Sequence[dict[str, Any]], shown: int = WORST_SHOWN
-) -> list[dict[str, Any]]:
+def worst_outputs(layers: Sequence[LayerError], shown: int = WORST_SHOWN) -> list[LayerDamage]:
     """The layers whose outputs are furthest from what the base's weight and unquantized inputs
     give.
     """
-    return sorted(
-        (layer for layer in layers if layer.get("output_sqnr_db") is not None),
-        key=lambda layer: layer["output_sqnr_db"],
-    )[:shown]
+    known = [(layer.output_sqnr_db, layer) for layer in layers if layer.output_sqnr_db is not None]
+    worst = sorted(known, key=lambda each: each[0])[:shown]
+    return [LayerDamage.of(layer) for _, layer in worst]
 
 
-def damage(layer: dict[str, Any]) -> dict[str, Any]:
-    """blame: "inputs" where their rounding is the larger error, else "weights"."""
-    inputs = layer.get("input_sqnr_db")
-    blame = "inputs" if inputs is not None and inputs < layer["weight_sqnr_db"] else "weights"
-    return {
-        key: layer.get(key) for key in ("name", "output_sqnr_db", "weight_sqnr_db", "input_sqnr_db")
-    } | {"blame": blame}
-
-
-def _where(quant: dict[str, Any]) -> str:
-    worst = [damage(layer) for layer in worst_outputs(quant["layers"])]
+def _where(quant: QuantResult) -> str:
+    worst = worst_outputs(quant.layers)
     if not worst:
         return (
             "no layer can be compared with the base's, because algorithms changed them or none is"
             " quantized"
         )
-    named = ", ".join(
-        f"{layer['name']} (output {layer['output_sqnr_db']:.1f} dB, by its {layer['blame']}:"
-        f" {layer['weight_sqnr_db' if layer['blame'] == 'weights' else 'input_sqnr_db']:.1f} dB)"
-        for layer in worst
-    )
-    return f"the damage is worst in {named}"
+    return f"the damage is worst in {', '.join(layer.sentence() for layer in worst)}"
 
 
-def _remedy(quant: dict[str, Any]) -> str:
-    worst = [damage(layer) for layer in worst_outputs(quant["layers"])]
-    by_inputs = sum(layer["blame"] == "inputs" for layer in worst) * 2 > len(worst)
-    if by_inputs and "static" in quant["scheme"]:
+def _remedy(quant: QuantResult) -> str:
+    worst = worst_outputs(quant.layers)
+    by_inputs = sum(layer.blame == "inputs" for layer in worst) * 2 > len(worst)
+    if by_inputs and "static" in quant.scheme:
         return "a dynamic scheme measures inputs anew for each token"
     if by_inputs:
         return (
@@ -194,8 +206,8 @@ def _remedy(quant: dict[str, Any]) -> str:
     return "leave these layers with --ignore, or let gptq choose their codes"
 
 
-def _sources(result: dict[str, Any]) -> str:
-    names = result["data"]["sources"]
-    if names == [str(BUNDLED_EVALUATION)]:
+def _sources(evaluation: Evaluation) -> str:
+    names = evaluation.data.sources
+    if names == (str(BUNDLED_EVALUATION),):
         return "the bundled text"
     return Path(names[0]).name if len(names) == 1 else counted(len(names), "text")

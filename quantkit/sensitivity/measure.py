@@ -146,7 +146,7 @@ class VariantScorer:
             on_progress=lambda done, total: self.on_progress(name, done, total),
         )
         try:
-            head = OutputHead(blocks.model, True)
+            head = OutputHead.of(blocks.model, True)
             return self._score(walk, head, states, windows, len(variants))
         finally:
             states.close()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.checkpoint.units import counted, format_bytes
-from quantkit.evaluation.report import interval_text
+from quantkit.evaluation.intervals import Interval
 from quantkit.sensitivity.choices import RECIPE
 from quantkit.sensitivity.options import KEEP
 
@@ -113,7 +113,7 @@ def _given(choice: str) -> str:
 def _line_row(what: str, given: str, point: Mapping[str, Any]) -> tuple[str, ...]:
     measured = point.get("measured")
     metrics = (
-        (_kld(measured, 5), interval_text(measured["ppl_delta_pct"]))
+        (_kld(measured, 5), Interval(**measured["ppl_delta_pct"]).text())
         if isinstance(measured, dict)
         else ("", "")
     )

@@ -702,7 +702,7 @@ def test_eval_warns_of_the_same_file_whatever_the_windows_were(llama, text, tmp_
         )
         assert (
             result.exit_code == 0
-            and (f"was calibrated on {source}; judge it" in result.stderr) == is_known
+            and (f"was calibrated on {source}; evaluate it" in result.stderr) == is_known
         ), result.stderr
     manifest = tmp_path / "q" / "quantkit.json"
     for broken in (5, {"source_sha256": [[]], "token_pieces": ""}, {"source_sha256": 1}):

@@ -168,7 +168,7 @@ def test_exports_are_sound_and_judged(tiny):
         assert verify(output, tiny.model).faults == []
     result = evaluate(
         EvaluationOptions(tiny.model, tuple(outputs), (str(tiny.text),), 24, 240, cache=False)
-    )
+    ).to_json()
     for quant, scheme in zip(result["quants"], tiny.schemes()):
         assert 0 < quant["kld"]["mean"] < 0.05
         assert quant["activations_quantized"] == (scheme != "int8-weight-only")

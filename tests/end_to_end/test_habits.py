@@ -48,7 +48,7 @@ def go_the_whole_way(
     assert verify(place / "out", model).faults == []
     result = evaluate(
         EvaluationOptions(model, (place / "out",), (str(text),), 32, 160, cache=False)
-    )
+    ).to_json()
     assert 0 < result["quants"][0]["kld"]["mean"] < 0.5
     return result
 
@@ -111,9 +111,9 @@ def test_a_body_without_a_prefix_has_the_same_perplexity_as_with_one(tmp_path, t
     )
     assert (
         result["base"]["perplexity"]
-        == evaluate(EvaluationOptions(with_prefix, (), (str(text),), 32, 160, cache=False))["base"][
-            "perplexity"
-        ]
+        == evaluate(
+            EvaluationOptions(with_prefix, (), (str(text),), 32, 160, cache=False)
+        ).base.perplexity
     )
 
 
@@ -234,7 +234,7 @@ def test_code_in_a_checkpoint_runs_only_with_the_flag(tmp_path, text):
             model, (tmp_path / "out",), data, 16, 64, cache=False, trust_remote_code=True
         )
     )
-    assert result["quants"][0]["linears_quantized"] == 14
+    assert result.quants[0].linears_quantized == 14
 
 
 def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path):

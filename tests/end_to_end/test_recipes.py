@@ -39,7 +39,7 @@ def test_commands_of_the_ci_example_parse_and_its_gates_too():
     import shlex
 
     from quantkit.cli.main import main
-    from quantkit.evaluation.gates import Gate
+    from quantkit.evaluation.gates import Gate, gate_units
 
     workflow = yaml.safe_load((CONFIGS[0].parent / "ci" / "quality-gate.yml").read_text())
     commands = [
@@ -52,5 +52,5 @@ def test_commands_of_the_ci_example_parse_and_its_gates_too():
         for _, name, *arguments in commands
     }
     assert set(parsed) == {"quantize", "eval"} and parsed["eval"]["strict"]
-    assert {Gate.parse(gate).metric for gate in parsed["eval"]["gates"]} == set(Gate.METRICS)
+    assert {Gate.parse(gate).metric for gate in parsed["eval"]["gates"]} == set(gate_units())
     assert (CONFIGS[0].parent.parent / workflow["env"]["RECIPE"]) in CONFIGS

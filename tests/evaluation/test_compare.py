@@ -6,11 +6,12 @@ import pytest
 
 from quantkit.errors import EvaluationError, NotComparableError
 from quantkit.evaluation.compare import compare
+from quantkit.evaluation.metrics import PPL_DELTA
 
 
 @pytest.fixture
-def judged(run, llama, text, export_to, tmp_path):
-    """judged("int8-dynamic") → the file of `eval -o` for that scheme."""
+def stored(run, llama, text, export_to, tmp_path):
+    """stored("int8-dynamic") → the file of `eval -o` for that scheme."""
 
     def make(
         scheme: str,
@@ -52,8 +53,8 @@ def change(path, edit):
     return path
 
 
-def test_two_results_compare_as_if_judged_together(judged, run, run_json):
-    first, second = judged("int8-dynamic"), judged("fp8-dynamic")
+def test_two_results_compare_as_if_evaluated_together(stored, run, run_json):
+    first, second = stored("int8-dynamic"), stored("fp8-dynamic")
     a, b = (json.loads(path.read_text())["quants"][0] for path in (first, second))
     comparison = run_json("compare", first, second)
     (pair,) = comparison["pairs"]
@@ -85,8 +86,8 @@ def test_two_results_compare_as_if_judged_together(judged, run, run_json):
     )
 
 
-def test_several_quants_are_compared_each_with_each(judged, run_json):
-    first, second = judged("int8-dynamic"), judged("fp8-dynamic")
+def test_several_quants_are_compared_each_with_each(stored, run_json):
+    first, second = stored("int8-dynamic"), stored("fp8-dynamic")
     both = json.loads(first.read_text())
     both["quants"] += json.loads(second.read_text())["quants"]
     second.write_text(json.dumps(both))
@@ -101,10 +102,10 @@ def test_several_quants_are_compared_each_with_each(judged, run_json):
         (("--max-tokens", 320), 32, "different tokens"),
     ],
 )
-def test_other_protocols_or_tokens_are_not_comparable(options, length, what, judged, run):
+def test_other_protocols_or_tokens_are_not_comparable(options, length, what, stored, run):
     first, second = (
-        judged("int8-dynamic"),
-        judged("int8-dynamic", *options, length=length, name="other"),
+        stored("int8-dynamic"),
+        stored("int8-dynamic", *options, length=length, name="other"),
     )
     refused = run("compare", first, second)
     assert (
@@ -114,24 +115,20 @@ def test_other_protocols_or_tokens_are_not_comparable(options, length, what, jud
     )
 
 
-def test_another_base_is_not_comparable(judged, tmp_path):
+def test_another_base_is_not_comparable(stored, tmp_path):
     from conftest import make_llama
 
     first, second = (
-        judged("int8-dynamic"),
-        judged("int8-dynamic", base=make_llama(tmp_path / "base", seed=9), name="other"),
+        stored("int8-dynamic"),
+        stored("int8-dynamic", base=make_llama(tmp_path / "base", seed=9), name="other"),
     )
     with pytest.raises(NotComparableError, match="different bases"):
         compare(first, second)
 
 
-def test_another_place_of_the_same_base_is_comparable(judged, copy, llama):
-    assert (
-        compare(judged("int8-dynamic"), judged("int8-dynamic", base=copy(llama), name="other"))[
-            "pairs"
-        ][0]["ppl_delta_pct"]["value"]
-        == 0
-    )
+def test_another_place_of_the_same_base_is_comparable(stored, copy, llama):
+    first, second = (stored("int8-dynamic"), stored("int8-dynamic", base=copy(llama), name="other"))
+    assert compare(first, second).pairs[0].deltas[PPL_DELTA].value == 0
 
 
 @pytest.mark.parametrize(
@@ -146,9 +143,9 @@ def test_another_place_of_the_same_base_is_comparable(judged, copy, llama):
         (lambda result: result.pop("schema_version"), "no result"),
     ],
 )
-def test_a_file_that_is_no_whole_result_is_refused(edit, what, judged):
+def test_a_file_that_is_no_whole_result_is_refused(edit, what, stored):
     with pytest.raises(EvaluationError, match=what):
-        compare(change(judged("int8-dynamic"), edit), judged("int8-dynamic", name="other"))
+        compare(change(stored("int8-dynamic"), edit), stored("int8-dynamic", name="other"))
 
 
 def test_what_is_no_json_is_refused(tmp_path, run):
@@ -158,9 +155,9 @@ def test_what_is_no_json_is_refused(tmp_path, run):
     assert refused.exit_code == 1 and "there is no file" in refused.stderr
 
 
-def test_window_sums_are_those_of_the_figures(judged):
-    quant = json.loads(judged("int8-dynamic").read_text())["quants"][0]
-    result = json.loads(judged("int8-dynamic").read_text())
+def test_window_sums_are_those_of_the_figures(stored):
+    quant = json.loads(stored("int8-dynamic").read_text())["quants"][0]
+    result = json.loads(stored("int8-dynamic").read_text())
     assert np.sum(quant["window_kld"]) / result["tokens_scored"] == pytest.approx(
         quant["kld"]["mean"]
     )

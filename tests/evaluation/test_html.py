@@ -8,13 +8,14 @@ from xml.etree import ElementTree
 import pytest
 
 from quantkit.evaluation.html import GROUPS, evaluation_html
+from quantkit.evaluation.result import Evaluation
 
 
 @pytest.fixture
 def result(run, llama, text, export_to, tmp_path):
     """result(schemes …) → what `eval --noise-floor` finds of them."""
 
-    def judge(*schemes: str, options=("--noise-floor", "--gate", "size_ratio<=0.9")) -> dict:
+    def make(*schemes: str, options=("--noise-floor", "--gate", "size_ratio<=0.9")) -> Evaluation:
         outs = [export_to(scheme) for scheme in schemes]
         assert (
             run(
@@ -34,9 +35,9 @@ def result(run, llama, text, export_to, tmp_path):
             ).exit_code
             == 0
         )
-        return json.loads((tmp_path / "r.json").read_text())
+        return Evaluation.from_json(json.loads((tmp_path / "r.json").read_text()))
 
-    return judge
+    return make
 
 
 def drawings(page: str) -> dict[str, ElementTree.Element]:
@@ -67,8 +68,8 @@ def test_the_page_needs_no_network_and_no_script(result):
 
 
 def test_the_same_result_gives_the_same_page(result):
-    judged = result("int8-dynamic")
-    assert evaluation_html(judged) == evaluation_html(judged)
+    found = result("int8-dynamic")
+    assert evaluation_html(found) == evaluation_html(found)
 
 
 def test_a_base_alone_has_a_page_without_plots(result):

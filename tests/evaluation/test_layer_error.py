@@ -1,6 +1,7 @@
 """What eval says of single layers: true on weights made for it, and a damaged layer comes first."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,17 +10,17 @@ from safetensors.torch import load_file, save_file
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.layer_error import worst_first
 from quantkit.evaluation.preflight import EvaluationOptions
+from quantkit.evaluation.result import ChannelSqnr, LayerError
 
 
 @pytest.fixture
 def layers(llama, text):
-    def judge(quant, base=llama):
-        rows = evaluate(EvaluationOptions(base, (quant,), (str(text),), 64, 640))["quants"][0][
-            "layers"
-        ]
-        return {row["name"]: row for row in rows}
+    def errors(quant, base=llama):
+        """The layers of eval's JSON, by name, worst first."""
+        result = evaluate(EvaluationOptions(base, (quant,), (str(text),), 64, 640)).to_json()
+        return {row["name"]: row for row in result["quants"][0]["layers"]}
 
-    return judge
+    return errors
 
 
 def damage(checkpoint, **factors: float):
@@ -110,24 +111,27 @@ def test_weights_of_a_fp8_block_base_are_compared_dequantized(export_to, layers,
     assert len(rows) == 14 and all(row["weight_sqnr_db"] > 35 for row in rows.values())
 
 
-def test_ranking_measures_each_figure_by_its_own_spread():
-    rows = [
-        {
-            "name": str(number),
-            "weight_sqnr_db": 40.0 + 0.1 * number,
-            "output_sqnr_db": 20.0 + 2 * number,
-        }
-        for number in range(10)
-    ]
-    assert worst_first(rows)[0]["name"] == "0"
-    rows[6]["weight_sqnr_db"] = 34.0  # 16 dB above the worst output, and still what is wrong here
-    assert worst_first(rows)[0]["name"] == "6"
-    rows[8] |= {"output_sqnr_db": -40.0, "weight_sqnr_db": math.inf}
-    assert [row["name"] for row in worst_first(rows)[:2]] == ["8", "6"]
-    assert (
-        worst_first([]) == []
-        and worst_first([{"name": "a", "weight_sqnr_db": math.inf}])[0]["name"] == "a"
+def error(name: str, weight: float, output: float | None = None) -> LayerError:
+    channels = ChannelSqnr(weight, weight)
+    return LayerError(
+        name=name,
+        weight_sqnr_db=weight,
+        weight_channel_sqnr_db=channels,
+        weight_clipped=0.0,
+        weight_underflowed=0.0,
+        output_sqnr_db=output,
     )
+
+
+def test_ranking_measures_weight_and_output_each_by_its_own_spread():
+    rows = [error(str(number), 40.0 + 0.1 * number, 20.0 + 2 * number) for number in range(10)]
+    assert worst_first(rows)[0].name == "0"
+    # 16 dB above the worst output, and still what is wrong here
+    rows[6] = replace(rows[6], weight_sqnr_db=34.0)
+    assert worst_first(rows)[0].name == "6"
+    rows[8] = replace(rows[8], output_sqnr_db=-40.0, weight_sqnr_db=math.inf)
+    assert [row.name for row in worst_first(rows)[:2]] == ["8", "6"]
+    assert worst_first([]) == [] and worst_first([error("a", math.inf)])[0].name == "a"
 
 
 def test_a_model_that_is_not_quantized_has_no_layers(llama, layers):
@@ -153,7 +157,7 @@ def test_output_figures_are_those_of_the_layer_alone(export_to, llama, text):
     probe = LayerProbe(served, Checkpoint.open(llama), list(windows))
     with torch.inference_mode():
         make_final_states(served, windows, 64, watch=probe.watch).close()
-        row = next(row for row in probe.finish() if row["name"] == name)
+        row = next(row for row in probe.finish() if row.name == name)
         base, codes = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
         places = torch.linspace(0, 63, 32).long()
         tokens = torch.tensor(
@@ -174,6 +178,6 @@ def test_output_figures_are_those_of_the_layer_alone(export_to, llama, text):
             * codes[f"{name}.weight_scale"].float()
         )
         noise = expected - (norm.float() @ values.T).bfloat16().float()
-    assert row["output_sqnr_db"] == pytest.approx(
+    assert row.output_sqnr_db == pytest.approx(
         float(10 * torch.log10(expected.square().sum() / noise.square().sum())), abs=0.05
     )

@@ -6,8 +6,8 @@ import torch
 from tiny_models import SIZES, make_model
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation import logits as heads
-from quantkit.evaluation.logits import OutputHead, TokenFigures, score
+from quantkit.evaluation.logits import OutputHead, score_pair
+from quantkit.evaluation.token_scores import PairedScores
 
 
 class Logits:
@@ -17,17 +17,17 @@ class Logits:
         self._logits = logits
         self.parts = [slice(start, start + size) for start in range(0, logits.shape[1], size)]
 
-    def logits(self, hidden: torch.Tensor, part: slice | None) -> torch.Tensor:
-        return (self._logits if part is None else self._logits[:, part]).clone()
+    def logits_of(self, hidden: torch.Tensor):
+        return lambda part: (self._logits if part is None else self._logits[:, part]).clone()
 
     def packed(self, _: torch.Tensor) -> None:
         return None
 
 
-def figures(
+def scores(
     base: torch.Tensor, quant: torch.Tensor, targets: torch.Tensor, size: int = 7
-) -> TokenFigures:
-    return score(Logits(base, size), base, targets, Logits(quant, size), quant)
+) -> PairedScores:
+    return score_pair(Logits(base, size), base, targets, Logits(quant, size), quant)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def logits():
 @pytest.mark.parametrize("size", [1, 7, 13, 40, 64])
 def test_any_parts_give_the_figures_of_float64(logits, size):
     base, quant, targets = logits
-    found = figures(base, quant, targets, size)
+    found = scores(base, quant, targets, size)
     ours, theirs = (values.double().log_softmax(-1) for values in (base, quant))
     np.testing.assert_allclose(
         found.nll, -ours.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-6
@@ -58,12 +58,12 @@ def test_any_parts_give_the_figures_of_float64(logits, size):
     assert (found.hit == (base.argmax(-1) == targets).numpy()).all() and (
         found.quant_hit == (quant.argmax(-1) == targets).numpy()
     ).all()
-    assert found.nonfinite() == 0
+    assert found.nonfinite == 0
 
 
 def test_a_model_against_itself_has_no_divergence_at_all(logits):
     base, _, targets = logits
-    found = figures(base, base.clone(), targets)
+    found = scores(base, base.clone(), targets)
     assert (found.kld == 0).all() and (found.nll == found.quant_nll).all() and found.same_top1.all()
 
 
@@ -72,8 +72,8 @@ def test_ties_at_the_top_go_to_the_lower_index():
     base[0, [4, 9, 17]] = 3.0
     quant = base.clone()
     quant[1, 19] = 1e-3
-    assert figures(base, quant, torch.tensor([4, 0])).hit.tolist() == [True, True]
-    assert figures(base, quant, torch.tensor([4, 0])).same_top1.tolist() == [True, False]
+    assert scores(base, quant, torch.tensor([4, 0])).hit.tolist() == [True, True]
+    assert scores(base, quant, torch.tensor([4, 0])).same_top1.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 80.0])
@@ -81,7 +81,7 @@ def test_sums_neither_overflow_nor_vanish(scale):
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(8, 100, generator=generator) * scale + 1000
     quant = base.flip(0)
-    found, targets = figures(base, quant, torch.arange(8)), torch.arange(8)
+    found, targets = scores(base, quant, torch.arange(8)), torch.arange(8)
     ours, theirs = (values.double().log_softmax(-1) for values in (base, quant))
     np.testing.assert_allclose(
         found.kld, (ours.exp() * (ours - theirs)).sum(-1), rtol=1e-4, atol=1e-6
@@ -95,7 +95,7 @@ def test_sums_neither_overflow_nor_vanish(scale):
 def test_what_is_not_finite_is_counted(logits, value):
     base, quant, targets = logits
     quant[3, 5] = quant[7, 39] = value
-    assert figures(base, quant, targets).nonfinite() == 2
+    assert scores(base, quant, targets).nonfinite == 2
 
 
 class GivenBody(torch.nn.Module):
@@ -125,7 +125,7 @@ class GivenBody(torch.nn.Module):
     ],
 )
 @pytest.mark.parametrize("use_kernel", [True, False])
-def test_parts_are_those_of_the_models_own_logits(kind, changes, use_kernel, tmp_path, monkeypatch):
+def test_parts_are_those_of_the_models_own_logits(kind, changes, use_kernel, tmp_path):
     """Also where the model scales or caps its logits."""
     model = make_model(tmp_path, kind, torch.float32, **changes)
     hidden = torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
@@ -133,19 +133,18 @@ def test_parts_are_those_of_the_models_own_logits(kind, changes, use_kernel, tmp
     setattr(model, model.base_model_prefix, GivenBody(hidden))
     expected = model(input_ids=torch.zeros(1, 5, dtype=torch.long)).logits[0]
     setattr(model, model.base_model_prefix, body)
-    monkeypatch.setattr(heads, "VOCABULARY_PER_CHUNK", 64)
-    head = OutputHead(model, use_kernel)
+    head = OutputHead.of(model, use_kernel, part_size=64)
     assert len(head.parts) == 4 and head.parts[-1].start == 192
     torch.testing.assert_close(
-        torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1),
+        torch.cat([head.logits_of(hidden)(part) for part in head.parts], dim=-1),
         expected,
         rtol=1e-5,
         atol=1e-5,
     )
-    torch.testing.assert_close(head.logits(hidden, None), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.logits_of(hidden)(None), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_transform_before_the_head_may_change_the_width(tmp_path, monkeypatch):
+def test_a_transform_before_the_head_may_change_the_width(tmp_path):
     """RemBERT's."""
     model = make_model(
         tmp_path,
@@ -157,11 +156,10 @@ def test_a_transform_before_the_head_may_change_the_width(tmp_path, monkeypatch)
     )
     hidden = torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
     expected = model.cls(hidden)
-    monkeypatch.setattr(heads, "VOCABULARY_PER_CHUNK", 64)
-    head = OutputHead(model, False)
+    head = OutputHead.of(model, False, part_size=64)
     assert len(head.parts) == 4
     torch.testing.assert_close(
-        torch.cat([head.logits(hidden, part) for part in head.parts], dim=-1),
+        torch.cat([head.logits_of(hidden)(part) for part in head.parts], dim=-1),
         expected,
         rtol=1e-5,
         atol=1e-5,
@@ -179,11 +177,11 @@ def test_logits_of_more_than_hidden_states_are_refused(tmp_path, monkeypatch):
     with pytest.raises(
         EvaluationError,
         match=(
-            "LlamaForCausalLM can't be judged: its logits come from more than the last hidden"
+            "LlamaForCausalLM can't be evaluated: its logits come from more than the last hidden"
             " states"
         ),
     ):
-        OutputHead(model, False)
+        OutputHead.of(model, False, part_size=64)
 
 
 @pytest.mark.parametrize("use_kernel", [True, False])
@@ -193,9 +191,9 @@ def test_hidden_states_that_bfloat16_does_not_hold_are_not_rounded(use_kernel, t
         model.lm_head.weight.detach().double(),
         torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1)),
     )
-    head = OutputHead(model, use_kernel)
+    head = OutputHead.of(model, use_kernel, part_size=64)
     for states in (hidden, hidden.bfloat16()):
-        logits = torch.cat([head.logits(states, part) for part in head.parts], dim=-1)
+        logits = torch.cat([head.logits_of(states)(part) for part in head.parts], dim=-1)
         torch.testing.assert_close(
             logits.double(), states.double() @ weight.T, rtol=1e-5, atol=1e-5
         )
@@ -212,9 +210,8 @@ def test_a_head_that_looks_at_the_whole_vocabulary_comes_as_a_whole(tmp_path, mo
         return output
 
     monkeypatch.setattr(type(model), "forward", normalized)
-    monkeypatch.setattr(heads, "VOCABULARY_PER_CHUNK", 64)
-    head = OutputHead(model, False)
-    assert head.parts == [None]
+    head = OutputHead.of(model, False, part_size=64)
+    assert list(head.parts) == [None]
     torch.testing.assert_close(
-        head.logits(hidden, None), (hidden @ weight.T).log_softmax(-1), rtol=1e-5, atol=1e-5
+        head.logits_of(hidden)(None), (hidden @ weight.T).log_softmax(-1), rtol=1e-5, atol=1e-5
     )

@@ -32,7 +32,7 @@ def test_pseudo_perplexity_is_that_of_transformers(kind, tmp_path, text):
             with torch.inference_mode():
                 logits = whole(torch.tensor([inputs])).logits[0, place + 1]
             losses.append(-float(logits.log_softmax(-1)[token]))
-    result = evaluate(EvaluationOptions(model, (), (str(text),), 12, 36))
+    result = evaluate(EvaluationOptions(model, (), (str(text),), 12, 36)).to_json()
     assert result["tokens_scored"] == len(losses) == 36 and result["protocol"]["name"] == "masked"
     assert result["base"]["perplexity"] == pytest.approx(
         math.exp(sum(losses) / len(losses)), rel=1e-5
@@ -57,5 +57,7 @@ def test_a_tokenizer_without_a_mask_is_refused(tmp_path, text):
 
 
 def test_a_decoder_is_judged_as_ever(tmp_path, text):
-    result = evaluate(EvaluationOptions(make_llama(tmp_path / "llama"), (), (str(text),), 12, 36))
+    result = evaluate(
+        EvaluationOptions(make_llama(tmp_path / "llama"), (), (str(text),), 12, 36)
+    ).to_json()
     assert result["protocol"]["name"] == "gptq" and result["tokens_scored"] == 33

@@ -43,7 +43,7 @@ def perplexity(llama, data, protocol, **options) -> dict:
         EvaluationOptions(
             llama, (), (str(data),), LENGTH, protocol=protocol, cache=False, **options
         )
-    )["base"]
+    ).to_json()["base"]
 
 
 def test_gptq_is_that_of_gptq(whole, llama, text):

@@ -56,14 +56,14 @@ def test_experts_quantize_their_inputs_too(tmp_path, export_to, text):
     """
     model = make_mixtral(tmp_path / "mixtral")
     out = export_to("fp8-dynamic", model)
-    result = evaluate(EvaluationOptions(model, (out, model), (str(text),), 32, 320))
+    result = evaluate(EvaluationOptions(model, (out, model), (str(text),), 32, 320)).to_json()
     quant, itself = result["quants"]
     assert quant["linears_quantized"] == 4 + 3 * 4 and quant["weights_only_linears"] == []
     assert quant["activations_quantized"] is True and len(quant["layers"]) == 16
     assert itself["kld"]["max"] == 0
     (weights_only,) = evaluate(
         EvaluationOptions(model, (out,), (str(text),), 32, 320, hardware="ampere")
-    )["quants"]
+    ).to_json()["quants"]
     assert (
         0 < weights_only["kld"]["mean"] < quant["kld"]["mean"]
         and weights_only["activations_quantized"] is False
@@ -144,7 +144,7 @@ def test_base_with_experts_is_the_eager_forward(tmp_path, text):
             losses.append(
                 torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
             )
-    base = evaluate(EvaluationOptions(model, (), (str(text),), 32, 320))["base"]
+    base = evaluate(EvaluationOptions(model, (), (str(text),), 32, 320)).to_json()["base"]
     assert base["perplexity"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-6)
 
 
@@ -249,12 +249,13 @@ def test_experts_that_are_given_all_tokens_are_quantized_and_judged_as_others_ar
             statistics[f"{place}.{expert}.up_proj"].amax / 127, rel=0.01
         )
         assert torch.equal(scale, stored[f"{place}.{expert}.gate_proj.input_scale"])
-    for quant in evaluate(EvaluationOptions(model, tuple(outs), (str(text),), 32, 320))["quants"]:
+    result = evaluate(EvaluationOptions(model, tuple(outs), (str(text),), 32, 320)).to_json()
+    for quant in result["quants"]:
         assert quant["linears_quantized"] == 4 + 3 + 3 * 4 and quant["weights_only_linears"] == []
         assert quant["activations_quantized"] is True and 0 < quant["kld"]["mean"] < 0.05
     (weights_only,) = evaluate(
         EvaluationOptions(model, (outs[0],), (str(text),), 32, 320, hardware="ampere")
-    )["quants"]
+    ).to_json()["quants"]
     assert weights_only["activations_quantized"] is False
 
 

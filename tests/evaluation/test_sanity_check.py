@@ -1,4 +1,4 @@
-"""`quantize` judges its result: sane ones pass, ruined ones exit with 3 and are kept."""
+"""`quantize` checks its result: sane ones pass, ruined ones exit with 3 and are kept."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
 
-from quantkit.evaluation.sanity_check import MOST_KLD, MOST_PPL_DELTA_PCT, judge
+from quantkit.evaluation.sanity_check import MOST_KLD, MOST_PPL_DELTA_PCT, check_sanity
 
 
 def make_sharp(directory, outliers: float = 1.0):
@@ -35,18 +35,18 @@ def make_sharp(directory, outliers: float = 1.0):
 
 @pytest.fixture(scope="module")
 def ruined_model(tmp_path_factory):
-    return make_sharp(tmp_path_factory.mktemp("judged") / "outliers", 2.0**12)
+    return make_sharp(tmp_path_factory.mktemp("checked") / "outliers", 2.0**12)
 
 
 @pytest.fixture(scope="module")
 def sane_model(tmp_path_factory):
-    return make_sharp(tmp_path_factory.mktemp("judged") / "plain")
+    return make_sharp(tmp_path_factory.mktemp("checked") / "plain")
 
 
 SMALL = ("--num-samples", 4, "--seq-len", 64, "--judge-tokens", 2048)
 
 
-def test_a_sane_result_is_judged_and_exits_with_0(run, sane_model, tmp_path):
+def test_a_sane_result_is_checked_and_exits_with_0(run, sane_model, tmp_path):
     done = run(
         "quantize", sane_model, "-o", tmp_path / "out", "--scheme", "int8-dynamic", *SMALL, "--json"
     )
@@ -112,7 +112,7 @@ def test_it_can_be_left_out(run, ruined_model, text, tmp_path):
     assert done.exit_code == 0 and json.loads(done.stdout)["judgement"] is None
 
 
-def test_data_that_no_calibration_reads_is_judged_on(run, run_json, llama, text, tmp_path):
+def test_data_that_no_calibration_reads_is_checked_on(run, run_json, llama, text, tmp_path):
     printed = run_json(
         "quantize",
         llama,
@@ -138,7 +138,7 @@ def test_what_cannot_be_run_is_said_and_not_called_sane(run, llama, copy, tmp_pa
         (model / name).unlink(missing_ok=True)
     done = run("quantize", model, "-o", tmp_path / "o", "--scheme", "fp8-dynamic", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["judgement"]["sane"] is None
-    assert "is not judged" in done.stderr and "no tokenizer" in done.stderr
+    assert "is not checked" in done.stderr and "no tokenizer" in done.stderr
 
 
 def test_a_result_that_computes_nan_is_ruined(llama, export_to, text):
@@ -148,11 +148,11 @@ def test_a_result_that_computes_nan_is_ruined(llama, export_to, text):
     tensors["model.layers.1.mlp.down_proj.weight_scale"] *= 3e38
     tensors["model.layers.1.mlp.up_proj.weight_scale"] *= 3e38
     save_file(tensors, path, {"format": "pt"})
-    judgement = judge(llama, out, (str(text),), 256)
+    check = check_sanity(llama, out, (str(text),), 256)
     assert (
-        not judgement.is_sane
-        and "NaN or infinity" in judgement.problem
-        and judgement.to_json()["sane"] is False
+        not check.is_sane
+        and "NaN or infinity" in check.problem
+        and check.to_json()["sane"] is False
     )
 
 

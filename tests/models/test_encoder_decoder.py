@@ -69,7 +69,7 @@ def test_the_loss_of_the_target_is_that_of_transformers(kind, tmp_path, text):
                 decoder_input_ids=torch.cat([torch.ones_like(target[:, :1]), target[:, :-1]], 1),
             ).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits, target[0], reduction="none"))
-    result = evaluate(EvaluationOptions(tmp_path, (), (str(text),), 15, 45))
+    result = evaluate(EvaluationOptions(tmp_path, (), (str(text),), 15, 45)).to_json()
     assert result["protocol"]["name"] == "target" and result["tokens_scored"] == 21
     assert result["base"]["perplexity"] == pytest.approx(
         math.exp(torch.cat(losses).mean()), rel=1e-5

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.metrics import KLD
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
@@ -31,7 +32,7 @@ def kld(base: Path, quant: Path, text: Path) -> float:
     result = evaluate(
         EvaluationOptions(base, (quant,), (str(text),), seq_len=64, max_tokens=640, cache=False)
     )
-    return result["quants"][0]["kld"]["mean"]
+    return result.quants[0].metrics[KLD].mean
 
 
 def with_outliers(model: Path, down: bool = True) -> Path:

@@ -1,0 +1,135 @@
+"""Scores of all tokens from final hidden states: on each rank its own windows, a few positions at a
+time on each thread, then gathered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from quantkit.data.windows import Window
+from quantkit.errors import EvaluationError
+from quantkit.evaluation.final_states import FinalStates
+from quantkit.evaluation.logits import POSITIONS_PER_CHUNK, OutputHead, score, score_pair
+from quantkit.evaluation.token_scores import PairedScores, Scores, TokenScores, joined
+from quantkit.models.distributed import Ranks
+from quantkit.models.threads import each_batch
+
+Number = TypeVar("Number", int, float)
+# on_progress(model's name, steps done, steps in all)
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What scoring needs of a model.
+
+    head: its output head.
+    states: its final hidden states over this rank's windows.
+    """
+
+    head: OutputHead
+    states: FinalStates
+
+
+@dataclass(frozen=True)
+class Scored(Generic[Scores]):
+    """Scores of the windows of all ranks.
+
+    tokens: in the windows' order.
+    seconds: that the slowest rank needed.
+    """
+
+    tokens: Scores
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Where scoring runs.
+
+    ranks: that share the windows.
+    windows: of this rank, by number.
+    on_progress: told after each step.
+    step: positions at a time.
+    """
+
+    ranks: Ranks
+    windows: Mapping[int, Window]
+    on_progress: Progress = lambda name, done, total: None
+    step: int = POSITIONS_PER_CHUNK
+
+    def base(self, base: ModelOutput) -> Scored[TokenScores]:
+        return self._all(
+            lambda number, part, targets: score(
+                base.head, self._hidden(base, number, part), targets
+            )
+        )
+
+    def pair(self, base: ModelOutput, quant: ModelOutput) -> Scored[PairedScores]:
+        return self._all(
+            lambda number, part, targets: score_pair(
+                base.head,
+                self._hidden(base, number, part),
+                targets,
+                quant.head,
+                self._hidden(quant, number, part),
+            )
+        )
+
+    def _hidden(self, model: ModelOutput, number: int, part: slice) -> Tensor:
+        return model.states.scored(number)[part].to(self.ranks.device)
+
+    def _all(self, score_part: Callable[[int, slice, Tensor], Scores]) -> Scored[Scores]:
+        """score_part: the scores of a window's positions, from its number, the positions, and
+        the tokens that came next, [positions].
+        """
+        started, device = time.perf_counter(), torch.device(self.ranks.device)
+        pieces = [
+            (number, slice(start, start + self.step))
+            for number, window in self.windows.items()
+            for start in range(0, window.scored, self.step)
+        ]
+
+        def work(index: int) -> Scores:
+            number, part = pieces[index]
+            window = self.windows[number]
+            targets = torch.tensor(window.tokens[window.first_scored :][part], device=device)
+            return _finite(lambda: score_part(number, part, targets), number)
+
+        by_window: dict[int, list[Scores]] = {}
+        found = each_batch(work, range(len(pieces)), device, torch.get_num_threads())
+        for done, ((number, _), scores) in enumerate(zip(pieces, found), 1):
+            by_window.setdefault(number, []).append(scores)
+            self.on_progress("logits", done, len(pieces))
+        shares = self.ranks.all_gather(
+            {number: joined(parts) for number, parts in by_window.items()}
+        )
+        merged = {number: scores for share in shares for number, scores in share.items()}
+        tokens = joined([merged[number] for number in sorted(merged)])
+        return Scored(tokens, self.largest(time.perf_counter() - started))
+
+    def largest(self, value: Number) -> Number:
+        """Of all ranks' values."""
+        return max(self.ranks.all_gather(value))
+
+
+def _finite(work: Callable[[], Scores], number: int) -> Scores:
+    """work(), refused where a score of this window is not finite."""
+    # Probabilities below 1e-38 count nothing, and arithmetic with them is a hundred times as slow.
+    torch.set_flush_denormal(True)
+    try:
+        scores = work()
+    finally:
+        torch.set_flush_denormal(False)
+    if scores.nonfinite:
+        raise EvaluationError(
+            f"the logits of window {number + 1} are not finite, first after the output head;"
+            " `quantkit verify` tells whether the files are sound"
+        )
+    return scores
