@@ -96,7 +96,11 @@ def run_variants(
         after_block(number)
         if saved is not None:
             saved.stop_or_save(
-                number, blocks.block_count, states, beside=lambda: run.encoded_states(walk)
+                number,
+                blocks.block_count,
+                states,
+                numbering.of_streams(streams.members[number + 1]),
+                lambda: run.encoded_states(walk),
             )
 
     try:
