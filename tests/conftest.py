@@ -42,6 +42,36 @@ WORDS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a fixture of their file form a group, which `--dist loadgroup` runs on one
+    worker: one group for each parameter of the fixture, so that models can run side by side. Slow
+    groups come first, so that no worker is left with one alone at the end.
+    """
+    groups = {item: _group(item) for item in items}
+    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: groups[item] not in slow)
+    for item, name in groups.items():
+        if name != item.nodeid:
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
+def _group(item: pytest.Item) -> str:
+    """The file and the parameters of the fixtures that its tests share; of a test without any, its
+    own name.
+    """
+    file = item.nodeid.partition("::")[0]
+    shared = [
+        name
+        for name, (*_, definition) in item._fixtureinfo.name2fixturedefs.items()
+        if definition.baseid == file and definition.scope != "function"
+    ]
+    if not shared:
+        return item.nodeid
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    return ":".join([file, *(str(values[name]) for name in sorted(shared) if name in values)])
+
+
 def make_text(words: int, seed: int = 0) -> str:
     """Sentences of a small vocabulary, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)

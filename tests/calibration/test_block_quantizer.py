@@ -54,7 +54,7 @@ def test_smoothing_restores_a_model_whose_channels_were_rescaled(
 
 def test_gptq_and_smoothing_lose_less_than_rounding(llama, text, options, export_to):
     plain = kld(llama, export_to("int8-dynamic"), text)
-    assert kld(llama, quantized(options), text) < plain
+    assert kld(llama, quantized(options), text) < 0.9 * plain
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,18 @@ def test_codes_survive_export_bit_for_bit(scheme, options):
     for name, info in calibration.weights.items():
         if name.endswith("_scale") or f"{name}_scale" not in calibration.weights:
             continue
-        if name in exported.tensors:  # INT8 alone is stored packed
-            chosen = load_file(info.path)[name]
-            assert torch.equal(exported.read(name).view(torch.uint8), chosen.view(torch.uint8))
+        codes = load_file(info.path)[name]
+        if scheme == "int8-weight-only":  # is stored packed: four codes, each + 128, to a word
+            words = exported.read(name.replace(".weight", ".weight_packed"))
+            stored = (words.view(torch.uint8).int() - 128).to(torch.int8)
+        else:
+            stored = exported.read(name)
+        assert stored.dtype == codes.dtype
+        assert torch.equal(stored.view(torch.uint8), codes.view(torch.uint8))
         seen += 1
     assert seen == 14
     norm = "model.layers.0.input_layernorm.weight"
-    assert (
-        torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm])
-        if norm in calibration.weights
-        else True
-    )
+    assert torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm])
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-tensor", "fp8-block", "mxfp8"])

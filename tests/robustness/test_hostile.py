@@ -640,7 +640,8 @@ from quantkit.schemes.recipe import Recipe
 model, out, when = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 shard = model / "model.safetensors"
 content = shard.read_bytes()
-for left in (0, 5, 100, 5000, len(content) // 2, len(content) - 5000, len(content) - 4, len(content) - 1):
+end = len(content)
+for left in (0, 5, 100, 5000, end // 2, end - 5000, end - 4, end - 1):
     shard.write_bytes(content)
     opened = checkpoint.MappedShard.__init__
     def truncate_after(self, path):
@@ -655,7 +656,8 @@ for left in (0, 5, 100, 5000, len(content) // 2, len(content) - 5000, len(conten
         export(plan)
         print(f"exported a shard that was cut to {left} bytes")
     except CheckpointError as error:
-        print("refused" if "model.safetensors" in str(error) or "model.layers" in str(error) else error)
+        names_it = "model.safetensors" in str(error) or "model.layers" in str(error)
+        print("refused" if names_it else error)
     finally:
         checkpoint.MappedShard.__init__ = opened
     if out.exists():
