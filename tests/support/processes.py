@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# Modules that import torch, but neither transformers nor huggingface_hub: these read the environment
-# when they are imported.
+# Modules that import torch, but neither transformers nor huggingface_hub: these read the
+# environment when they are imported.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
