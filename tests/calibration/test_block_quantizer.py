@@ -38,6 +38,7 @@ def options(llama, text, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_smoothing_restores_a_model_whose_channels_were_rescaled(
     llama, text, tmp_path, options, copy, export_to
 ):
@@ -52,11 +53,13 @@ def test_smoothing_restores_a_model_whose_channels_were_rescaled(
     assert smoothed < 1.5 * unharmed_plain
 
 
+@pytest.mark.slow
 def test_gptq_and_smoothing_lose_less_than_rounding(llama, text, options, export_to):
     plain = kld(llama, export_to("int8-dynamic"), text)
     assert kld(llama, quantized(options), text) < 0.9 * plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -96,6 +99,7 @@ def test_codes_survive_export_bit_for_bit(scheme, options):
     assert torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-tensor", "fp8-block", "mxfp8"])
 def test_all_algorithms_work_together(scheme, text, tmp_path, options):
     model = make_llama(tmp_path / "biased", attention_bias=True)
@@ -166,6 +170,7 @@ def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch)
     assert (importance[::32] < 1e-3 * importance.median()).all() and importance.min() > 0
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
     class Killed(BaseException):
         pass
@@ -196,6 +201,7 @@ def test_weights_that_are_not_what_was_written_are_refused(options):
         Calibration.open(options.output)
 
 
+@pytest.mark.slow
 def test_threads_change_no_byte(options, tmp_path):
     calibrate(options)
     threads = torch.get_num_threads()

@@ -15,6 +15,8 @@ from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
 from quantkit.schemes.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 ALL = {
     "scheme": "int8-dynamic",
     "algorithms": [

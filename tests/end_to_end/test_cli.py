@@ -495,6 +495,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_output(run, llama, tmp_path, mo
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_calibration_keeps_the_work(run, text, tmp_path):
     model = make_llama(tmp_path / "deep", num_hidden_layers=12)
     command = [
@@ -531,6 +532,7 @@ def test_ctrl_c_in_calibration_keeps_the_work(run, text, tmp_path):
     assert ours == theirs and len(ours) == 13
 
 
+@pytest.mark.slow
 def test_bench_measures_each_kind_beside_its_rivals(run):
     if native.cpu_kernels() is None:
         refusal(run("bench", "--shape", "64x32"), "no compiled kernels")

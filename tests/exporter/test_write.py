@@ -348,6 +348,7 @@ def test_resume_of_a_finished_export_says_so_and_of_another_refuses(llama, expor
         export(plan_export(options))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_with_75_and_resume_completes(run, tmp_path):
     model = make_llama(tmp_path / "deep", num_hidden_layers=40)
     command = [

@@ -11,6 +11,8 @@ from faults import FORKING, FULL_DISKS, KILLS_AT_CALLS, RANDOM_KILLS, RESUMING, 
 from processes import DYING, command, contents, quantkit, ranks, torchrun
 from tiny_models import TARGET, make_model
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 4
 
 CALIBRATING = (

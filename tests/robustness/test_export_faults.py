@@ -12,9 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from faults import FORKING, FULL_DISKS, RESUMING, drive
 from safetensors.torch import save_file
+
+pytestmark = pytest.mark.slow
 
 LAYERS, WIDTH = 30, 192
 

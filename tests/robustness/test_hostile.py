@@ -251,6 +251,7 @@ def test_other_tensors_without_values_are_exported_as_they_are(model, run, tmp_p
     assert without_output(tree(tmp_path)) == before
 
 
+@pytest.mark.slow
 def test_tensor_with_many_rows_and_no_values_takes_no_time(model, tmp_path):
     """2^62 rows of nothing are a valid tensor of zero bytes."""
     header, data = {}, b""
@@ -666,6 +667,7 @@ for left in (0, 5, 100, 5000, end // 2, end - 5000, end - 4, end - 1):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_shard_that_is_cut_short_before_or_after_it_is_mapped_is_refused(tmp_path, when):
     """In a process of its own: touching memory behind a file's end would end it with SIGBUS."""

@@ -51,12 +51,14 @@ def scoring(tmp_path, program: str) -> dict:
     return drive(tmp_path, SCORING + program, model, text)
 
 
+@pytest.mark.slow
 def test_random_kills_end_with_the_same_bytes(tmp_path):
     report = scoring(tmp_path, f"KILLS = 10{RANDOM_KILLS}")
     assert not report["wrong"], "\n".join(report["wrong"])
     assert report["faults"] >= 10, report
 
 
+@pytest.mark.slow
 def test_a_kill_before_calls_of_the_file_system_ends_with_the_same_bytes(tmp_path):
     # Some of the many that are alike, and each of the end.
     report = scoring(
@@ -68,6 +70,7 @@ def test_a_kill_before_calls_of_the_file_system_ends_with_the_same_bytes(tmp_pat
     assert report["faults"] >= 20, report
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_loses_no_score(tmp_path):
     """While scores are kept in RESULT.json.partial, and before the first and the last byte of
     RESULT.json: an error of one line, and --resume ends with the same bytes.
@@ -212,6 +215,7 @@ def test_resume_needs_its_output(run, llama, text, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(llama, text, whole, tmp_path):
     """To the last bit: a window's scores are made by one process, and sums over windows in their
     order.
@@ -222,6 +226,7 @@ def test_two_processes_find_what_one_does(llama, text, whole, tmp_path):
     assert two.stdout.count("the worst sets given something else") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_what_one_left(llama, text, whole, stopped):
     two = ranks(*command(llama, text, stopped, "--resume"))
     assert two.returncode == 0, two.stderr
@@ -231,6 +236,7 @@ def test_two_processes_go_on_from_what_one_left(llama, text, whole, stopped):
     )
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once(llama, text, tmp_path):
     refused = ranks(*command(llama, text, tmp_path / "r.json", "--max-size", "1kB"))
     assert (
