@@ -299,6 +299,7 @@ def test_tensors_that_nobody_runs_are_refused(options, copy, llama):
 # ---- Stopped and resumed.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1], ids=["before the first block is done", "in the second"])
 def test_killed_run_resumes_to_the_same_bytes(at, options, tmp_path):
     class Killed(BaseException):

@@ -521,6 +521,7 @@ def test_hidden_states_in_files_give_the_same_figures(export_to, judge, monkeypa
     assert in_files["quants"][0]["window_kld"] == in_memory["quants"][0]["window_kld"]
 
 
+@pytest.mark.slow
 def test_torchrun_splits_the_windows_and_finds_the_same(llama, text, export_to, tmp_path):
     out = export_to("fp8-dynamic")
     torchrun = [

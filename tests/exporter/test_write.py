@@ -563,6 +563,7 @@ def test_export_without_kernels_writes_the_same_bytes(scheme, export_to, monkeyp
     ).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 700, 4096])
 def test_the_size_of_a_step_does_not_change_the_bytes(step, llama, export_to, monkeypatch):
     for scheme in ("fp8-block", "fp8-tensor", "int8-weight-only"):

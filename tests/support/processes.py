@@ -84,10 +84,9 @@ def _run_command(words: list[str], environment: dict[str, str], cwd: str, output
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    if "RANK" in environment:
-        import torch
+    import torch
 
-        torch.set_num_threads(1)  # as torchrun has it
+    torch.set_num_threads(1)  # as torchrun has it
     from quantkit.cli.main import main
 
     main(words)
