@@ -1,4 +1,4 @@
-# make demo, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
+# make demo, make check, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
 # No GPU or model hub is needed; a C++ compiler, where there is one, builds the CPU kernels, and nvcc the CUDA kernels.
 # make gpu is for a machine with a GPU: it runs from this tree with the torch that PYTHON has, and installs nothing.
 PYTHON ?= python3
@@ -32,7 +32,7 @@ types: $(VENV)/installed
 
 # tests/conftest.py makes the groups and their order.
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
-	--dist loadgroup --no-loadscope-reorder
+	--dist loadfile --no-loadscope-reorder
 
 quick-tests: $(VENV)/installed
 	$(PYTEST) -m "not slow"

@@ -50,32 +50,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a fixture of their file form a group, which `--dist loadgroup` runs on one
-    worker: one group for each parameter of the fixture, so that models can run side by side. Slow
-    groups come first, so that no worker is left with one alone at the end.
-    """
-    groups = {item: _group(item) for item in items}
-    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: groups[item] not in slow)
-    for item, name in groups.items():
-        if name != item.nodeid:
-            item.add_marker(pytest.mark.xdist_group(name))
+    """Groups with slow tests come first, so that no worker is left with one alone at the end."""
+    slow = {_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: _group(item.nodeid) not in slow)
 
 
-def _group(item: pytest.Item) -> str:
-    """The file and the parameters of the fixtures that its tests share; of a test without any, its
-    own name.
-    """
-    file = item.nodeid.partition("::")[0]
-    shared = [
-        name
-        for name, (*_, definition) in item._fixtureinfo.name2fixturedefs.items()
-        if definition.baseid == file and definition.scope != "function"
-    ]
-    if not shared:
-        return item.nodeid
-    values = item.callspec.params if hasattr(item, "callspec") else {}
-    return ":".join([file, *(str(values[name]) for name in sorted(shared) if name in values)])
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """`--dist loadfile` by groups: xdist 3.8's own loadgroup does nothing under pytest 9.2."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return LoadGroups(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """What one worker runs: a file, or of the file of all architectures, the tests of one model."""
+    file, _, test = nodeid.partition("::")
+    return file + test.partition("[")[2] if file.endswith("test_architectures.py") else file
 
 
 def make_text(words: int, seed: int = 0) -> str:
