@@ -228,6 +228,7 @@ def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, opt
             plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(other), options.output))
 
 
+@pytest.mark.slow
 def test_quantize_runs_a_recipe_with_algorithms_and_inspect_shows_what_was_done(
     llama, text, tmp_path, run, run_json
 ):
@@ -346,6 +347,7 @@ def test_a_norm_of_each_head_is_not_taken_for_one_of_the_whole_input(tmp_path, t
     assert "model.layers.0.linear_attn.out_proj" in {entry["name"] for entry in chosen["linears"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -671,6 +671,7 @@ def test_eval_warns_of_text_that_was_calibrated_on(llama, text, tmp_path, run, r
     assert quant["windows_calibrated_on"] == 0
 
 
+@pytest.mark.slow
 def test_eval_warns_of_the_same_file_whatever_the_windows_were(llama, text, tmp_path, run):
     """Windows of 16 tokens leave no piece of 32 to be known by, so the file itself is."""
     other = tmp_path / "other.txt"

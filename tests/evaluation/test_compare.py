@@ -93,6 +93,7 @@ def test_several_quants_are_compared_each_with_each(judged, run_json):
     assert len(run_json("compare", first, second)["pairs"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, length, what",
     [
@@ -134,6 +135,7 @@ def test_another_place_of_the_same_base_is_comparable(judged, copy, llama):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit, what",
     [

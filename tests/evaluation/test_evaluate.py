@@ -128,6 +128,7 @@ def test_codes_leave_memory_with_their_block(export_to):
     assert not any(reference() is not None for reference in codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_and_reference_agree(scheme, export_to, text, judge):
     """INT8 to the last bit of the hidden states; FP8 and weights alone within what the order of
@@ -366,6 +367,7 @@ def test_logits_that_overflow_name_the_window_and_the_head(llama, copy, judge):
         judge(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-dynamic", "fp8-weight-only"])
 def test_exported_file_gives_the_perplexity_of_the_model_in_memory(
     scheme, llama, text, export_to, judge
@@ -610,6 +612,7 @@ def test_deepseek_block_format_is_read(llama, copy, export_to, judge):
     assert first["perplexity"] == second["perplexity"]
 
 
+@pytest.mark.slow
 def test_interval_narrows_with_more_text(export_to, judge, tmp_path):
     out = export_to("int8-dynamic")
     long = tmp_path / "long.txt"
