@@ -1,17 +1,17 @@
-# make demo, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
+# make demo, make check, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
 # No GPU or model hub is needed; a C++ compiler, where there is one, builds the CPU kernels, and nvcc the CUDA kernels.
 # make gpu is for a machine with a GPU: it runs from this tree with the torch that PYTHON has, and installs nothing.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test wheel lint quality speed gpu clean help
+.PHONY: demo check lint types quick-tests test wheel quality speed gpu clean help
 
 help:
 	@echo "make demo     quantize and judge a real small model, in minutes"
-	@echo "make test     run the tests"
+	@echo "make check    what to run before each commit: lint, types and the quick tests, in 90 seconds"
+	@echo "make test     run all tests"
 	@echo "make wheel    one wheel for every Python and torch, with the compiled kernels, in dist/"
-	@echo "make lint     check the style"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
 	@echo "make gpu      check, measure and evaluate the CUDA kernels on this machine's GPU, in nine minutes, without a network"
 	@echo "make speed    measure export beside cp, calibrate and eval beside the forward, CPU kernels beside a copy (25 GB of disk)"
@@ -19,15 +19,30 @@ help:
 demo: $(VENV)/installed
 	$(VENV)/bin/quantkit demo --overwrite
 
+# The type checker takes one core while the tests start.
+check: $(VENV)/installed
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types quick-tests
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy
+
+# tests/conftest.py makes the groups and their order.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
+
+quick-tests: $(VENV)/installed
+	$(PYTEST) -m "not slow"
+
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
 
 wheel: $(VENV)/installed
 	$(PIP) wheel --no-deps --wheel-dir dist .
 	@ls dist/*.whl
-
-lint: $(VENV)/installed
-	$(VENV)/bin/ruff check .
 
 quality: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/quality.py --data $(DATA)

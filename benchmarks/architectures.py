@@ -36,8 +36,7 @@ from typing import Any
 
 import click
 import torch
-from export import RESULTS
-from quality import machine
+from export import RESULTS, machine
 from safetensors.torch import load_file, save_file
 from served import VLLM_START
 from torch import Tensor

@@ -23,7 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quality import CONFIGS, LENGTH, machine, make, opened_model
+from export import machine
+from quality import CONFIGS, LENGTH, make, opened_model
 
 from quantkit.checkpoint.files import write_json
 from quantkit.checkpoint.formats import (

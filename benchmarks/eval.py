@@ -22,8 +22,7 @@ from typing import Any
 
 import click
 from calibrate import make_tokenizer, printed
-from export import RESULTS, Run, make_model, measure
-from quality import machine
+from export import RESULTS, Run, machine, make_model, measure
 
 from quantkit.checkpoint.files import write_json
 from quantkit.cli.demo import smollm2

@@ -24,7 +24,9 @@ from pathlib import Path
 
 import click
 import torch
+import transformers
 
+from quantkit import __version__
 from quantkit.checkpoint.files import write_json
 from quantkit.checkpoint.shard_plan import TensorPlan, plan_shards, shard_names
 from quantkit.checkpoint.writer import write_tensors
@@ -143,6 +145,15 @@ def measure(command: list[str], output: Path | None = None) -> Run:
     if output is not None:
         shutil.rmtree(output)
     return Run(wall, cpu, peak, done.stderr)
+
+
+def machine() -> str:
+    """The processor and the versions that the figures depend on."""
+    return (
+        f"{processor()}, {torch.get_num_threads()} threads,"
+        f" {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, transformers"
+        f" {transformers.__version__}, quantkit {__version__}"
+    )
 
 
 def median(runs: list[Run]) -> Run:

@@ -29,14 +29,13 @@ from typing import Any
 import click
 import torch
 import transformers
-from export import measure
+from export import machine, measure
+from served import vllm_perplexity
 
-from quantkit import __version__
 from quantkit.checkpoint.files import finite
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.units import format_bytes
 from quantkit.checkpoint.writer import write_tensors
-from quantkit.cli.bench import processor
 from quantkit.cli.demo import smollm2
 from quantkit.data.protocols import evaluation_windows
 from quantkit.data.sources import read_source
@@ -59,15 +58,6 @@ OUTLIER = 64.0
 # end in.
 ALSO_WITHOUT_FP8 = ("fp8-dynamic", "fp8-dynamic-best")
 WITHOUT_FP8 = ", served by ampere or a CPU"
-
-
-def machine() -> str:
-    """The processor and the versions that the figures depend on."""
-    return (
-        f"{processor()}, {torch.get_num_threads()} threads,"
-        f" {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, transformers"
-        f" {transformers.__version__}, quantkit {__version__}"
-    )
 
 
 def with_outliers(model: Path, output: Path) -> Path:
@@ -197,8 +187,6 @@ class Server:
         self._windows.write_text(json.dumps([list(window.tokens) for window in cut]))
 
     def judge(self, checkpoint: Path) -> dict[str, Any]:
-        from served import vllm_perplexity
-
         if self._base is None:
             self._base = vllm_perplexity(self._python, self._model, self._windows)["perplexity"]
         try:

@@ -23,8 +23,7 @@ from typing import Any
 
 import click
 import torch
-from export import RESULTS
-from quality import machine
+from export import RESULTS, machine
 
 from quantkit.checkpoint.files import write_json
 from quantkit.checkpoint.formats import QuantizationLayout, decode_linear, stored_linears

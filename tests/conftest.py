@@ -42,6 +42,39 @@ WORDS = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores: torch's threads of two workers would wait for each other."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups with slow tests come first, so that no worker is left with one alone at the end."""
+    slow = {_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: _group(item.nodeid) not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """`--dist loadfile` by groups: xdist 3.8's own loadgroup does nothing under pytest 9.2."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return LoadGroups(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """What one worker runs: a file, or of the file of all architectures, the tests of one model."""
+    file, _, test = nodeid.partition("::")
+    return file + test.partition("[")[2] if file.endswith("test_architectures.py") else file
+
+
 def make_text(words: int, seed: int = 0) -> str:
     """Sentences of a small vocabulary, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)

@@ -42,6 +42,7 @@ def loss(inputs: torch.Tensor, weight: torch.Tensor, quantized: QuantizedTensor)
     return float((inputs @ (weight - quantized.dequantize()).T).square().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_better_than_gptq_alone_on_inputs_that_it_did_not_see(case, spec):
     weight, inputs, others = case
@@ -51,6 +52,7 @@ def test_better_than_gptq_alone_on_inputs_that_it_did_not_see(case, spec):
     assert torch.equal(refined.scale, without.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_no_pass_makes_it_worse(case, spec):
     weight, inputs, _ = case

@@ -61,6 +61,7 @@ def test_no_channel_changed_alone_would_have_less_noise(heavy):
             assert noise(rows, weights, changed) > least
 
 
+@pytest.mark.slow
 def test_wherever_it_begins_the_minimum_is_one(heavy):
     rows, weights = heavy
     begin = halfway(rows, weights)
@@ -71,6 +72,7 @@ def test_wherever_it_begins_the_minimum_is_one(heavy):
     assert one == pytest.approx(other, rel=0.01)
 
 
+@pytest.mark.slow
 def test_exact_error_on_rows_that_were_not_seen_falls_too(heavy):
     rows, weights = heavy
     seen, unseen = rows[:4000], rows[4000:]
@@ -85,6 +87,7 @@ def test_exact_error_on_rows_that_were_not_seen_falls_too(heavy):
     assert found.measure == "fitted" and found.error < 0.97 * before < found.plain_error
 
 
+@pytest.mark.slow
 def test_tokens_that_count_more_decide_more(heavy):
     rows, weights = heavy
     rows[:3000, :8] *= 50  # other outliers in one half than in the other

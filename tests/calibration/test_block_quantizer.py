@@ -38,6 +38,7 @@ def options(llama, text, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_smoothing_restores_a_model_whose_channels_were_rescaled(
     llama, text, tmp_path, options, copy, export_to
 ):
@@ -52,11 +53,13 @@ def test_smoothing_restores_a_model_whose_channels_were_rescaled(
     assert smoothed < 1.5 * unharmed_plain
 
 
+@pytest.mark.slow
 def test_gptq_and_smoothing_lose_less_than_rounding(llama, text, options, export_to):
     plain = kld(llama, export_to("int8-dynamic"), text)
-    assert kld(llama, quantized(options), text) < plain
+    assert kld(llama, quantized(options), text) < 0.9 * plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -82,19 +85,21 @@ def test_codes_survive_export_bit_for_bit(scheme, options):
     for name, info in calibration.weights.items():
         if name.endswith("_scale") or f"{name}_scale" not in calibration.weights:
             continue
-        if name in exported.tensors:  # INT8 alone is stored packed
-            chosen = load_file(info.path)[name]
-            assert torch.equal(exported.read(name).view(torch.uint8), chosen.view(torch.uint8))
+        codes = load_file(info.path)[name]
+        if scheme == "int8-weight-only":  # is stored packed: four codes, each + 128, to a word
+            words = exported.read(name.replace(".weight", ".weight_packed"))
+            stored = (words.view(torch.uint8).int() - 128).to(torch.int8)
+        else:
+            stored = exported.read(name)
+        assert stored.dtype == codes.dtype
+        assert torch.equal(stored.view(torch.uint8), codes.view(torch.uint8))
         seen += 1
     assert seen == 14
     norm = "model.layers.0.input_layernorm.weight"
-    assert (
-        torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm])
-        if norm in calibration.weights
-        else True
-    )
+    assert torch.equal(exported.read(norm), load_file(calibration.weights[norm].path)[norm])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-tensor", "fp8-block", "mxfp8"])
 def test_all_algorithms_work_together(scheme, text, tmp_path, options):
     model = make_llama(tmp_path / "biased", attention_bias=True)
@@ -164,6 +169,7 @@ def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch)
     assert (importance[::32] < 1e-3 * importance.median()).all() and importance.min() > 0
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
     class Killed(BaseException):
         pass
@@ -194,10 +200,12 @@ def test_weights_that_are_not_what_was_written_are_refused(options):
         Calibration.open(options.output)
 
 
+@pytest.mark.slow
 def test_threads_change_no_byte(options, tmp_path):
-    calibrate(options)
     threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(2)
+        calibrate(options)
         torch.set_num_threads(1)
         calibrate(replace(options, output=tmp_path / "one"))
     finally:
@@ -219,6 +227,7 @@ def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, opt
             plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(other), options.output))
 
 
+@pytest.mark.slow
 def test_quantize_runs_a_recipe_with_algorithms_and_inspect_shows_what_was_done(
     llama, text, tmp_path, run, run_json
 ):
@@ -337,6 +346,7 @@ def test_a_norm_of_each_head_is_not_taken_for_one_of_the_whole_input(tmp_path, t
     assert "model.layers.0.linear_attn.out_proj" in {entry["name"] for entry in chosen["linears"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

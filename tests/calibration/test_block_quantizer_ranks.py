@@ -3,19 +3,19 @@ sums are added up, and resumed to the same bytes.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from chosen_weights import kld
 from conftest import make_llama
-from processes import DYING, command, contents, torchrun
+from processes import DYING, command, contents, quantkit, ranks, torchrun
 from safetensors.torch import load_file
 
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
 from quantkit.schemes.recipe import Recipe
+
+pytestmark = pytest.mark.slow
 
 ALL = {
     "scheme": "int8-dynamic",
@@ -44,15 +44,7 @@ def test_two_processes_choose_what_one_does(model, recipe, text, tmp_path):
     """In the first set only rounding of sums differs: hardly a code does. Behind it inputs differ
     by such codes, so that more and more do: scales agree, and the loss must be the same.
     """
-    for name, launch in (
-        (
-            "one",
-            lambda *arguments: subprocess.run(
-                [sys.executable, *arguments], capture_output=True, text=True
-            ),
-        ),
-        ("two", torchrun),
-    ):
+    for name, launch in (("one", quantkit), ("two", ranks)):
         done = launch(*command(model, text, tmp_path / name, "--recipe", recipe))
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("gptq: codes of 14 Linears") == 1
@@ -97,9 +89,9 @@ def test_two_processes_choose_what_one_does(model, recipe, text, tmp_path):
 def test_processes_that_died_go_on_to_the_same_bytes(model, recipe, text, tmp_path):
     program = tmp_path / "dying.py"
     program.write_text(DYING)
-    whole = torchrun("-m", *command(model, text, tmp_path / "whole", "--recipe", recipe)[1:])
+    whole = ranks(*command(model, text, tmp_path / "whole", "--recipe", recipe))
     assert whole.returncode == 0, whole.stderr
-    arguments = command(model, text, tmp_path / "c", "--recipe", recipe)[2:]
+    arguments = command(model, text, tmp_path / "c", "--recipe", recipe)
     died = torchrun(str(program), *arguments, DIE="1")
     assert died.returncode != 0 and "down_proj holds NaN" in died.stderr
     again = torchrun(str(program), *arguments, "--resume")
@@ -114,7 +106,7 @@ def test_a_rotation_that_cannot_be_done_is_refused_once(text, recipe, tmp_path):
 
     make_model(tmp_path / "opt", "gpt_neox", vocab_size=384)
     make_tokenizer(tmp_path / "opt")
-    refused = torchrun(*command(tmp_path / "opt", text, tmp_path / "c", "--recipe", recipe))
+    refused = ranks(*command(tmp_path / "opt", text, tmp_path / "c", "--recipe", recipe))
     assert refused.returncode != 0 and refused.stderr.count("Error: rotation can't be done") == 1, (
         refused.stderr
     )
@@ -128,13 +120,7 @@ def test_a_process_without_windows_holds_the_same_weights(model, text, tmp_path)
     recipe = tmp_path / "fp8.yaml"
     recipe.write_text(json.dumps({"scheme": "fp8-dynamic", "algorithms": ["smoothquant", "gptq"]}))
     arguments = ("--recipe", recipe, "--num-samples", 1)
-    for name, launch in (
-        (
-            "one",
-            lambda *words: subprocess.run([sys.executable, *words], capture_output=True, text=True),
-        ),
-        ("two", torchrun),
-    ):
+    for name, launch in (("one", quantkit), ("two", ranks)):
         done = launch(*command(model, text, tmp_path / name, *arguments))
         assert done.returncode == 0, done.stderr
     for number in range(2):

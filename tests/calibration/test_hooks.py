@@ -316,6 +316,7 @@ def test_keys_and_values_are_measured_per_head_after_rotary_embedding(stored, ki
         assert len(set(heads[module.format(number), "k"].amax.tolist())) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in EXPERT_KINDS])
 def test_a_cache_that_observes_and_recorded_blocks_change_no_bit(stored, kind):
     directory, model = stored(kind)
@@ -399,6 +400,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
 @pytest.mark.parametrize("all_experts", [False, True])
 def test_each_experts_statistics_are_those_of_an_eager_forward(stored, kind, all_experts):
@@ -439,6 +441,7 @@ def test_experts_that_are_given_all_tokens_return_the_same_from_those_sent_to_th
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
 @pytest.mark.parametrize("all_experts", [False, True])
 def test_tokens_per_expert_are_the_routers_choice(stored, kind, all_experts):

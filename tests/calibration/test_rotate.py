@@ -121,6 +121,7 @@ def test_rotation_beats_rounding_where_channels_are_outliers():
 # ---- Whole models.
 
 
+@pytest.mark.slow
 def test_rotation_restores_a_model_whose_channels_were_rescaled(
     llama, text, options, copy, export_to
 ):
@@ -133,6 +134,7 @@ def test_rotation_restores_a_model_whose_channels_were_rescaled(
     assert rotated < 1.5 * unharmed_plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithms", [[], ["smoothquant", "gptq"]], ids=["alone", "with others"])
 def test_norms_that_add_one_and_tied_embeddings(tmp_path, text, options, algorithms):
     make_model(tmp_path / "gemma", "gemma", vocab_size=384)
@@ -180,6 +182,7 @@ def test_sizes_are_accounted_for(tmp_path, text, options, run, run_json):
     assert shown.exit_code == 0 and "rotated" in shown.stdout and "model.layers.1" in shown.stdout
 
 
+@pytest.mark.slow
 def test_transformers_loads_it_and_computes_the_same(tmp_path, options):
     """An ordinary checkpoint: with every Linear left in bfloat16, and rotated, the model is the old
     one up to rounding.
@@ -299,6 +302,7 @@ def test_tensors_that_nobody_runs_are_refused(options, copy, llama):
 # ---- Stopped and resumed.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1], ids=["before the first block is done", "in the second"])
 def test_killed_run_resumes_to_the_same_bytes(at, options, tmp_path):
     class Killed(BaseException):
@@ -324,6 +328,7 @@ def test_killed_run_resumes_to_the_same_bytes(at, options, tmp_path):
     assert contents[0] == contents[1] and "weights-outer.safetensors" in contents[0]
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_rotation(options, tmp_path):
     calibrate(options)
     calibrate(replace(options, output=tmp_path / "other", seed=1))

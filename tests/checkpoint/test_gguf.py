@@ -80,6 +80,7 @@ def write_gguf(model: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_gguf_file_goes_the_whole_way(tmp_path, text, run, run_json):
     model = make_llama(tmp_path / "model")
     file = write_gguf(model, tmp_path / "tiny.gguf")

@@ -1,12 +1,11 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import make_llama
 from hub_server import serve
+from processes import quantkit
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.hub import is_hub_id, resolve_model
@@ -36,7 +35,7 @@ def hub(sharded, tmp_path):
     counts.
     """
     with serve({"org/tiny": sharded}) as (server, address):
-        environment = os.environ | {
+        environment = {
             "HF_ENDPOINT": address,
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_OFFLINE": "0",
@@ -44,10 +43,7 @@ def hub(sharded, tmp_path):
         }
 
         def run(*arguments):
-            command = [sys.executable, "-m", "quantkit", *map(str, arguments)]
-            return subprocess.run(
-                command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
-            )
+            return quantkit(*arguments, cwd=tmp_path, **environment)
 
         run.server = server
         yield run

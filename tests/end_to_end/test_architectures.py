@@ -21,6 +21,7 @@ from architecture_kinds import (
     SERVED,
     TRANSFORMERS,
     of_kinds,
+    parameters,
 )
 from conftest import make_text, make_tokenizer, whole_model
 from safetensors.torch import load_file, save_file
@@ -95,7 +96,7 @@ class Tiny:
         return plan.options.output
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=parameters(KINDS))
 def tiny(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     vocabulary = make_tokenizer(place / "model", mask=request.param in MASKED)

@@ -14,6 +14,7 @@ from quantkit.schemes.scheme import SCHEMES
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_exports_a_sound_checkpoint(path, export_to, llama, calib, text, tmp_path):
     recipe = Recipe.load(path)

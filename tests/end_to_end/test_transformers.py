@@ -65,6 +65,7 @@ def float32_calibration(float32_model, _text_master):
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", [name for name in SCHEMES if name not in ("mxfp8", "int8-dynamic")]
 )

@@ -94,6 +94,7 @@ def test_several_quants_are_compared_each_with_each(stored, run_json):
     assert len(run_json("compare", first, second)["pairs"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, length, what",
     [
@@ -131,6 +132,7 @@ def test_another_place_of_the_same_base_is_comparable(stored, copy, llama):
     assert compare(first, second).pairs[0].deltas[PPL_DELTA].value == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit, what",
     [

@@ -151,6 +151,7 @@ def all_hidden(states: FinalStates) -> torch.Tensor:
     return torch.cat([states.scored(number) for number in states.windows]).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_and_reference_agree(scheme, export_to, text, evaluated):
     """INT8 to the last bit of the hidden states; FP8 and weights alone within what the order of
@@ -408,6 +409,7 @@ def test_logits_that_overflow_name_the_window_and_the_head(llama, copy, evaluate
         evaluated(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-dynamic", "fp8-weight-only"])
 def test_exported_file_gives_the_perplexity_of_the_model_in_memory(
     scheme, llama, text, export_to, evaluated
@@ -566,6 +568,7 @@ def test_hidden_states_in_files_give_the_same_figures(export_to, evaluated, monk
     assert in_files["quants"][0]["window_kld"] == in_memory["quants"][0]["window_kld"]
 
 
+@pytest.mark.slow
 def test_torchrun_splits_the_windows_and_finds_the_same(llama, text, export_to, tmp_path):
     out = export_to("fp8-dynamic")
     torchrun = [
@@ -654,6 +657,7 @@ def test_deepseek_block_format_is_read(llama, copy, export_to, evaluated):
     assert first["perplexity"] == second["perplexity"]
 
 
+@pytest.mark.slow
 def test_interval_narrows_with_more_text(export_to, evaluated, tmp_path):
     out = export_to("int8-dynamic")
     long = tmp_path / "long.txt"

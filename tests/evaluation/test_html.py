@@ -47,6 +47,7 @@ def drawings(page: str) -> dict[str, ElementTree.Element]:
     }
 
 
+@pytest.mark.slow
 def test_every_plot_of_two_candidates(result):
     page = evaluation_html(result("int8-dynamic", "fp8-dynamic"))
     assert list(drawings(page)) == ["windows", "running", "kld", "size", "layers0", "layers1"]
@@ -67,6 +68,7 @@ def test_the_page_needs_no_network_and_no_script(result):
     assert 'name="viewport"' in page and len(page) < 300_000
 
 
+@pytest.mark.slow
 def test_the_same_result_gives_the_same_page(result):
     found = result("int8-dynamic")
     assert evaluation_html(found) == evaluation_html(found)

@@ -19,6 +19,7 @@ from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_pseudo_perplexity_is_that_of_transformers(kind, tmp_path, text):
     model = tmp_path / kind

@@ -103,6 +103,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TARGET)
 @pytest.mark.parametrize("memory", [None, 0])
 def test_a_killed_calibration_goes_on_behind_its_last_block(

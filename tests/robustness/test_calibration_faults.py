@@ -4,14 +4,14 @@ or whole, and --resume ends with the bytes of an undisturbed run.
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import make_llama, make_text, make_tokenizer
 from faults import FORKING, FULL_DISKS, KILLS_AT_CALLS, RANDOM_KILLS, RESUMING, drive
-from processes import DYING, command, contents, torchrun
+from processes import DYING, command, contents, quantkit, ranks, torchrun
 from tiny_models import TARGET, make_model
+
+pytestmark = pytest.mark.slow
 
 LAYERS = 4
 
@@ -31,15 +31,21 @@ model, text, recipe, place = Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(s
 def work(out, seconds_between_saves=0.0, resume=False, memory=None):
     saved_states.SECONDS_BETWEEN_SAVES = seconds_between_saves
     torch.set_num_threads(2)
-    arguments = [model, "-o", out, "--data", text, "--num-samples", 6, "--seq-len", 32, "--batch-size", 1, "--device", "cpu", "-q"]
-    arguments += [*(["--recipe", recipe] if recipe else []), *(["--resume"] if resume else []), *(["--memory", memory] if memory else [])]
+    arguments = [model, "-o", out, "--data", text, "--num-samples", 6, "--seq-len", 32]
+    arguments += ["--batch-size", 1, "--device", "cpu", "-q"]
+    arguments += ["--recipe", recipe] if recipe else []
+    arguments += ["--resume"] if resume else []
+    arguments += ["--memory", memory] if memory else []
     main(["calibrate", *map(str, arguments)])
 """
     + RESUMING
     + """
 
 def options():
-    return {"seconds_between_saves": random.choice([0.0, 1000.0]), "memory": random.choice([None, "1kB"])}
+    return {
+        "seconds_between_saves": random.choice([0.0, 1000.0]),
+        "memory": random.choice([None, "1kB"]),
+    }
 """
 )
 
@@ -101,14 +107,9 @@ def test_two_processes_measure_what_one_does(llama, text, tmp_path):
     import torch
     from safetensors.torch import load_file
 
-    one = subprocess.run(
-        [sys.executable, *command(llama, text, tmp_path / "one")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    one = quantkit(*command(llama, text, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
-    two = torchrun(*command(llama, text, tmp_path / "two"))
+    two = ranks(*command(llama, text, tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     assert two.stderr.count("statistics of 8 inputs") == 1  # only the first one speaks
     assert (tmp_path / "two" / "calibration.json").exists()
@@ -130,7 +131,7 @@ def test_two_processes_measure_what_one_does(llama, text, tmp_path):
 def test_a_rank_that_dies_ends_the_job_with_its_reason_and_resume_continues(llama, text, tmp_path):
     program = tmp_path / "dying.py"
     program.write_text(DYING)
-    arguments = command(llama, text, tmp_path / "c")[2:]
+    arguments = command(llama, text, tmp_path / "c")
     died = torchrun(str(program), *arguments, DIE="1")
     assert died.returncode != 0 and "down_proj holds NaN" in died.stderr
     assert not (tmp_path / "c").exists()
@@ -141,12 +142,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_reason_and_resume_continues(llam
     assert again.returncode == 0, again.stderr
     # a thread of gloo's that frees a tensor while Python ends would abort the process
     assert again.stderr.count("gloo is gone") == 2, again.stderr
-    whole = subprocess.run(
-        [sys.executable, *command(llama, text, tmp_path / "w")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    whole = quantkit(*command(llama, text, tmp_path / "w"))
     assert whole.returncode == 0, whole.stderr
     ours, theirs = contents(tmp_path / "c"), contents(tmp_path / "w")
     assert (

@@ -12,9 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from faults import FORKING, FULL_DISKS, RESUMING, drive
 from safetensors.torch import save_file
+
+pytestmark = pytest.mark.slow
 
 LAYERS, WIDTH = 30, 192
 
@@ -55,7 +58,8 @@ FP8, INT8 = Recipe(QuantScheme.parse("fp8-dynamic")), Recipe(QuantScheme.parse("
 
 
 def attempt(out, number=0, recipe=FP8, **options):
-    return attempt_of(lambda: export(plan_export(ExportOptions(model, out, recipe, max_shard_bytes=80_000, **options))), number)
+    chosen = ExportOptions(model, out, recipe, max_shard_bytes=80_000, **options)
+    return attempt_of(lambda: export(plan_export(chosen)), number)
 
 
 def found(out, **wholes):
@@ -63,8 +67,14 @@ def found(out, **wholes):
     if not out.exists():
         return "absent"
     there = tree(out)
-    odd = {name: sorted(file for file in there.keys() | whole.keys() if there.get(file) != whole.get(file))[:3] for name, whole in wholes.items()}
-    return next((name for name in wholes if not odd[name]), f"in part; from these it differs in {odd}")
+    odd = {
+        name: sorted(
+            file for file in there.keys() | whole.keys() if there.get(file) != whole.get(file)
+        )[:3]
+        for name, whole in wholes.items()
+    }
+    equal = [name for name in wholes if not odd[name]]
+    return equal[0] if equal else f"in part; from these it differs in {odd}"
 
 
 def clean():
@@ -80,9 +90,11 @@ whole = place / "whole"
 assert ended(attempt(whole)) == 0
 expected, duration = tree(whole), float((place / "seconds").read_text())
 random.seed(7)
-out, report = place / "out", {"attempts": 50, "killed": 0, "resumed and killed": 0, "runs": 0, "wrong": [], "files": len(expected)}
+out = place / "out"
+report = {"killed": 0, "resumed and killed": 0, "wrong": []}
 for number in range(50):
-    # Spread over the time that a run takes, which is learnt anew from each that is not hit: other work may slow this machine down, or cease.
+    # Spread over the time that a run takes, which is learnt anew from each that is not hit: other
+    # work may slow this machine down, or cease.
     wait = duration * random.random()
     child, left = attempt(out), random.choice([0, 0, 1, 3])
     time.sleep(wait)
@@ -92,7 +104,6 @@ for number in range(50):
     if code == 0:
         duration = (duration + float((place / "seconds").read_text())) / 2
     for again in range(9):
-        report["runs"] += 1
         state = found(out, whole=expected)
         if state not in ("absent", "whole"):
             report["wrong"].append(f"kill {number}: OUT is there {state}")
@@ -109,8 +120,9 @@ for number in range(50):
             report["wrong"].append(f"kill {number}: --resume refuses: {said()}")
             break
     if code == 0 and found(out, whole=expected) != "whole":
-        report["wrong"].append(f"kill {number}: the resumed run ended with OUT {found(out, whole=expected)}")
-    rest = sorted(path.name for path in place.iterdir() if path.name.startswith("out") and path != out)
+        state = found(out, whole=expected)
+        report["wrong"].append(f"kill {number}: the resumed run ended with OUT {state}")
+    rest = sorted(path.name for path in place.glob("out*") if path != out)
     if code == 0 and rest:
         report["wrong"].append(f"kill {number}: {rest} are left")
     clean()
@@ -133,16 +145,18 @@ out, report = place / "out", {"calls": calls, "killed": 0, "wrong": []}
 for number in [*range(1, 12), *range(12, calls - 12, 30), *range(calls - 12, calls + 1)]:
     code = ended(attempt(out, number))
     report["killed"] += code == -9
-    if found(out, whole=expected) not in ("absent", "whole"):
-        report["wrong"].append(f"call {number} of {calls}: OUT is there {found(out, whole=expected)}")
+    note, state = f"call {number} of {calls}", found(out, whole=expected)
+    if state not in ("absent", "whole"):
+        report["wrong"].append(f"{note}: OUT is there {state}")
     code = ended(attempt(out, resume=True))
+    state = found(out, whole=expected)
     if code:
-        report["wrong"].append(f"call {number} of {calls}: --resume refuses: {said()}")
-    elif found(out, whole=expected) != "whole":
-        report["wrong"].append(f"call {number} of {calls}: the resumed run ended with OUT {found(out, whole=expected)}")
-    rest = sorted(path.name for path in place.iterdir() if path.name.startswith("out") and path != out)
+        report["wrong"].append(f"{note}: --resume refuses: {said()}")
+    elif state != "whole":
+        report["wrong"].append(f"{note}: the resumed run ended with OUT {state}")
+    rest = sorted(path.name for path in place.glob("out*") if path != out)
     if not code and rest:
-        report["wrong"].append(f"call {number} of {calls}: {rest} are left")
+        report["wrong"].append(f"{note}: {rest} are left")
     clean()
 print(json.dumps(report))
 """
@@ -164,22 +178,24 @@ assert ended(attempt(out, overwrite=True)) == 0
 calls, report = int((place / "calls").read_text()), {"killed": 0, "wrong": []}
 clean()
 swap = calls - len(olds)  # about there; after it the old files are removed one by one
-for number in [*range(1, 8), *range(8, swap - 12, 60), *range(swap - 12, swap + 6), *range(swap + 6, calls, 15), calls]:
+near = range(swap - 12, swap + 6)
+for number in [*range(1, 8), *range(8, near[0], 60), *near, *range(swap + 6, calls, 15), calls]:
     shutil.copytree(old, out)
     code = ended(attempt(out, number, overwrite=True))
     report["killed"] += code == -9
-    state = found(out, old=olds, new=news)
+    note, state = f"call {number} of {calls}", found(out, old=olds, new=news)
     if state not in ("old", "new"):
-        report["wrong"].append(f"call {number} of {calls}: OUT is {state}")
+        report["wrong"].append(f"{note}: OUT is {state}")
     code = ended(attempt(out, resume=True, overwrite=True))
     if code:
-        report["wrong"].append(f"call {number} of {calls}: --resume --overwrite refuses: {said()}")
+        report["wrong"].append(f"{note}: --resume --overwrite refuses: {said()}")
         code = ended(attempt(out, overwrite=True))
-    if code or found(out, new=news) != "new":
-        report["wrong"].append(f"call {number} of {calls}: the next run ends with {code}, OUT is {found(out, old=olds, new=news)}")
-    rest = sorted(path.name for path in place.iterdir() if path.name.startswith("out") and path != out)
+    state = found(out, old=olds, new=news)
+    if code or state != "new":
+        report["wrong"].append(f"{note}: the next run ends with {code}, OUT is {state}")
+    rest = sorted(path.name for path in place.glob("out*") if path != out)
     if not code and rest:
-        report["wrong"].append(f"call {number} of {calls}: {rest} are left")
+        report["wrong"].append(f"{note}: {rest} are left")
     clean()
 print(json.dumps(report))
 """
@@ -199,8 +215,8 @@ model, place = Path(sys.argv[1]), Path(sys.argv[2])
 
 
 def work(out, resume=False):
-    arguments = [model, "-o", out, "--scheme", "fp8-dynamic", "--max-shard-size", "80kB", "-q", *(["--resume"] if resume else [])]
-    main(["export", *map(str, arguments)])
+    arguments = [model, "-o", out, "--scheme", "fp8-dynamic", "--max-shard-size", "80kB", "-q"]
+    main(["export", *map(str, arguments), *(["--resume"] if resume else [])])
 """
 
 
@@ -214,24 +230,13 @@ def test_a_disk_that_fills_loses_no_finished_shard(tmp_path):
     assert report["faults"] >= 10, report
 
 
-def test_killed_command_resumes_to_the_same_bytes(tmp_path):
+def test_killed_command_resumes_to_the_same_bytes(run, tmp_path):
     """The real command, once."""
     model = make_model(tmp_path / "model")
-    command = [
-        sys.executable,
-        "-m",
-        "quantkit",
-        "export",
-        str(model),
-        "--scheme",
-        "fp8-dynamic",
-        "--max-shard-size",
-        "80kB",
-        "-q",
-    ]
-    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True)
+    command = ["export", str(model), "--scheme", "fp8-dynamic", "--max-shard-size", "80kB", "-q"]
+    assert run(*command, "-o", tmp_path / "whole").exit_code == 0
     out = tmp_path / "out"
-    process = subprocess.Popen([*command, "-o", str(out)])
+    process = subprocess.Popen([sys.executable, "-m", "quantkit", *command, "-o", str(out)])
     deadline = time.monotonic() + 60
     while (
         time.monotonic() < deadline
@@ -242,7 +247,7 @@ def test_killed_command_resumes_to_the_same_bytes(tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
-    subprocess.run([*command, "-o", str(out), "--resume"], check=True)
+    assert run(*command, "-o", out, "--resume").exit_code == 0
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(

@@ -126,6 +126,7 @@ def tensors(draw):
     return made
 
 
+@pytest.mark.slow
 @examples(300)
 @given(tensors=tensors(), metadata=st.none() | st.dictionaries(names, names, max_size=3))
 def test_reader_accepts_what_save_file_writes(place, tensors, metadata):
@@ -213,6 +214,7 @@ def damage(draw):
     return bytes(content)
 
 
+@pytest.mark.slow
 @examples(1200)
 @given(content=damage())
 def test_damaged_file_is_refused_or_read_as_safetensors_reads_it(place, content):
@@ -383,6 +385,7 @@ def odd_header(draw):
     )
 
 
+@pytest.mark.slow
 def test_odd_header_is_refused_or_read_as_safetensors_reads_it(place):
     outcomes = Counter()
 
@@ -516,6 +519,7 @@ indexes = (
 cuts = st.none() | st.none() | st.none() | st.integers(0, 300)
 
 
+@pytest.mark.slow
 def test_odd_index_is_refused_or_reads_shards_beside_it_only(indexed):
     outcomes = Counter()
 
@@ -607,6 +611,7 @@ def odd_config(draw):
     return config | {"quantization_config": quantization}
 
 
+@pytest.mark.slow
 @examples(800)
 @given(config=odd_config(), cut=cuts)
 def test_odd_config_is_refused_or_planned_with(linear, config, cut):

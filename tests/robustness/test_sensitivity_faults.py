@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import make_llama, make_text
 from faults import FORKING, FULL_DISKS, KILLS_AT_CALLS, RANDOM_KILLS, RESUMING, drive
-from processes import torchrun
+from processes import ranks
 
 LAYERS = 2
 
@@ -31,7 +31,8 @@ model, text, place = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 def work(out, resume=False):
     saved_states.SECONDS_BETWEEN_SAVES = 0.0
     torch.set_num_threads(1)
-    arguments = [model, "--scheme", "int8-dynamic", "--data", text, "--max-tokens", 96, "--seq-len", 32, "--max-size", "+10%", "--device", "cpu", "-o", out, "-q"]
+    arguments = [model, "--scheme", "int8-dynamic", "--data", text, "--max-tokens", 96]
+    arguments += ["--seq-len", 32, "--max-size", "+10%", "--device", "cpu", "-o", out, "-q"]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     main(["sensitivity", *map(str, arguments), *(["--resume"] if resume else [])])
 """
@@ -50,12 +51,14 @@ def scoring(tmp_path, program: str) -> dict:
     return drive(tmp_path, SCORING + program, model, text)
 
 
+@pytest.mark.slow
 def test_random_kills_end_with_the_same_bytes(tmp_path):
     report = scoring(tmp_path, f"KILLS = 10{RANDOM_KILLS}")
     assert not report["wrong"], "\n".join(report["wrong"])
     assert report["faults"] >= 10, report
 
 
+@pytest.mark.slow
 def test_a_kill_before_calls_of_the_file_system_ends_with_the_same_bytes(tmp_path):
     # Some of the many that are alike, and each of the end.
     report = scoring(
@@ -67,6 +70,7 @@ def test_a_kill_before_calls_of_the_file_system_ends_with_the_same_bytes(tmp_pat
     assert report["faults"] >= 20, report
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_loses_no_score(tmp_path):
     """While scores are kept in RESULT.json.partial, and before the first and the last byte of
     RESULT.json: an error of one line, and --resume ends with the same bytes.
@@ -211,18 +215,20 @@ def test_resume_needs_its_output(run, llama, text, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(llama, text, whole, tmp_path):
     """To the last bit: a window's scores are made by one process, and sums over windows in their
     order.
     """
-    two = torchrun("-m", "quantkit", *command(llama, text, tmp_path / "two.json"))
+    two = ranks(*command(llama, text, tmp_path / "two.json"))
     assert two.returncode == 0, two.stderr
     assert (tmp_path / "two.json").read_bytes() == whole.read_bytes()
     assert two.stdout.count("the worst layer groups in another choice") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_what_one_left(llama, text, whole, stopped):
-    two = torchrun("-m", "quantkit", *command(llama, text, stopped, "--resume"))
+    two = ranks(*command(llama, text, stopped, "--resume"))
     assert two.returncode == 0, two.stderr
     assert (
         stopped.read_bytes() == whole.read_bytes()
@@ -230,10 +236,9 @@ def test_two_processes_go_on_from_what_one_left(llama, text, whole, stopped):
     )
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once(llama, text, tmp_path):
-    refused = torchrun(
-        "-m", "quantkit", *command(llama, text, tmp_path / "r.json", "--max-size", "1kB")
-    )
+    refused = ranks(*command(llama, text, tmp_path / "r.json", "--max-size", "1kB"))
     assert (
         refused.returncode != 0 and len(re.findall("Error: .*the smallest is", refused.stderr)) == 1
     ), refused.stderr

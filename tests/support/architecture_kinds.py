@@ -3,6 +3,7 @@ serve of them.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,20 @@ TRANSFORMERS = {
 }
 
 
+KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
+# Those that stand for the others in `make check`: a decoder, transposed weights, stacked experts,
+# an encoder, both.
+QUICK = ("llama", "gpt2", "qwen3_moe", "bert", "t5")
+
+
+def parameters(kinds: Iterable[str]) -> list:
+    """A fixture's or a test's parameters for these kinds."""
+    return [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 def of_kinds(*kinds: str):
     """A test of these only."""
-    return pytest.mark.parametrize("tiny", kinds, indirect=True, scope="module")
-
-
-KINDS = (*ARCHITECTURES, *MULTIMODAL, *MASKED, *TARGET)
+    return pytest.mark.parametrize("tiny", parameters(kinds), indirect=True, scope="module")
 
 
 # Those that benchmarks/architectures.py was not run for: encoders, and what came to the matrix

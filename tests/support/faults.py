@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)  # the parent starts no threads that a child would miss
-CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "open", "ftruncate", "link", "symlink")
+CALLS = "rename replace unlink rmdir mkdir fsync open ftruncate link symlink".split()
 
 
 def kill_at(number):
@@ -42,7 +42,8 @@ def kill_at(number):
 
 
 def fill_after(room):
-    # As Linux does it: of a write that doesn't fit as a whole, what fits is written without an error; the next one fails.
+    # As Linux does it: of a write that doesn't fit as a whole, what fits is written without an
+    # error; the next one fails.
     written = [0]
     def taken(nbytes, whole=False):
         left = nbytes if room is None else room - written[0]
@@ -56,10 +57,15 @@ def fill_after(room):
             return super().write(content[: taken(len(content))])
     opened, pwrite, fallocate = open, os.pwrite, os.posix_fallocate
     def limited(path, mode="r", buffering=-1, **more):
-        return Limited(path, mode) if buffering == 0 and "+" in mode else opened(path, mode, buffering, **more)
+        if buffering == 0 and "+" in mode:
+            return Limited(path, mode)
+        return opened(path, mode, buffering, **more)
     builtins.open = limited
-    os.pwrite = lambda file, content, position: pwrite(file, content[: taken(len(content))], position)
-    os.posix_fallocate = lambda file, start, nbytes: fallocate(file, start, taken(nbytes, whole=True))
+    def limited_pwrite(file, content, position):
+        return pwrite(file, content[: taken(len(content))], position)
+    def limited_fallocate(file, start, nbytes):
+        return fallocate(file, start, taken(nbytes, whole=True))
+    os.pwrite, os.posix_fallocate = limited_pwrite, limited_fallocate
     return written
 
 
@@ -98,7 +104,11 @@ def ended(child):
 
 def tree(path):
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    return {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
+    }
 """
 
 # The program's own part has set `place` and `work(out, **options)`, which takes resume=True.
@@ -111,7 +121,8 @@ whole = place / "whole"
 assert ended(attempt(whole)) == 0, said()
 expected, duration = tree(whole), float((place / "seconds").read_text())
 count, nbytes = int((place / "calls").read_text()), int((place / "bytes").read_text())
-out, report = place / "out", {"faults": 0, "wrong": [], "files": len(expected), "calls": count, "bytes": nbytes}
+out = place / "out"
+report = {"faults": 0, "wrong": [], "files": len(expected), "calls": count, "bytes": nbytes}
 
 
 def check(note):
@@ -124,7 +135,8 @@ def finish(note):
     code = ended(attempt(out, resume=True))
     if code or tree(out) != expected:
         report["wrong"].append(f"{note}: --resume ends with {code} {said() if code else ''}")
-    rest = sorted(path.name for path in place.glob("out*") if path not in (out, place / "out.tmp"))  # the latter of a file that a kill left
+    expected_rest = (out, place / "out.tmp")  # the latter of a file that a kill left
+    rest = sorted(path.name for path in place.glob("out*") if path not in expected_rest)
     if rest:
         report["wrong"].append(f"{note}: {rest} are left")
     for path in place.glob("out*"):
@@ -146,7 +158,8 @@ for number in range(3 * KILLS):
         report["faults"] += code == -9
         check(f"attempt {number}")
         if code == 0:
-            # Spread over the time that a run takes, learnt anew from each that was not hit: the first may have been slow for reasons of its own.
+            # Spread over the time that a run takes, learnt anew from each that was not hit: the
+            # first may have been slow for reasons of its own.
             if not again:
                 duration = min(duration, float((place / "seconds").read_text()))
             break
@@ -177,7 +190,8 @@ for number, room in enumerate(rooms):
         lines += [said().splitlines()] if codes[1] else []
         check(note)
     report["faults"] += codes.count(1)
-    if codes[0] != 1 or any(len(each) != 1 or not re.match("Error: .*No space left on device.*; ", each[0]) for each in lines):
+    refusal = re.compile("Error: .*No space left on device.*; ")
+    if codes[0] != 1 or any(len(each) != 1 or not refusal.match(each[0]) for each in lines):
         report["wrong"].append(f"{note}: {codes}, {lines}")
     finish(note)
 print(json.dumps(report))

@@ -1,14 +1,100 @@
-"""Commands in processes of their own, alone and under torchrun."""
+"""Commands in processes of their own, alone and as the ranks of one job.
 
+Most are forked from a process that has imported torch already; `torchrun` is the real launcher, for
+tests of what a launch does.
+"""
+
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# Modules that import torch, but neither transformers nor huggingface_hub: these read the
+# environment when they are imported.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        "quantkit.calibration.calibrate",
+        "quantkit.evaluation.evaluate",
+        "quantkit.exporter.write",
+        "quantkit.sensitivity.score",
+    ]
+)
+
+
+def quantkit(*arguments: object, cwd: Path | None = None, **environment: str):
+    """The command in a process of its own, whose environment has these variables too."""
+    return _finished([environment], arguments, cwd)[0]
+
+
+def ranks(*arguments: object, count: int = 2) -> subprocess.CompletedProcess:
+    """The command as `count` processes of one job, with what they print in the order of ranks."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    job = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    places = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    done = _finished(places, arguments)
+    return subprocess.CompletedProcess(
+        done[0].args,
+        max((each.returncode for each in done), key=abs),
+        "".join(each.stdout for each in done),
+        "".join(each.stderr for each in done),
+    )
+
+
+def _finished(
+    environments: Sequence[dict[str, str]], arguments: Sequence[object], cwd: Path | None = None
+) -> list[subprocess.CompletedProcess]:
+    """One process for each environment, all at the same time."""
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as place:
+        outputs = [Path(place, str(number)) for number in range(len(environments))]
+        running = [
+            _FORKS.Process(
+                target=_run_command,
+                args=(words, os.environ | added, str(cwd or Path.cwd()), str(output)),
+            )
+            for added, output in zip(environments, outputs)
+        ]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join(200)
+            process.kill()  # one that hangs
+            process.join()
+        return [
+            subprocess.CompletedProcess(
+                words,
+                process.exitcode,
+                output.with_suffix(".out").read_text(),
+                output.with_suffix(".err").read_text(),
+            )
+            for process, output in zip(running, outputs)
+        ]
+
+
+def _run_command(words: list[str], environment: dict[str, str], cwd: str, output: str) -> None:
+    for stream, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    import torch
+
+    torch.set_num_threads(1)  # as torchrun has it
+    from quantkit.cli.main import main
+
+    main(words)
 
 
 def command(model, text, output, *more: object) -> list[str]:
+    """`calibrate` on a little text."""
     arguments = [
-        "-m",
-        "quantkit",
         "calibrate",
         model,
         "-o",
@@ -65,7 +151,8 @@ def dying(self, number, *arguments):
 BlockwiseModel.block = dying
 def threads_left():
     names = [task.read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
-    print("gloo left behind" if any("gloo" in name for name in names) else "gloo is gone", file=sys.stderr)
+    left = any("gloo" in name for name in names)
+    print("gloo left behind" if left else "gloo is gone", file=sys.stderr)
 if "DIE" not in os.environ:
     atexit.register(threads_left)
 from quantkit.cli.main import main
