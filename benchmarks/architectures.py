@@ -41,11 +41,11 @@ from safetensors.torch import load_file, save_file
 from served import VLLM_START
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in (".", "support")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 from architecture_kinds import KINDS, MORE_SCHEMES, OPTIONS, SCHEMES, TRANSFORMERS  # noqa: E402
-from conftest import make_text, make_tokenizer, whole_model  # noqa: E402
-from tiny_models import MASKED, TARGET, make_model  # noqa: E402
+from tiny_llama import make_text, make_tokenizer  # noqa: E402
+from tiny_models import MASKED, TARGET, make_model, whole_model  # noqa: E402
 
 from quantkit.calibration.calibrate import calibrate  # noqa: E402
 from quantkit.calibration.options import CalibrationOptions  # noqa: E402

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from chosen_weights import kld, quantized, recipe_of, with_outliers
-from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file
+from tiny_llama import make_llama, make_tokenizer
 from tiny_models import make_model
 
 from quantkit.algorithms.rotation import rotated_reader, rotated_writer, rotation_matrix

@@ -23,9 +23,9 @@ from architecture_kinds import (
     of_kinds,
     parameters,
 )
-from conftest import make_text, make_tokenizer, whole_model
 from safetensors.torch import load_file, save_file
-from tiny_models import MASKED, MULTIMODAL, TARGET, make_model
+from tiny_llama import make_text, make_tokenizer
+from tiny_models import MASKED, MULTIMODAL, TARGET, make_model, whole_model
 from transformers import AutoConfig
 
 from quantkit.calibration.calibrate import calibrate

@@ -4,7 +4,8 @@ reference computes from the same file.
 
 import pytest
 import torch
-from conftest import make_llama, whole_model
+from tiny_llama import make_llama
+from tiny_models import whole_model
 from transformers import AutoModelForCausalLM
 
 import quantkit.ops.reference

@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_text
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama, make_text
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.formats import read_quantization_config

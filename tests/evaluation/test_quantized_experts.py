@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from safetensors.torch import load_file
+from tiny_llama import make_tokenizer
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 

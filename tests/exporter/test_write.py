@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_llama
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama
 
 from quantkit.checkpoint.files import sha256_file
 from quantkit.checkpoint.formats import FORMATS, read_quantization_config

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama, make_tokenizer
 from tiny_models import HANDING_ON, SHARING_BLOCKS, make_model
 
 from quantkit.checkpoint.reader import Checkpoint
