@@ -27,8 +27,8 @@ from export import RESULTS, Run, make_model, measure
 from quantkit.checkpoint.files import write_json
 from quantkit.cli.bench import processor
 from quantkit.cli.demo import smollm2
-from quantkit.data.bundled import BUNDLED_CALIBRATION
 from quantkit.data.sampling import calibration_windows
+from quantkit.data.sources import BUNDLED_CALIBRATION
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.report import markdown_table
 from quantkit.ops import native

@@ -26,8 +26,7 @@ from export import RESULTS, Run, machine, make_model, measure
 
 from quantkit.checkpoint.files import write_json
 from quantkit.cli.demo import smollm2
-from quantkit.data.bundled import BUNDLED_CALIBRATION
-from quantkit.data.sources import read_source
+from quantkit.data.sources import BUNDLED_CALIBRATION, read_source
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.report import markdown_table
 from quantkit.exporter.plan import ExportOptions, plan_export

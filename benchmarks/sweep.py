@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from quantkit import __version__
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.data.bundled import BUNDLED_CALIBRATION
 from quantkit.data.protocols import evaluation_windows
+from quantkit.data.sources import BUNDLED_CALIBRATION
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.evaluate import evaluate
@@ -46,7 +46,7 @@ from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.exporter.verify import verify
 from quantkit.exporter.write import export
 from quantkit.models.skeleton import decoder_blocks
-from quantkit.models.task import TARGET
+from quantkit.models.task import SEQ2SEQ
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import SCHEMES
@@ -404,7 +404,7 @@ def require_all_arrived(model_path: Path, output: Path) -> None:
     or in another order isn't. Raises Failed.
     """
     base, candidate = load_served(model_path, "cpu").blocks, load_served(output, "cpu").blocks
-    for number in range(base.block_count if base.task != TARGET else 0):
+    for number in range(base.block_count if base.task != SEQ2SEQ else 0):
         with base.block(number) as block, candidate.block(number) as other:
             linears = {
                 f"{name}.weight": module.weight().dequantize()

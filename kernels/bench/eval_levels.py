@@ -22,8 +22,7 @@ from pathlib import Path
 
 from quantkit.cli.bench import processor
 from quantkit.cli.demo import smollm2
-from quantkit.data.bundled import BUNDLED_CALIBRATION
-from quantkit.data.sources import read_source
+from quantkit.data.sources import BUNDLED_CALIBRATION, read_source
 from quantkit.evaluation.report import markdown_table
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from quantkit.models.tensor_roles import fused_sets
+from quantkit.models.tensor_roles import fused_layers
 from quantkit.models.workers import Workers
 from quantkit.ops.reference import QuantizedTensor, block_amax, choose_scale, quantize
 from quantkit.ops.torch_ops import quantize as quantize_weight
@@ -133,7 +133,7 @@ class LayerGroup:
         None for the usual ones.
         """
         found: dict[str, Tensor | None] = dict.fromkeys(targets)
-        per_tensor = fused_sets(
+        per_tensor = fused_layers(
             [path for path in targets if self.linears[path].scheme.weight.granularity == TENSOR]
         )
         together = [

@@ -32,8 +32,8 @@ from quantkit.checkpoint.output_checks import check_output
 from quantkit.checkpoint.output_dir import OutputDirectory
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
-from quantkit.data.bundled import BUNDLED_CALIBRATION
 from quantkit.data.sampling import calibration_windows
+from quantkit.data.sources import BUNDLED_CALIBRATION
 from quantkit.data.text_overlap import token_pieces
 from quantkit.data.windows import Windows
 from quantkit.errors import CalibrationError, CheckpointError

@@ -23,7 +23,7 @@ from quantkit.checkpoint.files import sha256_file
 from quantkit.checkpoint.gguf import keep_converted, require_readers
 from quantkit.checkpoint.output_checks import check_output
 from quantkit.checkpoint.units import format_bytes
-from quantkit.data.bundled import BUNDLED_EVALUATION
+from quantkit.data.sources import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme

@@ -19,6 +19,11 @@ from quantkit.errors import DataError, brief
 # What reading a hub dataset or a parquet file needs beyond quantkit itself.
 _HUB_EXTRA = "install it with: pip install 'quantkit[hub]'"
 
+# The texts that come with quantkit; texts/README.md says where they are from.
+_TEXTS = Path(__file__).parent / "texts"
+BUNDLED_CALIBRATION = _TEXTS / "calibration.jsonl"
+BUNDLED_EVALUATION = _TEXTS / "evaluation.txt"
+
 
 @dataclass(frozen=True)
 class Source:

@@ -24,7 +24,7 @@ from quantkit.evaluation.state_cache import KeptStates, StateCache
 from quantkit.models.blockwise import BlockStep
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import body_name
-from quantkit.models.task import CAUSAL, TARGET
+from quantkit.models.task import CAUSAL, SEQ2SEQ
 from quantkit.models.threads import each_batch
 
 
@@ -47,7 +47,7 @@ class FinalStates:
         if self.masking is not None:
             return self.masking.scored(self.states.get(number))
         window = self.windows[number]
-        if self.task == TARGET:
+        if self.task == SEQ2SEQ:
             return self.states.get(number)[0]
         return self.states.get(number)[0, window.first_scored - 1 : len(window.tokens) - 1]
 

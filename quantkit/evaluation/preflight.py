@@ -16,7 +16,7 @@ from quantkit.data.tokenizer import load_tokenizer
 from quantkit.data.windows import Windows, targets_of
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
 from quantkit.exporter.runtimes import as_computed
-from quantkit.models.task import CAUSAL, MASKED, TARGET, task_of
+from quantkit.models.task import CAUSAL, MASKED, SEQ2SEQ, task_of
 from quantkit.models.text import tokenizer_and_length
 
 SAMPLE_WINDOWS = 4  # that tokenizers are compared on
@@ -76,7 +76,7 @@ def prepare_evaluation(
     if task == MASKED:
         Masking.of(tokenizer)
         windows = Masking.windows(windows)
-    elif task == TARGET:
+    elif task == SEQ2SEQ:
         windows = targets_of(windows)
     if len(windows.windows) < processes:
         raise EvaluationError(

@@ -162,7 +162,9 @@ def _unquantized(checkpoint: Checkpoint, skeleton: nn.Module, device: str) -> Se
 def _require_known(linears: Iterable[StoredLinear], blocks: BlockwiseModel) -> None:
     """Refuse a Linear that neither transformers nor any runtime has."""
     for linear in linears:
-        if linear.role is Role.NOT_IN_MODEL and not blocks.is_beyond(f"{linear.name}.weight"):
+        if linear.role is Role.NOT_IN_MODEL and not blocks.is_omitted_by_transformers(
+            f"{linear.name}.weight"
+        ):
             raise CheckpointError(
                 f"{blocks.where} quantizes {linear.name}, which transformers'"
                 f" {type(blocks.model).__name__} doesn't have; it can't be evaluated"

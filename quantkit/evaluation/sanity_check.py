@@ -14,7 +14,7 @@ from typing import Any
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.units import counted
-from quantkit.data.bundled import BUNDLED_EVALUATION
+from quantkit.data.sources import BUNDLED_EVALUATION
 from quantkit.errors import NonFiniteError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.json_values import to_json

@@ -36,7 +36,7 @@ from quantkit.models.assignment import (
     refuse_taken_names,
 )
 from quantkit.models.linear_views import experts_module
-from quantkit.models.tensor_roles import fused_sets, is_of_other_tower
+from quantkit.models.tensor_roles import fused_layers, is_of_other_tower
 from quantkit.schemes.pattern import BLOCK
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
@@ -177,7 +177,7 @@ class ExportPlan:
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
         """Quantized Linear → the Linears that runtimes fuse it with, itself among them."""
-        return {member: members for members in fused_sets(self.linears) for member in members}
+        return {member: members for members in fused_layers(self.linears) for member in members}
 
     def to_json(self) -> dict[str, Any]:
         """What `export --dry-run --json` prints."""

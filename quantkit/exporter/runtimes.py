@@ -16,7 +16,7 @@ from quantkit.errors import CheckpointError, RuntimeLimitError
 from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.models.experts import Restacked
 from quantkit.models.skeleton import build_skeleton
-from quantkit.models.tensor_roles import fused_sets
+from quantkit.models.tensor_roles import fused_layers
 from quantkit.schemes.scheme import QuantScheme
 from quantkit.schemes.serving import NATIVE, WEIGHTS
 
@@ -158,7 +158,7 @@ def one_scheme_per_fused_layer(deployment: Deployment) -> Iterator[str]:
         return
     by_name = deployment.by_name
     scheme_of = {name: linear.scheme for name, linear in by_name.items()}
-    for members in fused_sets([*by_name, *dict.fromkeys(deployment.skipped)]):
+    for members in fused_layers([*by_name, *dict.fromkeys(deployment.skipped)]):
         schemes = [scheme_of.get(member) for member in members]
         if len(set(schemes)) > 1:
             named = ", ".join(
@@ -178,7 +178,7 @@ def whole_blocks_in_fused_layers(deployment: Deployment) -> Iterator[str]:
     end = -1 if deployment.runtime == "vllm" else None
     members = [
         deployment.by_name[member]
-        for fused in fused_sets(deployment.by_name)
+        for fused in fused_layers(deployment.by_name)
         for member in fused[:end]
     ]
     yield from _uneven_blocks(deployment.runtime, members, 0)

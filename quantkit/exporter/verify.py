@@ -33,7 +33,7 @@ from quantkit.exporter.verification import QuantizedLinears, Verification
 from quantkit.exporter.verify_values import check_values
 from quantkit.models.assignment import FLOATS, QuantizedLinearInfo
 from quantkit.models.linear_views import as_linear_views
-from quantkit.models.tensor_roles import ModelTensors, fused_sets, linears_of
+from quantkit.models.tensor_roles import ModelTensors, fused_layers, linears_of
 from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.scheme import TENSOR
 from quantkit.schemes.serving import RUNTIMES
@@ -278,7 +278,7 @@ def _check_fused_layers(
     """Where a runtime merges Linears and a scale is per tensor, all members must carry the same
     one.
     """
-    for members in fused_sets(linears):
+    for members in fused_layers(linears):
         schemes = [linears[member][0] for member in members]
         suffixes = []
         if all(scheme.weight.granularity == TENSOR for scheme in schemes):

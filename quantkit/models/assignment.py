@@ -17,7 +17,7 @@ from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.models.linear_views import as_stored_where_skipped, find_stacks
 from quantkit.models.task import task_of
-from quantkit.models.tensor_roles import ModelTensors, ModuleInfo, fused_sets, linears_of
+from quantkit.models.tensor_roles import ModelTensors, ModuleInfo, fused_layers, linears_of
 from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import TENSOR, QuantScheme
@@ -102,7 +102,7 @@ def assign_layers(
     stack_of = _stack_names(checkpoint)
     _require_matching_patterns(recipe, tensors, stack_of)
     schemes, reasons = _assign(recipe, roles, stack_of, form)
-    _require_one_scheme_per_fused_set(tensors, schemes)
+    _require_one_scheme_in_fused_layers(tensors, schemes)
     if not schemes:
         raise RecipeError(
             f"this recipe quantizes nothing in {checkpoint.path}:"
@@ -260,10 +260,10 @@ def _scheme_for(role: ModuleInfo, recipe: Recipe) -> tuple[QuantScheme, Pattern 
     return scheme, pattern
 
 
-def _require_one_scheme_per_fused_set(
+def _require_one_scheme_in_fused_layers(
     tensors: ModelTensors, schemes: Mapping[str, QuantScheme]
 ) -> None:
-    for members in fused_sets(tensors.modules("linear")):
+    for members in fused_layers(tensors.modules("linear")):
         theirs = {schemes.get(member) for member in members}
         one_scale = any(
             scheme and (scheme.needs_calibration or scheme.weight.granularity == TENSOR)

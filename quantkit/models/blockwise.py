@@ -33,7 +33,7 @@ from quantkit.models.block_stack import Captured, SingleStage, Stage
 from quantkit.models.encoder_decoder import DecoderStage, EncoderStage
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import Weights, decoder_blocks
-from quantkit.models.task import CAUSAL, TARGET, task_of
+from quantkit.models.task import CAUSAL, SEQ2SEQ, task_of
 from quantkit.models.threads import StatefulModuleLock
 from quantkit.models.weight_map import ParameterSource
 
@@ -52,7 +52,7 @@ class BlockwiseModel:
         self.device, self.where = torch.device(device), where
         self.task = task_of(self.model.config.to_dict(), where)
         self.stages: tuple[Stage, ...]
-        if self.task == TARGET:
+        if self.task == SEQ2SEQ:
             self.stages = (EncoderStage(model), DecoderStage(model))
         else:
             name, _ = decoder_blocks(model)
@@ -99,7 +99,7 @@ class BlockwiseModel:
         """Tensors of the checkpoint that the model has no place for."""
         return self.loader.unexpected
 
-    def is_beyond(self, name: str) -> bool:
+    def is_omitted_by_transformers(self, name: str) -> bool:
         """Whether such a tensor belongs to what runtimes have and transformers leaves out: layers
         that predict further tokens.
         """
@@ -312,7 +312,7 @@ class Walk:
             final = self.model.finish(tokens, self.states.get(number), self._cache)
             yield number, final
             self.states.put(number, final)
-        self.states.turn()
+        self.states.swap()
 
     def _capture(self, stage: int, encoded: Mapping[int, Tensor]) -> None:
         stack, known = self.model.stages[stage].stack, SharedTensors()
@@ -326,12 +326,12 @@ class Walk:
                 self.states.put(number, captured.hidden)
                 inputs = self.inputs.setdefault(number, [None] * self.model.block_count)
                 inputs[first : first + len(stack)] = known.of_batch(captured.inputs)
-        self.states.turn()
+        self.states.swap()
 
     def _end_block(self, number: int) -> None:
         for inputs in self.inputs.values():
             inputs[number] = None
-        self.states.turn()
+        self.states.swap()
         if number + 1 == self.model.block_count:
             self.encoded.clear()
         elif self.model.reads_encoder(number + 1) and not self.model.reads_encoder(number):

@@ -126,7 +126,7 @@ class HiddenStates:
     def get(self, number: int) -> Tensor:
         return self._tensors[number] if self._files is None else self._files[0].read(number)
 
-    def turn(self) -> None:
+    def swap(self) -> None:
         """What was put is now what `get` gives."""
         if self._files is not None:
             self._files.reverse()

@@ -73,7 +73,7 @@ class SavedStates:
             put_others({name: read_tensor(found[name]) for name in names})
         for number in numbers:
             states.put(number, read_tensor(found[str(number)]))
-        states.turn()
+        states.swap()
         return saved["block"] + 1
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantkit.errors import CheckpointError
 
-CAUSAL, MASKED, TARGET = "causal", "masked", "target"
+CAUSAL, MASKED, SEQ2SEQ = "causal", "masked", "target"
 # The ends of class names that say what a model's head is for. A multimodal model that writes text
 # is called ForConditionalGeneration.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
@@ -23,7 +23,7 @@ _OTHER_INPUT = re.compile(r"mel_bins|feat_per_channel|feat_extract|image|audio|v
 
 
 def task_of(config: Mapping[str, Any], where: object) -> str:
-    """CAUSAL, MASKED or TARGET; a configuration that doesn't name its class is taken for a
+    """CAUSAL, MASKED or SEQ2SEQ; a configuration that doesn't name its class is taken for a
     decoder's.
 
     Raises CheckpointError for classifiers and the like.
@@ -36,7 +36,7 @@ def task_of(config: Mapping[str, Any], where: object) -> str:
     if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
         other = next((key for key in config if _OTHER_INPUT.search(key)), None)
         if other is None:
-            return TARGET
+            return SEQ2SEQ
         raise CheckpointError(
             f"{where} is a {architecture}, whose encoder reads no text (its configuration has"
             f" {other}); {what}"

@@ -317,7 +317,7 @@ _CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att", re.IGNORECASE)
 # scale is per tensor. Names of projections, not of architectures: a set exists where all its
 # members are in one module.
 _QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-FUSED_SETS: tuple[tuple[str, ...], ...] = (
+FUSED_LAYERS: tuple[tuple[str, ...], ...] = (
     *_QUERY_KEY_VALUE,
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
@@ -327,7 +327,7 @@ FUSED_SETS: tuple[tuple[str, ...], ...] = (
 )
 
 
-def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
+def fused_layers(linears: Iterable[str]) -> list[tuple[str, ...]]:
     """The Linears that runtimes merge, as tuples of module names; a Linear in none of them doesn't
     appear.
     """
@@ -336,7 +336,7 @@ def fused_sets(linears: Iterable[str]) -> list[tuple[str, ...]]:
     for name in names:
         parent, _, leaf = name.rpartition(".")
         crosses = any(_CROSS_ATTENTION.search(part) for part in parent.split(".")[-2:])
-        for members in FUSED_SETS:
+        for members in FUSED_LAYERS:
             if crosses and members in _QUERY_KEY_VALUE:
                 members = members[1:]
             candidates = tuple(f"{parent}.{member}" if parent else member for member in members)

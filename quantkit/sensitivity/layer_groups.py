@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantkit.models.tensor_roles import fused_sets
+from quantkit.models.tensor_roles import fused_layers
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def layer_groups(linears_of_blocks: Sequence[Sequence[str]]) -> list[LayerGroup]
 def _groups_of_block(block: int, linears: Sequence[str]) -> list[LayerGroup]:
     experts = tuple(name for name in linears if ".experts." in name)
     others = [name for name in linears if name not in set(experts)]
-    fused = {members[0]: members for members in fused_sets(others)}
+    fused = {members[0]: members for members in fused_layers(others)}
     later_members = {member for members in fused.values() for member in members[1:]}
     groups = [fused.get(name, (name,)) for name in others if name not in later_members]
     kinds = _distinct_kinds(groups)

@@ -23,7 +23,7 @@ from quantkit.checkpoint.output_dir import WorkDirectory
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.models.distributed import Ranks
 from quantkit.models.saved_states import SavedStates
-from quantkit.models.task import TARGET
+from quantkit.models.task import SEQ2SEQ
 
 _LAYERS = "layers"
 
@@ -139,7 +139,7 @@ class ResumeState:
         """
         if self.partial is None:
             return None
-        last_too = task != TARGET
+        last_too = task != SEQ2SEQ
         return SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too)
 
     def clear(self) -> None:

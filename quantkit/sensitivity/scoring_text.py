@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.data.bundled import BUNDLED_CALIBRATION
 from quantkit.data.sampling import calibration_windows
+from quantkit.data.sources import BUNDLED_CALIBRATION
 from quantkit.data.windows import Windows, targets_of
 from quantkit.errors import EvaluationError
 from quantkit.evaluation import masked_lm
 from quantkit.evaluation.masked_lm import Masking
-from quantkit.models.task import MASKED, TARGET, task_of
+from quantkit.models.task import MASKED, SEQ2SEQ, task_of
 from quantkit.models.text import tokenizer_and_length
 from quantkit.sensitivity.options import SensitivityOptions
 
@@ -60,7 +60,7 @@ class ScoringText:
         window = self.windows.windows[number]
         if self.masking is not None:
             return self.masking.scored(states)
-        if self.task == TARGET:
+        if self.task == SEQ2SEQ:
             return states[0]
         return states[0, window.first_scored - 1 : len(window.tokens) - 1]
 
@@ -86,6 +86,6 @@ def open_text(options: SensitivityOptions, processes: int) -> ScoringText:
         )
     if masking is not None:
         windows = masking.windows(windows)
-    elif task == TARGET:
+    elif task == SEQ2SEQ:
         windows = targets_of(windows)
     return ScoringText(windows, seq_len, task, masking)

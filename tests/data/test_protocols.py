@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from fake_tokenizer import BOS, CHARACTERS, EOS, FakeTokenizer, jsonl, numbers, plain
 
-from quantkit.data.bundled import BUNDLED_CALIBRATION, BUNDLED_EVALUATION
 from quantkit.data.protocols import evaluation_windows
+from quantkit.data.sources import BUNDLED_CALIBRATION, BUNDLED_EVALUATION
 from quantkit.errors import DataError
 
 

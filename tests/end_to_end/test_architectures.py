@@ -42,7 +42,7 @@ from quantkit.exporter.runtimes import not_found_by_transformers, runtime_proble
 from quantkit.exporter.verify import verify
 from quantkit.exporter.write import export
 from quantkit.models.skeleton import auto_class
-from quantkit.models.tensor_roles import fused_sets
+from quantkit.models.tensor_roles import fused_layers
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 
@@ -300,7 +300,7 @@ def test_fused_sets_are_those_that_vllm_merges(tiny):
         for parent in {name.rpartition(".")[0] for name in names}
         if all(f"{parent}.{member}" in names for member in members)
     }
-    ours = set(fused_sets(names))
+    ours = set(fused_layers(names))
     assert merged <= ours
     assert {tuple(name.rpartition(".")[2] for name in members) for members in ours - merged} <= {
         ("gate_proj", "up_proj"),

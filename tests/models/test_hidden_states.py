@@ -49,7 +49,7 @@ def test_what_was_put_is_there_after_the_turn_block_after_block(dtype, memory):
     for seed in range(4):
         for number, tensor in random_states(dtype, seed).items():
             states.put(number, tensor)
-        states.turn()
+        states.swap()
         assert_holds(states, random_states(dtype, seed))
     assert states.numbers == [0, 3, 4, 5]
     states.close()
@@ -62,11 +62,11 @@ def test_a_batch_is_read_before_its_own_place_is_written(memory):
     states.expect(SHAPES, torch.float32)
     for number, tensor in random_states(torch.float32, 0).items():
         states.put(number, tensor)
-    states.turn()
+    states.swap()
     for order in ([0, 3, 4, 5], [5, 4, 3, 0]):
         for number in order:
             states.put(number, states.get(number) * 2)
-        states.turn()
+        states.swap()
     assert_holds(
         states, {number: tensor * 4 for number, tensor in random_states(torch.float32, 0).items()}
     )
@@ -77,11 +77,11 @@ def test_in_files_the_former_states_stay_whole_until_the_turn(in_files):
     former, later = random_states(torch.bfloat16, 0), random_states(torch.bfloat16, 1)
     for number, tensor in former.items():
         in_files.put(number, tensor)
-    in_files.turn()
+    in_files.swap()
     for number, tensor in later.items():
         in_files.put(number, tensor)
         assert_holds(in_files, former)
-    in_files.turn()
+    in_files.swap()
     assert_holds(in_files, later)
 
 
@@ -89,7 +89,7 @@ def test_what_get_gave_is_not_changed_by_what_is_written_after(in_files):
     for seed in (0, 1):
         for number, tensor in random_states(torch.bfloat16, seed).items():
             in_files.put(number, tensor)
-        in_files.turn()
+        in_files.swap()
         if not seed:
             held = {number: in_files.get(number) for number in SHAPES}
     for number, tensor in random_states(torch.bfloat16, 2).items():
@@ -103,7 +103,7 @@ def test_what_get_gave_is_not_changed_by_what_is_written_after(in_files):
 def test_strided_states_are_kept_like_contiguous_ones(in_files):
     strided = torch.randn(16, 2, 64).bfloat16().transpose(0, 1)
     in_files.put(0, strided)
-    in_files.turn()
+    in_files.swap()
     assert torch.equal(in_files.get(0), strided)
 
 
@@ -138,7 +138,7 @@ def test_save_writes_what_get_gives(tmp_path, memory):
     states.expect(SHAPES, torch.bfloat16)
     for number, tensor in random_states(torch.bfloat16, 0).items():
         states.put(number, tensor)
-    states.turn()
+    states.swap()
     if memory == 0:
         states.put(0, torch.zeros(SHAPES[0]).bfloat16())  # of the next block, which is not finished
     states.save(tmp_path / "saved.safetensors", beside={"0.encoded": torch.ones(2)})

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from quantkit.errors import CheckpointError
-from quantkit.models.task import CAUSAL, MASKED, TARGET, task_of
+from quantkit.models.task import CAUSAL, MASKED, SEQ2SEQ, task_of
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_encoders_with_decoders_are_taken():
         task_of(
             {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "model"
         )
-        == TARGET
+        == SEQ2SEQ
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from quantkit.checkpoint.header import TensorInfo
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.models.linear_views import find_stacks
-from quantkit.models.tensor_roles import ModuleInfo, fused_sets, linears_of
+from quantkit.models.tensor_roles import ModuleInfo, fused_layers, linears_of
 from quantkit.schemes.pattern import covering_patterns
 
 
@@ -330,14 +330,14 @@ def test_fused_sets_are_projections_side_by_side():
         tuple(f"model.layers.{block}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj"))
         for block in (0, 1)
     ]
-    assert sorted(fused_sets(names)) == sorted(
+    assert sorted(fused_layers(names)) == sorted(
         [*sets, ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")]
     )
 
 
 def test_each_expert_is_a_fused_set_of_its_own():
     names = [f"mlp.experts.{expert}.{leaf}" for expert in (0, 1) for leaf in ("w1", "w2", "w3")]
-    assert fused_sets(names) == [
+    assert fused_layers(names) == [
         ("mlp.experts.0.w1", "mlp.experts.0.w3"),
         ("mlp.experts.1.w1", "mlp.experts.1.w3"),
     ]
@@ -354,15 +354,15 @@ def test_queries_that_read_other_hidden_states_are_not_merged():
             else ("q_proj", "k_proj", "v_proj")
         )
         names = [f"decoder.layers.0.{attention}.{leaf}" for leaf in leaves]
-        assert fused_sets(names) == [tuple(names[1:])]
+        assert fused_layers(names) == [tuple(names[1:])]
 
 
 def test_an_incomplete_set_is_none():
-    assert fused_sets(["a.q_proj", "a.k_proj", "b.v_proj", "a.gate_proj"]) == []
+    assert fused_layers(["a.q_proj", "a.k_proj", "b.v_proj", "a.gate_proj"]) == []
 
 
 def test_names_without_a_parent_fuse_too():
-    assert fused_sets(["q_proj", "k_proj", "v_proj"]) == [("q_proj", "k_proj", "v_proj")]
+    assert fused_layers(["q_proj", "k_proj", "v_proj"]) == [("q_proj", "k_proj", "v_proj")]
 
 
 @pytest.mark.parametrize(

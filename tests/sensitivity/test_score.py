@@ -18,7 +18,7 @@ from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.exporter.write import export
 from quantkit.models.assignment import assign_layers
-from quantkit.models.tensor_roles import fused_sets
+from quantkit.models.tensor_roles import fused_layers
 from quantkit.ops.reference import quantize, sqnr_db
 from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
@@ -511,7 +511,9 @@ def test_the_recipe_is_taken_by_export_has_the_size_promised_and_splits_no_fused
         for row in printed["parameters"]
         if "_proj" in row["name"]
     }
-    assert all(len({schemes[member] for member in members}) == 1 for members in fused_sets(schemes))
+    assert all(
+        len({schemes[member] for member in members}) == 1 for members in fused_layers(schemes)
+    )
     assert schemes[BAD] != "int8-dynamic"
 
     exported = run(
