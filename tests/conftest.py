@@ -145,12 +145,12 @@ def make_llama(
     return directory
 
 
-def whole_model(served) -> torch.nn.Module:
-    """A ServedModel with all of its blocks in memory at once."""
-    for number in range(served.blocks.block_count):
-        served.blocks.loader.load_block(number)
-    served.blocks.load_outer(with_head=True)
-    return served.blocks.model
+def whole_model(quantized) -> torch.nn.Module:
+    """A QuantizedModel with all of its blocks in memory at once."""
+    for number in range(quantized.blocks.block_count):
+        quantized.blocks.loader.load_block(number)
+    quantized.blocks.load_outer(with_head=True)
+    return quantized.blocks.model
 
 
 @pytest.fixture(scope="session")

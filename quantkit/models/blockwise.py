@@ -99,7 +99,7 @@ class BlockwiseModel:
         """Tensors of the checkpoint that the model has no place for."""
         return self.loader.unexpected
 
-    def is_beyond(self, name: str) -> bool:
+    def is_not_in_model(self, name: str) -> bool:
         """Whether such a tensor belongs to what runtimes have and transformers leaves out: layers
         that predict further tokens.
         """
