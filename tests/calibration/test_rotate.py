@@ -20,7 +20,8 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.exporter.verify import verify
 from quantkit.ops.reference import quantize
-from quantkit.schemes.scheme import TOKEN, QuantScheme, QuantSpec
+from quantkit.schemes.quant_spec import TOKEN, QuantSpec
+from quantkit.schemes.scheme import QuantScheme
 
 ROTATED = {"scheme": "int8-dynamic", "algorithms": [{"rotation": {"untie": True}}]}
 INT8 = QuantScheme.parse("int8-dynamic")

@@ -23,8 +23,9 @@ from quantkit.exporter.write import export
 from quantkit.ops import cpu
 from quantkit.ops.reference import dequantize, quantize
 from quantkit.schemes.pattern import Pattern
+from quantkit.schemes.quant_spec import block
 from quantkit.schemes.recipe import Recipe
-from quantkit.schemes.scheme import SCHEMES, QuantScheme, block
+from quantkit.schemes.scheme import SCHEMES, QuantScheme
 
 
 def planned(model, scheme="fp8-dynamic", **recipe):
