@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def _candidates(
         return
     typical = (
         mean_squares(rows, importance).sqrt(),
-        sum(weight.square().sum(0) for weight in weights).sqrt(),
+        reduce(torch.add, [weight.square().sum(0) for weight in weights]).sqrt(),
     )
     if all(has_such_noise(scheme) for scheme in schemes):
         begin = _grouped_scale(*typical, 0.5, groups)

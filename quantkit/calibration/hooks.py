@@ -27,6 +27,7 @@ from quantkit.models.experts import (
     first_and_down,
     intermediate,
     is_experts,
+    plain_experts,
     register_experts,
     runs_as_told,
 )
@@ -88,6 +89,25 @@ class _Batch:
         else:
             inputs = inputs.flatten(0, -2)
         self.observe(names, inputs)
+
+    def count_tokens(self, experts: _Experts, top_k_index: Tensor) -> None:
+        """Add how many tokens the router sends to each expert. top_k_index: [tokens, experts per
+        token].
+        """
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)
+        counts = counts[: experts.count].cpu()
+        earlier = self.statistics.experts.get(experts.name, torch.zeros_like(counts))
+        self.statistics.experts[experts.name] = earlier + counts
+
+    def first_positions(self, hidden_states: Tensor) -> Tensor | None:
+        """Which rows of hidden states [tokens, features] are first positions of a window, [tokens]
+        bool; None where the rows aren't those of whole windows.
+        """
+        count = hidden_states.shape[0]
+        # Llama 4's experts are given all tokens once for each expert.
+        if count % (self.windows * self.positions):
+            return None
+        return torch.arange(count, device=hidden_states.device) % self.positions == 0
 
 
 # The batch that this thread runs, while a recorder records it: transformers calls the experts'
@@ -217,7 +237,9 @@ class ObservingCache(NullCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         batch = _RECORDED.get()
-        module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None
+        if batch is None:
+            return key_states, value_states
+        module = batch.recorder.heads_of.get(layer_idx)
         if module is not None:
             for which, states in (("k", key_states), ("v", value_states)):
                 heads = batch.statistics.heads
@@ -253,11 +275,11 @@ class _Experts:
         leaf, down = first_and_down(module)
         weight, transposed = getattr(module, leaf), getattr(module, "is_transposed", False)
         count = weight.shape[0]
-        on_disk = [
+        first_linears, down_linears = (
             _expert_linears(model.sources(f"{name}.{part}"), f"{name}.{part}", count)
             for part in (leaf, down)
-        ]
-        stored = on_disk[0][0][0]
+        )
+        stored = first_linears[0][0]
         name_on_disk = (
             stored[: stored.index(".experts") + len(".experts")] if ".experts" in stored else name
         )
@@ -266,7 +288,8 @@ class _Experts:
         return cls(
             name_on_disk,
             count,
-            *on_disk,
+            first_linears,
+            down_linears,
             in_features,
             down_weight.shape[1] if transposed else down_weight.shape[2],
             _expert_gains(module, weight),
@@ -327,31 +350,21 @@ def observing_experts(
     index beyond the experts is none's.
     """
     batch, down = _RECORDED.get(), first_and_down(module)[1]
-    experts = batch.recorder.experts.get(module) if batch is not None else None
-    shows_all = experts is not None and batch.recorder.all_experts
-    first_position = None
-    if experts is not None:
-        # Also where all tokens come once for each expert.
-        if hidden_states.shape[0] % (batch.windows * batch.positions) == 0:
-            first_position = (
-                torch.arange(hidden_states.shape[0], device=hidden_states.device) % batch.positions
-                == 0
-            )
-        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)[
-            : experts.count
-        ].cpu()
-        batch.statistics.experts[experts.name] = (
-            batch.statistics.experts.get(experts.name, torch.zeros_like(counts)) + counts
-        )
+    experts = None if batch is None else batch.recorder.experts.get(module)
+    if batch is None or experts is None:
+        return plain_experts(module, hidden_states, top_k_index, top_k_weights)
+    batch.count_tokens(experts, top_k_index)
+    is_first = batch.first_positions(hidden_states)
+    shows_all = batch.recorder.all_experts
 
     def observe(expert: int, states: Tensor, between: Tensor, token: Tensor) -> None:
-        first = None if first_position is None else first_position[token]
+        first = None if is_first is None else is_first[token]
         batch.observe(experts.first[expert], states, first)
         batch.observe(experts.down[expert], between, first)
 
     def output_of(expert: int, token: Tensor, states: Tensor) -> Tensor:
         between = intermediate(module, expert, states)
-        if experts is not None and not shows_all:
+        if not shows_all:
             observe(expert, states, between, token)
         return expert_linear(module, down, expert, between)
 

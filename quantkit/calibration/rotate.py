@@ -82,6 +82,11 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
     return Rotation(stream, head, untied)
 
 
+def _matrix(rotation: Tensor | None) -> Tensor:
+    assert rotation is not None, "only what the recipe rotates is asked for"
+    return rotation
+
+
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:
     name = next((name for name, found in model.named_modules() if found is module), None)
     if name is None:
@@ -121,10 +126,11 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
     Needs `load_outer(with_head=True)`. tokens: [windows, positions], for the check. Raises
     CalibrationError.
     """
+    stream = _matrix(rotation.stream)
     tokens = tokens[:1, :TRIAL_POSITIONS]
     model.capture(tokens)  # finds out what blocks return their hidden states in
     try:
-        outer = _find_outer(model, tokens.to(model.device), rotation.stream)
+        outer = _find_outer(model, tokens.to(model.device), stream)
     except _Refusal as refusal:
         raise _error("what stands around the blocks", refusal) from None
     embedding, head = (
@@ -133,11 +139,9 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
     )
     norm = model.model.get_submodule(outer.norm).weight
     tensors = {
-        _on_disk(model, f"{outer.head}.weight"): _rotated_rows(
-            head, rotation.stream, outer.norm_weight
-        ),
+        _on_disk(model, f"{outer.head}.weight"): _rotated_rows(head, stream, outer.norm_weight),
         _on_disk(model, f"{outer.norm}.weight"): torch.full_like(norm, outer.neutral),
-        _on_disk(model, f"{outer.embedding}.weight"): _rotated_rows(embedding, rotation.stream),
+        _on_disk(model, f"{outer.embedding}.weight"): _rotated_rows(embedding, stream),
     }
     embedding.data = tensors[_on_disk(model, f"{outer.embedding}.weight")]
     return tensors
@@ -274,13 +278,14 @@ class RotatedLinear:
         """
         weight = weight.float()
         if self.norm:
+            assert norm_weight is not None, f"the weight of {self.norm} goes into this Linear"
             multiplies_by = norm_weight.float() + 1 if self.adds_one else norm_weight.float()
-            weight = rotated_reader(weight, rotation.stream, multiplies_by)
+            weight = rotated_reader(weight, _matrix(rotation.stream), multiplies_by)
         if self.reads_heads:
-            weight = rotated_reader(weight, rotation.head)
+            weight = rotated_reader(weight, _matrix(rotation.head))
         if self.writes:
-            weight = rotated_writer(weight, rotation.stream)
-        return rotated_writer(weight, rotation.head) if self.writes_heads else weight
+            weight = rotated_writer(weight, _matrix(rotation.stream))
+        return rotated_writer(weight, _matrix(rotation.head)) if self.writes_heads else weight
 
 
 @dataclass(frozen=True)
@@ -333,13 +338,7 @@ def _rotate_block(
             )
     heads = []
     for fold in find_linear_folds(probe) if rotation.head is not None else ():
-        rotated = _rotated_heads(
-            fold.producer,
-            fold.consumers[0],
-            fold.channels,
-            {**parameters, **changed},
-            rotation.head,
-        )
+        rotated = _rotated_heads(fold, {**parameters, **changed}, _matrix(rotation.head))
         if rotated is None:
             continue
         with probe.changed(changed | rotated):
@@ -490,15 +489,13 @@ def _shares(difference: Tensor, outputs: Sequence[Tensor], whole: Tensor) -> lis
 
 
 def _rotated_heads(
-    producer: str,
-    consumer: str,
-    channels: Tensor,
-    parameters: Mapping[str, Tensor],
-    rotation: Tensor,
+    fold: Fold, parameters: Mapping[str, Tensor], rotation: Tensor
 ) -> dict[str, Tensor] | None:
-    """Both weights with each head rotated; None where the channels don't come in heads. channels:
-    the producer's for each of the consumer's, [in_features].
+    """The weights of a Linear and of its consumer with each head rotated; None where the channels
+    don't come in heads. rotation: [head size, head size].
     """
+    producer, (consumer,), channels = fold.producer, fold.consumers, fold.channels
+    assert channels is not None, "the fold of a Linear says which channels it scales"
     size = len(rotation)
     weight = parameters[f"{producer}.weight"]
     if weight.shape[0] % size or len(channels) % size:

@@ -215,7 +215,7 @@ def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None
     """The fold of one Linear into another, if each input channel of the consumer follows the scale
     of one output channel of the producer.
     """
-    first, second = probe.block.get_submodule(producer), probe.block.get_submodule(consumer)
+    first, second = _linear(probe, producer), _linear(probe, consumer)
     if second.in_features % first.out_features:
         return None
     size = first.out_features
@@ -234,6 +234,12 @@ def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None
     if len(channels.unique()) < size:
         return None
     return Fold(producer, (consumer,), channels=channels)
+
+
+def _linear(probe: BlockProbe, path: str) -> nn.Linear:
+    module = probe.block.get_submodule(path)
+    assert isinstance(module, nn.Linear), f"{path} was traced as a Linear"
+    return module
 
 
 def _inputs(probe: BlockProbe, linear: str) -> Tensor:
