@@ -24,12 +24,12 @@ from quantkit.models.dataflow import KnownTensors
 from quantkit.models.experts import (
     each_expert,
     expert_linear,
-    first_and_down,
+    has_selectable_forward,
     intermediate,
     is_experts,
     plain_experts,
     register_experts,
-    runs_as_told,
+    stack_names,
 )
 from quantkit.models.hooks import capture
 from quantkit.models.linear_views import DOWN, GATE_UP, experts_module
@@ -47,7 +47,7 @@ LINEARS = (nn.Linear, QuantizedLinear)
 
 
 @dataclass
-class _Batch:
+class _RecordedBatch:
     """What the hooks of one thread write to, for the batch that it runs."""
 
     statistics: BlockStatistics
@@ -90,7 +90,7 @@ class _Batch:
             inputs = inputs.flatten(0, -2)
         self.observe(names, inputs)
 
-    def count_tokens(self, experts: _Experts, top_k_index: Tensor) -> None:
+    def count_tokens(self, experts: _ObservedExperts, top_k_index: Tensor) -> None:
         """Add how many tokens the router sends to each expert. top_k_index: [tokens, experts per
         token].
         """
@@ -112,7 +112,7 @@ class _Batch:
 
 # The batch that this thread runs, while a recorder records it: transformers calls the experts'
 # forward and the cache with no word of the recorder.
-_RECORDED: ContextVar[_Batch | None] = ContextVar("recorded batch", default=None)
+_RECORDED: ContextVar[_RecordedBatch | None] = ContextVar("recorded batch", default=None)
 
 
 class BlockRecorder:
@@ -126,7 +126,7 @@ class BlockRecorder:
         self.all_experts = all_experts
         prefix = model.block_name(number)
         names_of: dict[str, list[str]] = {}  # path of a Linear → its names on disk
-        self.experts: dict[nn.Module, _Experts] = {}
+        self.experts: dict[nn.Module, _ObservedExperts] = {}
         self._linears: dict[str, int] = {}  # name on disk → in_features, of every Linear here
         self._order: dict[str, int] = {}  # name on disk → its place in the block
         self.heads_of: dict[int, str] = {}
@@ -136,8 +136,8 @@ class BlockRecorder:
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
                 names_of[path] = names
-            elif is_experts(module) and runs_as_told(module):
-                self.experts[module] = experts = _Experts.of(module, name, model)
+            elif is_experts(module) and has_selectable_forward(module):
+                self.experts[module] = experts = _ObservedExperts.of(module, name, model)
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
             else:
                 names = []
@@ -172,7 +172,9 @@ class BlockRecorder:
         `InputObserver.update`.
         """
         statistics = BlockStatistics()
-        token = _RECORDED.set(_Batch(statistics, self, shape[1], shape[0], quarter, earlier))
+        token = _RECORDED.set(
+            _RecordedBatch(statistics, self, shape[1], shape[0], quarter, earlier)
+        )
         try:
             yield statistics
         finally:
@@ -254,7 +256,7 @@ class ObservingCache(NullCache):
 
 
 @dataclass(frozen=True)
-class _Experts:
+class _ObservedExperts:
     """An experts' module: how many, and what their Linears are called on disk.
 
     first, down: for each expert the Linears that read the layer's hidden states, and those that
@@ -271,8 +273,8 @@ class _Experts:
     gains: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _Experts:
-        leaf, down = first_and_down(module)
+    def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _ObservedExperts:
+        leaf, down = stack_names(module)
         weight, transposed = getattr(module, leaf), getattr(module, "is_transposed", False)
         count = weight.shape[0]
         first_linears, down_linears = (
@@ -349,7 +351,7 @@ def observing_experts(
     hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An
     index beyond the experts is none's.
     """
-    batch, down = _RECORDED.get(), first_and_down(module)[1]
+    batch, down = _RECORDED.get(), stack_names(module)[1]
     experts = None if batch is None else batch.recorder.experts.get(module)
     if batch is None or experts is None:
         return plain_experts(module, hidden_states, top_k_index, top_k_weights)

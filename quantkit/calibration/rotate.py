@@ -24,9 +24,9 @@ from quantkit.calibration.scale_folding import (
     STORED_TOLERANCE,
     TOLERANCE,
     BlockProbe,
-    Fold,
-    find_linear_folds,
-    find_norm_folds,
+    ScaleFolding,
+    find_linear_foldings,
+    find_norm_foldings,
 )
 from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.errors import CalibrationError, RecipeError
@@ -43,7 +43,7 @@ TRIAL_POSITIONS = 32
 ROWS_AT_ONCE = 8192
 
 
-class _Refusal(Exception):
+class RotationRefusal(Exception):
     """Why a block, or what stands around the blocks, can't be rotated."""
 
 
@@ -131,7 +131,7 @@ def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> 
     model.capture(tokens)  # finds out what blocks return their hidden states in
     try:
         outer = _find_outer(model, tokens.to(model.device), stream)
-    except _Refusal as refusal:
+    except RotationRefusal as refusal:
         raise _error("what stands around the blocks", refusal) from None
     embedding, head = (
         model.model.get_submodule(outer.embedding).weight,
@@ -177,13 +177,13 @@ def _find_outer(model: BlockwiseModel, tokens: Tensor, rotation: Tensor) -> _Out
     with _small_in_float32(model):
         norm, before = _run_to_head(model, tokens, embedding, head)
         if norm is None:
-            raise _Refusal(f"{head} isn't fed by a norm with a weight for each channel")
+            raise RotationRefusal(f"{head} isn't fed by a norm with a weight for each channel")
         known = {f"{embedding}.weight", f"{norm}.weight", f"{norm}.bias", f"{head}.weight"}
         for name, parameter in model.outer_parameters():
             if name not in known and size in parameter.shape:
-                raise _Refusal(f"{name} reads or writes the residual stream too")
+                raise RotationRefusal(f"{name} reads or writes the residual stream too")
         if getattr(whole.get_submodule(norm), "bias", None) is not None:
-            raise _Refusal(f"{norm} adds a bias, as LayerNorm does")
+            raise RotationRefusal(f"{norm} adds a bias, as LayerNorm does")
         weight = whole.get_submodule(norm).weight
         original = weight.data.clone()
         for adds_one in (False, True):
@@ -193,7 +193,7 @@ def _find_outer(model: BlockwiseModel, tokens: Tensor, rotation: Tensor) -> _Out
             multiplies_by = original + 1 if adds_one else original
             if _differs(after @ rotation.T * multiplies_by, before) < TOLERANCE:
                 return _Outer(embedding, norm, head, multiplies_by, 0.0 if adds_one else 1.0)
-    raise _Refusal(
+    raise RotationRefusal(
         f"with rotated embeddings {head} isn't given the same, rotated: {norm} subtracts a mean, or"
         " more than embeddings is added before the blocks"
     )
@@ -245,7 +245,7 @@ def _run_to_head(
     ):
         model.model(input_ids=tokens)
     if not given:
-        raise _Refusal(f"{head} isn't called")
+        raise RotationRefusal(f"{head} isn't called")
     return returned.name_of(given[0]), given[0].float().flatten(0, -2)
 
 
@@ -315,7 +315,7 @@ def rotate_block(
     """
     try:
         return _rotate_block(probe, rotation, dtypes)
-    except _Refusal as refusal:
+    except RotationRefusal as refusal:
         raise _error(name, refusal) from None
 
 
@@ -323,7 +323,7 @@ def _rotate_block(
     probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype]
 ) -> RotatedBlock:
     parameters = dict(probe.block.named_parameters())
-    norms: dict[str, Fold] = {}
+    norms: dict[str, ScaleFolding] = {}
     writers: tuple[str, ...] = ()
     changed: dict[str, Tensor] = {}
     readers_of_heads = []
@@ -332,13 +332,13 @@ def _rotate_block(
         with probe.changed(changed):
             change = probe.change(rotation.stream)
         if not change < TOLERANCE:
-            raise _Refusal(
+            raise RotationRefusal(
                 "rotated, it returns something else (what it adds to its input changes by"
                 f" {change:.1%}); more reads or writes the residual stream"
             )
     heads = []
-    for fold in find_linear_folds(probe) if rotation.head is not None else ():
-        rotated = _rotated_heads(fold, {**parameters, **changed}, _matrix(rotation.head))
+    for folding in find_linear_foldings(probe) if rotation.head is not None else ():
+        rotated = _rotated_heads(folding, {**parameters, **changed}, _matrix(rotation.head))
         if rotated is None:
             continue
         with probe.changed(changed | rotated):
@@ -346,69 +346,69 @@ def _rotate_block(
             # attention can.
             if probe.change(rotation.stream) < TOLERANCE:
                 changed |= rotated
-                heads.append(fold.producer)
-                readers_of_heads.append(fold.consumers[0])
+                heads.append(folding.producer)
+                readers_of_heads.append(folding.consumers[0])
     changed = {
         path: tensor.to(dtypes.get(path, torch.float32)).float() for path, tensor in changed.items()
     }
     with probe.changed(changed):
         change = probe.change(rotation.stream)
     if not change < STORED_TOLERANCE:
-        raise _Refusal(
+        raise RotationRefusal(
             "with the weights as they are stored, what it adds to its input changes by"
             f" {change:.1%}"
         )
-    fold_of = {linear: fold for fold in norms.values() for linear in fold.consumers}
+    folding_of = {linear: folding for folding in norms.values() for linear in folding.consumers}
     linears = {
         path: RotatedLinear(
-            fold_of[path].producer if path in fold_of else "",
-            path in fold_of and fold_of[path].adds_one,
+            folding_of[path].producer if path in folding_of else "",
+            path in folding_of and folding_of[path].adds_one,
             path in writers,
             path in readers_of_heads,
             path in heads,
         )
-        for path in dict.fromkeys([*fold_of, *writers, *heads, *readers_of_heads])
+        for path in dict.fromkeys([*folding_of, *writers, *heads, *readers_of_heads])
     }
     return RotatedBlock(changed, linears, tuple(norms), writers, tuple(heads), change)
 
 
 def _rotated_stream(
     probe: BlockProbe, parameters: Mapping[str, Tensor], rotation: Tensor
-) -> tuple[dict[str, Fold], tuple[str, ...], dict[str, Tensor]]:
-    """The norms that read the stream, each with the fold into the Linears behind it, the Linears
+) -> tuple[dict[str, ScaleFolding], tuple[str, ...], dict[str, Tensor]]:
+    """The norms that read the stream, each with the folding into the Linears behind it, the Linears
     that write to it, and all their parameters, rotated.
     """
     reading, writers = _readers_and_writers(probe)
-    folds, reasons = find_norm_folds(probe)
-    by_norm = {fold.producer: fold for fold in folds}
+    foldings, reasons = find_norm_foldings(probe)
+    by_norm = {folding.producer: folding for folding in foldings}
     changed: dict[str, Tensor] = {}
     for norm, given in reading.items():
-        fold = by_norm.get(norm)
-        if fold is None:
-            raise _Refusal(
+        folding = by_norm.get(norm)
+        if folding is None:
+            raise RotationRefusal(
                 next(
                     (reason for reason in reasons.values() if f" {norm} " in reason),
                     f"{norm} reads the residual stream, and no Linear reads what it returns",
                 )
             )
         if f"{norm}.bias" in parameters:
-            raise _Refusal(f"{norm} adds a bias")
+            raise RotationRefusal(f"{norm} adds a bias")
         weight = parameters[f"{norm}.weight"].float()
-        neutral = torch.full_like(weight, 0.0 if fold.adds_one else 1.0)
+        neutral = torch.full_like(weight, 0.0 if folding.adds_one else 1.0)
         module = probe.block.get_submodule(norm)
         with probe.changed({f"{norm}.weight": neutral}):
             if not _differs(module(given @ rotation), module(given) @ rotation) < TOLERANCE:
-                raise _Refusal(
+                raise RotationRefusal(
                     f"{norm} is no root-mean-square norm (LayerNorm subtracts the mean), so a"
                     " rotation changes what it returns"
                 )
         changed[f"{norm}.weight"] = neutral
-        for linear in fold.consumers:
+        for linear in folding.consumers:
             changed[f"{linear}.weight"] = rotated_reader(
-                parameters[f"{linear}.weight"], rotation, weight + 1 if fold.adds_one else weight
+                parameters[f"{linear}.weight"], rotation, weight + 1 if folding.adds_one else weight
             )
     if not changed:
-        raise _Refusal("no norm reads the residual stream before its Linears")
+        raise RotationRefusal("no norm reads the residual stream before its Linears")
     for linear in writers:
         for path in (f"{linear}.weight", f"{linear}.bias"):
             if path in parameters:
@@ -464,7 +464,7 @@ def _readers_and_writers(probe: BlockProbe) -> tuple[dict[str, Tensor], tuple[st
             ),
             "",
         )
-        raise _Refusal(
+        raise RotationRefusal(
             "what it adds to the residual stream is no sum of what its Linears put"
             f" out{f': {between}' if between else ''}"
         )
@@ -489,13 +489,13 @@ def _shares(difference: Tensor, outputs: Sequence[Tensor], whole: Tensor) -> lis
 
 
 def _rotated_heads(
-    fold: Fold, parameters: Mapping[str, Tensor], rotation: Tensor
+    folding: ScaleFolding, parameters: Mapping[str, Tensor], rotation: Tensor
 ) -> dict[str, Tensor] | None:
     """The weights of a Linear and of its consumer with each head rotated; None where the channels
     don't come in heads. rotation: [head size, head size].
     """
-    producer, (consumer,), channels = fold.producer, fold.consumers, fold.channels
-    assert channels is not None, "the fold of a Linear says which channels it scales"
+    producer, (consumer,), channels = folding.producer, folding.consumers, folding.channels
+    assert channels is not None, "the folding of a Linear says which channels it scales"
     size = len(rotation)
     weight = parameters[f"{producer}.weight"]
     if weight.shape[0] % size or len(channels) % size:
@@ -518,10 +518,10 @@ def require_on_disk(model: BlockwiseModel, prefix: str, paths: Sequence[str]) ->
     for path in paths:
         source = model.sources(f"{prefix}.{path}")
         if source is None or sum(map(len, source.lists)) != 1:
-            raise _error(prefix, _Refusal(f"{path} isn't one tensor on disk"))
+            raise _error(prefix, RotationRefusal(f"{path} isn't one tensor on disk"))
 
 
-def _error(where: str, refusal: _Refusal) -> CalibrationError:
+def _error(where: str, refusal: RotationRefusal) -> CalibrationError:
     return CalibrationError(
         f"rotation can't be done in {where}: {refusal}; leave rotation out of the recipe"
     )
@@ -534,19 +534,21 @@ def needs(settings: Algorithm) -> Needs:
     return Needs()
 
 
-def change_block(work: BlockRun, settings: Algorithm) -> BlockChanges:
+def change_block(block_run: BlockRun, settings: Algorithm) -> BlockChanges:
     """Rotate a block as the whole model is rotated; rank 0 does it for all."""
-    rotation = work.rotation
+    rotation = block_run.rotation
     assert rotation is not None, "a recipe with rotation has its matrices"
 
     def find() -> RotatedBlock:
-        found = rotate_block(work.probe(rotation.stream), rotation, work.stored_dtypes(), work.name)
-        require_on_disk(work.model, work.name, list(found.parameters))
+        found = rotate_block(
+            block_run.probe(rotation.stream), rotation, block_run.stored_dtypes(), block_run.name
+        )
+        require_on_disk(block_run.model, block_run.name, list(found.parameters))
         return found
 
-    found = work.ranks.on_first(find)
-    entry = work.ranks.broadcast_from_first(lambda: _entry(work.name, found))
-    parameters = work.ranks.broadcast_tensors(found.parameters if found else None)
+    found = block_run.ranks.on_first(find)
+    entry = block_run.ranks.broadcast_from_first(lambda: _entry(block_run.name, found))
+    parameters = block_run.ranks.broadcast_tensors(found.parameters if found else None)
     return BlockChanges(parameters, {"rotations": [entry]})
 
 
@@ -650,7 +652,7 @@ def _try_outer(
     if unknown:
         raise _error(
             unknown[0],
-            _Refusal(
+            RotationRefusal(
                 "transformers doesn't run it, so nobody knows whether it reads what is rotated"
             ),
         )

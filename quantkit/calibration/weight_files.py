@@ -33,7 +33,7 @@ def weights_file(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class ChosenFiles:
+class QuantizedWeightFiles:
     """The files of one run.
 
     quantizer: whose work they hold.
@@ -109,7 +109,7 @@ class ChosenFiles:
             ),
         )
 
-    def choose(
+    def quantize(
         self,
         number: int,
         block: nn.Module,

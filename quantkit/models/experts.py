@@ -64,18 +64,18 @@ def is_experts(module: nn.Module) -> bool:
     """Whether a module holds all experts of a layer in two stacks."""
     return all(
         isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3
-        for leaf in first_and_down(module)
+        for leaf in stack_names(module)
     )
 
 
-def first_and_down(module: nn.Module) -> tuple[str, str]:
+def stack_names(module: nn.Module) -> tuple[str, str]:
     """What its stacks are called: that of the matrices which read the hidden states (gate and up as
     one, or up alone), and that of those which make the output.
     """
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
-def runs_as_told(module: nn.Module) -> bool:
+def has_selectable_forward(module: nn.Module) -> bool:
     """Whether the forward of such experts can be chosen."""
     return hasattr(module, "is_concatenated")
 
@@ -133,7 +133,7 @@ def gated(module: nn.Module, projected: Tensor) -> Tensor:
 
 def intermediate(module: nn.Module, expert: int, states: Tensor) -> Tensor:
     """What the expert's last Linear reads."""
-    return gated(module, expert_linear(module, first_and_down(module)[0], expert, states))
+    return gated(module, expert_linear(module, stack_names(module)[0], expert, states))
 
 
 def plain_experts(
@@ -143,7 +143,7 @@ def plain_experts(
 
     def output_of(expert: int, _: Tensor, states: Tensor) -> Tensor:
         return expert_linear(
-            module, first_and_down(module)[1], expert, intermediate(module, expert, states)
+            module, stack_names(module)[1], expert, intermediate(module, expert, states)
         )
 
     return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
@@ -169,7 +169,7 @@ def adopt_experts(model: nn.Module, name: str) -> None:
     if forward is None:
         return
     for module in model.modules():
-        if is_experts(module) and not runs_as_told(module):
+        if is_experts(module) and not has_selectable_forward(module):
             _adopt(module, forward)
 
 
@@ -178,7 +178,7 @@ def _adopt(module: nn.Module, forward: ExpertsForward) -> None:
     forward.
     """
     (count, rows, columns), (_, down_rows, down_columns) = (
-        getattr(module, leaf).shape for leaf in first_and_down(module)
+        getattr(module, leaf).shape for leaf in stack_names(module)
     )
     is_transposed = (rows, columns) == (down_columns, 2 * down_rows)
     takes = len(inspect.signature(module.forward).parameters)
@@ -205,7 +205,7 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    leaf, down = first_and_down(module)
+    leaf, down = stack_names(module)
     features = getattr(module, down).shape[2 if described["is_transposed"] else 1]
     shapes = {leaf: (features, 2 * _TRIAL_WIDTH), down: (_TRIAL_WIDTH, features)}
     weights = {

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chosen_weights import kld, quantized, recipe_of
 from conftest import make_llama
+from quantized_weights import kld, quantized, recipe_of
 
 from quantkit.algorithms.bias_correction import corrected_bias
 from quantkit.calibration.options import CalibrationOptions

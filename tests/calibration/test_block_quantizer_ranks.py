@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from chosen_weights import kld
 from conftest import make_llama
 from processes import DYING, command, contents, quantkit, ranks, torchrun
+from quantized_weights import kld
 from safetensors.torch import load_file
 
 from quantkit.exporter.plan import ExportOptions, plan_export

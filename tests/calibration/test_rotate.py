@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chosen_weights import kld, quantized, recipe_of, with_outliers
 from conftest import make_llama, make_tokenizer
+from quantized_weights import kld, quantized, recipe_of, with_outliers
 from safetensors.torch import load_file
 from tiny_models import make_model
 
