@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit.calibration.block_quantizer import BlockQuantizer
-from quantkit.calibration.rotate import put_outer, rotated_outer, try_rotation
+from quantkit.calibration.rotate import try_rotation
+from quantkit.calibration.rotate_outer import put_outer, rotated_outer
 from quantkit.checkpoint.files import blake3_file
 from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.output_dir import OutputDirectory

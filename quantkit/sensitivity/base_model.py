@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.algorithms.rotation import Rotation
-from quantkit.calibration.rotate import RotatedLinear, make_rotation
+from quantkit.calibration.rotate import make_rotation
+from quantkit.calibration.rotate_block import RotatedLinear
 from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.quantized_experts import EXPERTS_IMPLEMENTATION, register_serving_experts
