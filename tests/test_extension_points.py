@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from chosen_weights import quantized, recipe_of
+from quantized_weights import quantized, recipe_of
 from safetensors.torch import load_file
 
 from quantkit.algorithms.layer_group import INPUT_SUMS

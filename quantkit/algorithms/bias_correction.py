@@ -24,12 +24,12 @@ from quantkit.schemes.recipe import Algorithm
 
 
 def corrected_bias(
-    bias: Tensor, weight: Tensor, values: Tensor, exact_mean: Tensor, seen_mean: Tensor
+    bias: Tensor, weight: Tensor, values: Tensor, exact_mean: Tensor, quantized_mean: Tensor
 ) -> Tensor:
     """b, float32. bias: [out_features]; weight, values: W and what Q's codes stand for,
     [out_features, in_features]; the means of x and x̂: [in_features].
     """
-    return bias.float() + weight.float() @ exact_mean - values @ seen_mean
+    return bias.float() + weight.float() @ exact_mean - values @ quantized_mean
 
 
 def needs(settings: Algorithm) -> Needs:
@@ -51,7 +51,7 @@ def _corrected(linear: GroupLinear) -> Tensor:
     bias, codes, inputs = linear.bias, linear.codes, linear.inputs
     assert bias is not None and codes is not None and inputs is not None
     corrected = corrected_bias(
-        bias, linear.weight, codes.dequantize(), inputs.exact_mean, inputs.seen_mean
+        bias, linear.weight, codes.dequantize(), inputs.exact_mean, inputs.quantized_mean
     )
     return corrected.to(bias.dtype)
 

@@ -43,18 +43,22 @@ def descend(
     for first in range(0, len(target), ROWS):
         rows = slice(first, first + ROWS)
         # Columns lie one after the other here: each step reads and writes whole ones.
-        turned = [part[rows][:, order].T.contiguous() for part in (scales, weight.qdata, values)]
-        difference = turned[2] - target[rows][:, order].T
+        divisors, codes, rounded = (
+            part[rows][:, order].T.contiguous() for part in (scales, weight.qdata, values)
+        )
+        difference = rounded - target[rows][:, order].T
         for _ in range(passes):
             for column in range(0, len(gram), BLOCK_COLUMNS):
                 _pass_block(
                     slice(column, min(column + BLOCK_COLUMNS, len(gram))),
                     gram,
-                    *turned,
+                    divisors,
+                    codes,
+                    rounded,
                     difference,
                     weight,
                 )
-        found[rows, order] = turned[1].T
+        found[rows, order] = codes.T
     return QuantizedTensor(found, weight.scale, weight.spec)
 
 

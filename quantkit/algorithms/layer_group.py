@@ -61,15 +61,15 @@ class InputSums:
     """What a Linear is given, over all tokens, each weighted by its importance.
 
     exact_mean: mean of X, the inputs before they are quantized, [in_features] float32.
-    seen_mean: mean of X̂, the quantized inputs, [in_features].
-    squares: mean of X̂², [in_features].
+    quantized_mean: mean of X̂, the quantized inputs, [in_features].
+    mean_squares: mean of X̂², [in_features].
     hessian: sum X̂ X̂ᵀ, [in_features, in_features], or None where it isn't needed.
     deviation: sum (X − X̂) X̂ᵀ, [in_features, in_features], or None likewise.
     """
 
     exact_mean: Tensor
-    seen_mean: Tensor
-    squares: Tensor
+    quantized_mean: Tensor
+    mean_squares: Tensor
     hessian: Tensor | None = None
     deviation: Tensor | None = None
 
@@ -104,11 +104,11 @@ class GroupLinear:
         self.bias, self.bias_changed = bias, True
 
     @property
-    def squares(self) -> Tensor | None:
-        return None if self.inputs is None else self.inputs.squares
+    def mean_squares(self) -> Tensor | None:
+        return None if self.inputs is None else self.inputs.mean_squares
 
 
-def usual_scale(
+def absmax_scale(
     weights: Sequence[Tensor], spec: QuantSpec, squares: Tensor | None = None
 ) -> Tensor | None:
     """Several weights that share one scale follow the largest value of all."""
@@ -127,7 +127,7 @@ class LayerGroup:
 
     linears: dict[str, GroupLinear]
     workers: Workers
-    scale_rule: ScaleRule = usual_scale
+    scale_rule: ScaleRule = absmax_scale
 
     def scales(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Scales [block rows, block columns] for these values of the Linears' weights, by path;
@@ -146,7 +146,7 @@ class LayerGroup:
             members = together[index]
             first = self.linears[members[0]]
             weights = [targets[path] for path in members]
-            return self.scale_rule(weights, first.scheme.weight, first.squares)
+            return self.scale_rule(weights, first.scheme.weight, first.mean_squares)
 
         scales = self.workers.shared(work, range(len(together)))
         for members, scale in zip(together, scales):

@@ -38,6 +38,16 @@ class Rotation:
     head: Tensor | None
     untied: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def stream_matrix(self) -> Tensor:
+        assert self.stream is not None, "asked for only where the recipe rotates the stream"
+        return self.stream
+
+    @property
+    def head_matrix(self) -> Tensor:
+        assert self.head is not None, "asked for only where the recipe rotates heads"
+        return self.head
+
 
 def rotation_matrix(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal R [size, size] float32: signs on a Hadamard matrix, or on Sylvester's

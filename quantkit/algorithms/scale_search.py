@@ -15,6 +15,7 @@ scales shows all of that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -46,7 +47,6 @@ def search_scale(
     squares: h, [in_features]. Never worse than the usual scale, which is among the candidates.
     """
     amax = torch.stack([block_amax(weight, spec.granularity) for weight in weights]).amax(0)
-    best, least = choose_scale(amax, spec), None
     factors = (
         POWER_OF_TWO_FACTORS
         if spec.scale_format is E8M0
@@ -54,12 +54,16 @@ def search_scale(
         if spec.format.kind == "float"
         else INTEGER_FACTORS
     )
-    for factor in (1.0, *factors):
+
+    def error_of(scale: Tensor) -> Tensor:
+        errors = [scale_error(weight, spec, scale, squares) for weight in weights]
+        return reduce(torch.add, errors)
+
+    best = choose_scale(amax, spec)
+    least = error_of(best)
+    for factor in factors:
         scale = choose_scale(amax * factor, spec)
-        error = sum(scale_error(weight, spec, scale, squares) for weight in weights)
-        if least is None:
-            least = error
-            continue
+        error = error_of(scale)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from quantkit import ops
-from quantkit.algorithms.smoothquant_fit import fitted_scale, has_such_noise, mean_squares
+from quantkit.algorithms.smoothquant_fit import fitted_scale, has_uniform_steps, mean_squares
 from quantkit.ops.reference import quantize
 from quantkit.schemes.scheme import QuantScheme
 
@@ -105,12 +106,12 @@ def search_smoothing(
     share a scale (heads of values that several query heads read), [in_features], or None.
     importance: of each row, [n, 1], or None.
     """
-    (seen, counts), (judged, judged_counts) = _divided(rows, importance)
-    judged = judged.float()
-    exact = [judged @ weight.T for weight in weights]
+    (seen, counts), (held_out, held_out_importance) = _divided(rows, importance)
+    held_out = held_out.float()
+    exact = [held_out @ weight.T for weight in weights]
 
     def error(scale: Tensor | None) -> float:
-        return output_error(judged, weights, schemes, scale, exact, judged_counts)
+        return output_error(held_out, weights, schemes, scale, exact, held_out_importance)
 
     plain = error(None)
     best: Smoothing | None = None
@@ -155,9 +156,9 @@ def _candidates(
         return
     typical = (
         mean_squares(rows, importance).sqrt(),
-        sum(weight.square().sum(0) for weight in weights).sqrt(),
+        reduce(torch.add, [weight.square().sum(0) for weight in weights]).sqrt(),
     )
-    if all(has_such_noise(scheme) for scheme in schemes):
+    if all(has_uniform_steps(scheme) for scheme in schemes):
         begin = _grouped_scale(*typical, 0.5, groups)
         yield begin, 0.5, "rms"
         yield (

@@ -33,7 +33,7 @@ HOLD = 1e-3
 ROWS_AT_ONCE = 256
 
 
-def has_such_noise(scheme: QuantScheme) -> bool:
+def has_uniform_steps(scheme: QuantScheme) -> bool:
     """Whether both weights and inputs are rounded as above, or weights alone."""
     weight, inputs = scheme.weight, scheme.input
     return (

@@ -99,7 +99,7 @@ class BlockQuantizer:
         """Quantize a block in place. batches: those of this rank; calls: how each calls each
         block; states: the block's inputs.
         """
-        work = BlockRun(
+        block_run = BlockRun(
             self.model,
             number,
             block,
@@ -110,23 +110,25 @@ class BlockQuantizer:
             Workers(self.ranks, self.model.device, self.threads),
             self.rotation,
         )
-        quantized = QuantizedBlock(tensors=work.stored)
+        quantized = QuantizedBlock(tensors=block_run.stored)
         steps = self.recipe.algorithms_in_order
         are_weighed = False
         for step in steps:
             module = step.row.implementation()
             if module.needs(step).token_importance and not are_weighed:
-                work.weigh_tokens()
+                block_run.weigh_tokens()
                 are_weighed = True
             if step.row.works_on == BLOCK:
                 # On one thread the result doesn't depend on how many there are; each search is
                 # small.
                 with torch.inference_mode(), one_thread():
-                    changes = module.change_block(work, step)
-                    work.put(changes.parameters)
+                    changes = module.change_block(block_run, step)
+                    block_run.put(changes.parameters)
                 quantized.describe(changes.described)
-        for paths in work.groups:
-            _quantize_group(work, paths, [s for s in steps if s.row.works_on == GROUP], quantized)
+        for paths in block_run.groups:
+            _quantize_group(
+                block_run, paths, [s for s in steps if s.row.works_on == GROUP], quantized
+            )
         return quantized
 
     def install(self, number: int, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -150,10 +152,10 @@ class BlockQuantizer:
 
 
 def _quantize_group(
-    work: BlockRun, paths: Sequence[str], steps: Sequence[Algorithm], quantized: QuantizedBlock
+    block_run: BlockRun, paths: Sequence[str], steps: Sequence[Algorithm], quantized: QuantizedBlock
 ) -> None:
     """Make codes for Linears that share their input, and put them in place."""
-    group = LayerGroup(_group_linears(work, paths, steps), work.workers)
+    group = LayerGroup(_group_linears(block_run, paths, steps), block_run.workers)
     for step in steps:
         step.row.implementation().quantize_group(group, step)
     group.round_to_nearest()
@@ -162,27 +164,27 @@ def _quantize_group(
         quantized.linears[linear.name] = linear.codes
         quantized.describe({"linears": [linear.described]})
         if linear.bias is not None and linear.bias_changed:
-            work.linear(path).bias.data = linear.bias
-            work.stored[work.names.parameters[f"{path}.bias"]] = linear.bias
-        _replace_linear(work.model, work.block, path, linear.codes, linear.scheme)
+            block_run.linear(path).bias.data = linear.bias
+            block_run.stored[block_run.names.parameters[f"{path}.bias"]] = linear.bias
+        _replace_linear(block_run.model, block_run.block, path, linear.codes, linear.scheme)
 
 
 def _group_linears(
-    work: BlockRun, paths: Sequence[str], steps: Sequence[Algorithm]
+    block_run: BlockRun, paths: Sequence[str], steps: Sequence[Algorithm]
 ) -> dict[str, GroupLinear]:
     needs = reduce(or_, (step.row.implementation().needs(step) for step in steps), Needs())
     inputs: Mapping[str, InputSums | None] = dict.fromkeys(paths)
     if needs.input_sums:
-        specs = {path: _with_dynamic_inputs(work.schemes[path]).input for path in paths}
-        inputs = sum_inputs(work, specs, needs)
+        specs = {path: _with_dynamic_inputs(block_run.schemes[path]).input for path in paths}
+        inputs = sum_inputs(block_run, specs, needs)
     linears = {}
     for path in paths:
-        bias = work.linear(path).bias
-        is_stored = f"{path}.bias" in work.names.parameters
+        bias = block_run.linear(path).bias
+        is_stored = f"{path}.bias" in block_run.names.parameters
         linears[path] = GroupLinear(
-            work.names.linears[path],
-            work.schemes[path],
-            work.weights.pop(path),  # no longer than they are needed
+            block_run.names.linears[path],
+            block_run.schemes[path],
+            block_run.weights.pop(path),  # no longer than they are needed
             bias.data if bias is not None and is_stored else None,
             inputs[path],
         )

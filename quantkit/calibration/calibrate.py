@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibration.block_quantizer import BlockQuantizer
     from quantkit.calibration.observers import BlockStatistics
-    from quantkit.calibration.weight_files import ChosenFiles
+    from quantkit.calibration.weight_files import QuantizedWeightFiles
     from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
 
 # A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
@@ -240,7 +240,7 @@ def _block_quantizer(
     will use; what it would refuse is refused here.
     """
     recipe = options.recipe
-    if recipe is None or not recipe.chooses_weights:
+    if recipe is None or not recipe.quantizes_weights:
         return None
     from quantkit.calibration.block_quantizer import BlockQuantizer
     from quantkit.calibration.rotate import make_rotation
@@ -257,10 +257,12 @@ def _block_quantizer(
     )
 
 
-def _quantized_files(quantizer: BlockQuantizer, output: OutputDirectory | None) -> ChosenFiles:
-    from quantkit.calibration.weight_files import ChosenFiles
+def _quantized_files(
+    quantizer: BlockQuantizer, output: OutputDirectory | None
+) -> QuantizedWeightFiles:
+    from quantkit.calibration.weight_files import QuantizedWeightFiles
 
-    return ChosenFiles(quantizer, output)
+    return QuantizedWeightFiles(quantizer, output)
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ class _Session:
     mine: Sequence[int]
     output: OutputDirectory | None
     partial: Path
-    quantized: ChosenFiles | None
+    quantized: QuantizedWeightFiles | None
 
     def run(self) -> CalibrationSummary:
         done = self.ranks.broadcast_from_first(self._finished_blocks)
@@ -368,7 +370,7 @@ class _Session:
             if quantized is not None:
                 self._quantize(step, quantized, is_done=step.number in done)
             if step.number in done:
-                self._pass(step)
+                self._advance(step)
             else:
                 self._measure(step)
 
@@ -384,7 +386,7 @@ class _Session:
             ),
         )
 
-    def _quantize(self, step: BlockStep, quantized: ChosenFiles, is_done: bool) -> None:
+    def _quantize(self, step: BlockStep, quantized: QuantizedWeightFiles, is_done: bool) -> None:
         """Give a block its quantized weights: an earlier run's, or new ones."""
         if is_done:
             quantized.install(step.number, step.block)
@@ -394,7 +396,7 @@ class _Session:
             self.model.block_count,
             f"calibrate: choosing weights of block {step.number + 1} of {self.model.block_count}",
         )
-        quantized.choose(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
+        quantized.quantize(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
 
     def _measure(self, step: BlockStep) -> None:
         from quantkit.calibration.hooks import BlockRecorder
@@ -419,7 +421,7 @@ class _Session:
                 for batch, statistics in zip(batches, self._each(work, batches)):
                     statistics.require_finite()
                     total.merge(statistics)
-                    self._tell(number, batch)
+                    self._report_progress(number, batch)
                 if batches is not held_out:
                     for amaxes in self.ranks.all_gather(
                         {name: observer.amax for name, observer in total.inputs.items()}
@@ -438,17 +440,17 @@ class _Session:
         if self.ranks.is_first:
             self._write(number, whole, recorder)
 
-    def _pass(self, step: BlockStep) -> None:
+    def _advance(self, step: BlockStep) -> None:
         """Run a block whose statistics are there, for the hidden states after it."""
         for batch, _ in zip(self.mine, self._each(step.advance, self.mine)):
-            self._tell(step.number, batch, "again, ")
+            self._report_progress(step.number, batch, "again, ")
 
     def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Iterator[Any]:
         from quantkit.models.threads import each_batch
 
         return each_batch(work, batches, self.model.device, self.threads)
 
-    def _tell(self, block: int, batch: int, how: str = "") -> None:
+    def _report_progress(self, block: int, batch: int, how: str = "") -> None:
         from quantkit.checkpoint.units import format_bytes
 
         done = block + (self.mine.index(batch) + 1) / len(self.mine)

@@ -137,7 +137,7 @@ def _expert_groups(
     return groups
 
 
-def chosen_remarks(description: Mapping[str, Any]) -> Iterator[str]:
+def algorithm_remarks(description: Mapping[str, Any]) -> Iterator[str]:
     """What algorithms did, and where they couldn't, in a sentence each."""
     for each in algorithm_descriptions(description):
         yield from each.remarks

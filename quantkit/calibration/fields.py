@@ -25,7 +25,7 @@ class Kind:
     """wanted: what a value should be, as a message says it."""
 
     wanted: str
-    is_so: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
 
 
 def is_count(value: Any) -> bool:
@@ -42,8 +42,8 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_list_of(is_so: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(is_so, value))
+def _is_list_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(accepts, value))
 
 
 def _is_rotated_linear(value: Any) -> bool:
@@ -109,6 +109,6 @@ def require(content: Mapping[str, Any], schema: Schema) -> None:
 def require_kind(content: Mapping[str, Any], key: str, kind: Kind) -> Any:
     if key not in content:
         raise Damage(f"'{key}' is missing")
-    if not kind.is_so(content[key]):
+    if not kind.accepts(content[key]):
         raise Damage(f"'{key}' is {repr(content[key])[:60]}, not {kind.wanted}")
     return content[key]

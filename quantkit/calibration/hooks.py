@@ -24,11 +24,12 @@ from quantkit.models.dataflow import KnownTensors
 from quantkit.models.experts import (
     each_expert,
     expert_linear,
-    first_and_down,
+    has_selectable_forward,
     intermediate,
     is_experts,
+    plain_experts,
     register_experts,
-    runs_as_told,
+    stack_names,
 )
 from quantkit.models.hooks import capture
 from quantkit.models.linear_views import DOWN, GATE_UP, experts_module
@@ -46,7 +47,7 @@ LINEARS = (nn.Linear, QuantizedLinear)
 
 
 @dataclass
-class _Batch:
+class _RecordedBatch:
     """What the hooks of one thread write to, for the batch that it runs."""
 
     statistics: BlockStatistics
@@ -89,10 +90,29 @@ class _Batch:
             inputs = inputs.flatten(0, -2)
         self.observe(names, inputs)
 
+    def count_tokens(self, experts: _ObservedExperts, top_k_index: Tensor) -> None:
+        """Add how many tokens the router sends to each expert. top_k_index: [tokens, experts per
+        token].
+        """
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)
+        counts = counts[: experts.count].cpu()
+        earlier = self.statistics.experts.get(experts.name, torch.zeros_like(counts))
+        self.statistics.experts[experts.name] = earlier + counts
+
+    def first_positions(self, hidden_states: Tensor) -> Tensor | None:
+        """Which rows of hidden states [tokens, features] are first positions of a window, [tokens]
+        bool; None where the rows aren't those of whole windows.
+        """
+        count = hidden_states.shape[0]
+        # Llama 4's experts are given all tokens once for each expert.
+        if count % (self.windows * self.positions):
+            return None
+        return torch.arange(count, device=hidden_states.device) % self.positions == 0
+
 
 # The batch that this thread runs, while a recorder records it: transformers calls the experts'
 # forward and the cache with no word of the recorder.
-_RECORDED: ContextVar[_Batch | None] = ContextVar("recorded batch", default=None)
+_RECORDED: ContextVar[_RecordedBatch | None] = ContextVar("recorded batch", default=None)
 
 
 class BlockRecorder:
@@ -106,7 +126,7 @@ class BlockRecorder:
         self.all_experts = all_experts
         prefix = model.block_name(number)
         names_of: dict[str, list[str]] = {}  # path of a Linear → its names on disk
-        self.experts: dict[nn.Module, _Experts] = {}
+        self.experts: dict[nn.Module, _ObservedExperts] = {}
         self._linears: dict[str, int] = {}  # name on disk → in_features, of every Linear here
         self._order: dict[str, int] = {}  # name on disk → its place in the block
         self.heads_of: dict[int, str] = {}
@@ -116,8 +136,8 @@ class BlockRecorder:
                 names = names_on_disk(model.sources(f"{name}.weight"), name)
                 self._linears |= dict.fromkeys(names, module.in_features)
                 names_of[path] = names
-            elif is_experts(module) and runs_as_told(module):
-                self.experts[module] = experts = _Experts.of(module, name, model)
+            elif is_experts(module) and has_selectable_forward(module):
+                self.experts[module] = experts = _ObservedExperts.of(module, name, model)
                 names = [linear for linears, _ in experts.inputs() for linear in linears]
             else:
                 names = []
@@ -152,7 +172,9 @@ class BlockRecorder:
         `InputObserver.update`.
         """
         statistics = BlockStatistics()
-        token = _RECORDED.set(_Batch(statistics, self, shape[1], shape[0], quarter, earlier))
+        token = _RECORDED.set(
+            _RecordedBatch(statistics, self, shape[1], shape[0], quarter, earlier)
+        )
         try:
             yield statistics
         finally:
@@ -217,7 +239,9 @@ class ObservingCache(NullCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         batch = _RECORDED.get()
-        module = batch.recorder.heads_of.get(layer_idx) if batch is not None else None
+        if batch is None:
+            return key_states, value_states
+        module = batch.recorder.heads_of.get(layer_idx)
         if module is not None:
             for which, states in (("k", key_states), ("v", value_states)):
                 heads = batch.statistics.heads
@@ -232,7 +256,7 @@ class ObservingCache(NullCache):
 
 
 @dataclass(frozen=True)
-class _Experts:
+class _ObservedExperts:
     """An experts' module: how many, and what their Linears are called on disk.
 
     first, down: for each expert the Linears that read the layer's hidden states, and those that
@@ -249,15 +273,15 @@ class _Experts:
     gains: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _Experts:
-        leaf, down = first_and_down(module)
+    def of(cls, module: nn.Module, name: str, model: BlockwiseModel) -> _ObservedExperts:
+        leaf, down = stack_names(module)
         weight, transposed = getattr(module, leaf), getattr(module, "is_transposed", False)
         count = weight.shape[0]
-        on_disk = [
+        first_linears, down_linears = (
             _expert_linears(model.sources(f"{name}.{part}"), f"{name}.{part}", count)
             for part in (leaf, down)
-        ]
-        stored = on_disk[0][0][0]
+        )
+        stored = first_linears[0][0]
         name_on_disk = (
             stored[: stored.index(".experts") + len(".experts")] if ".experts" in stored else name
         )
@@ -266,7 +290,8 @@ class _Experts:
         return cls(
             name_on_disk,
             count,
-            *on_disk,
+            first_linears,
+            down_linears,
             in_features,
             down_weight.shape[1] if transposed else down_weight.shape[2],
             _expert_gains(module, weight),
@@ -326,32 +351,22 @@ def observing_experts(
     hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An
     index beyond the experts is none's.
     """
-    batch, down = _RECORDED.get(), first_and_down(module)[1]
-    experts = batch.recorder.experts.get(module) if batch is not None else None
-    shows_all = experts is not None and batch.recorder.all_experts
-    first_position = None
-    if experts is not None:
-        # Also where all tokens come once for each expert.
-        if hidden_states.shape[0] % (batch.windows * batch.positions) == 0:
-            first_position = (
-                torch.arange(hidden_states.shape[0], device=hidden_states.device) % batch.positions
-                == 0
-            )
-        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.count + 1)[
-            : experts.count
-        ].cpu()
-        batch.statistics.experts[experts.name] = (
-            batch.statistics.experts.get(experts.name, torch.zeros_like(counts)) + counts
-        )
+    batch, down = _RECORDED.get(), stack_names(module)[1]
+    experts = None if batch is None else batch.recorder.experts.get(module)
+    if batch is None or experts is None:
+        return plain_experts(module, hidden_states, top_k_index, top_k_weights)
+    batch.count_tokens(experts, top_k_index)
+    is_first = batch.first_positions(hidden_states)
+    shows_all = batch.recorder.all_experts
 
     def observe(expert: int, states: Tensor, between: Tensor, token: Tensor) -> None:
-        first = None if first_position is None else first_position[token]
+        first = None if is_first is None else is_first[token]
         batch.observe(experts.first[expert], states, first)
         batch.observe(experts.down[expert], between, first)
 
     def output_of(expert: int, token: Tensor, states: Tensor) -> Tensor:
         between = intermediate(module, expert, states)
-        if experts is not None and not shows_all:
+        if not shows_all:
             observe(expert, states, between, token)
         return expert_linear(module, down, expert, between)
 

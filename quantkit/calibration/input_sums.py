@@ -17,26 +17,27 @@ from quantkit.schemes.quant_spec import QuantSpec
 
 
 def sum_inputs(
-    work: BlockRun, specs: Mapping[str, QuantSpec | None], needs: Needs
+    block_run: BlockRun, specs: Mapping[str, QuantSpec | None], needs: Needs
 ) -> dict[str, InputSums | None]:
     """The inputs of Linears that share one, by path; None where no token reached them. specs: how
     each Linear quantizes its input, by path.
     """
     linear = next(iter(specs))
     known = {
-        spec: _sum_inputs_of(work, linear, spec, needs) for spec in dict.fromkeys(specs.values())
+        spec: _sum_inputs_of(block_run, linear, spec, needs)
+        for spec in dict.fromkeys(specs.values())
     }
     return {path: known[spec] for path, spec in specs.items()}
 
 
 def _sum_inputs_of(
-    work: BlockRun, linear: str, spec: QuantSpec | None, needs: Needs
+    block_run: BlockRun, linear: str, spec: QuantSpec | None, needs: Needs
 ) -> InputSums | None:
     def sums_of(batch: int) -> list[Tensor] | None:
-        inputs = inputs_of(lambda: work.run(batch)).get(linear)
+        inputs = inputs_of(lambda: block_run.run(batch)).get(linear)
         if inputs is None or not inputs.numel():
             return None
-        importance = work.importance(linear, batch, len(inputs))
+        importance = block_run.importance(linear, batch, len(inputs))
         root = 1.0 if importance is None else importance.sqrt()
         exact = inputs.float() * root
         seen = exact if spec is None else quantize(inputs, spec).dequantize() * root
@@ -54,19 +55,19 @@ def _sum_inputs_of(
         return sums
 
     total: list[Tensor] | None = None
-    module = work.block.get_submodule(linear)
+    module = block_run.block.get_submodule(linear)
     with capture_inputs({linear: module}) as inputs_of, torch.inference_mode():
-        for sums in work.workers.each(sums_of, work.batches):
+        for sums in block_run.workers.each(sums_of, block_run.batches):
             if sums is not None:
                 total = (
                     sums
                     if total is None
                     else [mine.add_(other) for mine, other in zip(total, sums)]
                 )
-    total = _added_up(total, work.workers)
+    total = _added_up(total, block_run.workers)
     if total is None:
         return None
-    sum_of_squares, name = total[3], work.names.linears[linear]
+    sum_of_squares, name = total[3], block_run.names.linears[linear]
 
     def require_finite() -> None:
         if not torch.isfinite(sum_of_squares).all():
@@ -75,7 +76,7 @@ def _sum_inputs_of(
                 " its weights are damaged"
             )
 
-    work.ranks.on_first(require_finite)
+    block_run.ranks.on_first(require_finite)
     count, exact, seen, squares, *grams = total
     return InputSums(exact / count, seen / count, squares / count, *grams)
 
@@ -94,16 +95,16 @@ def _added_up(sums: list[Tensor] | None, workers: Workers) -> list[Tensor] | Non
 
 
 def sample_inputs(
-    work: BlockRun, linears: Sequence[str], rows: int
+    block_run: BlockRun, linears: Sequence[str], rows: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Rows of these Linears' inputs, [rows, in_features] by path, drawn from all batches; and how
     much each counts, [rows, 1], for those Linears whose rows don't count alike.
     """
-    each = -(-rows // sum(work.ranks.all_gather(len(work.batches))))
+    each = -(-rows // sum(block_run.ranks.all_gather(len(block_run.batches))))
 
     def drawn(batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         kept, counts = {}, {}
-        for path, inputs in inputs_of(lambda: work.run(batch)).items():
+        for path, inputs in inputs_of(lambda: block_run.run(batch)).items():
             # Drawn, not at equal distances: every window's first position among them would
             # count far more than it does in any text.
             places = torch.randint(
@@ -112,14 +113,16 @@ def sample_inputs(
                 generator=torch.Generator().manual_seed(batch),
             ).to(inputs.device)
             kept[path] = inputs[places]
-            importance = work.importance(path, batch, len(inputs))
+            importance = block_run.importance(path, batch, len(inputs))
             if importance is not None:
                 counts[path] = importance[places]
         return kept, counts
 
-    with capture_inputs({path: work.block.get_submodule(path) for path in linears}) as inputs_of:
-        shares = work.ranks.all_gather(
-            dict(zip(work.batches, work.workers.each(drawn, work.batches)))
+    with capture_inputs(
+        {path: block_run.block.get_submodule(path) for path in linears}
+    ) as inputs_of:
+        shares = block_run.ranks.all_gather(
+            dict(zip(block_run.batches, block_run.workers.each(drawn, block_run.batches)))
         )
     by_batch = {batch: kept for share in shares for batch, kept in share.items()}
     found = [by_batch[batch] for batch in sorted(by_batch)]

@@ -100,7 +100,7 @@ class Calibration:
                 entry["module"]: (float(entry["k_amax"]), float(entry["v_amax"]))
                 for entry in description["kv"]
             }
-            _require_chosen(description)
+            _require_algorithm_report(description)
         except CheckpointError:
             raise CalibrationError(
                 f"{path}/{CALIBRATION_FILE} is damaged (it can't be read as a JSON object);"
@@ -124,7 +124,7 @@ class Calibration:
     def require_same_recipe(self, recipe: Recipe) -> None:
         """A calibration made for a recipe serves that one only; one made without serves all."""
         earlier = self.description.get("recipe")
-        if earlier is None and recipe.chooses_weights:
+        if earlier is None and recipe.quantizes_weights:
             names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
             raise CalibrationError(
                 f"{self.path} holds statistics alone, and {names} choose weights with data;"
@@ -321,7 +321,7 @@ _SCHEMA: Schema = {
 }
 
 
-def _require_chosen(description: Mapping[str, Any]) -> None:
+def _require_algorithm_report(description: Mapping[str, Any]) -> None:
     """What algorithms wrote, and the recipe that asked for them."""
     algorithms: set[str] = set()
     if description.get("recipe") is not None:

@@ -1,50 +1,41 @@
-"""A model's rotation: what reads and what writes its residual stream, found by running its blocks
-and not by a table of architectures, and each rotated block checked.
+"""Rotation of a model, as a step of the block quantizer: the matrices, one block after the other,
+and what calibration.json says of it.
 
-A norm reads the stream where its input is the block's input plus what Linears have put out so far;
-these Linears write to it. Every rotated block, on rotated hidden states, must return the original's
-output, rotated, up to float32's rounding. All blocks are tried on one short window before a
-calibration begins.
+`rotate_outer.py` rotates embedding and output head, `rotate_block.py` a block. All blocks are
+tried on one short window before a calibration begins, so that a refusal costs no hours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.algorithms.layer_group import Needs
-from quantkit.algorithms.rotation import Rotation, rotated_reader, rotated_writer, rotation_matrix
+from quantkit.algorithms.rotation import Rotation, rotation_matrix
 from quantkit.calibration.block_run import BlockChanges, BlockRun
-from quantkit.calibration.scale_folding import (
-    STORED_TOLERANCE,
-    TOLERANCE,
-    BlockProbe,
-    Fold,
-    find_linear_folds,
-    find_norm_folds,
+from quantkit.calibration.rotate_block import (
+    RotatedBlock,
+    RotationRefusal,
+    require_on_disk,
+    rotate_block,
 )
+from quantkit.calibration.rotate_outer import (
+    TRIAL_POSITIONS,
+    module_name,
+    name_on_disk,
+    rotated_outer,
+)
+from quantkit.calibration.scale_folding import BlockProbe
 from quantkit.checkpoint.units import counted, format_bytes
-from quantkit.errors import CalibrationError, RecipeError
+from quantkit.errors import RecipeError
 from quantkit.models.blockwise import BlockStep, BlockwiseModel
-from quantkit.models.dataflow import KnownTensors, is_scaled_by_vector
 from quantkit.models.hidden_states import HiddenStates
-from quantkit.models.hooks import EnoughSeen, capture
 from quantkit.schemes.algorithms import Description, Table
 from quantkit.schemes.recipe import Algorithm
-
-# Positions of the window on which all blocks are tried first.
-TRIAL_POSITIONS = 32
-# Rows of an embedding that are rotated at a time.
-ROWS_AT_ONCE = 8192
-
-
-class _Refusal(Exception):
-    """Why a block, or what stands around the blocks, can't be rotated."""
 
 
 def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rotation:
@@ -56,7 +47,7 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
     stream = head = None
     if settings["residual"]:
         embedding, output = (
-            _name_of(model.model, module())
+            module_name(model.model, module())
             for module in (model.model.get_input_embeddings, model.model.get_output_embeddings)
         )
         if f"{output}.weight" in (getattr(model.model, "all_tied_weights_keys", None) or {}):
@@ -68,7 +59,9 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
                     f" their own: {extra} more; accept that with rotation: {{untie: true}}, or"
                     " rotate only heads with rotation: {residual: false}"
                 )
-            untied = {_on_disk(model, f"{output}.weight"): _on_disk(model, f"{embedding}.weight")}
+            untied = {
+                name_on_disk(model, f"{output}.weight"): name_on_disk(model, f"{embedding}.weight")
+            }
         stream = rotation_matrix(config.hidden_size, torch.Generator().manual_seed(seed)).to(
             model.device
         )
@@ -82,454 +75,6 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
     return Rotation(stream, head, untied)
 
 
-def _name_of(model: nn.Module, module: nn.Module | None) -> str:
-    name = next((name for name, found in model.named_modules() if found is module), None)
-    if name is None:
-        raise CalibrationError(
-            f"rotation: {type(model).__name__} has no embedding and output head of its own; leave"
-            " rotation out of the recipe"
-        )
-    return name
-
-
-def _on_disk(model: BlockwiseModel, parameter: str) -> str:
-    """A parameter's name in the checkpoint; its own where the checkpoint doesn't hold it."""
-    source = model.sources(parameter)
-    return source.lists[0][0] if source else parameter
-
-
-# ---- Before the blocks, and behind them.
-
-
-@dataclass(frozen=True)
-class _Outer:
-    """Names of the embedding, the last norm and the output head in the module tree. norm_weight:
-    what the norm multiplies by; neutral: its weight that does nothing.
-    """
-
-    embedding: str
-    norm: str
-    head: str
-    norm_weight: Tensor
-    neutral: float
-
-
-def rotated_outer(model: BlockwiseModel, tokens: Tensor, rotation: Rotation) -> dict[str, Tensor]:
-    """The embedding, the last norm's weight and the output head as they will be stored, by their
-    names on disk; the embedding is put in place.
-
-    Needs `load_outer(with_head=True)`. tokens: [windows, positions], for the check. Raises
-    CalibrationError.
-    """
-    tokens = tokens[:1, :TRIAL_POSITIONS]
-    model.capture(tokens)  # finds out what blocks return their hidden states in
-    try:
-        outer = _find_outer(model, tokens.to(model.device), rotation.stream)
-    except _Refusal as refusal:
-        raise _error("what stands around the blocks", refusal) from None
-    embedding, head = (
-        model.model.get_submodule(outer.embedding).weight,
-        model.model.get_submodule(outer.head).weight,
-    )
-    norm = model.model.get_submodule(outer.norm).weight
-    tensors = {
-        _on_disk(model, f"{outer.head}.weight"): _rotated_rows(
-            head, rotation.stream, outer.norm_weight
-        ),
-        _on_disk(model, f"{outer.norm}.weight"): torch.full_like(norm, outer.neutral),
-        _on_disk(model, f"{outer.embedding}.weight"): _rotated_rows(embedding, rotation.stream),
-    }
-    embedding.data = tensors[_on_disk(model, f"{outer.embedding}.weight")]
-    return tensors
-
-
-def put_outer(model: BlockwiseModel, tensors: Mapping[str, Tensor]) -> None:
-    """Put in place the embedding that an earlier run rotated."""
-    module = model.model.get_input_embeddings()
-    module.weight.data = tensors[_on_disk(model, f"{_name_of(model.model, module)}.weight")].to(
-        model.device
-    )
-
-
-def _rotated_rows(weight: Tensor, rotation: Tensor, norm: Tensor | None = None) -> Tensor:
-    return torch.cat(
-        [
-            rotated_reader(rows, rotation, norm).to(weight.dtype)
-            for rows in weight.data.split(ROWS_AT_ONCE)
-        ]
-    )
-
-
-def _find_outer(model: BlockwiseModel, tokens: Tensor, rotation: Tensor) -> _Outer:
-    """Which norm feeds the output head; run with rotated embeddings and that norm without weights,
-    the head must get the same, rotated.
-    """
-    whole = model.model
-    embedding, head = (
-        _name_of(whole, whole.get_input_embeddings()),
-        _name_of(whole, whole.get_output_embeddings()),
-    )
-    size = len(rotation)
-    with _small_in_float32(model):
-        norm, before = _run_to_head(model, tokens, embedding, head)
-        if norm is None:
-            raise _Refusal(f"{head} isn't fed by a norm with a weight for each channel")
-        known = {f"{embedding}.weight", f"{norm}.weight", f"{norm}.bias", f"{head}.weight"}
-        for name, parameter in model.outer_parameters():
-            if name not in known and size in parameter.shape:
-                raise _Refusal(f"{name} reads or writes the residual stream too")
-        if getattr(whole.get_submodule(norm), "bias", None) is not None:
-            raise _Refusal(f"{norm} adds a bias, as LayerNorm does")
-        weight = whole.get_submodule(norm).weight
-        original = weight.data.clone()
-        for adds_one in (False, True):
-            weight.data.fill_(0.0 if adds_one else 1.0)
-            _, after = _run_to_head(model, tokens, embedding, head, rotation)
-            weight.data.copy_(original)
-            multiplies_by = original + 1 if adds_one else original
-            if _differs(after @ rotation.T * multiplies_by, before) < TOLERANCE:
-                return _Outer(embedding, norm, head, multiplies_by, 0.0 if adds_one else 1.0)
-    raise _Refusal(
-        f"with rotated embeddings {head} isn't given the same, rotated: {norm} subtracts a mean, or"
-        " more than embeddings is added before the blocks"
-    )
-
-
-@contextmanager
-def _small_in_float32(model: BlockwiseModel) -> Iterator[None]:
-    """What stands around the blocks with its vectors in float32, so that hidden states can be."""
-    small = [
-        parameter
-        for _, parameter in model.outer_parameters()
-        if parameter.dim() == 1 and not parameter.is_meta
-    ]
-    stored = [parameter.data for parameter in small]
-    try:
-        for parameter in small:
-            parameter.data = parameter.data.float()
-        yield
-    finally:
-        for parameter, tensor in zip(small, stored):
-            parameter.data = tensor
-
-
-def _run_to_head(
-    model: BlockwiseModel, tokens: Tensor, embedding: str, head: str, rotation: Tensor | None = None
-) -> tuple[str | None, Tensor]:
-    """The module that returned what the output head is given, and that, [positions, hidden size]
-    float32; blocks hand on what they are given.
-    """
-    returned = KnownTensors()
-    given: list[Tensor] = []
-
-    def embedded(_name: str, output: Tensor) -> Tensor:
-        return output.float() if rotation is None else output.float() @ rotation
-
-    def arrive(_name: str, hidden: Tensor) -> None:
-        given.append(hidden)
-        raise EnoughSeen
-
-    modules = dict(model.model.named_modules())
-    norms = {name: module for name, module in modules.items() if is_scaled_by_vector(module)}
-    with (
-        capture({embedding: modules[embedding]}, after=embedded),
-        capture({head: modules[head]}, before=arrive),
-        capture(norms, after=returned.remember),
-        model.bypassed(),
-        suppress(EnoughSeen),
-        torch.inference_mode(),
-    ):
-        model.model(input_ids=tokens)
-    if not given:
-        raise _Refusal(f"{head} isn't called")
-    return returned.name_of(given[0]), given[0].float().flatten(0, -2)
-
-
-def _differs(found: Tensor, expected: Tensor) -> float:
-    """The difference over the expected's norm."""
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
-# ---- Blocks.
-
-
-@dataclass(frozen=True)
-class RotatedLinear:
-    """What is done to a Linear's weight. norm: whose weight goes into it, with its inputs rotated
-    as the stream is; adds_one: that norm multiplies by 1 + weight.
-
-    writes: whether its outputs are rotated as the stream is. reads_heads, writes_heads: whether its
-    inputs, or outputs, are rotated head by head.
-    """
-
-    norm: str = ""
-    adds_one: bool = False
-    writes: bool = False
-    reads_heads: bool = False
-    writes_heads: bool = False
-
-    def apply(self, weight: Tensor, rotation: Rotation, norm_weight: Tensor | None) -> Tensor:
-        """weight: [out_features, in_features]; norm_weight: the norm's, as the unrotated model has
-        it. Returns float32.
-        """
-        weight = weight.float()
-        if self.norm:
-            multiplies_by = norm_weight.float() + 1 if self.adds_one else norm_weight.float()
-            weight = rotated_reader(weight, rotation.stream, multiplies_by)
-        if self.reads_heads:
-            weight = rotated_reader(weight, rotation.head)
-        if self.writes:
-            weight = rotated_writer(weight, rotation.stream)
-        return rotated_writer(weight, rotation.head) if self.writes_heads else weight
-
-
-@dataclass(frozen=True)
-class RotatedBlock:
-    """parameters: those that change, float32, by their paths in the block. norms, writers, heads:
-    paths of modules, for CALIB. change: of the block's output, as stored.
-
-    linears: how each Linear that changes is rotated.
-    """
-
-    parameters: dict[str, Tensor]
-    linears: dict[str, RotatedLinear]
-    norms: tuple[str, ...]
-    writers: tuple[str, ...]
-    heads: tuple[str, ...]
-    change: float
-
-
-def rotate_block(
-    probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype], name: str
-) -> RotatedBlock:
-    """A block's parameters for a rotated residual stream and rotated heads, checked. probe: the
-    original on hidden states that aren't rotated.
-
-    dtypes: of parameters that are stored as they are, not quantized. name: of the block, for
-    errors. Raises CalibrationError.
-    """
-    try:
-        return _rotate_block(probe, rotation, dtypes)
-    except _Refusal as refusal:
-        raise _error(name, refusal) from None
-
-
-def _rotate_block(
-    probe: BlockProbe, rotation: Rotation, dtypes: Mapping[str, torch.dtype]
-) -> RotatedBlock:
-    parameters = dict(probe.block.named_parameters())
-    norms: dict[str, Fold] = {}
-    writers: tuple[str, ...] = ()
-    changed: dict[str, Tensor] = {}
-    readers_of_heads = []
-    if rotation.stream is not None:
-        norms, writers, changed = _rotated_stream(probe, parameters, rotation.stream)
-        with probe.changed(changed):
-            change = probe.change(rotation.stream)
-        if not change < TOLERANCE:
-            raise _Refusal(
-                "rotated, it returns something else (what it adds to its input changes by"
-                f" {change:.1%}); more reads or writes the residual stream"
-            )
-    heads = []
-    for fold in find_linear_folds(probe) if rotation.head is not None else ():
-        rotated = _rotated_heads(
-            fold.producer,
-            fold.consumers[0],
-            fold.channels,
-            {**parameters, **changed},
-            rotation.head,
-        )
-        if rotated is None:
-            continue
-        with probe.changed(changed | rotated):
-            # What multiplies each channel by a number of its own, as a gate does, can't be rotated;
-            # attention can.
-            if probe.change(rotation.stream) < TOLERANCE:
-                changed |= rotated
-                heads.append(fold.producer)
-                readers_of_heads.append(fold.consumers[0])
-    changed = {
-        path: tensor.to(dtypes.get(path, torch.float32)).float() for path, tensor in changed.items()
-    }
-    with probe.changed(changed):
-        change = probe.change(rotation.stream)
-    if not change < STORED_TOLERANCE:
-        raise _Refusal(
-            "with the weights as they are stored, what it adds to its input changes by"
-            f" {change:.1%}"
-        )
-    fold_of = {linear: fold for fold in norms.values() for linear in fold.consumers}
-    linears = {
-        path: RotatedLinear(
-            fold_of[path].producer if path in fold_of else "",
-            path in fold_of and fold_of[path].adds_one,
-            path in writers,
-            path in readers_of_heads,
-            path in heads,
-        )
-        for path in dict.fromkeys([*fold_of, *writers, *heads, *readers_of_heads])
-    }
-    return RotatedBlock(changed, linears, tuple(norms), writers, tuple(heads), change)
-
-
-def _rotated_stream(
-    probe: BlockProbe, parameters: Mapping[str, Tensor], rotation: Tensor
-) -> tuple[dict[str, Fold], tuple[str, ...], dict[str, Tensor]]:
-    """The norms that read the stream, each with the fold into the Linears behind it, the Linears
-    that write to it, and all their parameters, rotated.
-    """
-    reading, writers = _readers_and_writers(probe)
-    folds, reasons = find_norm_folds(probe)
-    by_norm = {fold.producer: fold for fold in folds}
-    changed: dict[str, Tensor] = {}
-    for norm, given in reading.items():
-        fold = by_norm.get(norm)
-        if fold is None:
-            raise _Refusal(
-                next(
-                    (reason for reason in reasons.values() if f" {norm} " in reason),
-                    f"{norm} reads the residual stream, and no Linear reads what it returns",
-                )
-            )
-        if f"{norm}.bias" in parameters:
-            raise _Refusal(f"{norm} adds a bias")
-        weight = parameters[f"{norm}.weight"].float()
-        neutral = torch.full_like(weight, 0.0 if fold.adds_one else 1.0)
-        module = probe.block.get_submodule(norm)
-        with probe.changed({f"{norm}.weight": neutral}):
-            if not _differs(module(given @ rotation), module(given) @ rotation) < TOLERANCE:
-                raise _Refusal(
-                    f"{norm} is no root-mean-square norm (LayerNorm subtracts the mean), so a"
-                    " rotation changes what it returns"
-                )
-        changed[f"{norm}.weight"] = neutral
-        for linear in fold.consumers:
-            changed[f"{linear}.weight"] = rotated_reader(
-                parameters[f"{linear}.weight"], rotation, weight + 1 if fold.adds_one else weight
-            )
-    if not changed:
-        raise _Refusal("no norm reads the residual stream before its Linears")
-    for linear in writers:
-        for path in (f"{linear}.weight", f"{linear}.bias"):
-            if path in parameters:
-                changed[path] = rotated_writer(changed.get(path, parameters[path]), rotation)
-    return {norm: by_norm[norm] for norm in reading}, writers, changed
-
-
-def _readers_and_writers(probe: BlockProbe) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Norms that are given the block's input plus outputs of Linears, with what they are given; and
-    the Linears whose outputs are in what the block returns.
-    """
-    size = probe.hidden.shape[-1]
-    outputs: dict[str, Tensor] = {}
-    # norm, its input, how many outputs there were before it
-    given: list[tuple[str, Tensor, int]] = []
-
-    def arrive(name: str, tensor: Tensor) -> None:
-        given.append((name, tensor, len(outputs)))
-
-    modules = dict(probe.block.named_modules())
-    linears = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) and module.out_features == size
-    }
-    norms = {
-        name: module
-        for name, module in modules.items()
-        if is_scaled_by_vector(module) and module.weight.numel() == size
-    }
-    with capture(linears, after=outputs.__setitem__), capture(norms, before=arrive):
-        probe.run()
-    shaped = {
-        name: output for name, output in outputs.items() if output.numel() == probe.hidden.numel()
-    }
-    reading = {}
-    for name, tensor, count in given:
-        before = [output for output in list(outputs)[:count] if output in shaped]
-        if (
-            tensor.shape == probe.hidden.shape
-            and _shares(tensor - probe.hidden, [shaped[output] for output in before], tensor)
-            is not None
-        ):
-            reading[name] = tensor
-    shares = _shares(probe.output - probe.hidden, list(shaped.values()), probe.output)
-    if shares is None:
-        between = next(
-            (
-                f"{norm} stands between {linear} and it"
-                for norm, tensor, _ in reversed(given)
-                for linear in shaped
-                if tensor is outputs[linear]
-            ),
-            "",
-        )
-        raise _Refusal(
-            "what it adds to the residual stream is no sum of what its Linears put"
-            f" out{f': {between}' if between else ''}"
-        )
-    return reading, tuple(name for name, share in zip(shaped, shares) if abs(share) > TOLERANCE)
-
-
-def _shares(difference: Tensor, outputs: Sequence[Tensor], whole: Tensor) -> list[float] | None:
-    """How often each output is in the difference, by least squares; None where they don't make it
-    up. whole: what the difference was taken from, for its rounding.
-    """
-    left = difference.flatten().double()
-    shares: list[float] = []
-    if outputs:
-        columns = torch.stack([output.flatten().double() for output in outputs])
-        gram = columns @ columns.T
-        shares = (torch.linalg.pinv(gram) @ (columns @ left)).tolist()
-        left = left - torch.tensor(shares, dtype=left.dtype, device=left.device) @ columns
-    bound = 0.1 * TOLERANCE * float(difference.double().norm()) + 1e-6 * float(
-        whole.double().norm()
-    )
-    return shares if float(left.norm()) <= bound else None
-
-
-def _rotated_heads(
-    producer: str,
-    consumer: str,
-    channels: Tensor,
-    parameters: Mapping[str, Tensor],
-    rotation: Tensor,
-) -> dict[str, Tensor] | None:
-    """Both weights with each head rotated; None where the channels don't come in heads. channels:
-    the producer's for each of the consumer's, [in_features].
-    """
-    size = len(rotation)
-    weight = parameters[f"{producer}.weight"]
-    if weight.shape[0] % size or len(channels) % size:
-        return None
-    heads = channels.unflatten(0, (-1, size))
-    if (
-        not torch.equal(heads, heads[:, :1] + torch.arange(size, device=heads.device))
-        or (heads[:, 0] % size).any()
-    ):
-        return None
-    changed = {f"{consumer}.weight": rotated_reader(parameters[f"{consumer}.weight"], rotation)}
-    for path in (f"{producer}.weight", f"{producer}.bias"):
-        if path in parameters:
-            changed[path] = rotated_writer(parameters[path], rotation)
-    return changed
-
-
-def require_on_disk(model: BlockwiseModel, prefix: str, paths: Sequence[str]) -> None:
-    """Refuse where a parameter that changes isn't one tensor of the checkpoint."""
-    for path in paths:
-        source = model.sources(f"{prefix}.{path}")
-        if source is None or sum(map(len, source.lists)) != 1:
-            raise _error(prefix, _Refusal(f"{path} isn't one tensor on disk"))
-
-
-def _error(where: str, refusal: _Refusal) -> CalibrationError:
-    return CalibrationError(
-        f"rotation can't be done in {where}: {refusal}; leave rotation out of the recipe"
-    )
-
-
 # ---- As a step of the block quantizer.
 
 
@@ -537,19 +82,21 @@ def needs(settings: Algorithm) -> Needs:
     return Needs()
 
 
-def change_block(work: BlockRun, settings: Algorithm) -> BlockChanges:
+def change_block(block_run: BlockRun, settings: Algorithm) -> BlockChanges:
     """Rotate a block as the whole model is rotated; rank 0 does it for all."""
-    rotation = work.rotation
+    rotation = block_run.rotation
     assert rotation is not None, "a recipe with rotation has its matrices"
 
     def find() -> RotatedBlock:
-        found = rotate_block(work.probe(rotation.stream), rotation, work.stored_dtypes(), work.name)
-        require_on_disk(work.model, work.name, list(found.parameters))
+        found = rotate_block(
+            block_run.probe(rotation.stream), rotation, block_run.stored_dtypes(), block_run.name
+        )
+        require_on_disk(block_run.model, block_run.name, list(found.parameters))
         return found
 
-    found = work.ranks.on_first(find)
-    entry = work.ranks.broadcast_from_first(lambda: _entry(work.name, found))
-    parameters = work.ranks.broadcast_tensors(found.parameters if found else None)
+    found = block_run.ranks.on_first(find)
+    entry = block_run.ranks.broadcast_from_first(lambda: _entry(block_run.name, found))
+    parameters = block_run.ranks.broadcast_tensors(found.parameters if found else None)
     return BlockChanges(parameters, {"rotations": [entry]})
 
 
@@ -651,12 +198,8 @@ def _try_outer(
         name for name in model.unexpected if len(shapes[name]) > 1 and len(stream) in shapes[name]
     ]
     if unknown:
-        raise _error(
-            unknown[0],
-            _Refusal(
-                "transformers doesn't run it, so nobody knows whether it reads what is rotated"
-            ),
-        )
+        reason = "transformers doesn't run it, so nobody knows whether it reads what is rotated"
+        raise RotationRefusal(reason).error(unknown[0])
     model.load_outer(with_head=True)
     rotated_outer(model, tokens, rotation)
     model.free_outer()

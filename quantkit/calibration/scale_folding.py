@@ -36,7 +36,7 @@ STORED_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
-class Fold:
+class ScaleFolding:
     """producer: a norm, or the Linear whose outputs are scaled. consumers: the Linears whose inputs
     are. All are paths inside of the block.
 
@@ -102,120 +102,120 @@ class BlockProbe:
                 parameters[name].data = tensor
 
 
-def find_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
-    """All folds of a block, and for each Linear whose inputs can't be scaled the reason."""
+def find_foldings(probe: BlockProbe) -> tuple[list[ScaleFolding], dict[str, str]]:
+    """All foldings of a block, and for each Linear whose inputs can't be scaled the reason."""
     found = trace(probe.block, probe.run)
-    folds, reasons = _norm_folds(probe, found)
-    into_linears, without = _linear_folds(probe, found)
-    return folds + into_linears, reasons | without
+    foldings, reasons = _norm_foldings(probe, found)
+    into_linears, without = _linear_foldings(probe, found)
+    return foldings + into_linears, reasons | without
 
 
-def find_norm_folds(probe: BlockProbe) -> tuple[list[Fold], dict[str, str]]:
+def find_norm_foldings(probe: BlockProbe) -> tuple[list[ScaleFolding], dict[str, str]]:
     """Those into norms alone, and the reasons of Linears behind a norm that takes no scale."""
-    return _norm_folds(probe, trace(probe.block, probe.run))
+    return _norm_foldings(probe, trace(probe.block, probe.run))
 
 
-def find_linear_folds(probe: BlockProbe) -> list[Fold]:
+def find_linear_foldings(probe: BlockProbe) -> list[ScaleFolding]:
     """Those into Linears alone."""
-    return _linear_folds(probe, trace(probe.block, probe.run))[0]
+    return _linear_foldings(probe, trace(probe.block, probe.run))[0]
 
 
-def _norm_folds(probe: BlockProbe, found: Trace) -> tuple[list[Fold], dict[str, str]]:
-    folds: list[Fold] = []
+def _norm_foldings(probe: BlockProbe, found: Trace) -> tuple[list[ScaleFolding], dict[str, str]]:
+    foldings: list[ScaleFolding] = []
     reasons: dict[str, str] = {}
     for norm in dict.fromkeys(found.norm_of.values()):
         consumers = tuple(name for name in found.order if found.norm_of.get(name) == norm)
-        fold = next(
+        folding = next(
             (
-                fold
+                folding
                 for adds_one in (False, True)
-                if holds(probe, fold := Fold(norm, consumers, adds_one))
+                if keeps_output(probe, folding := ScaleFolding(norm, consumers, adds_one))
             ),
             None,
         )
-        if fold is not None:
-            folds.append(fold)
+        if folding is not None:
+            foldings.append(folding)
         else:
             reasons |= dict.fromkeys(
                 consumers,
                 f"more than Linears reads what {norm} returns, or it isn't scaled by its weight",
             )
-    return folds, reasons
+    return foldings, reasons
 
 
-def _linear_folds(probe: BlockProbe, found: Trace) -> tuple[list[Fold], dict[str, str]]:
-    folds: list[Fold] = []
+def _linear_foldings(probe: BlockProbe, found: Trace) -> tuple[list[ScaleFolding], dict[str, str]]:
+    foldings: list[ScaleFolding] = []
     reasons: dict[str, str] = {}
     for number, consumer in enumerate(found.order):
         if consumer in found.norm_of:
             continue
         for producer in reversed(found.order[:number]):
-            fold = _linear_fold(probe, producer, consumer)
-            if fold is not None and holds(probe, fold):
-                folds.append(fold)
+            folding = _linear_folding(probe, producer, consumer)
+            if folding is not None and keeps_output(probe, folding):
+                foldings.append(folding)
                 break
         else:
             reasons[consumer] = "no norm and no Linear before it takes a scale for each channel"
-    return folds, reasons
+    return foldings, reasons
 
 
-def holds(probe: BlockProbe, fold: Fold) -> bool:
-    """Whether the fold leaves the output as it was, tried with scales ½, 1 and 2, which round
+def keeps_output(probe: BlockProbe, folding: ScaleFolding) -> bool:
+    """Whether the folding leaves the output as it was, tried with scales ½, 1 and 2, which round
     nothing.
     """
     parameters = dict(probe.block.named_parameters())
-    size = parameters[f"{fold.producer}.weight"].shape[0]
+    size = parameters[f"{folding.producer}.weight"].shape[0]
     scale = torch.exp2(
-        torch.arange(size, device=parameters[f"{fold.producer}.weight"].device) % 3 - 1.0
+        torch.arange(size, device=parameters[f"{folding.producer}.weight"].device) % 3 - 1.0
     )
-    with probe.changed(folded(fold, parameters, scale)):
+    with probe.changed(folded_parameters(folding, parameters, scale)):
         return probe.change() < TOLERANCE
 
 
-def folded(
-    fold: Fold,
+def folded_parameters(
+    folding: ScaleFolding,
     parameters: Mapping[str, Tensor],
     scale: Tensor,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters that a fold changes: float32, or rounded to `dtypes` where a parameter is
+    """The parameters that a folding changes: float32, or rounded to `dtypes` where a parameter is
     stored so.
 
     scale: what the consumers' inputs are divided by, for each channel of the producer. Where the
     producer is rounded, the consumers take up just what it became, so that nothing is lost.
     """
     dtypes = dtypes or {}
-    weight = parameters[f"{fold.producer}.weight"].float()
+    weight = parameters[f"{folding.producer}.weight"].float()
     changed: dict[str, Tensor] = {}
-    if fold.channels is None:
-        one = 1.0 if fold.adds_one else 0.0
+    if folding.channels is None:
+        one = 1.0 if folding.adds_one else 0.0
         stored = (
             ((weight + one) / scale - one)
-            .to(dtypes.get(f"{fold.producer}.weight", torch.float32))
+            .to(dtypes.get(f"{folding.producer}.weight", torch.float32))
             .float()
         )
         scale = (weight + one) / (stored + one)
         sound = torch.isfinite(scale) & (scale > 0)
         scale, stored = torch.where(sound, scale, 1.0), torch.where(sound, stored, weight)
-        changed[f"{fold.producer}.weight"] = stored
+        changed[f"{folding.producer}.weight"] = stored
     else:
-        changed[f"{fold.producer}.weight"] = weight / scale[:, None]
-    bias = parameters.get(f"{fold.producer}.bias")
+        changed[f"{folding.producer}.weight"] = weight / scale[:, None]
+    bias = parameters.get(f"{folding.producer}.bias")
     if bias is not None:
-        changed[f"{fold.producer}.bias"] = bias.float() / scale
-    columns = scale if fold.channels is None else scale[fold.channels]
-    for consumer in fold.consumers:
+        changed[f"{folding.producer}.bias"] = bias.float() / scale
+    columns = scale if folding.channels is None else scale[folding.channels]
+    for consumer in folding.consumers:
         changed[f"{consumer}.weight"] = parameters[f"{consumer}.weight"].float() * columns
     return {
         name: tensor.to(dtypes.get(name, torch.float32)).float() for name, tensor in changed.items()
     }
 
 
-def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None:
-    """The fold of one Linear into another, if each input channel of the consumer follows the scale
-    of one output channel of the producer.
+def _linear_folding(probe: BlockProbe, producer: str, consumer: str) -> ScaleFolding | None:
+    """The folding of one Linear into another, if each input channel of the consumer follows the
+    scale of one output channel of the producer.
     """
-    first, second = probe.block.get_submodule(producer), probe.block.get_submodule(consumer)
+    first, second = _linear(probe, producer), _linear(probe, consumer)
     if second.in_features % first.out_features:
         return None
     size = first.out_features
@@ -233,7 +233,13 @@ def _linear_fold(probe: BlockProbe, producer: str, consumer: str) -> Fold | None
         return None
     if len(channels.unique()) < size:
         return None
-    return Fold(producer, (consumer,), channels=channels)
+    return ScaleFolding(producer, (consumer,), channels=channels)
+
+
+def _linear(probe: BlockProbe, path: str) -> nn.Linear:
+    module = probe.block.get_submodule(path)
+    assert isinstance(module, nn.Linear), f"{path} was traced as a Linear"
+    return module
 
 
 def _inputs(probe: BlockProbe, linear: str) -> Tensor:

@@ -20,9 +20,9 @@ from quantkit.calibration.input_sums import sample_inputs
 from quantkit.calibration.scale_folding import (
     STORED_TOLERANCE,
     BlockProbe,
-    Fold,
-    find_folds,
-    folded,
+    ScaleFolding,
+    find_foldings,
+    folded_parameters,
 )
 from quantkit.checkpoint.units import counted
 from quantkit.schemes.algorithms import Description, Table
@@ -37,40 +37,42 @@ def needs(settings: Algorithm) -> Needs:
     return Needs(token_importance=True)
 
 
-def change_block(work: BlockRun, settings: Algorithm) -> BlockChanges:
-    """Search a scale for each fold of the block, on every rank the same."""
-    probe = work.probe() if work.ranks.is_first else None
-    folds, reasons = work.ranks.broadcast_from_first(lambda: find_folds(_on_first(probe)))
+def change_block(block_run: BlockRun, settings: Algorithm) -> BlockChanges:
+    """Search a scale for each folding of the block, on every rank the same."""
+    probe = block_run.probe() if block_run.ranks.is_first else None
+    foldings, reasons = block_run.ranks.broadcast_from_first(
+        lambda: find_foldings(_on_first(probe))
+    )
     refused = [
-        {"linear": work.names.linears.get(path, path), "reason": reason}
+        {"linear": block_run.names.linears.get(path, path), "reason": reason}
         for path, reason in reasons.items()
-        if path in work.schemes
+        if path in block_run.schemes
     ]
-    if not folds:
+    if not foldings:
         return BlockChanges(described={"refused": refused})
     before = (
         dict(probe.block.named_parameters())
         if probe
-        else {path: each.data.float() for path, each in work.block.named_parameters()}
+        else {path: each.data.float() for path, each in block_run.block.named_parameters()}
     )
-    found = _searched(work, folds, before, settings["strength"])
+    found = _searched(block_run, foldings, before, settings["strength"])
     after, entries = dict(before), []
-    for fold, smoothing in zip(folds, found):
+    for folding, smoothing in zip(foldings, found):
         if smoothing is None:
             continue
-        scale = _of_producer(fold, smoothing.scale)
-        changed = folded(fold, after, scale, work.stored_dtypes())
-        foreign = [path for path in changed if path not in work.names.parameters]
+        scale = _of_producer(folding, smoothing.scale)
+        changed = folded_parameters(folding, after, scale, block_run.stored_dtypes())
+        foreign = [path for path in changed if path not in block_run.names.parameters]
         if foreign:
-            refused += _refused(work, [fold], f"{foreign[0]} isn't one tensor on disk")
+            refused += _refused(block_run, [folding], f"{foreign[0]} isn't one tensor on disk")
             continue
         after |= changed
-        entries.append(_described(work, fold, smoothing))
+        entries.append(_described(block_run, folding, smoothing))
     changed = {path: tensor for path, tensor in after.items() if tensor is not before[path]}
-    change = work.ranks.broadcast_from_first(lambda: _change(_on_first(probe), changed))
+    change = block_run.ranks.broadcast_from_first(lambda: _change(_on_first(probe), changed))
     if not change < STORED_TOLERANCE:
         reason = f"with the scales as they are stored the block's output changes by {change:.1%}"
-        return BlockChanges(described={"refused": refused + _refused(work, folds, reason)})
+        return BlockChanges(described={"refused": refused + _refused(block_run, foldings, reason)})
     return BlockChanges(changed, {"folds": entries, "refused": refused})
 
 
@@ -80,31 +82,36 @@ def _on_first(probe: BlockProbe | None) -> BlockProbe:
 
 
 def _searched(
-    work: BlockRun, folds: Sequence[Fold], weights: Mapping[str, Tensor], strength: float | None
+    block_run: BlockRun,
+    foldings: Sequence[ScaleFolding],
+    weights: Mapping[str, Tensor],
+    strength: float | None,
 ) -> list[Smoothing | None]:
-    """A scale for each fold, or None where none helps. weights: the block's, float32 by path. Each
-    fold scales other columns, so that none changes what another is searched on.
+    """A scale for each folding, or None where none helps.
+
+    weights: the block's, float32 by path. Each folding scales other columns, so that none changes
+    what another is searched on.
     """
-    first = [fold.consumers[0] for fold in folds]
-    width = max(work.linear(path).in_features for path in first)
-    samples, importance = sample_inputs(work, first, min(SEARCH_ROWS, SEARCH_NUMBERS // width))
+    first = [folding.consumers[0] for folding in foldings]
+    width = max(block_run.linear(path).in_features for path in first)
+    samples, importance = sample_inputs(block_run, first, min(SEARCH_ROWS, SEARCH_NUMBERS // width))
 
     def search(index: int) -> Smoothing | None:
-        fold = folds[index]
-        consumers = [path for path in fold.consumers if path in work.schemes]
-        rows = samples[fold.consumers[0]]
+        folding = foldings[index]
+        consumers = [path for path in folding.consumers if path in block_run.schemes]
+        rows = samples[folding.consumers[0]]
         if not consumers or not rows.numel():
             return None
         return search_smoothing(
             rows,
             [weights[f"{path}.weight"].float() for path in consumers],
-            [work.schemes[path] for path in consumers],
+            [block_run.schemes[path] for path in consumers],
             strength,
-            fold.channels,
-            importance.get(fold.consumers[0]),
+            folding.channels,
+            importance.get(folding.consumers[0]),
         )
 
-    return work.workers.shared(search, range(len(folds)))
+    return block_run.workers.shared(search, range(len(foldings)))
 
 
 def _change(probe: BlockProbe, changed: Mapping[str, Tensor]) -> float:
@@ -112,29 +119,31 @@ def _change(probe: BlockProbe, changed: Mapping[str, Tensor]) -> float:
         return probe.change()
 
 
-def _of_producer(fold: Fold, scale: Tensor) -> Tensor:
+def _of_producer(folding: ScaleFolding, scale: Tensor) -> Tensor:
     """A scale of the consumers' inputs as one of the producer's channels; equal where several read
     one channel.
     """
-    if fold.channels is None:
+    if folding.channels is None:
         return scale
-    found = torch.empty(int(fold.channels.max()) + 1, device=scale.device)
-    found[fold.channels] = scale
+    found = torch.empty(int(folding.channels.max()) + 1, device=scale.device)
+    found[folding.channels] = scale
     return found
 
 
-def _refused(work: BlockRun, folds: Sequence[Fold], reason: str) -> list[dict[str, Any]]:
+def _refused(
+    block_run: BlockRun, foldings: Sequence[ScaleFolding], reason: str
+) -> list[dict[str, Any]]:
     return [
-        {"linear": work.names.linears.get(path, path), "reason": reason}
-        for fold in folds
-        for path in fold.consumers
+        {"linear": block_run.names.linears.get(path, path), "reason": reason}
+        for folding in foldings
+        for path in folding.consumers
     ]
 
 
-def _described(work: BlockRun, fold: Fold, found: Smoothing) -> dict[str, Any]:
+def _described(block_run: BlockRun, folding: ScaleFolding, found: Smoothing) -> dict[str, Any]:
     return {
-        "into": work.names.parameters[f"{fold.producer}.weight"].removesuffix(".weight"),
-        "linears": [work.names.linears[path] for path in fold.consumers],
+        "into": block_run.names.parameters[f"{folding.producer}.weight"].removesuffix(".weight"),
+        "linears": [block_run.names.linears[path] for path in folding.consumers],
         "strength": found.strength,
         "measure": found.measure,
         "error": found.error,
@@ -152,7 +161,7 @@ def describe(chosen: Mapping[str, Any]) -> Description:
 
 
 def _remarks(chosen: Mapping[str, Any]) -> Iterator[str]:
-    strengths = sorted({fold["strength"] for fold in chosen["folds"]})
+    strengths = sorted({folding["strength"] for folding in chosen["folds"]})
     span = f", strengths {strengths[0]:g} to {strengths[-1]:g}" if strengths else ""
     yield (
         f"smoothquant: {counted(len(chosen['folds']), 'scale')} folded into what comes before{span}"
@@ -167,13 +176,13 @@ def _tables(chosen: Mapping[str, Any]) -> Iterator[Table]:
     if chosen["folds"]:
         rows = [
             [
-                fold["into"],
-                str(len(fold["linears"])),
-                f"{fold['strength']:g} ({fold['measure']})",
-                f"{fold['plain_error']:.3g}",
-                f"{fold['error']:.3g}",
+                folding["into"],
+                str(len(folding["linears"])),
+                f"{folding['strength']:g} ({folding['measure']})",
+                f"{folding['plain_error']:.3g}",
+                f"{folding['error']:.3g}",
             ]
-            for fold in chosen["folds"]
+            for folding in chosen["folds"]
         ]
         yield (
             "scales folded by smoothquant; errors of the Linears' outputs, over their squares",

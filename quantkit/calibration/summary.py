@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration.describe import chosen_remarks, is_unsettled
+from quantkit.calibration.describe import algorithm_remarks, is_unsettled
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.models.hidden_states import peak_memory_bytes
@@ -95,5 +95,5 @@ def summary_of(
         tuple(refused),
         ignore,
         was_finished,
-        tuple(chosen_remarks(description)),
+        tuple(algorithm_remarks(description)),
     )

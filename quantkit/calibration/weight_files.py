@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit.calibration.block_quantizer import BlockQuantizer
-from quantkit.calibration.rotate import put_outer, rotated_outer, try_rotation
+from quantkit.calibration.rotate import try_rotation
+from quantkit.calibration.rotate_outer import put_outer, rotated_outer
 from quantkit.checkpoint.files import blake3_file
 from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.output_dir import OutputDirectory
@@ -33,7 +34,7 @@ def weights_file(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class ChosenFiles:
+class QuantizedWeightFiles:
     """The files of one run.
 
     quantizer: whose work they hold.
@@ -46,6 +47,11 @@ class ChosenFiles:
     @property
     def ranks(self) -> Ranks:
         return self.quantizer.ranks
+
+    @property
+    def _opened(self) -> OutputDirectory:
+        assert self.output is not None, "only rank 0 reads and writes CALIB"
+        return self.output
 
     @property
     def rotates_outer(self) -> bool:
@@ -61,14 +67,15 @@ class ChosenFiles:
         """Refuse now a rotation that couldn't be finished. build: makes a model of its own for
         that. tokens: [windows, positions].
         """
-        if self.quantizer.rotation is None:
+        rotation = self.quantizer.rotation
+        if rotation is None:
             return
 
         def attempt() -> None:
             try:
-                try_rotation(build(), tokens, self.quantizer.rotation, shapes, on_block)
+                try_rotation(build(), tokens, rotation, shapes, on_block)
             except QuantkitError:
-                self.output.discard()
+                self._opened.discard()
                 raise
 
         self.ranks.on_first(attempt)
@@ -77,14 +84,13 @@ class ChosenFiles:
         """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on
         which a rotation is checked.
         """
-        model = self.quantizer.model
-        if not self.rotates_outer:
+        model, rotation = self.quantizer.model, self.quantizer.rotation
+        if rotation is None or rotation.stream is None:
             model.load_outer(with_head=False)
             return
-        rotation = self.quantizer.rotation
 
         def find() -> Mapping[str, Tensor]:
-            if OUTER_FILE not in self.output.finished([OUTER_FILE]):
+            if OUTER_FILE not in self._opened.finished([OUTER_FILE]):
                 model.load_outer(with_head=True)
                 self._write(OUTER_FILE, rotated_outer(model, tokens, rotation), {})
                 model.free_outer()
@@ -104,7 +110,7 @@ class ChosenFiles:
             ),
         )
 
-    def choose(
+    def quantize(
         self,
         number: int,
         block: nn.Module,
@@ -120,13 +126,13 @@ class ChosenFiles:
     def _read(self, name: str) -> dict[str, Tensor]:
         return {
             tensor: read_tensor(info)
-            for tensor, info in read_header(self.output.partial / name).items()
+            for tensor, info in read_header(self._opened.partial / name).items()
         }
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], description: Any) -> None:
-        path = self.output.partial / name
+        path = self._opened.partial / name
         write_tensors(path, {tensor: content.cpu() for tensor, content in tensors.items()})
-        self.output.record(
+        self._opened.record(
             name,
             {"bytes": path.stat().st_size, "blake3": blake3_file(path), "description": description},
         )
@@ -134,7 +140,7 @@ class ChosenFiles:
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What CALIB says of it, and the record of each file."""
         names = [weights_file(number) for number in range(self.quantizer.model.block_count)]
-        described = [self.output.done[name]["description"] for name in names]
+        described = [self._opened.done[name]["description"] for name in names]
         found: dict[str, Any] = {
             section: [entry for block in described for entry in block[section]]
             for section in described[0]
@@ -150,4 +156,4 @@ class ChosenFiles:
             names.append(OUTER_FILE)
         found["untied"] = dict(self.quantizer.rotation.untied) if self.quantizer.rotation else {}
         found["files"] = names
-        return found, {name: self.output.done[name] for name in names}
+        return found, {name: self._opened.done[name] for name in names}

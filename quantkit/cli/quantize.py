@@ -140,7 +140,7 @@ def quantize_command(
                 options.model,
                 directory,
                 data,
-                chosen if chosen.chooses_weights else None,
+                chosen if chosen.quantizes_weights else None,
                 resume=resume,
                 overwrite=overwrite,
                 **calibrating,

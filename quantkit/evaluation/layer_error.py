@@ -162,14 +162,13 @@ class LayerProbe:
         for name, suffixes in self._stored.items():
             if name in self._errors or not self._comparable(name):
                 continue
-            scheme = self._config.scheme_of(name) if self._config else None
-            assert scheme is not None, name
+            config = self._config
+            assert config is not None, "a checkpoint with quantized weights says how"
+            scheme = config.scheme_of(name)
+            assert scheme is not None, f"{name} has codes but no scheme"
             tensors = {suffix: self._candidate.read(f"{name}.{suffix}") for suffix in suffixes}
-            self._keep(
-                self._compare(
-                    name, self._config.file_format.decode(tensors, scheme, name)[0], None, None
-                )
-            )
+            values = config.file_format.decode(tensors, scheme, name)[0]
+            self._keep(self._compare(name, values, None, None))
         self._base.close()
         return worst_first(list(self._errors.values()))
 

@@ -17,11 +17,11 @@ from quantkit.models.blockwise import BlockwiseModel
 from quantkit.models.experts import (
     each_expert,
     expert_linear,
-    first_and_down,
     gated,
+    has_selectable_forward,
     is_experts,
     register_experts,
-    runs_as_told,
+    stack_names,
 )
 from quantkit.ops.reference import quantize
 from quantkit.schemes.quant_spec import QuantSpec
@@ -58,10 +58,10 @@ def quantize_expert_inputs(
     """
     reached: set[str] = set()
     for name, module in model.model.named_modules():
-        if not (is_experts(module) and runs_as_told(module)):
+        if not (is_experts(module) and has_selectable_forward(module)):
             continue
         inputs = {}
-        for leaf in first_and_down(module):
+        for leaf in stack_names(module):
             source = model.sources(f"{name}.{leaf}")
             linears = (
                 [
@@ -98,7 +98,7 @@ def serving_experts(
 
     hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token].
     """
-    leaf, down = first_and_down(module)
+    leaf, down = stack_names(module)
 
     def output_of(expert: int, _: Tensor, states: Tensor) -> Tensor:
         return _product(module, down, expert, gated(module, _product(module, leaf, expert, states)))

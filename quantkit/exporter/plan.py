@@ -381,7 +381,7 @@ def _calibration_for(
 ) -> Calibration | None:
     static = [linear for linear in linears.values() if linear.scheme.needs_calibration]
     if options.calibration is None:
-        if options.recipe.chooses_weights:
+        if options.recipe.quantizes_weights:
             names = " and ".join(algorithm.name for algorithm in options.recipe.algorithms)
             raise CalibrationError(
                 f"{names} choose weights with data; first: quantkit calibrate"

@@ -15,6 +15,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,35 @@ from quantkit.models.weight_map import WeightMap
 # (module, hidden states [tokens, features], the experts of each token [tokens, per token], their
 # weights [tokens, per token]) → [tokens, features]
 ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+class _Declared(Protocol):
+    """The attributes that transformers gives to stacked experts.
+
+    num_experts: how many experts the stacks hold.
+    is_transposed: matrices are [in_features, out_features].
+    has_bias: each Linear has a bias, `gate_up_proj_bias` and `down_proj_bias`.
+    has_gate: act_fn(gate) * up stands between the two Linears, not act_fn(up) alone.
+    """
+
+    num_experts: int
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+
+    def act_fn(self, states: Tensor) -> Tensor: ...
+
+    # Some have these two.
+    def post_expert_norm(self, states: Tensor) -> Tensor: ...
+
+    def _apply_gate(self, projected: Tensor) -> Tensor: ...
+
+
+def _declared(module: nn.Module) -> _Declared:
+    """The module with types: nn.Module declares none of these attributes."""
+    return cast(_Declared, module)
+
+
 # Of a trial: features between an expert's Linears, and how large they are: some beyond any bound
 # that a gate has, some near zero.
 _TRIAL_EXPERTS, _TRIAL_TOKENS, _TRIAL_WIDTH, _TRIAL_SIZE = 3, 4, 16, 12.0
@@ -34,18 +64,18 @@ def is_experts(module: nn.Module) -> bool:
     """Whether a module holds all experts of a layer in two stacks."""
     return all(
         isinstance(getattr(module, leaf, None), nn.Parameter) and getattr(module, leaf).dim() == 3
-        for leaf in first_and_down(module)
+        for leaf in stack_names(module)
     )
 
 
-def first_and_down(module: nn.Module) -> tuple[str, str]:
+def stack_names(module: nn.Module) -> tuple[str, str]:
     """What its stacks are called: that of the matrices which read the hidden states (gate and up as
     one, or up alone), and that of those which make the output.
     """
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
-def runs_as_told(module: nn.Module) -> bool:
+def has_selectable_forward(module: nn.Module) -> bool:
     """Whether the forward of such experts can be chosen."""
     return hasattr(module, "is_concatenated")
 
@@ -66,14 +96,15 @@ def each_expert(
     [n] that the router sends to it.
     """
     output = torch.zeros_like(hidden_states)
-    for expert in range(module.num_experts):
+    experts = _declared(module)
+    for expert in range(experts.num_experts):
         # in the order of the eager forward
         position, token = torch.where((top_k_index == expert).T)
         if not len(token):
             continue
         states = output_of(expert, token, hidden_states[token])
         if getattr(module, "has_post_expert_norm", False):
-            states = module.post_expert_norm(states)
+            states = experts.post_expert_norm(states)
         states = states * top_k_weights[token, position, None]
         output.index_add_(0, token, states.to(output.dtype))
     return output
@@ -81,26 +112,41 @@ def each_expert(
 
 def expert_linear(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
     """One expert's part of a stacked parameter as a Linear."""
+    experts = _declared(module)
     weight = getattr(module, leaf)[expert]
-    bias = getattr(module, f"{leaf}_bias")[expert] if module.has_bias else None
-    if module.is_transposed:
+    bias = getattr(module, f"{leaf}_bias")[expert] if experts.has_bias else None
+    if experts.is_transposed:
         return states @ weight if bias is None else states @ weight + bias
     return nn.functional.linear(states, weight, bias)
 
 
 def gated(module: nn.Module, projected: Tensor) -> Tensor:
     """What stands between an expert's Linears: gate times up, or an activation alone."""
-    if not module.has_gate:
-        return module.act_fn(projected)
+    experts = _declared(module)
+    if not experts.has_gate:
+        return experts.act_fn(projected)
     if hasattr(module, "_apply_gate"):
-        return module._apply_gate(projected)
+        return experts._apply_gate(projected)
     gate, up = projected.chunk(2, dim=-1)
-    return module.act_fn(gate) * up
+    return experts.act_fn(gate) * up
 
 
 def intermediate(module: nn.Module, expert: int, states: Tensor) -> Tensor:
     """What the expert's last Linear reads."""
-    return gated(module, expert_linear(module, first_and_down(module)[0], expert, states))
+    return gated(module, expert_linear(module, stack_names(module)[0], expert, states))
+
+
+def plain_experts(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The forward of stacked experts, with nothing added."""
+
+    def output_of(expert: int, _: Tensor, states: Tensor) -> Tensor:
+        return expert_linear(
+            module, stack_names(module)[1], expert, intermediate(module, expert, states)
+        )
+
+    return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
 
 
 # ---- Whose forward transformers doesn't ask about.
@@ -119,9 +165,11 @@ def adopt_experts(model: nn.Module, name: str) -> None:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    forward = ALL_EXPERTS_FUNCTIONS.get(name)
-    for module in model.modules() if forward is not None else ():
-        if is_experts(module) and not runs_as_told(module):
+    forward: ExpertsForward | None = ALL_EXPERTS_FUNCTIONS.get(name)
+    if forward is None:
+        return
+    for module in model.modules():
+        if is_experts(module) and not has_selectable_forward(module):
             _adopt(module, forward)
 
 
@@ -130,7 +178,7 @@ def _adopt(module: nn.Module, forward: ExpertsForward) -> None:
     forward.
     """
     (count, rows, columns), (_, down_rows, down_columns) = (
-        getattr(module, leaf).shape for leaf in first_and_down(module)
+        getattr(module, leaf).shape for leaf in stack_names(module)
     )
     is_transposed = (rows, columns) == (down_columns, 2 * down_rows)
     takes = len(inspect.signature(module.forward).parameters)
@@ -157,7 +205,7 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    leaf, down = first_and_down(module)
+    leaf, down = stack_names(module)
     features = getattr(module, down).shape[2 if described["is_transposed"] else 1]
     shapes = {leaf: (features, 2 * _TRIAL_WIDTH), down: (_TRIAL_WIDTH, features)}
     weights = {
@@ -171,8 +219,8 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
     small._parameters = module._parameters | {
         name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()
     }
-    vars(small).update(described | {"num_experts": _TRIAL_EXPERTS})
-    arguments = (
+    vars(small).update({**described, "num_experts": _TRIAL_EXPERTS})
+    arguments: tuple[Tensor, ...] = (
         random(_TRIAL_TOKENS, features) * _TRIAL_SIZE,
         torch.tensor([[0, 1], [1, 2], [1, 0], [0, 1]]),
         random(_TRIAL_TOKENS, 2).abs(),
@@ -190,23 +238,12 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
         LookupError,
     ):  # it asks for what others don't have
         return False
-    ours = _WAYS[takes](_plain)(small, *arguments)
+    ours = _WAYS[takes](plain_experts)(small, *arguments)
     return (
         isinstance(theirs, Tensor)
         and theirs.shape == ours.shape
         and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
     )
-
-
-def _plain(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    def output_of(expert: int, _: Tensor, states: Tensor) -> Tensor:
-        return expert_linear(
-            module, first_and_down(module)[1], expert, intermediate(module, expert, states)
-        )
-
-    return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
 
 
 def _of_routed(forward: ExpertsForward) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -219,18 +256,20 @@ def _of_routed(forward: ExpertsForward) -> Callable[[nn.Module, Tensor], Tensor]
 
     def run(module: nn.Module, routed: Tensor) -> Tensor:
         rows = routed.reshape(-1, routed.shape[-1])
-        expert = torch.arange(module.num_experts, device=rows.device).repeat_interleave(
-            rows.shape[0] // module.num_experts
-        )
-        chosen = torch.where(rows.any(-1), expert, module.num_experts)[:, None]
-        return forward(module, rows, chosen, torch.ones_like(chosen, dtype=rows.dtype))
+        count = _declared(module).num_experts
+        expert = torch.arange(count, device=rows.device).repeat_interleave(rows.shape[0] // count)
+        sent_to = torch.where(rows.any(-1), expert, count)[:, None]
+        return forward(module, rows, sent_to, torch.ones_like(sent_to, dtype=rows.dtype))
 
     return run
 
 
 # By how many arguments experts of a forward of their own take: those of others, or rows that the
 # router has sorted and scaled.
-_WAYS = {3: lambda forward: forward, 1: _of_routed}
+_WAYS: dict[int, Callable[[ExpertsForward], Callable[..., Tensor]]] = {
+    3: lambda forward: forward,
+    1: _of_routed,
+}
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ class Recipe:
         return sorted(self.algorithms, key=lambda algorithm: names.index(algorithm.name))
 
     @property
-    def chooses_weights(self) -> bool:
+    def quantizes_weights(self) -> bool:
         """Whether `calibrate` has to choose weights with data: all algorithms but rounding to
         nearest do.
         """
@@ -264,6 +264,6 @@ class Recipe:
     def needs_calibration(self) -> bool:
         return (
             self.kv_cache is not None
-            or self.chooses_weights
+            or self.quantizes_weights
             or any(scheme.needs_calibration for scheme in self.schemes)
         )

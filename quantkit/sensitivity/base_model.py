@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.algorithms.rotation import Rotation
-from quantkit.calibration.rotate import RotatedLinear, make_rotation
+from quantkit.calibration.rotate import make_rotation
+from quantkit.calibration.rotate_block import RotatedLinear
 from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.quantized_experts import EXPERTS_IMPLEMENTATION, register_serving_experts
 from quantkit.exporter.plan import ExportPlan
 from quantkit.models.blockwise import BlockwiseModel
-from quantkit.models.experts import Restacked, first_and_down, is_experts
+from quantkit.models.experts import Restacked, is_experts, stack_names
 from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.weight_map import names_on_disk
 from quantkit.ops.reference import QuantizedTensor, sqnr_db
@@ -55,7 +56,7 @@ class BaseModel:
             if isinstance(module, nn.Linear):
                 names += names_on_disk(self.blocks.sources(f"{path}.weight"), path)
             elif is_experts(module):
-                for stack in first_and_down(module):
+                for stack in stack_names(module):
                     names += self.stacked_linears(f"{path}.{stack}")
         return names
 

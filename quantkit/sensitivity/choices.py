@@ -78,7 +78,7 @@ def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
             f"{options.model} is quantized already; sensitivity asks what quantizing costs, so give"
             " the original model"
         )
-    if recipe.chooses_weights and options.calibration is None:
+    if recipe.quantizes_weights and options.calibration is None:
         names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
         remarks.append(
             f"scored with weights rounded to nearest: what {names} choose is scored with"

@@ -19,7 +19,7 @@ from quantkit.evaluation.quantized_experts import ExpertInput
 from quantkit.exporter.plan import ExportPlan
 from quantkit.exporter.tensor_maker import input_scale_of
 from quantkit.models.assignment import QuantizedLinearInfo
-from quantkit.models.experts import first_and_down, is_experts
+from quantkit.models.experts import is_experts, stack_names
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor
 from quantkit.schemes.quant_spec import TENSOR
@@ -113,7 +113,7 @@ class LayerSwapper:
         plan, weights = self.choices.plan(choice), self.base.weights
         swaps: list[Swap] = []
         inputs: dict[str, ExpertInput] = {}
-        for leaf in first_and_down(module):
+        for leaf in stack_names(module):
             parameter = f"{path}.{leaf}"
             linears = [
                 plan.linears[name]

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chosen_weights import kld, quantized, recipe_of
+from quantized_weights import kld, quantized, recipe_of
 from tiny_llama import make_llama
 
 from quantkit.algorithms.bias_correction import corrected_bias

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quantkit.algorithms.smoothquant import output_error, search_smoothing, smoothing_scale
-from quantkit.algorithms.smoothquant_fit import fitted_scale, has_such_noise, mean_squares
+from quantkit.algorithms.smoothquant_fit import fitted_scale, has_uniform_steps, mean_squares
 from quantkit.schemes.scheme import QuantScheme
 
 INT8 = QuantScheme.parse("int8-dynamic")
@@ -140,4 +140,4 @@ def test_silence_gives_the_scale_that_it_began_with():
     ],
 )
 def test_only_evenly_spaced_codes_have_such_noise(scheme, expected):
-    assert has_such_noise(QuantScheme.parse(scheme)) is expected
+    assert has_uniform_steps(QuantScheme.parse(scheme)) is expected

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chosen_weights import kld, quantized, recipe_of, with_outliers
+from quantized_weights import kld, quantized, recipe_of, with_outliers
 from safetensors.torch import load_file
 from tiny_llama import make_llama
 from tiny_models import make_model

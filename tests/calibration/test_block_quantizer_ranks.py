@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from chosen_weights import kld
 from processes import DYING, command, contents, quantkit, ranks, torchrun
+from quantized_weights import kld
 from safetensors.torch import load_file
 from tiny_llama import make_llama
 

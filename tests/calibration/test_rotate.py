@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chosen_weights import kld, quantized, recipe_of, with_outliers
+from quantized_weights import kld, quantized, recipe_of, with_outliers
 from safetensors.torch import load_file
 from tiny_llama import make_llama, make_tokenizer
 from tiny_models import make_model
@@ -268,7 +268,7 @@ def test_a_later_block_that_is_another_is_found_before_the_first_is_worked_on(op
     """The second block's second norm works on something else: no block may have been measured when
     that is found.
     """
-    import quantkit.calibration.rotate as rotating
+    import quantkit.calibration.rotate_block as rotating
 
     whole = rotating._readers_and_writers
     seen = []

@@ -18,7 +18,7 @@ CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_exports_a_sound_checkpoint(path, export_to, llama, calib, text, tmp_path):
     recipe = Recipe.load(path)
-    if recipe.chooses_weights:
+    if recipe.quantizes_weights:
         calib = tmp_path / "own"
         calibrate(CalibrationOptions(llama, calib, (str(text),), recipe, num_samples=4, seq_len=32))
     found = verify(export_to(recipe, calibration=calib), llama)

@@ -11,9 +11,9 @@ from quantkit.models.experts import (
     adopt_experts,
     each_expert,
     expert_linear,
+    has_selectable_forward,
     intermediate,
     register_experts,
-    runs_as_told,
 )
 
 COUNT, HIDDEN, WIDTH = 4, 16, 24
@@ -133,7 +133,7 @@ def test_what_computes_otherwise_stays_as_it_is(kind):
     before, state = dict(vars(module)), torch.get_rng_state()
     routed = torch.randn(COUNT * 5, HIDDEN, generator=torch.Generator().manual_seed(0)).double()
     expected = module(routed)
-    assert not runs_as_told(adopted(module)) and vars(module) == before
+    assert not has_selectable_forward(adopted(module)) and vars(module) == before
     assert torch.equal(module(routed), expected) and torch.equal(torch.get_rng_state(), state)
 
 
@@ -149,4 +149,4 @@ def test_a_copy_runs_by_its_own_weights():
 def test_without_a_registered_forward_nothing_is_replaced():
     module = Routed()
     adopt_experts(nn.Sequential(module), "eager")
-    assert not runs_as_told(module)
+    assert not has_selectable_forward(module)
