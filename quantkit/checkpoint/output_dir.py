@@ -194,8 +194,8 @@ class OutputDirectory(WorkDirectory):
             os.rename(self.partial, self.path)
         elif not self.path.is_dir():
             raise OutputError(
-                f"{self.path} became a file during the run; the result is in {self.partial}: move it"
-                " where you want it"
+                f"{self.path} became a file during the run; the result is in {self.partial}: move"
+                " it where you want it"
             )
         elif not exchange_names(self.partial, self.path):
             # A new name, so that no directory of the user is removed with the replaced one.

@@ -145,8 +145,8 @@ class MappedShard:
 
     def _truncated(self, info: TensorInfo) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} can't be read at the tensor '{info.name}': it was truncated during the run, or"
-            " its disk fails; fetch or copy it again"
+            f"{self.path} can't be read at the tensor '{info.name}': it was truncated during the"
+            " run, or its disk fails; fetch or copy it again"
         )
 
     def close(self) -> None:

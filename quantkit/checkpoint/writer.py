@@ -78,7 +78,7 @@ class ShardWriter:
         self.write_part(name, tensor_bytes(tensor), 0)
 
     def write_part(self, name: str, content: memoryview, offset: int) -> None:
-        """Write bytes of a tensor, `offset` bytes after its beginning. Each byte is written once."""
+        """Write bytes of a tensor, `offset` bytes after its start. Each byte is written once."""
         plan = self._plans[name]
         if (
             offset < 0
