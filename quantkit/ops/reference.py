@@ -88,7 +88,7 @@ def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     amax = amax.float()
     if spec.scale_format is E8M0:
         return _power_of_two_scale(amax, spec.format)
-    # By a tensor: on CUDA, torch multiplies by the reciprocal of a Python number.
+    # The divisor is a tensor: on CUDA, torch would multiply by a Python number's reciprocal.
     scale = amax / amax.new_full((), spec.format.max)
     if spec.dynamic:
         is_int = spec.format.kind == "int"
