@@ -1,3 +1,3 @@
-"""Files: checkpoints read and written, file formats, the hub, GGUF, and what is kept between
-runs.
+"""Files: reading and writing checkpoints, checkpoint formats, the hub, GGUF, the cache, and outputs
+that can be resumed.
 """

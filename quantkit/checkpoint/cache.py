@@ -1,8 +1,8 @@
 """The user's cache directory: the demo's model, checkpoints converted from GGUF files, and final
 hidden states of base models.
 
-Each kind of content has a limit in bytes. Where it is reached, the entries that were used longest
-ago are removed first.
+Each kind of content has a limit in bytes. When it is reached, the least recently used entries are
+removed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import shutil
 import time
 from pathlib import Path
 
-# An entry that was used within a day may be in use by another process.
+# In seconds. An entry that was used within a day may be in use by another process.
 SECONDS_UNTIL_ABANDONED = 86400.0
 
 
 def cache_directory() -> Path:
-    """$QUANTKIT_CACHE, else quantkit in the user's cache directory."""
+    """$QUANTKIT_CACHE if it is set, else `quantkit` in the user's cache directory."""
     named = os.environ.get("QUANTKIT_CACHE")
     if named:
         return Path(named)
@@ -25,11 +25,14 @@ def cache_directory() -> Path:
 
 
 def make_room(directory: Path, needed: int, most_bytes: int) -> None:
-    """Remove entries of a cache until `needed` more bytes fit below its limit. An entry is a
-    subdirectory of `directory`; its modification time says when it was used last. Those used within
-    a day are kept.
+    """Remove the least recently used entries of a cache until `needed` more bytes fit below its
+    limit.
 
-    needed, most_bytes: in bytes.
+    An entry is a subdirectory of `directory`; its modification time is the time of its last use.
+    Entries used within a day are kept.
+
+    needed: size of the new entry, in bytes.
+    most_bytes: limit of the whole cache, in bytes.
     """
     try:
         sizes = {
@@ -39,7 +42,7 @@ def make_room(directory: Path, needed: int, most_bytes: int) -> None:
         }
         used = sorted((path.stat().st_mtime, path) for path in sizes)
     except OSError:
-        return  # another process changes the cache meanwhile, and makes room itself
+        return  # another process is changing the cache, and makes room itself
     held = sum(sizes.values())
     for used_last, path in used:
         if held + needed > most_bytes and time.time() - used_last > SECONDS_UNTIL_ABANDONED:
@@ -48,8 +51,9 @@ def make_room(directory: Path, needed: int, most_bytes: int) -> None:
 
 
 def directory_state(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and modification time in ns of each file of a model, which tell whether
-    one was changed in place.
+    """The state of a model directory: (name, size in bytes, modification time in ns) of each file.
+
+    Two states differ if a file was changed in place.
     """
     return sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their hashes, and the exchange of two names."""
+"""Writing a file completely or not at all; hashes of files; swapping two names."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from blake3 import blake3
 
 
 def new_file(path: Path) -> FileIO:
-    """A new file for reading and writing, unbuffered. What has its name already is removed first,
-    so that nothing is written through a link.
+    """Open a new file for reading and writing, unbuffered.
+
+    An existing file of this name is removed first, so that nothing is written through a link.
     """
     path.unlink(missing_ok=True)
     return open(path, "x+b", buffering=0)
 
 
 def finite(content: Any) -> Any:
-    """The same content as JSON can hold it: None (null) in place of NaN and infinity."""
+    """The same content in a form that JSON can hold: NaN and infinity become None (null)."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
@@ -34,7 +35,7 @@ def finite(content: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, durable and atomic."""
+    """Write a JSON file durably (fsync) and atomically (rename)."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         text.encode()
@@ -44,7 +45,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, durable and atomic. A device or pipe is written to, not replaced."""
+    """Write a text file durably and atomically. A device or a pipe is written to, not replaced."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
@@ -55,14 +56,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a new file and flush it. Where that fails, the file is removed, and the OSError names
-    it.
+    """Write a new file and flush it to disk.
+
+    On failure the file is removed, and the OSError names it.
     """
     try:
         with new_file(path) as file:
             view = memoryview(content)
             while view:
-                # Where the disk is nearly full, the system writes a part without an error.
+                # On a nearly full disk, the system may write only a part, without an error.
                 view = view[file.write(view) :]
             os.fsync(file.fileno())
     except OSError as error:
@@ -96,13 +98,14 @@ def sha256_file(path: Path) -> str:
 
 @cache
 def c_function(name: str) -> Any:
-    """A function of the C library, or None where it lacks it."""
+    """A function of the C library, or None if it has no such function."""
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def exchange_names(first: Path, second: Path) -> bool:
-    """Exchange the names of two files or directories in one step. Returns False, with nothing done,
-    where the system can't; Linux can on most file systems.
+    """Swap the names of two files or directories in one step.
+
+    Returns False, with nothing done, if the system can't; Linux can on most file systems.
     """
     function, current_directory, rename_exchange = c_function("renameat2"), -100, 2
     if function is None or sys.platform != "linux":

@@ -1,8 +1,8 @@
-"""What a finished output says about itself: the fingerprint of the work that made it, and the hash
-of each file. `--resume` compares both before it takes an output for the result of the same work.
+"""A finished output's manifest: the fingerprint of the run that made it, and the hash of each file.
 
-A fingerprint is a mapping from the name of an input or option ("data", "--seq-len") to its value or
-hash. It covers everything that decides the output's bytes.
+`--resume` compares both before it accepts an existing output as the result of the same run. A
+fingerprint maps the name of an input or option ("data", "--seq-len") to its value or hash. It
+covers everything that decides the output's bytes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from quantkit.checkpoint.files import blake3_file, cores
 from quantkit.checkpoint.model_files import read_json
 from quantkit.errors import OutputError
 
-# The manifest of a checkpoint, and of a calibration: written last, with the fingerprint and hashes.
+# The manifests of a checkpoint and of a calibration: fingerprint and file hashes, written last.
 MANIFEST_FILE, CALIBRATION_FILE = "quantkit.json", "calibration.json"
-PROGRESS_FILE = "progress.json"  # in a directory of unfinished work, in place of the manifest
+PROGRESS_FILE = "progress.json"  # takes the manifest's place in an unfinished output
 
 
 def resolved_output(path: Path) -> Path:
-    """The path without links, so that a link to a directory is filled and not replaced."""
+    """The path with all links resolved: a link to a directory is then filled, not replaced.
+
+    Raises OutputError if the path is a link to itself.
+    """
     try:
         return path.resolve()
     except (OSError, RuntimeError):
@@ -31,12 +34,12 @@ def resolved_output(path: Path) -> Path:
 
 
 def partial_directory(output: Path) -> Path:
-    """Where an output is made, next to its final place."""
+    """The directory in which an output is made, next to its final path."""
     return output.with_name(output.name + ".partial")
 
 
 def manifest_of(directory: Path) -> Path | None:
-    """The manifest of a finished output, or None where there is none."""
+    """The path of a finished output's manifest, or None if it has none."""
     for name in (MANIFEST_FILE, CALIBRATION_FILE):
         if (directory / name).is_file():
             return directory / name
@@ -46,9 +49,9 @@ def manifest_of(directory: Path) -> Path | None:
 def require_same_fingerprint(
     what: str, fingerprint: Mapping[str, str], earlier: Mapping[str, str]
 ) -> None:
-    """Raise OutputError where two fingerprints differ.
+    """Raise OutputError if two fingerprints differ.
 
-    what: how the sentence begins, up to "with a different …".
+    what: the beginning of the message, before "with a different …".
     """
     differing = sorted(
         key
@@ -63,7 +66,7 @@ def require_same_fingerprint(
 
 
 def _different(what: str) -> str:
-    """An input's name in the sentence: "a different recipe", "different data"."""
+    """An input's name as the message has it: "a different recipe", "different data"."""
     is_several = what == "data" or (
         what.partition(" of ")[0].endswith("s") and not what.startswith("--")
     )
@@ -71,7 +74,7 @@ def _different(what: str) -> str:
 
 
 def is_as_recorded(directory: Path, name: str, entry: Any) -> bool:
-    """Whether a file has the size and the BLAKE3 hash of its entry in a manifest."""
+    """Whether a file has the size and the BLAKE3 hash that its manifest entry records."""
     path = directory / name
     if not isinstance(entry, Mapping) or path.is_symlink() or not path.is_file():
         return False
@@ -79,8 +82,9 @@ def is_as_recorded(directory: Path, name: str, entry: Any) -> bool:
 
 
 def unchanged_files(directory: Path, entries: Mapping[str, Any]) -> list[str]:
-    """The names of those files that are as recorded. Their bytes are read and hashed again, on all
-    cores.
+    """The names of the files that are unchanged since the manifest was written.
+
+    entries: file name → manifest entry. The files are read and hashed again, on all cores.
     """
     with ThreadPoolExecutor(cores()) as pool:
         same = pool.map(lambda item: is_as_recorded(directory, *item), entries.items())
@@ -88,15 +92,16 @@ def unchanged_files(directory: Path, entries: Mapping[str, Any]) -> list[str]:
 
 
 def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> bool:
-    """Whether `path` holds the whole output of the same work, with every file as it was recorded.
+    """Whether `path` holds the complete output of a run with this fingerprint, and no file has
+    changed.
 
-    Raises OutputError where the output is of other work or one of its files has changed; with
+    Raises OutputError if the output is from a different run or one of its files has changed. With
     `overwrite` it returns False instead.
     """
     path = resolved_output(path)
     partial = partial_directory(path)
     manifest = manifest_of(path)
-    # A run that made its output under `partial` removes progress.json there just before the end.
+    # A run removes progress.json from its partial directory just before it renames that.
     if (partial / PROGRESS_FILE).exists() or manifest is None:
         return False
     try:
@@ -106,9 +111,8 @@ def finished_already(path: Path, fingerprint: Mapping[str, str], overwrite: bool
             raise
         return False
     if partial.is_dir() and not partial.is_symlink():
-        shutil.rmtree(
-            partial
-        )  # the directory that this output replaced, if its run was killed then
+        # The directory that this output replaced, if the run was killed before it removed that.
+        shutil.rmtree(partial)
     return True
 
 
@@ -127,8 +131,9 @@ def _require_unchanged(path: Path, manifest: Path, fingerprint: Mapping[str, str
 
 
 def changed_tensors(directory: Path) -> frozenset[str]:
-    """The tensors that algorithms changed, according to the manifest. They can't be compared one by
-    one with the original model's.
+    """The names of the tensors that algorithms changed, according to the manifest.
+
+    They can't be compared one by one with the original model's tensors.
     """
     if not (directory / MANIFEST_FILE).is_file():
         return frozenset()

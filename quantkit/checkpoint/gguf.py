@@ -1,8 +1,8 @@
-"""A GGUF file as MODEL: transformers reads it, dequantizes its weights to bfloat16, and saves an
-ordinary checkpoint in the cache.
+"""GGUF files as MODEL: transformers dequantizes one to bfloat16 and saves an ordinary checkpoint in
+the cache.
 
-It is made once for a file (name, size and time), with the whole model in memory. A checkpoint made
-from 4-bit weights is no better than these.
+A file (name, size and modification time) is converted once, with the whole model in memory. The
+result is no more accurate than the file: 4-bit weights stay 4-bit weights, written in 16 bits.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 from quantkit.checkpoint.cache import cache_directory, make_room
 from quantkit.errors import CheckpointError, brief
 
-# The limit of all converted checkpoints in the cache: two of 8 billion parameters.
+# Bytes that all converted checkpoints in the cache may take: two of 8 billion parameters.
 MOST_BYTES = 40_000_000_000
 
 
 def is_gguf(model: str | Path) -> bool:
-    """Whether MODEL is meant as a GGUF file, by its name. The file may be missing."""
+    """Whether the name of MODEL is that of a GGUF file. The file may be missing."""
     path = Path(model).expanduser()
     return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def require_file(path: Path) -> None:
-    """Raise CheckpointError where there is no such file."""
+    """Raise CheckpointError if there is no such file."""
     if not path.is_file():
         raise CheckpointError(
             f"there is no file {path}; check the name, or give a model directory or a hub id such"
@@ -36,9 +36,10 @@ def require_file(path: Path) -> None:
 
 
 def checkpoint_of_gguf(path: Path) -> Path:
-    """The directory of the bfloat16 checkpoint of a GGUF file. It is made on the first call.
+    """The directory of the bfloat16 checkpoint that was converted from a GGUF file. The first call
+    converts it.
 
-    Raises CheckpointError where the file can't be converted.
+    Raises CheckpointError if the file can't be converted.
     """
     state = path.stat()
     named = hashlib.sha256(
@@ -46,18 +47,20 @@ def checkpoint_of_gguf(path: Path) -> Path:
     ).hexdigest()[:16]
     target = cache_directory() / "gguf" / f"{path.stem}-{named}"
     if (target / "config.json").is_file():
-        with suppress(OSError):  # a cache that belongs to another user can be read all the same
+        with suppress(OSError):  # a cache that belongs to another user can still be read
             os.utime(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # From 4 bits or more a weight to 16: the checkpoint is at most four times as large.
+    # A weight grows from at least 4 bits to 16: the checkpoint is at most four times as large.
     make_room(target.parent, 4 * state.st_size, MOST_BYTES)
     keep_converted(path, target)
     return target
 
 
 def keep_converted(path: Path, target: Path) -> None:
-    """Convert a GGUF file to a checkpoint in the directory `target`, which is whole or absent."""
+    """Convert a GGUF file to a checkpoint in the directory `target`, which appears only when it is
+    complete.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         convert_gguf(path, Path(temporary) / "model")
@@ -69,9 +72,9 @@ def keep_converted(path: Path, target: Path) -> None:
 
 
 def require_readers(what: str, extra: str) -> None:
-    """Raise CheckpointError where the packages that read GGUF files are missing.
+    """Raise CheckpointError if the packages that read GGUF files are missing.
 
-    what: the beginning of the error's sentence.
+    what: the beginning of the message.
     extra: the optional dependency of quantkit that contains them.
     """
     try:
@@ -98,7 +101,7 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
         )
     except Exception as error:  # transformers and the reader raise exceptions of many kinds
         raise CheckpointError(f"transformers can't read {gguf_file}: {brief(error, 300)}") from None
-    # The model is an ordinary one now: otherwise transformers would save it as quantized.
+    # The model is dequantized; without this, transformers would save it as quantized.
     model.config.__dict__.pop("quantization_config", None)
     vars(model).update(is_quantized=False, hf_quantizer=None)
     model.save_pretrained(target)

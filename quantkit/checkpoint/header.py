@@ -1,8 +1,8 @@
-"""A safetensors header, checked before it is believed.
+"""Reading safetensors headers, with every entry checked before it is used.
 
-A file is 8 bytes of little-endian header length, a JSON header, then the tensors without gaps. A
-header comes from a stranger: each name, dtype, shape and place in it is checked against the file's
-size, and what other readers refuse is refused here too.
+A file is 8 bytes of little-endian header length, a JSON header, then the tensors without gaps. The
+file may come from an untrusted source. Each name, dtype, shape and offset is therefore checked
+against the file's size. Files that other readers refuse are refused here too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from quantkit.errors import CheckpointError
 
-# Bytes per element, and torch's name, of each safetensors dtype that is read or written here.
+# safetensors dtype → (bytes per element, torch's name)
 DTYPES: dict[str, tuple[int, str]] = {
     "F64": (8, "float64"),
     "F32": (4, "float32"),
@@ -39,15 +39,15 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file: where it is and what it is.
+    """A tensor of a file: its name, dtype and shape, and its position in the file.
 
     name: its key in the header.
     dtype: a key of DTYPES.
     shape: elements in each dimension.
     path: the file that holds it.
-    start: its first byte, counted from the file's beginning.
+    start: its first byte, counted from the beginning of the file.
     strides: elements from one row, and from one column, to the next, for a matrix that isn't stored
-        row after row (`models/linear_views.py` makes these); None where it is.
+        row-major (`models/linear_views.py` makes these); None for a row-major tensor.
     """
 
     name: str
@@ -63,12 +63,12 @@ class TensorInfo:
 
     @property
     def is_dense(self) -> bool:
-        """Whether its rows follow each other without gaps."""
+        """Whether the tensor is stored row-major without gaps."""
         return self.strides is None or self.strides == (self.shape[1], 1)
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        """Where rows first to last (exclusive) are: their first byte in the file, and the number of
-        bytes over which they extend.
+        """The bytes that hold the rows first to last (exclusive): (first byte in the file, number
+        of bytes).
         """
         size = DTYPES[self.dtype][0]
         if self.strides is None or self.is_dense:
@@ -82,7 +82,7 @@ class TensorInfo:
 
 
 def row_count(info: TensorInfo) -> int:
-    """The number of rows: the first dimension; a scalar is one row."""
+    """The number of rows: the first dimension, or 1 for a scalar."""
     return info.shape[0] if info.shape else 1
 
 
@@ -94,7 +94,7 @@ def row_elements(info: TensorInfo) -> int:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, by name.
 
-    Raises CheckpointError where the file can't be read or doesn't hold what its header says.
+    Raises CheckpointError if the file can't be read or doesn't match its header.
     """
     try:
         with open(path, "rb") as file:
@@ -104,10 +104,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]:
-    """The tensors of an open file, by name; the file may be on another machine.
+    """The tensors of an open file, by name. The file may be on another machine.
 
-    size: of the whole file, in bytes.
-    path: where its tensors will be read from.
+    size: size of the whole file, in bytes.
+    path: path from which its tensors will be read.
+
+    Raises CheckpointError if the file doesn't match its header.
     """
     length = _header_length(file.read(8), size, path)
     try:
@@ -140,8 +142,10 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
 
 
 def _decode(raw: bytes) -> dict[str, Any]:
-    """The header's entries by tensor name, without its metadata. Stricter than Python's reader:
-    other readers refuse what is not UTF-8, and numbers that are not sizes.
+    """The header's entries by tensor name, without its metadata.
+
+    Stricter than Python's JSON reader: other readers refuse text that isn't UTF-8 and numbers that
+    aren't sizes.
     """
     header = json.loads(
         raw.decode("utf-8"),
@@ -155,7 +159,11 @@ def _decode(raw: bytes) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON allows a repeated key and Python keeps the last: here that is a broken header."""
+    """The pairs of a JSON object as a dict.
+
+    JSON allows a repeated key, and Python keeps the last one; a header with a repeated key is
+    refused.
+    """
     keys = dict(pairs)
     if len(keys) < len(pairs):
         raise ValueError("a key appears twice")
@@ -163,7 +171,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _size(text: str) -> int:
-    """A JSON number that is a size: no sign, no more digits than 64 bits hold."""
+    """A JSON number as a size: no sign, at most as many digits as 64 bits hold."""
     if text[0] == "-" or len(text) > 20:
         raise ValueError(f"{text[:20]} is not a size")
     return int(text)
@@ -174,17 +182,21 @@ def _refuse_number(text: str) -> int:
 
 
 def _require_text(metadata: Any) -> None:
-    """The format allows only text in the metadata, and other readers refuse the rest."""
+    """Refuse metadata with values other than text: the format allows only text, and other readers
+    refuse the rest.
+    """
     if metadata is not None:
         for text in [*metadata.keys(), *metadata.values()]:
             text.encode()  # AttributeError for what isn't text
 
 
 def _tensor_info(name: str, entry: Any, path: Path, data_start: int, size: int) -> TensorInfo:
-    """One entry of a header. data_start: the file's first byte after the header; size: the file's,
-    in bytes.
+    """One entry of a header.
+
+    data_start: the file's first byte after the header.
+    size: size of the file, in bytes.
     """
-    name.encode()  # half of a surrogate pair can be escaped in JSON but isn't text
+    name.encode()  # JSON can escape half a surrogate pair, which isn't text
     if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["shape"], list):
         raise ValueError("a tensor has a dtype, a shape and data_offsets")
     begin, end = entry["data_offsets"]
@@ -213,8 +225,9 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int, size: int) 
 
 
 def _is_countable(shape: Sequence[int], dtype: str) -> bool:
-    """Whether sizes and strides of a tensor fit into 63 bits, also where a dimension is zero; stops
-    at the first product that doesn't.
+    """Whether a tensor's sizes and strides fit into 63 bits, even if a dimension is zero.
+
+    Stops at the first product that doesn't fit.
     """
     nbytes = DTYPES[dtype][0]
     for size in shape:
@@ -225,7 +238,7 @@ def _is_countable(shape: Sequence[int], dtype: str) -> bool:
 
 
 def _require_no_gap_or_overlap(infos: Iterable[TensorInfo], path: Path, data_bytes: int) -> None:
-    """Each of the file's bytes after the header belongs to exactly one tensor."""
+    """Raise CheckpointError unless each byte after the header belongs to exactly one tensor."""
     spans = sorted((info.start, info.start + info.nbytes, info.name) for info in infos)
     for (_, previous_end, previous), (begin, _, name) in zip(spans, spans[1:]):
         if begin < previous_end:

@@ -1,8 +1,8 @@
-"""Models on the hub: fetched as a whole into the hub library's cache, or shard by shard while an
-export runs.
+"""Models on the Hugging Face hub: downloaded as a whole into the hub library's cache, or shard by
+shard during an export.
 
-An export of a hub model is planned from its shards' headers, which are fetched alone. They are
-checked like those of local files.
+An export of a hub model is planned from the headers of its shards, so only those are downloaded
+first. They are checked like the headers of local files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.shards import indexed_shards, is_shard_name, merge_headers
 from quantkit.errors import CheckpointError, DownloadError, QuantkitError
 
-# Never fetched: weights of other frameworks, and second copies of the weights.
+# Never downloaded: weights of other frameworks, and second copies of the weights.
 IGNORED = (
     "*.bin",
     "*.pt",
@@ -40,7 +40,7 @@ IGNORED = (
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether MODEL looks like a hub id (org/name) and names no path."""
+    """Whether MODEL looks like a hub id (org/name) and isn't an existing path."""
     path = Path(model).expanduser()
     return (
         not path.exists()
@@ -51,10 +51,12 @@ def is_hub_id(model: str) -> bool:
 
 
 def resolve_model(model: str) -> Path:
-    """The local directory of MODEL. A hub id is fetched as a whole, and a GGUF file is converted to
-    a checkpoint in the cache. A path is returned as it is, even where nothing is there.
+    """The local directory of MODEL.
 
-    Raises CheckpointError where that fails.
+    A hub id is downloaded as a whole. A GGUF file is converted to a checkpoint in the cache. A path
+    is returned as it is, even if nothing exists there.
+
+    Raises CheckpointError if the download or the conversion fails.
     """
     if is_gguf(model):
         require_file(Path(model).expanduser())
@@ -69,7 +71,7 @@ def resolve_model(model: str) -> Path:
 
 @contextmanager
 def _hub_errors(model: str) -> Iterator[None]:
-    """Turn whatever the hub library raises meanwhile into a CheckpointError."""
+    """Turn every exception that the hub library raises in this context into a CheckpointError."""
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -78,7 +80,7 @@ def _hub_errors(model: str) -> Iterator[None]:
         yield
     except QuantkitError:
         raise
-    except Exception as error:  # its own, its HTTP client's and the system's
+    except Exception as error:  # from the hub library, its HTTP client and the system
         raise CheckpointError(
             f"there is no directory {model}, and as a hub id it can't be fetched"
             f" ({type(error).__name__}: {_first_line(error)}); check the name or give a local"
@@ -87,14 +89,15 @@ def _hub_errors(model: str) -> Iterator[None]:
 
 
 def open_hub_model(model: str, download_to: Path | None = None) -> Checkpoint:
-    """Open a hub model from its shards' headers; each shard is fetched when it is first read.
+    """Open a hub model from the headers of its shards. Each shard is downloaded when it is first
+    read.
 
     model: a hub id.
-    download_to: a directory for shards, each of which is removed when it is no longer needed
+    download_to: a directory for the shards, each of which is removed when it is no longer needed
         (`--stream-download`); None keeps them in the hub library's cache.
 
-    Without a connection, the whole model must be in the cache already. Raises CheckpointError where
-    the model can't be fetched or isn't supported.
+    Without a connection, the whole model must be in the cache already. Raises CheckpointError if
+    the model can't be downloaded or isn't supported.
     """
     from huggingface_hub import snapshot_download
 
@@ -120,8 +123,8 @@ class _Revision:
     """One revision of a hub model.
 
     sha: the commit.
-    sizes: file name → bytes.
-    hashes: file name → SHA-256 of a large file, else git's hash.
+    sizes: file name → size in bytes.
+    hashes: file name → SHA-256 of a large file (LFS), else git's hash.
     """
 
     sha: str | None
@@ -138,7 +141,7 @@ def _revision(model: str, is_streamed: bool) -> _Revision | None:
         info = HfApi().model_info(model, files_metadata=True)
     except HfHubHTTPError:
         raise  # the hub has answered
-    except Exception as error:  # without a connection, exceptions of many kinds
+    except Exception as error:  # a missing connection shows as exceptions of many kinds
         if is_streamed:
             raise CheckpointError(
                 "--stream-download needs the hub, which can't be reached"
@@ -156,7 +159,11 @@ def _revision(model: str, is_streamed: bool) -> _Revision | None:
 def _shard_names(
     model: str, revision: _Revision, directory: Path, index: Mapping[str, Any] | None
 ) -> list[str]:
-    """The model's shards, by its index where there is one; CheckpointError where one is missing."""
+    """The names of the model's shards: from its index if it has one, else all its safetensors
+    files.
+
+    Raises CheckpointError if a shard is missing or there is none.
+    """
     if index:
         names = indexed_shards(directory / INDEX_FILE, index)
     else:
@@ -179,7 +186,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_small_file(name: str) -> bool:
-    """Whether a file is fetched at once: config, index, and what an export copies."""
+    """Whether a file is downloaded at once: config, index, and the files that an export copies."""
     folder, _, leaf = name.rpartition("/")
     if folder not in ("", "additional_chat_templates"):
         return False
@@ -188,12 +195,12 @@ def _is_small_file(name: str) -> bool:
 
 @dataclass
 class HubShards:
-    """The shards of one revision of a hub model (a `ShardSource`).
+    """The shards of one revision of a hub model (implements `ShardSource`).
 
     model: the hub id.
     revision: the commit; None for the newest.
-    directory: where shards are put.
-    keep: whether they stay there: in the hub library's cache.
+    directory: where the shards are stored.
+    keep: whether they stay there, which is the hub library's cache.
     """
 
     model: str
@@ -202,7 +209,10 @@ class HubShards:
     keep: bool
 
     def header(self, name: str, size: int) -> dict[str, TensorInfo]:
-        """A shard's tensors by name, from its first bytes alone. size: of the shard, in bytes."""
+        """A shard's tensors by name, read from its first bytes alone.
+
+        size: size of the shard, in bytes.
+        """
         from huggingface_hub import HfFileSystem
 
         with HfFileSystem().open(
@@ -211,7 +221,10 @@ class HubShards:
             return parse_header(file, size, self.directory / name)
 
     def fetch(self, path: Path) -> None:
-        """Download a shard unless it is there; DownloadError where that fails."""
+        """Download a shard unless it is already there.
+
+        Raises DownloadError if that fails.
+        """
         from huggingface_hub import hf_hub_download
 
         if self.keep and path.is_file():
@@ -223,7 +236,7 @@ class HubShards:
                 revision=self.revision,
                 local_dir=None if self.keep else self.directory,
             )
-        except Exception as error:  # of as many kinds as in `_hub_errors`
+        except Exception as error:  # of many kinds, as in `_hub_errors`
             raise DownloadError(
                 f"{self.model}'s {path.name} can't be fetched ({type(error).__name__}:"
                 f" {_first_line(error)}); continue with --resume"
@@ -235,6 +248,6 @@ class HubShards:
             path.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove the fetched shards and the hub library's own files, unless shards are kept."""
+        """Remove the downloaded shards and the hub library's own files, unless shards are kept."""
         if not self.keep:
             shutil.rmtree(self.directory, ignore_errors=True)

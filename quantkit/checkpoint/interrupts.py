@@ -1,4 +1,4 @@
-"""Stopping between two steps of the work: the first SIGINT or SIGTERM requests it, a second ends
+"""Stopping a run between two steps: the first SIGINT or SIGTERM requests a stop, a second one ends
 the process at once.
 """
 
@@ -15,12 +15,18 @@ from quantkit.errors import Interrupted
 
 @dataclass
 class StopRequest:
-    """Whether a signal has come. signal_name: its name, or empty."""
+    """Whether a signal has requested a stop.
+
+    signal_name: name of the signal, or "" if there was none.
+    """
 
     signal_name: str = ""
 
     def check(self, where: str) -> None:
-        """Raise Interrupted (exit code 75) if a signal has come. where: "after block 3 of 30"."""
+        """Raise Interrupted (exit code 75) if a stop was requested.
+
+        where: place of the stop, for the message, such as "after block 3 of 30".
+        """
         if self.signal_name:
             raise Interrupted(
                 f"stopped by {self.signal_name} {where}; run the same command with --resume to"
@@ -30,8 +36,9 @@ class StopRequest:
 
 @contextmanager
 def stop_between_steps() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM meanwhile; the work calls `check` between its steps. Only the main
-    thread can install handlers: in others nothing is caught.
+    """Catch SIGINT and SIGTERM within this context. The caller calls `check` between its steps.
+
+    Only the main thread can install handlers; in other threads nothing is caught.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

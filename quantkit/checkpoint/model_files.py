@@ -1,8 +1,8 @@
-"""The files of a model directory apart from its tensors: config.json, JSON in general, and what an
-export copies.
+"""A model directory's files other than its weights: config.json, other JSON files, and the files
+that an export copies.
 
-A directory may come from a stranger: no link in it may lead out of it, and JSON is read as an
-object or refused.
+A directory may come from an untrusted source. Links that lead out of it are refused, and so is JSON
+that isn't an object.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
-    advice: how the error's sentence ends where the file is missing.
+    advice: end of the message if the file is missing.
 
-    Raises CheckpointError where there is no such file, or it holds anything else.
+    Raises CheckpointError if the file is missing, can't be read or isn't a JSON object.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing{'; ' + advice if advice else ''}")
@@ -39,8 +39,10 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory, with the quantization_config of a side file where it has
-    none (ModelOpt's).
+    """config.json of a model directory. If it has no quantization_config, that of a side file
+    (ModelOpt's) is added.
+
+    Raises CheckpointError if config.json is missing or damaged.
     """
     require_inside(path / "config.json", path)
     config = read_json(
@@ -56,11 +58,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def require_inside(path: Path, directory: Path) -> Path:
-    """Return `path` unless it is a link that leads out of the directory: a checkpoint from a
-    stranger must not make quantkit read this machine's own files.
+    """Return `path`, or raise CheckpointError if it is a link that leads out of the directory.
 
-    The hub's cache consists of links from snapshots/REVISION to blobs, next to snapshots; these
-    count as inside.
+    An untrusted checkpoint must not make quantkit read other files of this machine. In the hub's
+    cache, snapshots/REVISION holds links to ../../blobs; these count as inside.
     """
     try:
         root, target = directory.resolve(), path.resolve()
@@ -78,7 +79,7 @@ def require_inside(path: Path, directory: Path) -> Path:
 
 
 def is_carried_over(name: str) -> bool:
-    """Whether an export copies the file of this name unchanged."""
+    """Whether an export copies a file of this name unchanged."""
     made = {"config.json", INDEX_FILE, *side_files(), "quantkit.json"}
     weights = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", *PICKLE_SUFFIXES)
     return name not in made and not name.endswith(weights) and not name.startswith(".")
@@ -86,7 +87,7 @@ def is_carried_over(name: str) -> bool:
 
 def carried_over_files(directory: Path) -> list[Path]:
     """The files that an export copies: tokenizer, templates, generation config, licence and model
-    card. Neither weights nor config.json are among them.
+    card, but neither weights nor config.json.
     """
     files = [
         path

@@ -1,5 +1,5 @@
-"""Refusals before the work begins: an output that exists, contains the input, can't be written to,
-or won't fit on its disk.
+"""Checks of an output path before a run begins: it must not exist, contain the input, be read-only,
+or lack disk space.
 """
 
 from __future__ import annotations
@@ -21,16 +21,13 @@ from quantkit.errors import OutputError
 
 
 def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
-    """Refuse an output directory that can't be written, or that holds what must not be replaced.
+    """Raise OutputError if an output directory can't be written or must not be replaced.
 
     overwrite: whether an earlier checkpoint or calibration at `path` may be replaced.
-    reads: the inputs, which the output must neither be nor contain.
-
-    Raises OutputError.
+    reads: paths of the inputs, which the output must neither be nor contain.
     """
     _require_apart_from_inputs(path, reads)
-    # A device, pipe or socket is neither file nor directory, and must never be moved away for an
-    # output.
+    # A device, pipe or socket is neither file nor directory. It must never be moved away.
     if (path.exists() and not path.is_dir()) or (path.is_symlink() and not path.exists()):
         raise OutputError(f"{path} is a file; choose a directory for -o")
     if path.is_dir() and any(path.iterdir()):
@@ -52,7 +49,7 @@ def _require_apart_from_inputs(path: Path, reads: Iterable[Path]) -> None:
 
 
 def _require_replaceable(path: Path, overwrite: bool) -> None:
-    """Only what quantkit made, or a quantized checkpoint, is ever replaced."""
+    """Raise OutputError unless the directory is quantkit's own output or a quantized checkpoint."""
     if not overwrite:
         raise OutputError(f"{path} exists and is not empty; choose another -o or pass --overwrite")
     if not any((path / name).is_file() for name in ("config.json", CALIBRATION_FILE)):
@@ -72,11 +69,11 @@ def _is_quantized(path: Path) -> bool:
     try:
         return "quantization_config" in json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
-        return True  # without a readable config.json it is no model that anything loads
+        return True  # without a readable config.json, nothing can load it as a model
 
 
 def _require_writable(path: Path) -> None:
-    """The nearest directory that exists must take new files."""
+    """Raise OutputError unless the nearest existing directory accepts new files."""
     parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"can't write to {parent}; choose another -o")
@@ -85,11 +82,11 @@ def _require_writable(path: Path) -> None:
 
 
 def check_disk_space(path: Path, needed: int, what: str = "the output") -> None:
-    """Refuse an output that won't fit on its disk.
+    """Raise OutputError if an output won't fit on its disk.
 
-    needed: bytes of the whole output. The files of an interrupted run count as room, because they
-        are continued or replaced.
-    what: the subject of the error's sentence.
+    needed: size of the whole output, in bytes. Files of an interrupted run count as free space,
+        because they are continued or replaced.
+    what: subject of the message.
     """
     path = resolved_output(path)
     partial = partial_directory(path)

@@ -1,7 +1,7 @@
-"""Directories that are whole or absent, and whose work can be resumed.
+"""Output directories that are complete or absent, and whose unfinished work can be resumed.
 
-An output is made in `OUT.partial`, next to its final place, and renamed when its last file is
-there. Until then `progress.json` in it says what it is made from and which files are finished.
+An output is made in `OUT.partial`, next to its final path, and renamed after its last file. Until
+then, `progress.json` in it records the run's fingerprint and the finished files.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from quantkit.errors import OutputError
 
 
 class WorkDirectory:
-    """A directory of unfinished work. `progress.json` in it holds the work's fingerprint and the
-    finished steps, so that `resume` continues only the same work.
+    """A directory of unfinished work.
+
+    Its `progress.json` holds the run's fingerprint and the finished steps. `resume` continues a run
+    only if the fingerprint is the same.
 
     partial: the directory.
-    progress: the content of progress.json.
+    progress: content of progress.json.
     """
 
     def __init__(
@@ -78,8 +80,9 @@ class WorkDirectory:
             )
 
     def _can_continue(self, fingerprint: Mapping[str, str], overwrite: bool) -> bool:
-        """Whether an earlier run left the same work, begun. Raises OutputError where it left other
-        work, which only `overwrite` discards.
+        """Whether an earlier run with this fingerprint has begun.
+
+        Raises OutputError if the directory is from a different run and `overwrite` is False.
         """
         if all(path.name == f"{PROGRESS_FILE}.tmp" for path in self.partial.iterdir()):
             return False  # stopped before its first step
@@ -101,8 +104,8 @@ class WorkDirectory:
         }
 
     def _earlier(self) -> dict[str, Any]:
-        # A run that was stopped just before its last rename has, in place of progress.json,
-        # the manifest, which holds the same.
+        # A run that was stopped just before its last rename has the manifest instead of
+        # progress.json; it holds the same entries.
         manifest = manifest_of(self.partial)
         source = (
             self._progress_file if self._progress_file.is_file() or manifest is None else manifest
@@ -122,11 +125,15 @@ class WorkDirectory:
 
     @property
     def done(self) -> dict[str, Any]:
-        """The finished steps of this run and of those that it resumes: name → recorded content."""
+        """The finished steps, of this run and of those that it resumes: name → recorded content."""
         return self.progress["done"]
 
     def record(self, name: str, content: Any) -> None:
-        """Note a finished step durably, under its name; content: JSON."""
+        """Record a finished step durably.
+
+        name: the step.
+        content: anything that JSON can hold.
+        """
         self.progress["done"][name] = content
         self._save()
 
@@ -134,15 +141,17 @@ class WorkDirectory:
         write_json(self._progress_file, self.progress)
 
     def finished(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The entries of those files that are finished and unchanged: their bytes are read and
-        hashed again.
+        """The recorded entries of the files that are finished and unchanged.
+
+        The files are read and hashed again.
         """
         recorded = {name: self.done[name] for name in names if name in self.done}
         return {name: recorded[name] for name in unchanged_files(self.partial, recorded)}
 
     def discard(self) -> None:
-        """Remove the directory; `progress.json` last, so that a run that is killed meanwhile leaves
-        something that can be resumed, or nothing.
+        """Remove the directory.
+
+        `progress.json` is removed last, so that a run killed in between can still be resumed.
         """
         for path in self.partial.iterdir():
             if path != self._progress_file:
@@ -152,10 +161,10 @@ class WorkDirectory:
 
 
 class OutputDirectory(WorkDirectory):
-    """A directory that appears under its name only when it is whole: files are written to
-    `OUT.partial`, which `commit` renames to `OUT`.
+    """A directory that gets its name only when it is complete: files are written to `OUT.partial`,
+    which `commit` renames to `OUT`.
 
-    reads: the inputs, which the output must neither be nor contain.
+    reads: paths of the inputs, which the output must neither be nor contain.
     """
 
     def __init__(
@@ -174,8 +183,10 @@ class OutputDirectory(WorkDirectory):
         )
 
     def commit(self) -> None:
-        """Give the finished directory its name. Where the system can exchange names, `OUT` is at
-        every moment either the old directory or the new one.
+        """Give the finished directory its name.
+
+        If the system can swap names, `OUT` is at every moment either the old directory or the new
+        one.
         """
         self._progress_file.unlink()
         fsync_directory(self.partial)
@@ -183,11 +194,11 @@ class OutputDirectory(WorkDirectory):
             os.rename(self.partial, self.path)
         elif not self.path.is_dir():
             raise OutputError(
-                f"{self.path} has become a file meanwhile; the result is in {self.partial}: move it"
-                " where you want it"
+                f"{self.path} became a file during the run; the result is in {self.partial}: move"
+                " it where you want it"
             )
         elif not exchange_names(self.partial, self.path):
-            # A fresh name, so that no directory of the user's own is removed with the replaced one.
+            # A new name, so that no directory of the user is removed with the replaced one.
             aside = (
                 Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced-", dir=self.path.parent))
                 / self.path.name

@@ -1,4 +1,4 @@
-"""A model directory opened for reading: config, tensors by name, and a fingerprint of its files."""
+"""Opening a model directory: its config, its tensors by name, and a fingerprint of its files."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from quantkit.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The fingerprint reads this many bytes at each place that it samples.
+# Bytes that the fingerprint reads at each position that it samples.
 SAMPLE_BYTES = 4096
 
 
 class ShardSource(Protocol):
-    """Brings the shards of a model that isn't all on this disk."""
+    """Fetches the shards of a model that isn't (completely) on this disk."""
 
     def fetch(self, path: Path) -> None:
-        """Return when the shard is there; DownloadError where it can't be had."""
+        """Fetch a shard, and return when it is on this disk. Raises DownloadError if that fails."""
 
     def release(self, path: Path) -> None:
-        """Called when the shard won't be read again."""
+        """Called when a shard won't be read again."""
 
     def clean(self) -> None:
-        """Remove what was fetched for the time of the work only."""
+        """Remove the shards that were fetched for this run only."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Checkpoint:
     """A model directory opened for reading.
 
     path: the directory.
-    config: config.json, with ModelOpt's quantization_config from its own file.
-    tensors: name → where the tensor is stored.
-    source: fetches shards that are still elsewhere; None where all are here.
-    identity: distinguishes its weights from another model's without reading them (the hashes that a
-        hub keeps); None where they have to be read.
+    config: content of config.json, with ModelOpt's quantization_config from its own file.
+    tensors: name → position of the tensor in its file.
+    source: fetches shards that aren't on this disk yet; None if all are here.
+    identity: text that identifies the weights without reading them (the hub's hashes of the files);
+        None if the weights have to be read.
     """
 
     path: Path
@@ -63,8 +63,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a local directory, checking every shard's header; CheckpointError where it isn't a
-        readable model.
+        """Open a local directory and check every shard's header.
+
+        Raises CheckpointError if it isn't a readable model.
         """
         path = Path(path)
         _require_model_directory(path)
@@ -74,12 +75,12 @@ class Checkpoint:
         return cls(path, config, merge_headers(path, headers, index))
 
     def read(self, name: str) -> Tensor:
-        """One tensor of its stored shape and dtype, in memory of its own."""
+        """One tensor in its stored shape and dtype, in memory of its own."""
         return read_tensor(self.tensors[name])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
@@ -87,11 +88,11 @@ class Checkpoint:
         return sorted({info.path for info in self.tensors.values()})
 
     def fingerprint(self) -> str:
-        """A SHA-256 that distinguishes this model's files from another's.
+        """A SHA-256 that distinguishes this model's files from another model's.
 
-        It covers the config and, of each shard, size, header, 64 samples of 4 KB spread evenly, and
-        one sample of each tensor. It detects a layer that was trained further, but may miss a few
-        changed values: reading all of a large model would take minutes.
+        It covers the config and, for each shard: size, header, 64 evenly spaced samples of 4 KB,
+        and one sample of each tensor. It detects a layer that was trained further, but may miss a
+        few changed values. Reading all of a large model would take minutes.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         if self.identity is not None:
@@ -140,8 +141,10 @@ def _require_model_directory(path: Path) -> None:
 
 
 def _sample_place(info: TensorInfo) -> int:
-    """The byte of its file where a tensor is sampled. It depends on the tensor's name, so that a
-    pattern of the model can't escape all samples.
+    """The byte of the file at which a tensor is sampled.
+
+    It depends on a hash of the tensor's name, so no regular pattern in a model can escape all
+    samples.
     """
     room = max(1, info.nbytes - SAMPLE_BYTES + 1)
     name_hash = hashlib.sha256(info.name.encode()).digest()

@@ -1,5 +1,5 @@
-"""Safetensors files before their values are known: which tensors go into which shard, and the
-header of each shard.
+"""Planning safetensors files before their values are known: which tensors each shard holds, and its
+header.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quantkit.checkpoint.model_files import SINGLE_FILE
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to be written, known before its values are.
+    """A tensor to be written, described before its values are known.
 
     name: its key in the header.
     dtype: a key of DTYPES.
@@ -34,11 +34,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where everything is in a file whose tensors are planned.
+    """The positions of header and tensors in a planned file.
 
-    header: the file's first bytes: the header's length, the header, padding.
+    header: the file's first bytes: header length, header, padding.
     starts: tensor name → its first byte in the file.
-    nbytes: of the whole file.
+    nbytes: size of the whole file, in bytes.
     """
 
     header: bytes
@@ -47,7 +47,7 @@ class ShardLayout:
 
 
 def lay_out_shard(plans: Sequence[TensorPlan]) -> ShardLayout:
-    """The header of a file of these tensors, and the place of each."""
+    """The header of a file with these tensors, and the position of each."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0
@@ -66,9 +66,11 @@ def lay_out_shard(plans: Sequence[TensorPlan]) -> ShardLayout:
 
 
 def _in_file_order(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Tensors whose size is a multiple of 8 bytes keep their order, so that a reader goes through a
-    model from front to back; after them the others, larger elements first: every tensor starts
-    aligned for its elements.
+    """The tensors in the order in which a file stores them, so that each starts aligned for its
+    dtype.
+
+    Tensors whose size is a multiple of 8 bytes come first, in the given order: a reader then goes
+    through a model from front to back. The others follow, larger dtypes first.
     """
     even = [plan for plan in plans if plan.nbytes % 8 == 0]
     return even + sorted(
@@ -77,8 +79,10 @@ def _in_file_order(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
 
 
 def plan_shards(groups: Iterable[Sequence[TensorPlan]], max_bytes: int) -> list[list[TensorPlan]]:
-    """Fill shards in the given order, up to `max_bytes` of tensors each. A group (a Linear's weight
-    and scales) stays in one shard; one larger than `max_bytes` has a shard of its own.
+    """Distribute tensors over shards in the given order, up to `max_bytes` of tensors in each.
+
+    groups: tensors that stay in one shard (a Linear's weight and scales). A group larger than
+        `max_bytes` gets a shard of its own.
     """
     shards: list[list[TensorPlan]] = []
     used = 0
@@ -93,7 +97,7 @@ def plan_shards(groups: Iterable[Sequence[TensorPlan]], max_bytes: int) -> list[
 
 
 def shard_names(count: int) -> list[str]:
-    """The file names of so many shards, as transformers names them."""
+    """The file names of `count` shards, as transformers writes them."""
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,7 +1,7 @@
-"""Which safetensors files make up a model, and the tensors of all of them together.
+"""Finding the safetensors files of a model, and merging their headers.
 
-An index can't name a file outside of the directory. A tensor is in one shard only, and every tensor
-that the index lists is in one.
+An index can't name a file outside of the directory. Each tensor must be in exactly one shard, and
+each tensor that the index lists must be in a shard.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from quantkit.errors import CheckpointError
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether a file of this name holds weights of the model itself; an adapter's doesn't."""
+    """Whether a file of this name holds weights of the model itself, not of an adapter."""
     return name.endswith(".safetensors") and not name.startswith("adapter_")
 
 
 def shard_paths(directory: Path) -> list[Path]:
     """The shards of a model directory: those that its index names, else its safetensors files.
 
-    Raises CheckpointError where there are none, or one that the index names is missing.
+    Raises CheckpointError if there are none, or if one that the index names is missing.
     """
     index = directory / INDEX_FILE
     if index.is_file():
@@ -40,7 +40,7 @@ def shard_paths(directory: Path) -> list[Path]:
         if is_shard_name(path.name) and path.is_file()
     ]
     if len(shards) > 1 and (directory / SINGLE_FILE) in shards:
-        # Some publishers add a second copy (consolidated.safetensors); transformers reads this.
+        # Some publishers add a second copy (consolidated.safetensors). transformers reads this one.
         return [directory / SINGLE_FILE]
     if not shards:
         _refuse_without_shards(directory)
@@ -59,7 +59,13 @@ def _present_shards(index: Path) -> list[Path]:
 
 
 def indexed_shards(index: Path, content: Mapping[str, Any]) -> list[str]:
-    """The names of the shards in an index. Each is a file in the index's own directory."""
+    """The file names of the shards in an index. Each is a file next to the index.
+
+    index: path of the index, for messages.
+    content: the parsed index.
+
+    Raises CheckpointError for an unusable index.
+    """
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
@@ -78,7 +84,7 @@ def indexed_shards(index: Path, content: Mapping[str, Any]) -> list[str]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that no file system takes
+    except OSError:  # a name that the file system doesn't accept
         return False
 
 
@@ -102,10 +108,10 @@ def merge_headers(
     """The tensors of all shards, by name.
 
     path: the model directory, for messages.
-    headers: each shard's tensors, by the shard's path.
-    index: the content of the index, where there is one.
+    headers: path of each shard → its tensors by name.
+    index: content of the index, or None if there is none.
 
-    Raises CheckpointError where a tensor is in two shards, or one of the index is in none.
+    Raises CheckpointError if a tensor is in two shards, or if one that the index lists is in none.
     """
     tensors: dict[str, TensorInfo] = {}
     for shard, infos in headers.items():

@@ -1,8 +1,8 @@
-"""Rows of a checkpoint's tensors, a few megabytes at a time, read from the page cache; FP8 blocks
-are dequantized on the way.
+"""Reading a checkpoint's tensors a few megabytes of rows at a time; FP8 blocks are dequantized on
+the way.
 
-Several threads may read at once. Pages are released as soon as they have been read, so a process
-holds a few steps of rows however large the model is.
+Several threads may read at once. Pages are released as soon as they have been read. A process
+therefore holds only a few steps of rows, however large the model is.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from quantkit.schemes.quant_spec import QuantSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of the source, in bytes: small enough to stay in a core's second-level cache with its codes, large
-# enough that Python's part of a step doesn't count.
+# Bytes of the stored tensor that are read in one step. Small enough to stay in a core's L2 cache
+# together with the codes, large enough that Python's overhead doesn't matter.
 STEP_BYTES = 2 << 20
 
 
 class WeightStream:
-    """The tensors of a checkpoint as rows of numbers.
+    """The tensors of a checkpoint, read as rows.
 
-    block_scales: weight → its tensor of block scales, in a checkpoint that is FP8 block already;
-    its weights read as float32. Empty with dequantizing=False, which takes every checkpoint as it
-    is.
+    checkpoint: what is read.
+    block_scales: weight → the tensor of its block scales, if the checkpoint is in FP8 blocks
+        already; its weights are then read as float32. Empty with dequantizing=False, which reads
+        every tensor as stored.
+    source_spec: how those FP8 weights are quantized; None without block scales.
     """
 
     def __init__(self, checkpoint: Checkpoint, dequantizing: bool = True) -> None:
@@ -47,8 +49,9 @@ class WeightStream:
         self._fetching: dict[Path, threading.Lock] = {}
 
     def steps(self, name: str, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """The rows [first, last) of a tensor in steps of about STEP_BYTES and of whole multiples of
-        `multiple` rows.
+        """The row ranges [first, last) of a tensor, in steps of about STEP_BYTES.
+
+        multiple: each step except the last is a multiple of so many rows.
         """
         info = self.checkpoint.tensors[name]
         if name in self.block_scales:
@@ -56,15 +59,17 @@ class WeightStream:
         if not info.nbytes:
             return
         rows, row_bytes = row_count(info), max(1, info.nbytes // max(1, row_count(info)))
-        # The rows of a transposed view are spread over the whole tensor, which is read at once.
+        # Each row of a transposed view is spread over the whole tensor, so that is read at once.
         step = max(1, STEP_BYTES // row_bytes // multiple) * multiple if info.is_dense else rows
         for first in range(0, rows, step):
             yield first, min(first + step, rows)
 
     @contextmanager
     def rows(self, name: str, first: int, last: int) -> Iterator[Tensor]:
-        """Rows first to last of a tensor, [last - first, elements per row], as stored; weights in
-        FP8 blocks as float32. Not to be kept.
+        """Rows first to last (exclusive) of a tensor, [last - first, elements per row].
+
+        They have the stored dtype; weights in FP8 blocks are float32. The tensor is valid within
+        the context only.
         """
         with self.stored_rows(name, first, last) as stored:
             if name not in self.block_scales:
@@ -84,13 +89,13 @@ class WeightStream:
             yield values
 
     def _source_block(self) -> tuple[int, int]:
-        """The rows and columns of a block of the source's weights."""
+        """The rows and columns of a block of the stored FP8 weights."""
         assert self.source_spec is not None, "block scales come with their spec"
         return self.source_spec.granularity.block_shape(1, 1)
 
     @contextmanager
     def stored_rows(self, name: str, first: int, last: int) -> Iterator[Tensor]:
-        """The same without dequantizing."""
+        """Like `rows`, without dequantizing."""
         info = self.checkpoint.tensors[name]
         shard = self._shard(info.path)
         values = shard.rows(info, first, last)
@@ -116,14 +121,16 @@ class WeightStream:
                 self._shards[path] = shard
             return shard
 
-    # A shard that was fetched is released when the last tensor that needs it is done.
-
     def expect(self, names: Iterable[str]) -> None:
-        """These tensors will be read; each call is answered by one of `done`."""
+        """Announce tensors that will be read. Each `expect` is followed by one `done`.
+
+        A shard is closed, and a fetched shard released, when no announced tensor needs it any more.
+        """
         with self._lock:
             self._uses.update(self._paths(names))
 
     def done(self, names: Iterable[str]) -> None:
+        """Say that these tensors, announced by `expect`, won't be read again."""
         with self._lock:
             self._uses.subtract(self._paths(names))
             finished = [path for path in self._paths(names) if not self._uses[path]]
@@ -145,10 +152,10 @@ class WeightStream:
 
 
 def block_scales(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Weight → the tensor of its block scales, for a checkpoint that is dequantized on the way;
-    empty for others.
+    """Weight → the tensor of its block scales, for a checkpoint that an export dequantizes; empty
+    for others.
 
-    Raises CheckpointError where codes lack their scales, or scales their codes.
+    Raises CheckpointError if codes lack their scales, or scales their codes.
     """
     config = read_quantization_config(checkpoint.config)
     if config is None or not config.file_format.is_source:

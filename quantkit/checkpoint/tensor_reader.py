@@ -1,7 +1,7 @@
-"""The values of stored tensors: `read_tensor` copies one whole tensor into memory, `MappedShard`
-shows some of its rows in the page cache.
+"""Reading the values of stored tensors: `read_tensor` copies one tensor into memory, `MappedShard`
+maps rows from the page cache.
 
-Both raise CheckpointError where a file has been cut short since its header was read.
+Both raise CheckpointError if a file was truncated since its header was read.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Linux: fill the page tables for reading, or say that the file can't be read, where touching the
-# memory would end the process (SIGBUS).
+# Linux: map the pages for reading now. It reports an error where merely touching the memory of an
+# unreadable file would end the process (SIGBUS).
 MADV_POPULATE_READ = 22
 MAP_NORESERVE = 0x4000
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:
-    """torch's dtype of a stored tensor."""
+    """torch's dtype for a stored tensor."""
     import torch
 
     return getattr(torch, DTYPES[info.dtype][1])
 
 
 def open_to_read(path: Path) -> FileIO:
-    """A file of an opened checkpoint, unbuffered; CheckpointError where it is no longer there."""
+    """Open a file of a checkpoint, unbuffered.
+
+    Raises CheckpointError if it is no longer there.
+    """
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
@@ -44,7 +47,10 @@ def open_to_read(path: Path) -> FileIO:
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """One tensor of its shape and dtype, contiguous, in memory of its own."""
+    """One tensor in its shape and dtype, contiguous, in memory of its own.
+
+    Raises CheckpointError if the file ends inside the tensor.
+    """
     import torch
 
     start, length = (info.start, info.nbytes) if info.is_dense else info.span(0, info.shape[0])
@@ -68,8 +74,9 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 
 class MappedShard:
-    """A shard mapped into this process's address space. Its pages are those of the page cache;
-    `release` unmaps the pages that were read.
+    """A shard mapped into this process's address space.
+
+    Its memory is the system's page cache; `release` unmaps the pages that were read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,8 +88,8 @@ class MappedShard:
                 f"{path} is empty, though it wasn't when the checkpoint was opened; fetch or copy"
                 " it again"
             )
-        # Private, so that no one can write to the file through it; writable, because torch wants
-        # its memory so.
+        # Private, so that nothing can write to the file through it. Writable, because torch warns
+        # about read-only memory.
         protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_NORESERVE
         self._map = mmap.mmap(self._file.fileno(), size, flags=flags, prot=protection)
         self._can_populate = True
@@ -91,8 +98,10 @@ class MappedShard:
         return os.fstat(self._file.fileno()).st_size
 
     def rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Rows first to last (exclusive) of a tensor, [last - first, elements per row], without a
-        copy if they are dense. Valid until released.
+        """Rows first to last (exclusive) of a tensor, [last - first, elements per row].
+
+        Dense rows aren't copied, and are valid until `release`. Raises CheckpointError if the file
+        can't be read there.
         """
         import torch
 
@@ -109,9 +118,9 @@ class MappedShard:
         return values.as_strided((last - first, info.shape[1]), info.strides).contiguous()
 
     def release(self, info: TensorInfo, first: int, last: int) -> None:
-        """Take the pages of rows first to last (exclusive) out of this process's memory."""
+        """Unmap the pages that hold rows first to last (exclusive)."""
         start, length = info.span(first, last)
-        # Whole pages only: the outer two may hold a neighbour's values, which another thread reads.
+        # Whole pages only: the first and the last may hold values that another thread is reading.
         begin, end = (
             -(-start // mmap.PAGESIZE) * mmap.PAGESIZE,
             (start + length) // mmap.PAGESIZE * mmap.PAGESIZE,
@@ -120,10 +129,10 @@ class MappedShard:
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _require_readable(self, info: TensorInfo, start: int, length: int) -> None:
-        # Past a file's end, the rest of its last page reads as zeros, and touching any later page
+        # Beyond the end of a file, the rest of its last page reads as zeros. Touching a later page
         # ends the process.
         if start + length > min(self._size(), len(self._map)):
-            raise self._cut_short(info)
+            raise self._truncated(info)
         if not self._can_populate:
             return
         begin = start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -131,13 +140,13 @@ class MappedShard:
             self._map.madvise(MADV_POPULATE_READ, begin, start + length - begin)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise self._cut_short(info) from None
+                raise self._truncated(info) from None
             self._can_populate = False  # a kernel before 5.14
 
-    def _cut_short(self, info: TensorInfo) -> CheckpointError:
+    def _truncated(self, info: TensorInfo) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} can't be read at the tensor '{info.name}': it was cut short meanwhile, or"
-            " its disk fails; fetch or copy it again"
+            f"{self.path} can't be read at the tensor '{info.name}': it was truncated during the"
+            " run, or its disk fails; fetch or copy it again"
         )
 
     def close(self) -> None:
@@ -145,6 +154,6 @@ class MappedShard:
             self._file.close()
             self._map.close()
         except BufferError:
-            # A tensor still uses the memory, as when an error is being raised: the last such tensor
-            # unmaps it.
+            # A tensor still uses the memory, for example while an error is being raised. The memory
+            # is unmapped with the last such tensor.
             del self._map

@@ -1,4 +1,4 @@
-"""Numbers of bytes and of things, as people write and read them."""
+"""Numbers of bytes and counts of things, as people read and write them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from quantkit.errors import OutputError
 
 
 def format_bytes(count: float) -> str:
-    """Bytes as 1.5 GB, in decimal units, as disks and hubs count."""
+    """A size in bytes as text, such as "1.5 GB", in decimal units as disks and hubs use them."""
     for unit in ("bytes", "kB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}"
@@ -17,12 +17,15 @@ def format_bytes(count: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things: "1 tensor", "2 tensors"."""
+    """A count with its noun: "1 tensor", "2 tensors"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes of a size such as 5GB, 500MB or 2GiB; OutputError where it is no size."""
+    """The number of bytes in a size such as 5GB, 500MB or 2GiB.
+
+    Raises OutputError if the text isn't a size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
     if not match or len(match[1]) > 12:
         raise OutputError(f"the size '{text}' is not understood; write for example 5GB or 500MB")

@@ -1,9 +1,9 @@
-"""Safetensors files written: any thread puts parts of tensors at their places, in any order, while
-another re-reads and hashes the file from its beginning.
+"""Writing safetensors files: threads write parts of tensors in any order, while another thread
+re-reads and hashes the file from its beginning.
 
-The re-reading goes through the page cache. It shows that every byte of the file was written once,
-at its place, and that the hash is that of the content that was made; it can't show that the disk
-will return the same bytes later. `quantkit verify` compares the hashes again.
+Re-reading goes through the page cache. It shows that every byte was written once, at its position,
+and that the hash is that of the intended content. It can't show that the disk will return the same
+bytes later; `quantkit verify` compares the hashes again.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from quantkit.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# So many bytes are handed to the disk at a time while a file grows, so that the last flush has
-# little left to do.
+# Bytes after which a growing file is flushed to the disk, so that the last flush is short.
 _FLUSH_BYTES = 32_000_000
 
 
 class ShardWriter:
-    """One safetensors file whose tensors are known beforehand. It gets its name when it is complete
-    and re-read; until then it is `PATH.tmp`.
+    """One safetensors file whose tensors are planned beforehand. It is `PATH.tmp` until it is
+    complete and re-read, then it is renamed.
 
-    Threads `write` tensors, or parts of them, at their final places. `finish` follows them from the
-    file's beginning, compares each piece with what was made, flushes and renames; it may run in a
-    thread of its own while others write.
+    Threads `write` tensors, or parts of them, at their final positions. `finish` re-reads the file
+    from its beginning, compares each piece with what was written, flushes and renames. It may run
+    in its own thread while others write.
+
+    Raises AssertionError for tensors that don't match the plan, and OSError if the disk fails.
     """
 
     def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
@@ -60,10 +61,11 @@ class ShardWriter:
 
     @property
     def is_abandoned(self) -> bool:
+        """Whether `abandon` was called."""
         return self._pieces.is_abandoned
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a whole tensor, of the shape and dtype that were planned."""
+        """Write a whole tensor. It must have the planned shape and dtype."""
         plan = self._plans[name]
         if (
             tuple(tensor.shape) != plan.shape
@@ -76,7 +78,7 @@ class ShardWriter:
         self.write_part(name, tensor_bytes(tensor), 0)
 
     def write_part(self, name: str, content: memoryview, offset: int) -> None:
-        """Write bytes of a tensor, `offset` bytes from its beginning. Each byte is written once."""
+        """Write bytes of a tensor, `offset` bytes after its start. Each byte is written once."""
         plan = self._plans[name]
         if (
             offset < 0
@@ -106,10 +108,10 @@ class ShardWriter:
         self._pieces.add(_Piece(start, len(content), checksum(content)))
 
     def finish(self) -> str | None:
-        """Wait for what is missing, re-read everything, flush, rename. Returns the file's BLAKE3
-        hash, or None if it was abandoned.
+        """Wait for missing tensors, re-read everything, flush and rename.
 
-        Raises OutputError where the file holds other bytes than were written.
+        Returns the file's BLAKE3 hash, or None if the file was abandoned. Raises OutputError if the
+        file holds other bytes than were written.
         """
         digest = self._hash_as_written()
         if digest is None:
@@ -122,7 +124,7 @@ class ShardWriter:
         return digest
 
     def _hash_as_written(self) -> str | None:
-        """Follow the pieces from the file's beginning: re-read, compare and hash each."""
+        """Re-read, compare and hash the pieces in file order, as they are written."""
         digest, position, flushed, buffer = blake3(), 0, 0, bytearray()
         while position < self._layout.nbytes:
             piece = self._pieces.take(position)
@@ -150,12 +152,12 @@ class ShardWriter:
             if not count:
                 raise OutputError(
                     f"{self.path.name} ends at byte {position}, though more was written: another"
-                    " process cut it short, or its disk fails; choose another -o"
+                    " process truncated it, or its disk fails; choose another -o"
                 )
             content, position = content[count:], position + count
 
     def _check_header(self) -> None:
-        """Every planned tensor is in the file once, with its dtype and shape, and no other is."""
+        """Check that the file holds exactly the planned tensors, with their dtypes and shapes."""
         found = {
             name: (info.dtype, info.shape) for name, info in read_header(self._partial).items()
         }
@@ -169,7 +171,7 @@ class ShardWriter:
             raise AssertionError(f"{self.path.name}: {names[0]} is not in the file as planned")
 
     def close(self) -> str:
-        """`finish` after the last write; refuses to wait for tensors that were never written."""
+        """`finish` after the last write; raises AssertionError if a tensor was never written."""
         if self._missing:
             raise AssertionError(f"never written: {', '.join(sorted(self._missing)[:5])}")
         digest = self.finish()
@@ -178,19 +180,24 @@ class ShardWriter:
         return digest
 
     def abandon(self) -> None:
-        """Give up the file: `finish` returns None. The `.tmp` stays for whoever cleans the
-        directory.
+        """Give up the file: `finish` returns None. The `.tmp` file stays until the directory is
+        cleaned.
         """
         self._pieces.abandon()
 
     def release(self) -> None:
-        """Close the file; after `finish` has returned or raised."""
+        """Close the file. Call it after `finish` has returned or raised."""
         self._file.close()
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a file as it was written: its first byte, its length in bytes, its checksum."""
+    """A written part of a file.
+
+    start: its first byte in the file.
+    nbytes: its length.
+    checksum: of its bytes, see `checksum`.
+    """
 
     start: int
     nbytes: int
@@ -198,8 +205,8 @@ class _Piece:
 
 
 class _WrittenPieces:
-    """The pieces that were written and not yet re-read, passed from the threads that write to the
-    one that follows.
+    """The pieces that are written but not yet re-read, passed from the writing threads to the
+    re-reading one.
     """
 
     def __init__(self) -> None:
@@ -215,7 +222,7 @@ class _WrittenPieces:
             self._changed.notify_all()
 
     def take(self, start: int) -> _Piece | None:
-        """Wait for the piece that begins at byte `start`; None where the file is abandoned."""
+        """Wait for the piece that begins at byte `start`; None if the file is abandoned."""
         with self._changed:
             self._changed.wait_for(lambda: start in self._by_start or self.is_abandoned)
             return None if self.is_abandoned else self._by_start.pop(start)
@@ -227,7 +234,7 @@ class _WrittenPieces:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in memory order, without a copy where it is contiguous on the CPU."""
+    """A tensor's bytes in memory order, without a copy if it is contiguous and on the CPU."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -235,8 +242,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def checksum(content: memoryview) -> int:
-    """The sum of the 8-byte words, of the rest and of the length, modulo 2^64. It is meant for
-    errors of placing, not for an attacker.
+    """The sum of the 8-byte words, of the remaining bytes and of the length, modulo 2^64.
+
+    It detects bytes at wrong positions, not deliberate changes.
     """
     import torch
 
@@ -246,8 +254,9 @@ def checksum(content: memoryview) -> int:
 
 
 def start_flush(descriptor: int, start: int, nbytes: int) -> None:
-    """Have the kernel begin to write these bytes out, without waiting. It is only a hint: a failed
-    write shows at the fsync.
+    """Ask the kernel to start writing these bytes to disk, without waiting.
+
+    It is only a hint: a failed write shows at the fsync.
     """
     begin_writing = 2  # SYNC_FILE_RANGE_WRITE
     function = c_function("sync_file_range")
@@ -261,8 +270,10 @@ def start_flush(descriptor: int, start: int, nbytes: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a whole safetensors file at once, durable and atomic. A lazy mapping is asked for each
-    tensor twice: for its shape, and when it is written.
+    """Write a whole safetensors file at once, durably and atomically.
+
+    tensors: may be a lazy mapping, which is asked for each tensor twice: for its shape, and to
+        write it.
     """
     names = {f"torch.{torch_name}": name for name, (_, torch_name) in DTYPES.items()}
     writer = ShardWriter(

@@ -1,1 +1,1 @@
-"""Text to windows of tokens, for calibration and evaluation."""
+"""Turning text into windows of tokens, for calibration and evaluation."""

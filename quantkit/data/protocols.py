@@ -1,7 +1,7 @@
-"""Evaluation windows: how a text is cut, and which tokens are scored, by a protocol.
+"""Evaluation windows: a protocol decides how a text is cut, and which tokens are scored.
 
-`gptq`, `llamacpp` and `lmeval` are the procedures of GPTQ's perplexity script, of llama.cpp's
-`perplexity` and of lm-evaluation-harness (rolling log-likelihood).
+The protocols follow other tools: `gptq` GPTQ's perplexity script, `llamacpp` llama.cpp's
+`perplexity`, and `lmeval` the rolling log-likelihood of lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ def evaluation_windows(
 ) -> Windows:
     """Cut the sources into windows by a protocol.
 
-    `gptq`: all documents are one stream with the tokenizer's special tokens once at its start.
-    Windows don't overlap, the tail is dropped, and every next token is scored.
+    `gptq`: all documents form one stream, with the tokenizer's special tokens once at its start.
+        Windows don't overlap, an incomplete last one is dropped, and every token but the first is
+        scored.
     `llamacpp`: the same windows, but BOS replaces the first token, and only the second half is
-    scored.
-    `lmeval`: each document starts with BOS and has windows of its own. Every token is scored once,
-    and the last window is filled up with earlier context.
+        scored.
+    `lmeval`: each document starts with BOS and has windows of its own. Every token is scored once.
+        The last window begins earlier, so that it is full too.
 
     names: `--data` arguments.
     seq_len: tokens per window.
-    max_tokens: stop after the windows that hold this many tokens.
+    max_tokens: number of tokens to use at most; None uses all.
 
-    Raises DataError where the text is too short, or can't be read.
+    Raises DataError if the text is too short or can't be read.
     """
     sources = [read_source(name, tokenizer) for name in names]
     if protocol == "lmeval":
@@ -50,7 +51,7 @@ def evaluation_windows(
 def _chunks(
     sources: Sequence[Source], tokenizer: Any, seq_len: int, max_tokens: int | None
 ) -> list[tuple[int, ...]]:
-    """The stream of all documents in pieces of `seq_len` tokens, without its tail."""
+    """The stream of all documents in chunks of `seq_len` tokens, without a shorter last one."""
     text = "\n\n".join(document for source in sources for document in source.documents)
     stream = prepend(leading_special_tokens(tokenizer), encode(tokenizer, text))
     chunks = [
@@ -68,8 +69,10 @@ def _chunks(
 def _document_windows(
     sources: Sequence[Source], tokenizer: Any, seq_len: int, max_tokens: int | None
 ) -> Windows:
-    """lmeval's windows of whole documents. `max_tokens` never cuts a document, because its words
-    are counted.
+    """lmeval's windows.
+
+    Documents are used whole, because lmeval's metrics count their words; `max_tokens` never cuts
+    one.
     """
     windows: list[Window] = []
     scored: list[str] = []
@@ -97,8 +100,10 @@ def _document_windows(
 
 
 def _rolling_windows(tokens: list[int], prefix: int, seq_len: int) -> list[Window]:
-    """Windows that score every token once. The first is [BOS, t0 … t(n−2)] predicting t0 … t(n−1).
-    Later ones see one token of context; the last is filled up to full length with earlier tokens.
+    """Windows that score every token once.
+
+    The first window is [BOS, t0 … t(n−2)] and predicts t0 … t(n−1). Later windows see one token of
+    context before their own. The last one gets as many earlier tokens as it needs to be full.
     """
     stream, windows, done = [prefix, *tokens], [], 0
     while done < len(tokens):
@@ -110,7 +115,7 @@ def _rolling_windows(tokens: list[int], prefix: int, seq_len: int) -> list[Windo
 
 
 def _bos(tokenizer: Any) -> int:
-    """The token that starts a window: BOS, else EOS; DataError where there is neither."""
+    """The first token of a window: BOS, else EOS. Raises DataError if the tokenizer has neither."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token

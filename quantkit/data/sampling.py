@@ -1,4 +1,4 @@
-"""Calibration windows: drawn with a seed, evenly from all sources."""
+"""Sampling calibration windows with a seed, evenly from all sources."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from quantkit.data.tokenizer import encode, leading_special_tokens, prepend
 from quantkit.data.windows import Window, Windows
 from quantkit.errors import DataError
 
-# Fewer tokens at a source's end make no window: most of them would be first positions or near one.
-MIN_REST = 32
+# A shorter rest of a source isn't used: most of its tokens would be near the window's start.
+MIN_REST_TOKENS = 32
 
 
 def calibration_windows(
     names: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
 ) -> Windows:
-    """Draw `num_samples` windows of `seq_len` tokens, evenly from all sources. A source's windows
-    don't overlap.
+    """Sample `num_samples` windows of `seq_len` tokens, evenly from all sources.
 
-    Where the text holds fewer, the rest at each source's end is a shorter window of its own. The
-    result may still hold fewer windows than asked for.
+    Windows of one source don't overlap. If the text is too short, the rest of each source becomes a
+    shorter window. The result may still hold fewer windows than `num_samples`.
 
     names: `--data` arguments.
-    seed: of the order in which a source's windows are drawn.
+    seed: decides the order in which a source's windows are drawn.
 
-    Raises DataError where a source holds no whole window, or there are more sources than windows.
+    Raises DataError if a source is shorter than one window, or if there are more sources than
+    windows.
     """
     if num_samples < len(names):
         raise DataError(
@@ -40,7 +40,7 @@ def calibration_windows(
         windows, rest = _windows_and_rest(source, tokenizer, seq_len)
         random.Random(f"{seed}:{source.sha256}").shuffle(windows)
         available.append(windows)
-        if len(rest) >= min(seq_len, MIN_REST):
+        if len(rest) >= min(seq_len, MIN_REST_TOKENS):
             rests.append(Window(rest))
     drawn: list[Window] = []
     while len(drawn) < num_samples and any(available):
@@ -52,7 +52,7 @@ def calibration_windows(
 def _windows_and_rest(
     source: Source, tokenizer: Any, seq_len: int
 ) -> tuple[list[Window], tuple[int, ...]]:
-    """A source's whole windows in order, and the tokens after the last."""
+    """A source's complete windows in order, and the tokens after the last one."""
     prefix = leading_special_tokens(tokenizer)
     stream = [
         token

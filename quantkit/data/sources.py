@@ -1,4 +1,4 @@
-"""The text of a `--data` argument, as documents.
+"""Reading a `--data` argument as documents, and the texts that come with quantkit.
 
 A source is a text file, JSON lines, a parquet file, or `dataset:NAME[:CONFIG[:SPLIT]]` on the hub.
 A record has a `text`, or `messages` that the tokenizer's chat template renders.
@@ -16,8 +16,8 @@ from typing import Any
 
 from quantkit.errors import DataError, brief
 
-# What reading a hub dataset or a parquet file needs beyond quantkit itself.
-_HUB_EXTRA = "install it with: pip install 'quantkit[hub]'"
+# Ends the message if a package for hub datasets or parquet files is missing.
+_INSTALL_HUB_EXTRA = "install it with: pip install 'quantkit[hub]'"
 
 # The texts that come with quantkit; texts/README.md says where they are from.
 _TEXTS = Path(__file__).parent / "texts"
@@ -30,8 +30,8 @@ class Source:
     """One text source.
 
     name: the `--data` argument.
-    documents: its texts, in order; a text file is one.
-    sha256: the hash of the file's bytes, or of a hub dataset's documents.
+    documents: its texts, in order; a text file is one document.
+    sha256: hash of the file's bytes, or of a hub dataset's documents.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Source:
 def read_source(name: str, tokenizer: Any) -> Source:
     """Read one `--data` argument.
 
-    tokenizer: renders records of chat messages.
+    tokenizer: renders chat messages.
 
-    Raises DataError where there is no such file, or it holds anything but text.
+    Raises DataError if there is no such file, or if its content can't be read as text.
     """
     if name.startswith("dataset:"):
         return _hub_dataset(name, tokenizer)
@@ -64,7 +64,7 @@ def read_source(name: str, tokenizer: Any) -> Source:
         raise DataError(
             f"{name} is not UTF-8 text (byte {error.start}); convert it first"
         ) from None
-    # As Python reads text files everywhere: a line ends in "\n", however the file spells it.
+    # As in Python's text mode: every line ends in "\n", also in files with "\r\n" or "\r".
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return Source(name, tuple(_json_documents(name, text, tokenizer)), digest)
@@ -89,7 +89,7 @@ def _parquet_documents(path: Path, tokenizer: Any) -> Iterable[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise DataError(f"reading {path} needs pyarrow; {_HUB_EXTRA}") from None
+        raise DataError(f"reading {path} needs pyarrow; {_INSTALL_HUB_EXTRA}") from None
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
@@ -104,7 +104,7 @@ def _parquet_documents(path: Path, tokenizer: Any) -> Iterable[str]:
 
 
 def _hub_dataset(name: str, tokenizer: Any) -> Source:
-    """The source `dataset:NAME[:CONFIG[:SPLIT]]`; the split is `train` where none is named."""
+    """The source `dataset:NAME[:CONFIG[:SPLIT]]`; the default split is `train`."""
     parts = name.split(":")[1:]
     if not parts[0] or len(parts) > 3:
         raise DataError(
@@ -114,12 +114,14 @@ def _hub_dataset(name: str, tokenizer: Any) -> Source:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"reading {name} needs the datasets package; {_HUB_EXTRA}") from None
+        raise DataError(
+            f"reading {name} needs the datasets package; {_INSTALL_HUB_EXTRA}"
+        ) from None
     config = (parts[1] or None) if len(parts) > 1 else None
     split = parts[2] if len(parts) > 2 else "train"
     try:
         records = datasets.load_dataset(parts[0], config, split=split)
-    except Exception as error:  # its many backends raise many kinds
+    except Exception as error:  # its backends raise exceptions of many kinds
         raise DataError(
             f"{name} can't be loaded ({brief(error)}); give a local file instead"
         ) from None
@@ -131,13 +133,16 @@ def _hub_dataset(name: str, tokenizer: Any) -> Source:
 
 
 def _record_text(record: Any, where: str, tokenizer: Any) -> str:
-    """A record's text. where: names the record in messages."""
+    """A record's text.
+
+    where: names the record in messages.
+    """
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return _require_text(record["text"], where)
     if isinstance(record, dict) and isinstance(record.get("messages"), (list, tuple)):
         try:
             rendered = tokenizer.apply_chat_template(list(record["messages"]), tokenize=False)
-        except Exception as error:  # Jinja templates raise what they like
+        except Exception as error:  # a Jinja template may raise anything
             raise DataError(
                 f"the chat template can't render {where} ({brief(error)}); use records with 'text'"
             ) from None
@@ -146,13 +151,14 @@ def _record_text(record: Any, where: str, tokenizer: Any) -> str:
 
 
 def _require_text(text: str, where: str) -> str:
-    """Return the text, unless it holds half of a surrogate pair: JSON allows the escape, but no
-    encoding and no tokenizer does.
+    """Return the text, or raise DataError if it holds half a surrogate pair.
+
+    JSON can escape half a pair, but no encoding and no tokenizer accepts it.
     """
     half = re.search("[\ud800-\udfff]", text)
     if half is not None:
         raise DataError(
-            f"{where} holds \\u{ord(half[0]):x}, half of a surrogate pair, which is no text; mend"
-            " it or leave the record out"
+            f"{where} holds \\u{ord(half[0]):x}, half of a surrogate pair, which is no text; fix"
+            " it or remove the record"
         )
     return text

@@ -1,5 +1,5 @@
-"""Whether evaluation runs on text that calibration has seen: windows are compared by hashes of
-pieces of their tokens.
+"""Detecting evaluation text that was used for calibration: windows are compared by hashes of
+32-token pieces.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from quantkit.data.windows import Windows
 if TYPE_CHECKING:
     import numpy as np
 
-# Tokens in a piece: two windows overlap where they share one, at any place.
+# Tokens in a piece. Two windows overlap if they share a piece, at any positions.
 PIECE = 32
 
 
 def token_pieces(windows: Windows) -> str:
-    """Hashes of the windows' successive pieces of PIECE tokens, for `count_known_windows`: sorted
-    little-endian 64-bit numbers, base64.
+    """Hashes of the windows' consecutive pieces of PIECE tokens, for `count_known_windows`.
+
+    Returns sorted little-endian 64-bit numbers in base64.
     """
     import numpy as np
 
@@ -32,7 +33,10 @@ def token_pieces(windows: Windows) -> str:
 
 
 def count_known_windows(windows: Windows, pieces: str) -> int:
-    """How many of the windows share a piece with the text that `pieces` were made of."""
+    """The number of windows that share a piece with the calibration text.
+
+    pieces: what `token_pieces` returned for that text.
+    """
     import numpy as np
 
     known = np.frombuffer(base64.b64decode(pieces), "<u8")
@@ -43,16 +47,17 @@ def count_known_windows(windows: Windows, pieces: str) -> int:
 
 
 def _piece_hashes(tokens: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
-    """A polynomial hash modulo 2^64 of each run of `length` tokens, [len(tokens) - length + 1] by
-    the position where the run begins; empty where there are fewer tokens.
+    """Polynomial hashes modulo 2^64 of every run of `length` tokens, [len(tokens) - length + 1].
+
+    The index is the position at which a run begins. Empty if there are fewer tokens.
     """
     import numpy as np
 
     if len(tokens) < length:
         return np.zeros(0, np.uint64)
     with np.errstate(over="ignore"):
-        # Mixed first: token ids are small numbers, and sums of their multiples would collide too
-        # often.
+        # Token ids are mixed first: they are small numbers, and sums of their multiples would
+        # collide too often.
         mixed = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
         hashes = np.zeros(len(tokens) - length + 1, np.uint64)

@@ -1,4 +1,4 @@
-"""A model's tokenizer, and the special tokens that it puts before a text."""
+"""Loading a model's tokenizer, and the special tokens that it puts before a text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOKENIZER_FILES = (
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model directory.
 
-    Raises DataError where there is none, or transformers can't load it.
+    Raises DataError if there is none, or if transformers can't load it.
     """
     advice = "copy the tokenizer's files from where the model comes from"
     if not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
@@ -40,7 +40,9 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def leading_special_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before a text (BOS), without those that it puts after."""
+    """The ids of the special tokens that the tokenizer puts before a text (BOS), without those
+    after it.
+    """
     plain = tokenizer("a", add_special_tokens=False).input_ids
     wrapped = tokenizer("a").input_ids
     for start in range(len(wrapped) - len(plain) + 1):
@@ -50,10 +52,12 @@ def leading_special_tokens(tokenizer: Any) -> list[int]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, without special tokens."""
+    """The token ids of a text, without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def prepend(prefix: list[int], tokens: list[int]) -> list[int]:
-    """The tokens after the prefix, unless they begin with it: many chat templates write BOS."""
+    """The prefix and the tokens, unless the tokens already begin with the prefix: many chat
+    templates write BOS.
+    """
     return tokens if tokens[: len(prefix)] == prefix else prefix + tokens

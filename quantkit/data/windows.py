@@ -1,4 +1,4 @@
-"""Windows of tokens: what goes through a model together, and how much of it is scored."""
+"""Windows of tokens: the sequences that a model is run on, and which of their tokens are scored."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from quantkit.errors import DataError
 
+# Tokens per window, unless --seq-len or the kind of model says otherwise.
+DEFAULT_LENGTH = 2048
+
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that go through the model together.
+    """One sequence that goes through the model.
 
-    tokens: their ids.
-    first_scored: the position from which on tokens are predicted and scored.
+    tokens: token ids.
+    first_scored: position of the first token that is predicted and scored; all after it are too.
     """
 
     tokens: tuple[int, ...]
@@ -21,18 +24,18 @@ class Window:
 
     @property
     def scored(self) -> int:
-        """How many tokens are scored."""
+        """The number of scored tokens."""
         return len(self.tokens) - self.first_scored
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows and what they were made of.
+    """Windows and the sources that they were made from.
 
     windows: in order.
-    source_sha256: the hash of each source.
-    words: of the original text, for lmeval's metrics; 0 in other protocols.
-    utf8_bytes: of the original text, likewise.
+    source_sha256: hash of each source.
+    words: number of words in the original text, for lmeval's metrics; 0 in other protocols.
+    utf8_bytes: size of the original text in bytes, for lmeval's metrics; 0 in other protocols.
     """
 
     windows: tuple[Window, ...]
@@ -42,7 +45,7 @@ class Windows:
 
     @property
     def data_sha256(self) -> str:
-        """The hash of the one source, or of all sources' hashes."""
+        """The hash of the only source, or a hash of all sources' hashes."""
         if len(self.source_sha256) == 1:
             return self.source_sha256[0]
         return hashlib.sha256("".join(self.source_sha256).encode()).hexdigest()
@@ -53,7 +56,7 @@ class Windows:
 
     @property
     def tokens_sha256(self) -> str:
-        """A hash of all tokens, window by window, and of which are scored."""
+        """A hash of all tokens, window by window, and of the first scored positions."""
         digest = hashlib.sha256()
         for window in self.windows:
             digest.update(f"{window.first_scored}:{','.join(map(str, window.tokens))};".encode())
@@ -61,8 +64,10 @@ class Windows:
 
 
 def targets_of(windows: Windows) -> Windows:
-    """The same windows for an encoder-decoder model: the encoder reads the first half, and every
-    token of the second half is predicted. An odd last token is dropped.
+    """The same windows for an encoder-decoder model.
+
+    The encoder reads the first half of a window, and every token of the second half is predicted.
+    The last token of an odd length is dropped.
     """
     halved = [
         Window(window.tokens[: len(window.tokens) // 2 * 2], len(window.tokens) // 2)
@@ -71,14 +76,18 @@ def targets_of(windows: Windows) -> Windows:
     return Windows(tuple(halved), windows.source_sha256)
 
 
-def window_length(requested: int | None, model_limit: int | None, default: int = 2048) -> int:
-    """Tokens per window: as requested, else the default, or the model's positions where these are
-    fewer.
+def window_length(
+    requested: int | None, model_limit: int | None, default: int = DEFAULT_LENGTH
+) -> int:
+    """Tokens per window: `requested`, else `default`, or the model's number of positions if that is
+    smaller.
 
-    Raises DataError where more are requested than the model has positions.
+    model_limit: the model's number of positions; None or less than 1 (XLNet's -1) is no limit.
+
+    Raises DataError if more tokens are requested than the model has positions.
     """
     if model_limit is not None and model_limit < 1:
-        model_limit = None  # XLNet's -1
+        model_limit = None
     if requested is None:
         return min(default, model_limit or default)
     if model_limit is not None and requested > model_limit:

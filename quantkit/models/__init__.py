@@ -1,1 +1,1 @@
-"""What is in a model, and running it block by block."""
+"""A model's contents, and running it block by block."""

@@ -1,8 +1,8 @@
-"""Which Linears of a checkpoint a recipe quantizes, and with which scheme: decided from names,
-shapes and dtypes alone.
+"""Which Linears of a checkpoint a recipe quantizes, and in which scheme, decided from names, shapes
+and dtypes alone.
 
-`calibrate` and `export` both ask here, so that what the one prepares is what the other writes. What
-can't be done is refused in one sentence.
+`calibrate` and `export` both use this decision, so an export can always use a calibration of the
+same recipe. A recipe that doesn't fit the model raises an error of one sentence.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 
 FLOATS = ("BF16", "F16", "F32")
+# How the reasons of two kinds of skipped tensors begin.
 IGNORED = "ignored by"
-SHAPE = "left because of its shape"
+SHAPE = "skipped because of its shape"
 
 
 @dataclass(frozen=True)
 class QuantizedLinearInfo:
-    """A Linear as an export plans it or a checkpoint holds it. shape: [out_features, in_features].
+    """A quantized Linear, as an export plans it or a checkpoint stores it.
 
-    is_transposed: its `weight` is stored as [in_features, out_features], as in the checkpoint that
-    it comes from (Conv1D).
+    name: its module.
+    shape: [out_features, in_features].
+    scheme: how it is quantized.
+    is_transposed: whether its `weight` is stored as [in_features, out_features], as in the original
+        checkpoint (Conv1D).
     """
 
     name: str
@@ -42,7 +46,7 @@ class QuantizedLinearInfo:
     is_transposed: bool = False
 
     def tensors(self, file_format: Format) -> list[TensorPlan]:
-        """The tensors that it becomes in a format."""
+        """The tensors that a checkpoint format stores for it."""
         tensors = dict(file_format.tensors(self.scheme, self.shape))
         if self.is_transposed and "weight" in tensors:
             dtype, shape = tensors["weight"]
@@ -55,13 +59,13 @@ class QuantizedLinearInfo:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a recipe does to each tensor of a checkpoint.
+    """The decision about each tensor of a checkpoint.
 
     checkpoint: quantized weights as views [out_features, in_features], everything else as stored.
-    roles: tensor of `checkpoint` → what it is; block scales of an FP8-block model have none.
-    linears: module → each Linear that is quantized.
-    reasons: tensor → why it isn't quantized, where that is not by rule.
-    block_scales: weight → the tensor of its block scales, where the model is in FP8 blocks already.
+    roles: tensor of `checkpoint` → its role; the block scales of an FP8-block model have none.
+    linears: module → the Linear, for each one that is quantized.
+    reasons: tensor → why it isn't quantized, unless a general rule skips it.
+    block_scales: weight → the tensor of its block scales, if the model is in FP8 blocks already.
     """
 
     checkpoint: Checkpoint
@@ -77,11 +81,12 @@ def assign_layers(
     file_format: str = DEFAULT_FORMAT,
     allow_unreached: bool = False,
 ) -> Assignment:
-    """Give each Linear its scheme. Raises CheckpointError or RecipeError with one sentence where
-    the recipe doesn't fit the model.
+    """Assign a scheme to each Linear that the recipe quantizes.
 
-    file_format: one of `checkpoint.formats.FORMATS`, by its name.
-    allow_unreached: skip what should be quantized but can't be, instead of refusing the model.
+    file_format: name of one of `checkpoint.formats.FORMATS`.
+    allow_unreached: skip weights that quantkit doesn't support, instead of refusing the model.
+
+    Raises CheckpointError or RecipeError if the recipe doesn't fit the model.
     """
     task_of(checkpoint.config, checkpoint.path)
     form = FORMATS[file_format]
@@ -136,8 +141,8 @@ def assign_layers(
 
 
 def _refuse_unreached(recipe: Recipe, roles: Mapping[str, ModuleInfo]) -> None:
-    """What should be quantized but can't be is an error unless it is ignored by name: a
-    half-quantized model is no result.
+    """Raise CheckpointError if an unsupported weight isn't ignored by name: a half-quantized model
+    is no result.
     """
     unreached = [
         role
@@ -148,7 +153,7 @@ def _refuse_unreached(recipe: Recipe, roles: Mapping[str, ModuleInfo]) -> None:
         raise CheckpointError(
             f"{unreached[0].tensor} can't be quantized by this version:"
             f" {unreached[0].reason}{more(len(unreached))}; add it to --ignore, or pass"
-            " --allow-unreached to leave all such as they are"
+            " --allow-unreached to skip all such weights"
         )
 
 
@@ -157,7 +162,9 @@ def _ignored_by(recipe: Recipe, *names: str) -> Pattern | None:
 
 
 def _stack_names(stored: Checkpoint) -> dict[str, str]:
-    """A part of a stack of experts → the stack, under whose name it can be ignored too."""
+    """Name of an expert's Linear → name of the stack that holds it, by which it can be ignored
+    too.
+    """
     stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
     return {
         stack.linear(expert, leaf): name.removesuffix(".weight")
@@ -170,7 +177,9 @@ def _stack_names(stored: Checkpoint) -> dict[str, str]:
 def _require_matching_patterns(
     recipe: Recipe, tensors: ModelTensors, stack_of: Mapping[str, str]
 ) -> None:
-    """Each pattern matches something: a typo would quantize, or leave, the wrong layers."""
+    """Raise RecipeError for a pattern that matches nothing: a typo would quantize, or skip, the
+    wrong layers.
+    """
     modules = tensors.modules()
     is_tied = "lm_head" not in modules and bool(tensors.stored.config.get("tie_word_embeddings"))
     for pattern in recipe.ignore:
@@ -198,8 +207,9 @@ def _assign(
     stack_of: Mapping[str, str],
     file_format: Format,
 ) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-    """Module → scheme of what is quantized, and tensor → reason of what would be but isn't.
-    stack_of: the other name of experts that are stored as one.
+    """Module → scheme of each quantized Linear, and tensor → reason of each one that is skipped.
+
+    stack_of: an expert's Linear → the stack that holds it.
     """
     schemes: dict[str, QuantScheme] = {}
     reasons: dict[str, str] = {}
@@ -208,9 +218,9 @@ def _assign(
         ignored = _ignored_by(recipe, role.name, tensor, stack_of.get(role.name, role.name))
         if role.kind == "unreached":
             reasons[tensor] = (
-                f"{IGNORED} '{ignored.text}', and out of reach: {role.reason}"
+                f"{IGNORED} '{ignored.text}', and unsupported: {role.reason}"
                 if ignored
-                else f"out of reach: {role.reason}"
+                else f"unsupported: {role.reason}"
             )
         elif not tensor.endswith(".weight"):
             continue
@@ -235,8 +245,8 @@ def _assign(
 
 
 def _scheme_for(role: ModuleInfo, recipe: Recipe) -> tuple[QuantScheme, Pattern | None] | None:
-    """The scheme of a weight and the exception that gives it, or None where the recipe leaves
-    it.
+    """The scheme of a weight and the `layers` pattern that gives it, or None if the recipe skips
+    the weight.
     """
     pattern, scheme = next(
         ((pattern, scheme) for pattern, scheme in recipe.layers if pattern.matches(role.name)),
@@ -264,6 +274,7 @@ def _scheme_for(role: ModuleInfo, recipe: Recipe) -> tuple[QuantScheme, Pattern 
 def _require_one_scheme_in_fused_layers(
     tensors: ModelTensors, schemes: Mapping[str, QuantScheme]
 ) -> None:
+    """Raise RecipeError if fused layers that need one shared scale have different schemes."""
     for members in fused_layers(tensors.modules("linear")):
         theirs = {schemes.get(member) for member in members}
         one_scale = any(
@@ -277,6 +288,7 @@ def _require_one_scheme_in_fused_layers(
 
 
 def _refuse_dtypes(assignment: Assignment) -> None:
+    """Raise CheckpointError for weights in a dtype that quantkit can't quantize."""
     tensors, scales = assignment.checkpoint.tensors, assignment.block_scales
     for name in assignment.linears:
         dtype = tensors[f"{name}.weight"].dtype
@@ -294,14 +306,17 @@ def _refuse_dtypes(assignment: Assignment) -> None:
 
 
 def _refuse_clashes(assignment: Assignment, file_format: Format) -> None:
-    """Refuse where the checkpoint has a tensor of the name of one that would be made."""
+    """Raise CheckpointError if the checkpoint already has a tensor with the name of a new one."""
     linears = assignment.linears.values()
     made = {plan.name for linear in linears for plan in linear.tensors(file_format)}
     refuse_taken_names(assignment, made)
 
 
 def refuse_taken_names(assignment: Assignment, made: set[str]) -> None:
-    """made: names of tensors that an export adds to those that stay."""
+    """Raise CheckpointError if an export would overwrite a tensor that it keeps.
+
+    made: names of the tensors that the export adds.
+    """
     kept = (
         set(assignment.checkpoint.tensors)
         - {f"{name}.weight" for name in assignment.linears}
@@ -315,4 +330,5 @@ def refuse_taken_names(assignment: Assignment, made: set[str]) -> None:
 
 
 def more(count: int) -> str:
+    """ " (and N more)" after the first of several things in a message; empty for one."""
     return f" (and {count - 1} more)" if count > 1 else ""

@@ -1,5 +1,6 @@
-"""Captured block inputs: what a model's own forward calls each of its blocks with. Recorders stand
-in the blocks' places, keep their arguments and return the hidden states that they are given.
+"""Captured block inputs: the arguments with which a model's own forward calls each of its blocks.
+
+Recorders replace the blocks. They store their arguments and return the hidden states unchanged.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError
 
-# Names of a block's hidden states where they aren't its first positional argument.
+# Keywords by which blocks are given hidden states, if these aren't the first positional argument.
 _HIDDEN_NAMES = ("hidden_states", "x", "inputs")
 
 
 @dataclass(frozen=True)
 class BlockReturn:
-    """How a model's loop over its blocks takes the hidden states out of what a block returns.
+    """How a model's forward unpacks a block's return value into hidden states.
 
-    length: items of the tuple whose first one they are; None where a block returns them alone.
+    length: number of items in the returned tuple, which begins with the hidden states; None if they
+        are returned alone.
     first_block_runs: whether the first block must run for the other items, which all blocks share
-    (T5's position bias).
+        (T5's position bias).
     """
 
     length: int | None
@@ -36,8 +38,8 @@ FIRST_BLOCK_RUNS = BlockReturn(3, first_block_runs=True)
 
 
 class SideOutput:
-    """One item that a block returns after its hidden states, for a later block that is called with
-    it (GLM-5's choice of tokens, ZAYA's routers).
+    """A placeholder for one item that a block returns after its hidden states and a later block is
+    called with (GLM-5's token selection, ZAYA's routers).
 
     is_read: whether a later block is called with it.
     """
@@ -52,8 +54,8 @@ class SideOutput:
     def get(self) -> Any:
         if not self._values:
             raise CheckpointError(
-                "a decoder block is called with what the one before it returns, and that one hasn't"
-                " run; it can't be run by itself"
+                "a decoder block takes an output of an earlier block, which hasn't run; it can't be"
+                " run on its own"
             )
         return self._values[0]
 
@@ -64,11 +66,13 @@ def _value_of(argument: Any) -> Any:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What the model calls one block with, for one batch, apart from its hidden states.
+    """The arguments of one block's call for one batch, except the hidden states.
 
-    arguments, keywords: those of the call.
-    hidden_name: the keyword of the hidden states, or "" where they are the first argument.
-    side_outputs: places for what the block returns after its hidden states, in that order.
+    arguments: positional arguments after the hidden states.
+    keywords: keyword arguments.
+    hidden_name: keyword of the hidden states, or "" if they are the first positional argument.
+    side_outputs: placeholders for the items that the block returns after its hidden states, in
+        order.
     """
 
     arguments: tuple[Any, ...]
@@ -77,7 +81,7 @@ class BlockInputs:
     side_outputs: tuple[SideOutput, ...] = ()
 
     def resolved(self) -> BlockInputs:
-        """The same with the values of earlier blocks' side outputs."""
+        """The same, with placeholders replaced by the values of earlier blocks' side outputs."""
         values = (*self.arguments, *self.keywords.values())
         if not any(isinstance(value, SideOutput) for value in values):
             return self
@@ -88,27 +92,31 @@ class BlockInputs:
         )
 
     def keep_side_outputs(self, returned: Sequence[Any]) -> None:
-        """returned: the items after the hidden states."""
+        """Store the side outputs that later blocks read.
+
+        returned: the items that the block returned after its hidden states.
+        """
         for place, value in zip(self.side_outputs, returned):
             if place.is_read:
                 place.put(value)
 
 
 class WrongReturn(Exception):
-    """The model's loop takes the blocks' outputs apart in another way than the recorders return
+    """The model's forward unpacks the blocks' outputs differently than the recorders return
     them.
     """
 
 
-# arrive(arguments, keywords, side outputs) gives the hidden states to return
+# arrive(arguments, keywords, side_outputs) → the hidden states that a recorder returns
 Arrive = Callable[[tuple[Any, ...], dict[str, Any], tuple[SideOutput, ...]], Tensor]
 
 
 class Recorder(nn.Module):
-    """Stands in place of a block: keeps what it is called with, and returns its hidden states (the
-    last one may return others).
+    """Replaces a block: stores the arguments of its call, and returns hidden states that `arrive`
+    supplies.
 
-    with_side_outputs: return places after the hidden states, which show where the loop takes them.
+    with_side_outputs: also return placeholders after the hidden states, to find out which calls use
+        them.
     """
 
     def __init__(
@@ -119,7 +127,7 @@ class Recorder(nn.Module):
         with_side_outputs: bool = False,
     ) -> None:
         super().__init__()
-        self.__dict__["_block"] = block  # no child: its parameters are not this module's
+        self.__dict__["_block"] = block  # not a submodule, so its parameters aren't this module's
         self._arrive, self._returns = arrive, returns
         self._with_side_outputs = with_side_outputs
 
@@ -131,7 +139,7 @@ class Recorder(nn.Module):
         return (hidden, *(places or (None, None)))[: self._returns.length]
 
     def __getattr__(self, name: str) -> Any:
-        """Models ask their blocks for what kind they are (`attention_type`)."""
+        """The block's attribute: models ask their blocks for their kind (`attention_type`)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -139,7 +147,9 @@ class Recorder(nn.Module):
 
 
 class RunningRecorder(Recorder):
-    """A recorder that also runs its block, and returns the block's other items."""
+    """A recorder that also runs its block, and returns the items after the block's hidden
+    states.
+    """
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         hidden = self._arrive(arguments, keywords, ())
@@ -147,7 +157,10 @@ class RunningRecorder(Recorder):
 
 
 class InputRecord:
-    """The block inputs of one forward, in the order of the blocks. shape: of the batch's tokens."""
+    """The block inputs of one forward, in the order of the blocks.
+
+    shape: shape of the batch's token ids, [windows, positions].
+    """
 
     def __init__(self, shape: torch.Size) -> None:
         self.inputs: list[BlockInputs] = []
@@ -165,6 +178,11 @@ class InputRecord:
         keywords: dict[str, Any],
         side_outputs: tuple[SideOutput, ...] = (),
     ) -> Tensor:
+        """Record one block's call, and return the hidden states that it was given.
+
+        Raises WrongReturn if they don't look like hidden states, and CheckpointError if the model
+        can't be run block by block.
+        """
         name = "" if arguments else next((name for name in _HIDDEN_NAMES if name in keywords), None)
         if name is None:
             raise CheckpointError(
@@ -189,24 +207,27 @@ class InputRecord:
         return hidden
 
     def require_end(self, output: Any) -> None:
+        """Raise WrongReturn unless a forward's output looks like final hidden states."""
         if not isinstance(output, Tensor) or tuple(output.shape[:2]) != self._shape:
             raise WrongReturn
 
 
 class SharedTensors:
-    """Keeps equal tensors of captured inputs once: masks and position embeddings of batch after
-    batch.
+    """Deduplicates tensors of captured inputs: masks and position embeddings are equal in batch
+    after batch.
     """
 
-    COMPARED = 8  # the last few of a shape; values that depend on the tokens never come again
+    # Tensors of one shape that a new one is compared with. More isn't needed: values that depend on
+    # the tokens don't repeat.
+    COMPARED = 8
 
     def __init__(self) -> None:
         self._by_shape: dict[tuple[Any, ...], deque[Tensor]] = {}
         self._seen: dict[int, tuple[Any, Tensor]] = {}
 
     def of_batch(self, captured: Sequence[BlockInputs]) -> list[BlockInputs]:
-        """The inputs of each block for one batch, made of tensors that are kept already where they
-        are equal.
+        """The inputs of each block for one batch, with equal tensors replaced by those stored
+        already.
         """
         shared = [
             replace(
@@ -240,6 +261,6 @@ class SharedTensors:
         if same is None:
             alike.append(tensor)
             same = tensor
-        # the first keeps the identity from being used again
+        # The tensor itself is kept as well, so that its id isn't reused.
         self._seen[id(tensor)] = (tensor, same)
         return same

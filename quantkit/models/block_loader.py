@@ -1,6 +1,7 @@
-"""Brings a model's weights into memory: those outside of the blocks, and one block at a time.
+"""Loading a model's weights: those outside of the blocks, and one block at a time.
 
-The module tree is built without memory; transformers' own loader fills the part that is asked for.
+The module tree is built on the meta device, and transformers' own loader fills the part that is
+needed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from quantkit.models.tensor_roles import is_of_other_tower
 from quantkit.models.weight_map import ParameterSource, WeightMap
 
 
-class _Unread:
-    """A tensor that is read when it is looked into, which is how transformers' loader takes its
-    turn.
+class _LazyTensor:
+    """A tensor that is read when it is indexed, as transformers' loader does with a safetensors
+    slice.
     """
 
     def __init__(self, read: Callable[[str], Tensor], name: str) -> None:
@@ -40,10 +41,11 @@ class _Unread:
 
 
 class BlockLoader:
-    """The weights of one model. stacks: its blocks, in the order in which they run.
+    """Loads the weights of one model.
 
-    shared: parameters of blocks that are stored as another block's, parameter → that one. Each
-    block gets its own while it is in memory, so transformers doesn't tie them.
+    stacks: its lists of blocks, in the order in which they run.
+    shared: parameter of a block → the parameter of another block as which it is stored. Each block
+        gets its own copy while it is in memory, so transformers doesn't tie them.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class BlockLoader:
         self.shared = self._shared_between_blocks()
         self._require_whole(shapes)
         self._prefetcher: ThreadPoolExecutor | None = None
-        self._coming: dict[int, Future[nn.Module]] = {}
+        self._prefetched: dict[int, Future[nn.Module]] = {}
         for name, buffer in list(model.named_buffers()):
             if not buffer.is_meta and device.type != "cpu":
                 put_tensor(model, name, buffer.to(device))
@@ -83,15 +85,17 @@ class BlockLoader:
 
     @property
     def unexpected(self) -> list[str]:
-        """Tensors of the checkpoint that the model has no place for."""
+        """Tensors of the checkpoint that the model has no parameter for."""
         return self._map.unexpected
 
     def sources(self, parameter: str) -> ParameterSource | None:
-        """The tensors on disk that make a parameter of the module tree."""
+        """The stored tensors from which a parameter of the module tree is made."""
         return self._map.sources.get(self.shared.get(parameter, parameter))
 
     def _require_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse now what would otherwise be found when its block's turn comes, hours from here."""
+        """Raise CheckpointError for missing or misshapen tensors now, not hours later when their
+        block is loaded.
+        """
         expected = self._model.state_dict()
         tied = {*(getattr(self._model, "all_tied_weights_keys", None) or {}), *self.shared}
         ignored = self._model._keys_to_ignore_on_load_missing or ()
@@ -122,8 +126,8 @@ class BlockLoader:
                 continue
             name, wanted = source.lists[0][0], expected[target].shape
             found = sum(math.prod(shapes[name]) for names in source.lists for name in names)
-            # Transposed or merged, but as many numbers; a tensor that is only renamed has the same
-            # shape.
+            # A transposed or merged tensor has as many elements as its parameter. One that is only
+            # renamed also has its shape.
             if found != wanted.numel() or (
                 self._map.is_plain(target) and shapes[name] != tuple(wanted)
             ):
@@ -137,11 +141,13 @@ class BlockLoader:
                     " configuration; fetch it again"
                 )
 
-    # -- Outside of the blocks.
+    # ---- Outside of the blocks.
 
     def load_outer(self, with_head: bool) -> None:
-        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is
-        asked for; nothing that sees or hears.
+        """Load the weights outside of the blocks: embeddings and norms, but no vision or audio
+        towers.
+
+        with_head: load the output head too.
         """
         head = self._model.get_output_embeddings()
         head_names = {name for name, module in self._model.named_modules() if module is head}
@@ -165,7 +171,7 @@ class BlockLoader:
         self._weights.finish(self._model, "")
 
     def outer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is outside of the blocks, by its name in the module tree."""
+        """The parameters outside of the blocks, with their names in the module tree."""
         return (
             (name, parameter)
             for name, parameter in self._model.named_parameters()
@@ -173,21 +179,26 @@ class BlockLoader:
         )
 
     def _is_parameter(self, name: str) -> bool:
-        """False where another module has taken the place of the one that had it."""
+        """Whether the module tree still has this parameter; another module may have replaced its
+        owner.
+        """
         module, _, leaf = name.rpartition(".")
         return leaf in self._model.get_submodule(module).state_dict()
 
     def free_outer(self) -> None:
-        """Let go of what `load_outer` brought; buffers stay."""
+        """Free the parameters outside of the blocks; buffers stay."""
         for module in self._model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if not parameter.is_meta:
                     setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
-    # -- Blocks.
+    # ---- Blocks.
 
     def place(self, number: int) -> tuple[BlockStack, int]:
-        """The stack that holds a block, and the block's place in it."""
+        """The stack that holds a block, and the block's index in it.
+
+        number: the block's number, counted through all stacks.
+        """
         for stack in self._stacks:
             if number < len(stack):
                 return stack, number
@@ -195,36 +206,40 @@ class BlockLoader:
         raise IndexError(number)
 
     def block_name(self, number: int) -> str:
+        """The path of a block in the module tree."""
         stack, place = self.place(number)
         return f"{stack.name}.{place}"
 
     @contextmanager
     def block(self, number: int, prefetch: bool | None = None) -> Iterator[nn.Module]:
-        """A block with its weights, for as long as the context lasts; once for each block.
+        """A block with its weights, which are freed when the context ends. Each block can be loaded
+        once.
 
-        prefetch: load the stack's next one meanwhile; None is on a GPU.
+        prefetch: load the stack's next block in the background; None does so on a GPU only.
         """
         prefetch = self._device.type == "cuda" if prefetch is None else prefetch
-        coming = self._coming.pop(number, None)
-        block = self.load_block(number) if coming is None else coming.result()
+        prefetched = self._prefetched.pop(number, None)
+        block = self.load_block(number) if prefetched is None else prefetched.result()
         stack, place = self.place(number)
         if prefetch and place + 1 < len(stack):
             self._prefetcher = self._prefetcher or ThreadPoolExecutor(1)
-            self._coming[number + 1] = self._prefetcher.submit(self._load_aside, number + 1)
+            self._prefetched[number + 1] = self._prefetcher.submit(
+                self._load_in_background, number + 1
+            )
         try:
             yield block
         finally:
-            # Its weights go; what the model's forward may ask it for (its kind) stays.
-            stack.blocks[place] = _empty(block)
+            # Its weights are freed; its attributes stay, because the model's forward may read them.
+            stack.blocks[place] = _without_weights(block)
             del block
             release_freed_memory()
 
     @contextmanager
     def first_block(self, stack: BlockStack) -> Iterator[None]:
-        """A stack's first block with its weights, which models need whose later blocks take what it
-        returns.
+        """A context in which a stack's first block has its weights, for models whose other blocks
+        take its outputs.
         """
-        # A block can be loaded once: this one's turn is still to come.
+        # A block can be loaded only once, and this one will be loaded again for the walk.
         empty = copy.deepcopy(stack.blocks[0])
         before = itertools.takewhile(lambda other: other is not stack, self._stacks)
         self.load_block(sum(map(len, before)))
@@ -234,13 +249,13 @@ class BlockLoader:
             stack.blocks[0] = empty
 
     def close(self) -> None:
-        """Stop what is still loading."""
+        """Cancel the loading of a prefetched block."""
         if self._prefetcher is not None:
             self._prefetcher.shutdown(wait=True, cancel_futures=True)
             self._prefetcher = None
-            self._coming.clear()
+            self._prefetched.clear()
 
-    def _load_aside(self, number: int) -> nn.Module:
+    def _load_in_background(self, number: int) -> nn.Module:
         if self._device.type != "cuda":
             return self.load_block(number)
         stream = torch.cuda.Stream(self._device)
@@ -250,7 +265,7 @@ class BlockLoader:
         return block
 
     def load_block(self, number: int) -> nn.Module:
-        """A block with its weights, which stay in memory."""
+        """Load a block's weights, which stay in memory."""
         prefix = f"{self.block_name(number)}."
         shared: dict[str, str] = {}
         for name in self.shared:
@@ -272,8 +287,9 @@ class BlockLoader:
         return block
 
     def read_anew(self, parameter: str, read: Callable[[str], Tensor]) -> nn.Parameter:
-        """A parameter of a block in memory as `read` gives its tensors on disk; the block keeps the
-        one that it has.
+        """A new value for a parameter of a loaded block; the block keeps the value that it has.
+
+        read: name of a stored tensor → the tensor to use instead of the stored one.
         """
         module, _, leaf = parameter.rpartition(".")
         owner = self._model.get_submodule(module)
@@ -290,8 +306,13 @@ class BlockLoader:
         shared: Mapping[str, str] = MappingProxyType({}),
         read: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """names: tensors of the checkpoint; shared: parameter → the tensor that makes it as well as
-        its own; read: gives a tensor, if it doesn't come from the weights.
+        """Load tensors through transformers.
+
+        names: tensors of the checkpoint.
+        shared: parameter → a tensor that makes it, in addition to the tensor's own parameter.
+        read: name → tensor; None reads from the model's weights.
+
+        Raises CheckpointError if transformers can't load them.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -308,15 +329,15 @@ class BlockLoader:
         try:
             with _no_progress_bar():
                 unread = {
-                    name: _Unread(read or self._weights.read, stored)
+                    name: _LazyTensor(read or self._weights.read, stored)
                     for name, stored in [*zip(names, names), *shared.items()]
                 }
                 found, _ = convert_and_load_state_dict_in_model(self._model, unread, settings)
         except QuantkitError:
             raise
-        except Exception as error:  # transformers raises every kind
+        except Exception as error:  # transformers raises exceptions of every kind
             raise CheckpointError(
-                f"transformers can't load {names[0]} and its like from {self._where}:"
+                f"transformers can't load {names[0]} and similar tensors from {self._where}:"
                 f" {' '.join(str(error).split())[:300]}"
             ) from None
         problems = [*found.mismatched_keys, *found.conversion_errors.items(), *found.error_msgs]
@@ -329,7 +350,7 @@ class BlockLoader:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one for each load, which here is each block."""
+    """Switch off transformers' progress bar: it would draw one for each block."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -341,9 +362,9 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _empty(block: nn.Module) -> nn.Module:
-    """The block without its weights, also those that replaced Linears keep outside of
-    parameters.
+def _without_weights(block: nn.Module) -> nn.Module:
+    """The block without its weights, including tensors that replaced Linears hold as plain
+    attributes.
     """
     for module in block.modules():
         for name, value in list(vars(module).items()):

@@ -1,7 +1,7 @@
-"""A stack of blocks in a model, and its block inputs, captured by the model's own forward.
+"""A stack of blocks (one nn.ModuleList), and how the model's own forward calls it.
 
-A block's arguments are not guessed: the forward runs with recorders in place of the blocks. How its
-loop takes the hidden states out of what a block returns is found by trying.
+The arguments of a block aren't guessed: the forward runs with recorders in place of the blocks. How
+it unpacks a block's return value is found by trying.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from quantkit.models.threads import one_thread
 
 @dataclass(frozen=True)
 class Captured:
-    """What a batch brings to a stack.
+    """The inputs of a stack for one batch.
 
-    hidden: the first block's hidden states, [windows, positions, hidden size] in most models.
-    inputs: of each block, what else it is called with.
+    hidden: hidden states before the first block, [windows, positions, hidden size] in most models.
+    inputs: the other arguments of each block.
     """
 
     hidden: Tensor
@@ -44,7 +44,10 @@ class Captured:
 class BlockStack:
     """One list of blocks in the module tree.
 
-    name: its path. returns: the ways in which blocks may return hidden states, tried in this order.
+    name: its path.
+    returns: forms in which the blocks may return hidden states, tried in this order.
+    has_side_outputs: whether blocks read side outputs of earlier blocks; known after the first
+        capture.
     """
 
     def __init__(self, model: nn.Module, name: str, returns: Sequence[BlockReturn]) -> None:
@@ -53,16 +56,21 @@ class BlockStack:
         self.name, self.blocks = name, blocks
         self._model_name, self._candidates = type(model).__name__, returns
         self._returns: BlockReturn | None = None  # known after the first capture
-        # Whether blocks read side outputs of those before them; known after the first capture.
         self.has_side_outputs = False
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def capture(self, shape: torch.Size, forward: Callable[[], Tensor]) -> Captured:
-        """Run `forward` with recorders in place of the blocks. shape: of the batch's tokens."""
+        """Run the model with recorders in place of the blocks.
+
+        shape: shape of the batch's token ids, [windows, positions].
+        forward: runs the model on the batch.
+
+        Raises CheckpointError if the model can't be run block by block.
+        """
         known = [self._returns] if self._returns is not None else []
-        reason = "its blocks pass on more than hidden states"
+        reason = "its blocks return more than hidden states"
         for returns in dict.fromkeys((*known, *self._candidates)):
             found = self._try(returns, shape, forward)
             if isinstance(found, str):
@@ -83,8 +91,8 @@ class BlockStack:
     def _try(
         self, returns: BlockReturn, shape: torch.Size, forward: Callable[[], Tensor]
     ) -> InputRecord | str:
-        """What was recorded; or why the model's loop can't take blocks that return so ("" where it
-        gives no reason).
+        """The recorded inputs; or, if the forward can't unpack such return values, the reason (""
+        if unknown).
         """
         record = InputRecord(shape)
         try:
@@ -97,17 +105,23 @@ class BlockStack:
     def _with_side_outputs(
         self, returns: BlockReturn, shape: torch.Size, forward: Callable[[], Tensor]
     ) -> InputRecord | None:
-        """The same record with places for side outputs, where blocks read them."""
+        """The inputs recorded with placeholders for side outputs, or None if no block reads
+        them.
+        """
         if returns.first_block_runs or returns.length not in (2, 3):
             return None
         record = InputRecord(shape)
         try:
             with self._recorders(record.arrive, returns, with_side_outputs=True):
                 record.require_end(forward())
-        except (WrongReturn, QuantkitError, RuntimeError):  # a model that computes with them
+        except (
+            WrongReturn,
+            QuantkitError,
+            RuntimeError,
+        ):  # the model computes with the placeholders
             if record.reads_side_outputs:
                 raise self._unusual(
-                    "each hands on more than hidden states to the next, in a way of its own"
+                    "its blocks pass more than hidden states to each other, in an unknown way"
                 ) from None
         return record if record.reads_side_outputs else None
 
@@ -116,8 +130,10 @@ class BlockStack:
 
     @contextmanager
     def bypassed(self, final: Tensor | None = None) -> Iterator[None]:
-        """The model with blocks that return the hidden states that they are given, the last one
-        `final` where it is given. After `capture`.
+        """A context in which the blocks return their hidden states unchanged. Use it after
+        `capture`.
+
+        final: hidden states that the last block returns instead.
         """
         record = InputRecord(torch.Size())
         with self._recorders(record.arrive, self._returns or ALONE, final=final):
@@ -153,9 +169,11 @@ class BlockStack:
 
 
 class Stage(Protocol):
-    """One stack of a model with the part of the forward around it. A model has one stage, or an
-    encoder's and a decoder's.
+    """One stack of a model, and the part of the forward before and after it.
 
+    A decoder or an encoder alone has one stage; an encoder-decoder model has two.
+
+    stack: its blocks.
     loads_first_block: whether the first block needs its weights while inputs are captured.
     """
 
@@ -163,23 +181,32 @@ class Stage(Protocol):
     loads_first_block: bool
 
     def capture(self, tokens: Tensor, encoded: Tensor | None, cache: Any) -> Captured:
-        """tokens: [windows, positions]; encoded: the final hidden states of the stage before."""
+        """The inputs of the stage's blocks for one batch.
+
+        tokens: token ids [windows, positions].
+        encoded: final hidden states of the stage before, or None.
+        cache: given to the forward as `past_key_values`, or None.
+        """
         ...
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any) -> Tensor:
-        """The stage's final hidden states (after its last norm), from its last block's output."""
+        """The stage's final hidden states (after its last norm).
+
+        hidden: output of its last block.
+        """
         ...
 
     def hidden_shape(self, tokens: Tensor) -> tuple[int, ...]:
-        """The shape of a batch's hidden states, as blocks are given them; what is outside of the
-        blocks has to be loaded.
+        """The shape of a batch's hidden states between blocks. The weights outside of the blocks
+        must be loaded.
         """
         ...
 
 
 def call_forward(body: nn.Module, **keywords: Any) -> Tensor:
-    """The first output of a module's forward, on one thread. Raises WrongReturn where its loop
-    can't take what recorders return.
+    """The first output of a module's forward, computed on one thread.
+
+    Raises WrongReturn if the forward can't unpack what the recorders return.
     """
     with one_thread(), torch.inference_mode():
         try:
@@ -189,11 +216,11 @@ def call_forward(body: nn.Module, **keywords: Any) -> Tensor:
 
 
 TEXT_RETURNS = (ALONE, BlockReturn(1), BlockReturn(2), BlockReturn(3))
-_PROBED = (2, 3)  # windows and positions whose hidden states show their shape
+_PROBED = (2, 3)  # windows and positions of a batch that shows the shape of hidden states
 
 
 class SingleStage:
-    """The one stage of a decoder or an encoder alone."""
+    """The only stage of a decoder or an encoder."""
 
     loads_first_block = False
 
@@ -210,8 +237,7 @@ class SingleStage:
         except CheckpointError:
             if not getattr(cache, "may_be_left_out", False):
                 raise
-        # Some take no cache but one of their own, and keep no keys and values that could be
-        # measured.
+        # Some models accept only their own cache class, and have no keys and values to measure.
         self._takes_cache = False
         return self.stack.capture(tokens.shape, lambda: self._forward(tokens, None))
 
@@ -220,9 +246,11 @@ class SingleStage:
             return self._forward(tokens, cache)
 
     def hidden_shape(self, tokens: Tensor) -> tuple[int, ...]:
-        """Some models have several streams of hidden states: [streams, windows, positions, hidden
-        size] (Gemma 3n), or after the positions (DeepSeek V4). CPM-Ant has more positions than
-        tokens; the shape returned for it is too small.
+        """The shape of a batch's hidden states, found by running a small batch once.
+
+        Some models have several streams: [streams, windows, positions, hidden size] (Gemma 3n), or
+        streams after the positions (DeepSeek V4). CPM-Ant has more positions than tokens; the shape
+        returned for it is too small.
         """
         if self._probed_shape is None:
             probe = torch.zeros(_PROBED, dtype=torch.long, device=self._device)
@@ -239,7 +267,7 @@ class SingleStage:
         body_name = self.stack.name.rpartition(".")[0]
         body = self._model.get_submodule(body_name)
         accepted = inspect.signature(body.forward).parameters
-        if "input_ids" not in accepted:  # an encoder, whose embeddings are in its parent
+        if "input_ids" not in accepted:  # an encoder whose embeddings are in the parent module
             body = self._model.get_submodule(body_name.rpartition(".")[0])
             accepted = inspect.signature(body.forward).parameters
         keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}

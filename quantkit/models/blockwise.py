@@ -1,17 +1,21 @@
-"""A language model run one block at a time: the model is built without memory, and each block's
-weights come from disk, meet all windows, and go again.
+"""Running a language model one block at a time, so that only one block's weights are in memory.
 
-`BlockwiseModel.walk` is the one place where this happens. The model's own forward runs once per
-batch with recorders in place of its blocks, which capture the block inputs (`block_stack.py`). Then
-the blocks run from those inputs. At the end the forward runs again with the last hidden states in
-place, for the norm after the blocks. An encoder and a decoder are two stages, one after the other.
+The module tree is built on the meta device. Each block's weights are read from disk, used for all
+windows, and freed. `BlockwiseModel.walk` is the one place where this happens:
 
-On a CPU each batch goes through a block on one thread, and as many batches at once as there are
-threads: that is faster than sharing one batch, and the result doesn't depend on the number of
-threads. It equals the ordinary forward of the same batch on one thread to the last bit; where
-`calibrate` observes a mixture of experts, the forward with transformers'
-experts_implementation="eager", or where that can't be chosen (`experts.adopt_experts`) the ordinary
-one up to the order of sums.
+1. The model's own forward runs once per batch, with recorders in place of its blocks. They capture
+the block inputs (`block_stack.py`).
+2. The blocks run from those inputs, one after the other.
+3. The forward runs again with the last block's output in place, for the norm after the blocks.
+
+An encoder-decoder model has two stages, which run one after the other.
+
+On a CPU each batch goes through a block on one thread, and as many batches run at once as there are
+threads. That is faster than sharing one batch, and the result doesn't depend on the number of
+threads. It equals the ordinary forward of the batch on one thread bit for bit. A mixture of experts
+that `calibrate` observes is an exception: it equals the forward with transformers'
+experts_implementation="eager". If that can't be selected (`experts.adopt_experts`), only the order
+of sums differs.
 """
 
 from __future__ import annotations
@@ -39,16 +43,18 @@ from quantkit.models.weight_map import ParameterSource
 
 
 class BlockwiseModel:
-    """A model whose blocks come into memory one at a time. Each block can be run once.
+    """A model whose blocks are loaded one at a time. Each block can be run once.
 
-    model: the module tree, without memory.
-    weights: where its tensors come from.
-    where: the checkpoint's path, for errors.
+    model: the module tree on the meta device, a PreTrainedModel.
+    weights: where its tensors are read from.
+    where: path of the checkpoint, for messages.
     device: where it computes.
+
+    Raises CheckpointError if the model can't be run block by block, or if a weight is missing.
     """
 
     def __init__(self, model: Any, weights: Weights, where: str, device: str = "cpu") -> None:
-        self.model = model  # a PreTrainedModel
+        self.model = model
         self.device, self.where = torch.device(device), where
         self.task = task_of(self.model.config.to_dict(), where)
         self.stages: tuple[Stage, ...]
@@ -61,47 +67,52 @@ class BlockwiseModel:
         self.loader = BlockLoader(model, weights, where, self.device, stacks)
         self._lock = StatefulModuleLock()
 
-    # -- What it is made of.
+    # ---- Structure.
 
     @property
     def block_count(self) -> int:
+        """The number of blocks in all stages."""
         return sum(len(stage.stack) for stage in self.stages)
 
     @property
     def blocks_name(self) -> str:
-        """The path of the blocks in the module tree; of an encoder and a decoder, the decoder's."""
+        """The path of the blocks in the module tree; for an encoder-decoder model, of the decoder's
+        blocks.
+        """
         return self.stages[-1].stack.name
 
     def block_name(self, number: int) -> str:
+        """The path of a block in the module tree."""
         return self.loader.block_name(number)
 
     def reads_encoder(self, number: int) -> bool:
-        """Whether a block is called with what an encoder made of the text."""
+        """Whether a block is called with the encoder's final hidden states."""
         return len(self.stages) > 1 and len(self.stages[0].stack) <= number < self.block_count
 
     @property
     def has_side_outputs(self) -> bool:
-        """Whether blocks read what those before them return after hidden states; known once inputs
-        are captured.
+        """Whether blocks read outputs of earlier blocks besides hidden states; known after the
+        first capture.
         """
         return any(stage.stack.has_side_outputs for stage in self.stages)
 
     @property
     def states_dtype(self) -> torch.dtype:
-        """What holds the hidden states between blocks without rounding them: Mamba's residual
-        stream is float32 in a bfloat16 model.
+        """The dtype that holds hidden states between blocks without rounding.
+
+        It differs from the model's for Mamba, whose residual stream is float32 in a bfloat16 model.
         """
         config = self.model.config
         return torch.float32 if getattr(config, "residual_in_fp32", False) else config.dtype
 
     @property
     def unexpected(self) -> list[str]:
-        """Tensors of the checkpoint that the model has no place for."""
+        """Tensors of the checkpoint that the model has no parameter for."""
         return self.loader.unexpected
 
     def is_omitted_by_transformers(self, name: str) -> bool:
-        """Whether such a tensor belongs to what runtimes have and transformers leaves out: layers
-        that predict further tokens.
+        """Whether an unexpected tensor is of a layer that runtimes have and transformers omits
+        (multi-token prediction).
         """
         for stage in self.stages:
             block = re.match(rf"{re.escape(stage.stack.name)}\.(\d+)\.", name)
@@ -111,67 +122,77 @@ class BlockwiseModel:
         return any(re.search(pattern, name) for pattern in left_out)
 
     def sources(self, parameter: str) -> ParameterSource | None:
-        """The tensors on disk that make a parameter of the module tree."""
+        """The stored tensors from which a parameter of the module tree is made."""
         return self.loader.sources(parameter)
 
     @property
     def shared(self) -> dict[str, str]:
-        """Parameters of blocks that are stored as another block's, parameter → that one."""
+        """Parameter of a block → the parameter of another block as which it is stored."""
         return self.loader.shared
 
     def require_unshared(self) -> None:
-        """Refuse to measure a Linear that several blocks run: what it reads is learnt one block at
-        a time.
+        """Raise CheckpointError if several blocks share a Linear: its inputs are observed one block
+        at a time.
         """
         for target, source in self.shared.items():
             raise CheckpointError(
                 f"{self.where} runs the weights of {source.removesuffix('.weight')} again in"
                 f" {target.removesuffix('.weight')}, and quantkit measures Linears that one block"
                 " runs; export it in a scheme that needs no calibration (fp8-dynamic,"
-                " int8-dynamic), which eval judges"
+                " int8-dynamic), which eval supports"
             )
 
-    # -- Weights.
+    # ---- Weights.
 
     def load_outer(self, with_head: bool) -> None:
-        """Bring in what is outside of the blocks: embeddings, norms, and the output head if it is
-        asked for; nothing that sees or hears.
+        """Load the weights outside of the blocks: embeddings and norms, but no vision or audio
+        towers.
+
+        with_head: load the output head too.
         """
         self.loader.load_outer(with_head)
 
     def free_outer(self) -> None:
-        """Let go of what `load_outer` brought; buffers stay."""
+        """Free the parameters outside of the blocks; buffers stay."""
         self.loader.free_outer()
 
     def outer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is outside of the blocks, by its name in the module tree."""
+        """The parameters outside of the blocks, with their names in the module tree."""
         return self.loader.outer_parameters()
 
     def read_anew(self, parameter: str, read: Callable[[str], Tensor]) -> nn.Parameter:
-        """A parameter of a block in memory as `read` gives its tensors on disk; the block keeps the
-        one that it has.
+        """A new value for a parameter of a loaded block; the block keeps the value that it has.
+
+        read: name of a stored tensor → the tensor to use instead of the stored one.
         """
         return self.loader.read_anew(parameter, read)
 
     def block(self, number: int, prefetch: bool | None = None) -> AbstractContextManager[nn.Module]:
-        """A block with its weights, for as long as the context lasts. On a GPU the next one loads
-        meanwhile.
+        """A block with its weights, which are freed when the context ends.
+
+        prefetch: load the next block in the background; None does so on a GPU only.
         """
         return self.loader.block(number, prefetch)
 
-    # -- Running.
+    # ---- Running.
 
     def hidden_shape(self, tokens: Tensor) -> tuple[int, ...]:
-        """The shape of the hidden states of a batch of tokens, [windows, positions], as the first
-        block is given them; what is outside of the blocks has to be loaded.
+        """The shape of the hidden states before the first block. The weights outside of the blocks
+        must be loaded.
+
+        tokens: token ids [windows, positions].
         """
         return self.stages[0].hidden_shape(tokens)
 
     def capture(
         self, tokens: Tensor, cache: Any = None, stage: int = 0, encoded: Tensor | None = None
     ) -> Captured:
-        """What a batch brings to a stage's blocks. tokens: [windows, positions]; encoded: the final
-        hidden states of the stage before. What is outside of the blocks has to be loaded.
+        """The inputs of a stage's blocks for one batch. The weights outside of the blocks must be
+        loaded.
+
+        tokens: token ids [windows, positions].
+        cache: given to the forward as `past_key_values`, or None.
+        encoded: final hidden states of the stage before, or None.
         """
         if encoded is not None:
             encoded = encoded.to(self.device)
@@ -179,8 +200,8 @@ class BlockwiseModel:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """The model with blocks that return the hidden states that they are given. After `capture`,
-        which finds out what they return them in.
+        """A context in which all blocks return their hidden states unchanged. Use it after
+        `capture`.
         """
         with ExitStack() as bypasses:
             for stage in self.stages:
@@ -188,7 +209,10 @@ class BlockwiseModel:
             yield
 
     def run_block(self, block: nn.Module, inputs: BlockInputs, hidden: Tensor) -> Tensor:
-        """One batch through one block. hidden: [windows, positions, hidden size]."""
+        """A block's output for one batch.
+
+        hidden: [windows, positions, hidden size] in most models.
+        """
         given = inputs.resolved()
         arguments, keywords = given.arguments, given.keywords
         if inputs.hidden_name:
@@ -203,8 +227,10 @@ class BlockwiseModel:
         return output[0]
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any = None, stage: int = -1) -> Tensor:
-        """What a stage makes of its last block's output (its last norm). hidden: [windows,
-        positions, hidden size].
+        """A stage's final hidden states (after its last norm).
+
+        tokens: token ids [windows, positions].
+        hidden: output of the stage's last block.
         """
         return self.stages[stage].finish(tokens.to(self.device), hidden.to(self.device), cache)
 
@@ -221,16 +247,19 @@ class BlockwiseModel:
         after_block: Callable[[int, Walk], None] | None = None,
         prefetch: bool | None = None,
     ) -> Walk:
-        """Take batches through all blocks, one block after the other.
+        """Run batches through all blocks, one block after the other.
 
-        batches: token ids by batch number, [windows, positions].
-        states: empty; holds hidden states between two blocks, by batch number.
-        on_block: runs a block on the batches, and puts each one's output (`BlockStep.advance`).
-        cache: given to the model's forward, to see keys and values.
-        load_outer: brings in what is outside of the blocks, if in another way than the model does.
-        branches: numbers that `Walk.branch` may add, with the batch that each will come from.
-        restore: puts what an earlier walk saved in place; returns the block to begin with.
-        after_block: called with each block's number when its outputs are what `states` gives.
+        batches: batch number → token ids [windows, positions].
+        states: empty; holds the hidden states between two blocks, by batch number.
+        on_block: runs a block on the batches, and stores each output (`BlockStep.advance`).
+        cache: given to the forward as `past_key_values`, to observe keys and values.
+        load_outer: loads the weights outside of the blocks, in place of
+            `BlockwiseModel.load_outer`.
+        branches: batch number that `Walk.branch` may add → the batch from which it will branch.
+        restore: restores the state that an earlier walk saved; returns the number of the first
+            block.
+        after_block: called with each block's number once `states` returns that block's outputs.
+        prefetch: see `block`.
         """
         if load_outer is None:
             self.load_outer(with_head=False)
@@ -257,16 +286,13 @@ class BlockwiseModel:
         return walk
 
 
-# ---- The walk.
-
-
 class Walk:
     """One pass of batches through the blocks of a model.
 
-    states: hidden states before the present block, by batch number.
-    inputs: the captured block inputs, for each batch by block; None for blocks that are done, and
-    for a decoder's while the encoder runs.
-    encoded: what the encoder made of each batch, as long as decoder blocks are to come.
+    states: hidden states before the current block, by batch number.
+    inputs: batch number → captured block inputs by block; None for finished blocks, and for the
+        decoder's blocks while the encoder runs.
+    encoded: batch number → the encoder's final hidden states, until the last decoder block has run.
     """
 
     def __init__(
@@ -283,12 +309,13 @@ class Walk:
 
     @property
     def batches(self) -> list[int]:
-        """The numbers of those that go through, in the order in which they came."""
+        """The batch numbers, in the order in which they were added."""
         return list(self._tokens)
 
     def branch(self, batch: int, into: int) -> None:
-        """Let another batch go on from where this one is: with its tokens and its captured inputs.
-        Its hidden states are put by the caller.
+        """Add a batch that continues from an existing one, with its tokens and captured inputs.
+
+        The caller puts the hidden states of the new batch.
         """
         self._tokens[into] = self._tokens[batch]
         self.inputs[into] = list(self.inputs[batch])
@@ -296,16 +323,20 @@ class Walk:
             self.encoded[into] = self.encoded[batch]
 
     def begin_decoder(self, encoded: Mapping[int, Tensor]) -> None:
-        """Go on after the encoder's last block, with what it made of each batch in an earlier walk
-        (for `restore`).
+        """Continue after the encoder's last block, for `restore`.
+
+        encoded: batch number → the encoder's final hidden states, saved by an earlier walk.
         """
         self.model.load_outer(with_head=False)
         self._capture(1, encoded)
         self.model.free_outer()
 
     def finish(self, with_head: bool = True) -> Iterator[tuple[int, Tensor]]:
-        """Each batch's final hidden states, which take the place of the last block's output in
-        `states`. Leaves what is outside of the blocks in memory, with the output head if asked for.
+        """Each batch's number and final hidden states, which also replace the last block's outputs
+        in `states`.
+
+        The weights outside of the blocks are in memory afterwards, with the output head if
+        `with_head`.
         """
         self.model.load_outer(with_head=with_head)
         for number, tokens in self._tokens.items():
@@ -346,9 +377,11 @@ class Walk:
 
 @dataclass(frozen=True)
 class BlockStep:
-    """A block in memory, and the batches that come to it.
+    """A loaded block, and the batches to run through it.
 
-    number: the block's, counted through all stages.
+    walk: the walk that this is a step of.
+    number: the block's number, counted through all stages.
+    block: the module.
     """
 
     walk: Walk
@@ -356,9 +389,9 @@ class BlockStep:
     block: nn.Module
 
     def inputs(self, batch: int) -> BlockInputs:
-        """What else the block is called with."""
+        """The block's other arguments for a batch."""
         inputs = self.walk.inputs[batch][self.number]
-        assert inputs is not None, "a block's inputs are there until it is done"
+        assert inputs is not None, "a block's inputs are kept until it has run"
         return inputs
 
     def hidden(self, batch: int) -> Tensor:
@@ -370,9 +403,9 @@ class BlockStep:
         return self.walk.model.run_block(self.block, self.inputs(batch), self.hidden(batch))
 
     def put(self, batch: int, output: Tensor) -> None:
-        """Give a batch to the next block with these hidden states."""
+        """Set a batch's hidden states for the next block."""
         self.walk.states.put(batch, output)
 
     def advance(self, batch: int) -> None:
-        """Run the block on a batch, and give its output to the next block."""
+        """Run the block on a batch, and set its output as the hidden states for the next block."""
         self.put(batch, self.run(batch))

@@ -1,7 +1,8 @@
-"""Which module feeds which inside a block, found by running it and not by a table of architectures.
+"""Tracing which module's output feeds which Linear inside a block, by running it instead of using a
+table of architectures.
 
-A Linear is fed by a norm if it is given the very tensor that the norm returned. Linears that are
-given the same tensor share their input (q, k and v; gate and up).
+A norm feeds a Linear if the Linear is given the very tensor that the norm returned. Linears that
+are given the same tensor share their input (q, k and v; gate and up).
 """
 
 from __future__ import annotations
@@ -17,31 +18,30 @@ from quantkit.models.hooks import capture
 
 @dataclass
 class KnownTensors:
-    """Names of tensors that were seen while a model ran, found again by where a tensor is in
-    memory.
-    """
+    """Names of tensors seen during a forward, looked up by a tensor's address and size."""
 
     _names: dict[tuple[int, int], str] = field(default_factory=dict)
-    # While they live, no other tensor gets their address.
+    # Keeps the tensors alive, so that no other tensor gets their address.
     _alive: list[Tensor] = field(default_factory=list)
 
     def remember(self, name: str, tensor: Any) -> None:
-        """The last name counts. What is no tensor is ignored."""
+        """Store a tensor's name; a later name replaces it. Anything but a tensor is ignored."""
         if isinstance(tensor, Tensor):
             self._names[tensor.data_ptr(), tensor.numel()] = name
             self._alive.append(tensor)
 
     def name_of(self, tensor: Tensor) -> str | None:
+        """The name of a remembered tensor, or None."""
         return self._names.get((tensor.data_ptr(), tensor.numel()))
 
 
 @dataclass(frozen=True)
 class Trace:
-    """How one forward of a block went. All names are paths inside the block.
+    """The dataflow in one forward of a block. All names are paths inside the block.
 
     order: the Linears that ran, in the order of their first calls.
-    shared_inputs: the same Linears; those that were given one tensor stand together.
-    norm_of: Linear → the norm that returned its input, where one did.
+    shared_inputs: the same Linears, grouped by shared input tensor.
+    norm_of: Linear → the norm that returned its input, if a norm did.
     """
 
     order: tuple[str, ...]
@@ -50,7 +50,10 @@ class Trace:
 
 
 def trace(block: nn.Module, run: Callable[[], Any]) -> Trace:
-    """Run a block once and trace its nn.Linear modules. run: calls the block."""
+    """Run a block once and trace its nn.Linear modules.
+
+    run: calls the block.
+    """
     modules = dict(block.named_modules())
     linears = {path: each for path, each in modules.items() if isinstance(each, nn.Linear)}
     norms = {path: each for path, each in modules.items() if is_scaled_by_vector(each)}
@@ -67,7 +70,7 @@ def trace(block: nn.Module, run: Callable[[], Any]) -> Trace:
             groups.setdefault(first or path, []).append(path)
             order[path] = None
         norm = outputs.name_of(tensor)
-        # A norm of each head by itself has a weight for the head's channels only.
+        # A norm of single heads has a weight for one head's channels only.
         if norm is not None and norms[norm].weight.numel() == linears[path].in_features:
             norm_of[path] = norm
 
@@ -77,8 +80,8 @@ def trace(block: nn.Module, run: Callable[[], Any]) -> Trace:
 
 
 def is_scaled_by_vector(module: nn.Module) -> bool:
-    """Whether all parameters of a module are one vector of weights, and maybe a bias: most likely
-    a norm.
+    """Whether a module's only parameters are a weight vector and possibly a bias; such a module is
+    most likely a norm.
     """
     parameters = dict(module.named_parameters())
     return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(

@@ -1,7 +1,7 @@
-"""The processes that torchrun started for one command, and what they tell each other. One process
-alone is rank 0 of 1 and talks to nobody.
+"""Communication between the processes that torchrun started for one command. A single process is
+rank 0 of 1 and communicates with nobody.
 
-Launching, rendezvous and the end of a job whose process died are torchrun's.
+torchrun launches the processes, connects them, and ends the job if one of them dies.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# Ranks wait for each other at the end of each block, which may take long for the slowest; a rank
+# Ranks wait for each other at the end of each block, which may take the slowest one long. A rank
 # that dies is noticed at once.
 TIMEOUT = timedelta(hours=12)
 
 
 def rank_of_environment() -> int:
+    """This process's rank according to torchrun's environment variables, else 0."""
     return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: this process's number; count: how many there are; device: where it computes."""
+    """The processes of a job.
+
+    rank: number of this process.
+    count: number of processes.
+    device: where this process computes.
+    """
 
     rank: int = 0
     count: int = 1
@@ -42,7 +48,7 @@ class Ranks:
         return self.rank == 0
 
     def all_gather(self, content: Any) -> list[Any]:
-        """Every rank's object, by rank."""
+        """Every rank's object, in the order of ranks."""
         if self.count == 1:
             return [content]
         import torch.distributed as dist
@@ -53,35 +59,42 @@ class Ranks:
         return gathered
 
     def on_first(self, work: Callable[[], Result]) -> Result | None:
-        """Do work on rank 0 alone while the others wait: its result there, None elsewhere. An error
-        ends all ranks, and only rank 0 reports it.
+        """Do work on rank 0 alone, while the others wait. Returns the result on rank 0, None
+        elsewhere.
+
+        An error ends all ranks: rank 0 raises it, the others raise FollowerStopped.
         """
         return self._from_first(work, lambda result: None)[0]
 
     def broadcast_from_first(self, make: Callable[[], Result]) -> Result:
-        """Rank 0's result of `make`, on every rank, pickled on its way; errors as in `on_first`."""
+        """The result of `make` on rank 0, pickled and sent to every rank. Errors as in
+        `on_first`.
+        """
         return self._from_first(make, lambda result: result)[1]
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
-        """Each rank's own result of `work`, rank 0's first; errors as in `on_first`."""
+        """Each rank's own result of `work`; the others start after rank 0 has finished. Errors as
+        in `on_first`.
+        """
         made = self.on_first(work)
         return work() if not self.is_first else cast(Result, made)
 
     def _from_first(
-        self, work: Callable[[], Result], told: Callable[[Result], Any]
+        self, work: Callable[[], Result], content_of: Callable[[Result], Any]
     ) -> tuple[Result | None, Any]:
-        """Rank 0's result, on that rank, and what it tells all ranks of it. One exchange carries
-        that and an error's exit code.
+        """Rank 0's result on that rank, and on all ranks what `content_of` takes from it.
+
+        One exchange carries that content and the exit code of an error.
         """
         if self.count == 1:
             result = work()
-            return result, told(result)
+            return result, content_of(result)
         found: Result | None = None
         content, error = None, None
         if self.is_first:
             try:
                 found = work()
-                content = told(found)
+                content = content_of(found)
             except QuantkitError as raised:
                 error = raised
         content, exit_code = self.all_gather((content, error.exit_code if error else None))[0]
@@ -92,7 +105,7 @@ class Ranks:
         return found, content
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Rank 0's tensors, on every rank; what others give is not looked at."""
+        """Rank 0's tensors, on every rank. The argument is ignored on other ranks."""
         if self.count == 1:
             return dict(tensors or {})
         import torch
@@ -116,8 +129,10 @@ class Ranks:
         return found
 
     def reduce(self, tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
-        """Each tensor's sum or maximum over the ranks. Tensors of one dtype, in the same order and
-        shapes on every rank. operation: "sum" or "max".
+        """Each tensor's elementwise sum or maximum over the ranks.
+
+        tensors: of one dtype, in the same order and with the same shapes on every rank.
+        operation: "sum" or "max".
         """
         import torch
         import torch.distributed as dist
@@ -134,6 +149,7 @@ class Ranks:
 
 @contextmanager
 def _peers_alive() -> Iterator[None]:
+    """Turn torch's RuntimeError about a lost connection into a QuantkitError."""
     try:
         yield
     except RuntimeError as error:
@@ -145,8 +161,9 @@ def _peers_alive() -> Iterator[None]:
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks of this job, joined for as long as the context lasts. device: "cpu" or "cuda"; with
-    torchrun each rank takes its own GPU.
+    """The ranks of this job, connected while the context lasts.
+
+    device: "cpu" or "cuda"; under torchrun each rank uses its own GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Ranks(device=device)
@@ -154,8 +171,8 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    # Imported later, by transformers, its functions' default arguments would hold this job's group:
-    # gloo's threads would outlive it and could abort the exit.
+    # Imported before the group exists. If transformers imported it later, its functions' default
+    # arguments would keep the group alive: gloo's threads could then abort the process at exit.
     import torch.distributed.nn.functional  # noqa: F401
 
     on_gpu = device.startswith("cuda")

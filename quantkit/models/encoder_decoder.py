@@ -1,8 +1,8 @@
-"""The two stages of a model of an encoder and a decoder: the encoder's blocks, then the decoder's.
+"""The two stages of an encoder-decoder model: the encoder's blocks, then the decoder's.
 
-Such a model is evaluated by the loss of a target. The encoder reads the first half of a window of
-text. The decoder predicts every token of the second half, from that half so far and from what the
-encoder made of the first.
+Such a model is evaluated by its loss on a target text. The encoder reads the first half of a
+window. The decoder predicts every token of the second half, from the tokens before it and the
+encoder's final hidden states.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ _RETURNS = (ALONE, BlockReturn(1), BlockReturn(2), FIRST_BLOCK_RUNS)
 
 
 def halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What the encoder reads and what the decoder predicts, of token ids [windows, positions]; an
-    odd last one is dropped.
+    """The tokens that the encoder reads, and those that the decoder predicts.
+
+    tokens: token ids [windows, positions].
+
+    Returns two tensors [windows, positions // 2]; the last token of an odd length is dropped.
     """
     half = tokens.shape[1] // 2
     return tokens[:, :half], tokens[:, half : 2 * half]
@@ -77,7 +80,7 @@ class DecoderStage:
         )
 
     def _shifted(self, target: Tensor) -> Tensor:
-        """The target after the token with which such a model begins to write."""
+        """The decoder's input ids: a start token, then the target without its last token."""
         starts = (
             getattr(self._config, name, None)
             for name in ("decoder_start_token_id", "pad_token_id", "bos_token_id")
@@ -87,7 +90,10 @@ class DecoderStage:
 
 
 def _largest_list(model: nn.Module, side: nn.Module) -> str:
-    """The path in the model of the side's list of blocks: the one with the most parameters."""
+    """The path of an encoder's or decoder's list of blocks: the list with the most parameters.
+
+    side: the encoder or the decoder.
+    """
     lists = [module for module in side.modules() if isinstance(module, nn.ModuleList)]
     largest = max(lists, key=_parameter_count, default=None)
     if largest is None:

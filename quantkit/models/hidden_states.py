@@ -1,9 +1,8 @@
-"""Hidden states between two decoder blocks, one tensor for each batch: in memory while they fit,
-else in memory-mapped files.
+"""Hidden states between two blocks, one tensor for each batch: in memory if they fit, else in
+memory-mapped files.
 
-In files they lie twice: a block reads those before it from one file and writes its own into the
-other. So at every moment one file is whole, and what a process leaves when it is killed can be
-continued from.
+There are two files: a block reads its inputs from one and writes its outputs to the other. One file
+is therefore complete at every moment, and a killed run can be resumed from it.
 """
 
 from __future__ import annotations
@@ -27,14 +26,12 @@ from quantkit.checkpoint.units import format_bytes
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.errors import OutputError
 
-# Where a container's limit and use stand (Linux, cgroup v2).
+# Files with a container's memory limit and use (Linux, cgroup v2).
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that this machine, or the container, has to spare; half of a gigabyte where that can't
-    be read.
-    """
+    """Bytes that this machine, or the container, can still use; 500 MB if that can't be read."""
     spare = []
     try:
         spare += [
@@ -51,8 +48,10 @@ def available_memory() -> int:
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what the allocator keeps of memory that was freed: it would grow with
-    each block by what doesn't fit the next one (glibc).
+    """Return freed memory from glibc's allocator to the system.
+
+    Otherwise the process would grow with each block, by the freed memory that doesn't fit the next
+    one.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -60,17 +59,21 @@ def release_freed_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The process's largest resident memory so far."""
+    """The process's largest resident memory so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class HiddenStates:
-    """numbers: of the batches that are kept here. `get` gives what was there before the present
-    block, `put` what it made, `turn` ends the block.
+    """The hidden states of all batches, by batch number.
 
-    memory: bytes that may be held; None is half of what the machine has to spare. directory: where
-    files go; None is the system's temporary place.
+    `get` returns the inputs of the current block, `put` stores its outputs, and `swap` makes the
+    outputs the inputs of the next block.
+
+    memory: bytes that they may take in memory; None is half of the available memory.
+    directory: where files are made; None is the system's temporary directory.
+    device: where tensors in memory are kept.
+    numbers: the batch numbers.
     """
 
     def __init__(
@@ -84,19 +87,18 @@ class HiddenStates:
         self._tensors: dict[int, Tensor] = {}
         self._files: list[_StateFile] | None = None
         self._temporary: Any = None
-        self._held = 0
-
-    @property
-    def is_in_files(self) -> bool:
-        return self._files is not None
 
     @property
     def numbers(self) -> list[int]:
         return sorted(self._files[0].shapes if self._files else self._tensors)
 
     def expect(self, shapes: Mapping[int, Sequence[int]], dtype: torch.dtype) -> None:
-        """What will be put: each batch's shape. Decides between memory and files; room on the disk
-        is reserved here.
+        """Prepare for states of these shapes. Decides between memory and files, and reserves the
+        disk space.
+
+        shapes: batch number → shape.
+
+        Raises OutputError if the disk lacks the space.
         """
         total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
         if total <= self._memory:
@@ -118,16 +120,21 @@ class HiddenStates:
             ) from None
 
     def put(self, number: int, hidden: Tensor) -> None:
+        """Store a batch's output of the current block.
+
+        Raises OutputError if it doesn't have the shape and dtype that a file was made for.
+        """
         if self._files is None:
             self._tensors[number] = hidden.to(self._device)
         else:
             self._files[1].write(number, hidden)
 
     def get(self, number: int) -> Tensor:
+        """A batch's input of the current block."""
         return self._tensors[number] if self._files is None else self._files[0].read(number)
 
     def swap(self) -> None:
-        """What was put is now what `get` gives."""
+        """End a block: its outputs become the inputs of the next one."""
         if self._files is not None:
             self._files.reverse()
 
@@ -135,16 +142,19 @@ class HiddenStates:
         self,
         path: Path,
         numbers: Sequence[int] | None = None,
-        beside: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """A durable copy of what `get` gives, of all batches or of these, and of other tensors
-        beside it; one at a time comes into memory.
+        """Save the inputs of the current block durably, one tensor in memory at a time.
+
+        numbers: batches to save; None saves all.
+        others: other tensors for the same file, by name.
         """
         write_tensors(
-            path, _Named(self, self.numbers if numbers is None else numbers, beside or {})
+            path, _LazyTensors(self, self.numbers if numbers is None else numbers, others or {})
         )
 
     def close(self) -> None:
+        """Free the memory, and remove the files."""
         self._tensors.clear()
         for file in self._files or ():
             file.close()
@@ -154,29 +164,30 @@ class HiddenStates:
             self._temporary = None
 
 
-class _Named(Mapping[str, Tensor]):
-    """Hidden states by the number of their batch, and other tensors by their names, each read when
-    it is asked for.
+class _LazyTensors(Mapping[str, Tensor]):
+    """Hidden states by the number of their batch, and other tensors by their names, each read only
+    on access.
     """
 
     def __init__(
-        self, states: HiddenStates, numbers: Sequence[int], beside: Mapping[str, Tensor]
+        self, states: HiddenStates, numbers: Sequence[int], others: Mapping[str, Tensor]
     ) -> None:
-        self._states, self._numbers, self._beside = states, numbers, beside
+        self._states, self._numbers, self._others = states, numbers, others
 
     def __getitem__(self, name: str) -> Tensor:
-        return (self._beside[name] if name in self._beside else self._states.get(int(name))).cpu()
+        return (self._others[name] if name in self._others else self._states.get(int(name))).cpu()
 
     def __iter__(self) -> Iterator[str]:
-        return itertools.chain(map(str, self._numbers), self._beside)
+        return itertools.chain(map(str, self._numbers), self._others)
 
     def __len__(self) -> int:
-        return len(self._numbers) + len(self._beside)
+        return len(self._numbers) + len(self._others)
 
 
 class _StateFile:
-    """A file mapped into memory with a place for each batch. What was read or written leaves this
-    process again at once; the system keeps it as it likes.
+    """A memory-mapped file with a reserved range for each batch.
+
+    Pages are released from this process right after each access; the system may still cache them.
     """
 
     def __init__(self, path: Path, shapes: Mapping[int, Sequence[int]], dtype: torch.dtype) -> None:
@@ -193,8 +204,8 @@ class _StateFile:
             position += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._file = new_file(path)
         try:
-            # Reserved now: writing through a mapping where the disk is full would end the process
-            # (SIGBUS).
+            # The space is reserved now: writing through a mapping on a full disk would end the
+            # process (SIGBUS).
             os.posix_fallocate(self._file.fileno(), 0, max(position, mmap.PAGESIZE))
             self._map = mmap.mmap(self._file.fileno(), max(position, mmap.PAGESIZE))
         except OSError:
@@ -214,19 +225,19 @@ class _StateFile:
             or torch.promote_types(hidden.dtype, self._dtype) != self._dtype
         ):
             raise OutputError(
-                f"the hidden states of this model are {hidden.dtype} {list(hidden.shape)} where"
-                f" {self._dtype} {list(self.shapes[number])} was reserved in files; raise --memory"
-                " so that they stay in memory"
+                f"the hidden states of this model are {hidden.dtype} {list(hidden.shape)}, but the"
+                f" file was made for {self._dtype} {list(self.shapes[number])}; raise --memory so"
+                " that they stay in memory"
             )
         self._view(number).copy_(hidden)
-        self._let_go(number)
+        self._release_pages(number)
 
     def read(self, number: int) -> Tensor:
         hidden = self._view(number).clone()
-        self._let_go(number)
+        self._release_pages(number)
         return hidden
 
-    def _let_go(self, number: int) -> None:
+    def _release_pages(self, number: int) -> None:
         start, nbytes = self._places[number]
         if nbytes:
             self._map.madvise(mmap.MADV_DONTNEED, start, nbytes)

@@ -1,5 +1,5 @@
-"""Forward hooks on modules of a block for as long as a context lasts: see or change what they are
-given and return, and end a forward early.
+"""Forward hooks on modules of a block, installed while a context lasts: observe or replace inputs
+and outputs, and end a forward early.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# (a module's name, its input)
+# (module's name, its input) → None
 Before = Callable[[str, Tensor], None]
-# (a module's name, its output) → what takes the output's place, or None to leave it
+# (module's name, its output) → a replacement of the output, or None to keep it
 After = Callable[[str, Any], Any]
 
 
 class EnoughSeen(Exception):
-    """A hook raises it to end a forward whose rest nobody needs; the caller suppresses it."""
+    """Raised by a hook to end a forward whose rest isn't needed. The caller suppresses it."""
 
 
 @contextmanager
 def capture(
     modules: Mapping[str, nn.Module], before: Before | None = None, after: After | None = None
 ) -> Iterator[None]:
-    """Call before(name, input) and after(name, output) whenever one of these modules runs, in any
-    thread. input: the module's first argument.
+    """Call `before(name, input)` and `after(name, output)` whenever one of the modules runs, in any
+    thread.
+
+    modules: name → module. The input is the module's first argument.
+    before, after: see Before and After; None installs no such hook.
     """
     with ExitStack() as hooks:
         for name, module in modules.items():
@@ -55,9 +58,11 @@ def _post_hook(name: str, after: After) -> Callable[[nn.Module, Any, Any], Any]:
 def capture_inputs(
     modules: Mapping[str, nn.Module],
 ) -> Iterator[Callable[[Callable[[], Any]], dict[str, Tensor]]]:
-    """A function that runs its argument until every module was called, and returns each module's
-    input as rows [rows, features]. A module that the forward doesn't call is absent. Several
-    threads may call it at once.
+    """Hook modules, and yield a function that captures their inputs.
+
+    The function calls its argument, which runs a forward, until every module was called. It returns
+    module name → input, as rows [rows, features]. Modules that weren't called are missing. Several
+    threads may call the function at once.
     """
     here = threading.local()
 

@@ -1,9 +1,10 @@
 """Each Linear's weight as a strided view [out_features, in_features], however the checkpoint stores
 it.
 
-Two checkpoint conventions differ from nn.Linear's: GPT-2's Conv1D stores weights transposed, as
-[in_features, out_features], and MoE models may stack all experts of a layer in one tensor of three
-dimensions. Both are described as views, by where their rows and columns begin; no data is copied.
+Two checkpoint conventions differ from nn.Linear's. GPT-2's Conv1D stores weights transposed, as
+[in_features, out_features]. MoE models may stack all experts of a layer in one 3-D tensor. Both are
+described as views by their start and strides; no data is copied.
+
 Runtimes read quantized experts one by one, under the names `….experts.N.gate_proj`, `up_proj` and
 `down_proj`.
 """
@@ -16,29 +17,32 @@ from dataclasses import dataclass, replace
 from quantkit.checkpoint.header import TensorInfo
 from quantkit.checkpoint.reader import Checkpoint
 
+# Names of an expert's Linears in a stack.
 GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+# Reasons for which a weight is unsupported.
 BIASED = (
-    "experts stacked with biases, as in GPT-OSS, whose FP8 and INT8 forms no runtime reads; it is"
-    " served in bfloat16 or MXFP4"
+    "stacked experts with biases, as in GPT-OSS, which no runtime reads in FP8 or INT8, only in"
+    " bfloat16 or MXFP4"
 )
 ALTERNATING = (
-    "experts in whose matrices rows of gate and up alternate, as in Inkling, whose FP8 and INT8"
-    " forms quantkit doesn't write"
+    "experts with interleaved rows of gate and up, as in Inkling, which quantkit doesn't write in"
+    " FP8 or INT8"
 )
 FLAT = (
-    "all experts of a layer in one flat matrix, as in DBRX, which runtimes read in bfloat16 alone,"
+    "all experts of a layer in one flat matrix, as in DBRX, which runtimes read in bfloat16 only,"
     " or with one scale for each expert"
 )
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor [experts, …] that holds one kind of weight of all experts, or two (gate above up).
+    """A tensor [experts, …] that holds one weight of every expert, or two (gate above up).
 
     tensor: its name.
-    module: what the experts' names begin with on disk.
+    module: the path that the experts' names begin with.
+    shape: of the tensor.
     leaves: GATE_UP or DOWN.
-    is_transposed: each weight is stored as [in_features, out_features].
+    is_transposed: whether each weight is stored as [in_features, out_features].
     """
 
     tensor: str
@@ -48,19 +52,24 @@ class Stack:
     is_transposed: bool
 
     def linear(self, expert: int, leaf: str) -> str:
+        """The name of one Linear of an expert."""
         return f"{self.module}.{expert}.{leaf}"
 
     def linears(self, expert: int) -> list[str]:
+        """The names of an expert's Linears in this stack."""
         return [self.linear(expert, leaf) for leaf in self.leaves]
 
     @property
     def linear_shape(self) -> tuple[int, int]:
-        """[out_features, in_features] of each of its Linears."""
+        """[out_features, in_features] of each Linear in the stack."""
         rows, columns = self.shape[1:] if not self.is_transposed else self.shape[:0:-1]
         return rows // len(self.leaves), columns
 
     def parts(self, info: TensorInfo) -> dict[str, TensorInfo]:
-        """Each Linear's weight as a view of the tensor."""
+        """Each Linear's weight as a view of the tensor, by the weight's name.
+
+        info: the stored tensor.
+        """
         rows, columns = self.linear_shape
         size = info.nbytes // max(1, self.shape[0] * self.shape[1] * self.shape[2])
         strides = (1, self.shape[2]) if self.is_transposed else (columns, 1)
@@ -78,12 +87,13 @@ class Stack:
 
 
 def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
-    """Stacks of experts by tensor name. shapes: tensor name → shape.
+    """Stacks of experts, by tensor name.
 
-    Two tensors of three dimensions in one module are a layer's experts where the output of one is
-    the input of the other: [experts, 2·I, H] and [experts, H, I], or both transposed. Names don't
-    matter, but stacks in which gate and up alternate are skipped: those with biases (`has_biases`),
-    and `alternates`.
+    shapes: tensor name → shape.
+
+    Two 3-D tensors of one module are a layer's experts if the output of one is the input of the
+    other: [experts, 2·I, H] and [experts, H, I], or both transposed. Their names don't matter.
+    Stacks with biases (`has_biases`) or interleaved rows (`alternates`) are skipped.
     """
     pairs: dict[str, list[str]] = {}
     for name, shape in shapes.items():
@@ -103,6 +113,7 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stack]:
 
 
 def has_biases(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a stack of experts has biases."""
     return (
         f"{name}_bias" in shapes
         or name.endswith(".weight")
@@ -111,8 +122,9 @@ def has_biases(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def alternates(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether rows of gate and up alternate in a matrix or stack, or in the one next to it:
-    Inkling's, which alone are called w13 on disk.
+    """Whether rows of gate and up are interleaved in a matrix or stack, or in its w13 counterpart.
+
+    Only Inkling's do, recognized by their names.
     """
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
     return (
@@ -123,18 +135,20 @@ def alternates(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def experts_module(name: str) -> str:
-    """What the names of a stack's experts begin with: `….experts` of `….experts.down_proj` and of
-    `….block_sparse_moe.output_linear.weight`.
+    """The path that the names of a stack's experts begin with.
+
+    For `a.experts.down_proj` it is `a.experts`, for `a.moe.output_linear.weight` it is
+    `a.moe.experts`.
     """
     parent = name.removesuffix(".weight").rpartition(".")[0]
     return parent if parent.rpartition(".")[2] == "experts" else f"{parent}.experts"
 
 
 def transposed_weights(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    """Weights stored as [in_features, out_features].
+    """The names of the weights that are stored as [in_features, out_features].
 
-    Their bias has as many elements as they have columns. A square one can't be told from a Linear,
-    but where others are transposed it is too.
+    Their bias has as many elements as they have columns. A square weight is ambiguous; it counts as
+    transposed if any other weight is.
     """
     with_bias = {
         name: shapes[f"{name.removesuffix('.weight')}.bias"]
@@ -153,7 +167,7 @@ def transposed_weights(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
 
 
 def conv1d_as_linear(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with Conv1D weights as Linears have them."""
+    """The checkpoint with Conv1D weights as views [out_features, in_features]."""
     names = transposed_weights({name: info.shape for name, info in checkpoint.tensors.items()})
     if not names:
         return checkpoint
@@ -170,8 +184,10 @@ def _transposed(info: TensorInfo) -> TensorInfo:
 
 
 def as_linear_views(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with each Linear as a view [out_features, in_features], experts one by one.
-    Its fingerprint is that of the checkpoint as it was opened.
+    """The checkpoint with each Linear as a view [out_features, in_features], and experts one by
+    one.
+
+    Its fingerprint is that of the original checkpoint.
     """
     views = conv1d_as_linear(checkpoint)
     stacks = find_stacks({name: info.shape for name, info in views.tensors.items()})
@@ -186,11 +202,13 @@ def as_linear_views(checkpoint: Checkpoint) -> Checkpoint:
 def as_stored_where_skipped(
     stored: Checkpoint, views: Checkpoint, quantized: Container[str]
 ) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint with views only of weights that are quantized; what is skipped stays as it is
-    stored. quantized: names of the weights.
+    """The checkpoint with views of the quantized weights only; skipped tensors are as stored.
 
-    Also returns, for each stack that stays whole, one of its parts. Runtimes read a layer's experts
-    in one way or the other, so they stay together.
+    quantized: names of the quantized weights.
+
+    Also returns, for each stack that stays one tensor: stack → name of one of its parts. If any
+    Linear of a layer's experts is quantized, all its stacks are split, because runtimes read them
+    either split or stacked.
     """
     stacks = find_stacks({name: info.shape for name, info in stored.tensors.items()})
     parts = {name: stack.parts(stored.tensors[name]) for name, stack in stacks.items()}

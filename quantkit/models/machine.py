@@ -1,4 +1,4 @@
-"""What a result depends on besides its inputs: the device that computes, and the software."""
+"""What a result depends on in addition to its inputs: the device and the software versions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from quantkit import __version__
 
 
 def device_name(device: str) -> str:
-    """The CPU's instruction set as torch uses it ("AVX2"), or the GPU's name. device: "cpu",
-    "cuda" or "cuda:N".
+    """The CPU's instruction set as torch uses it ("AVX2"), or the GPU's name.
+
+    device: "cpu", "cuda" or "cuda:N".
     """
     import torch
 
@@ -17,12 +18,12 @@ def device_name(device: str) -> str:
 
 
 def device_identity(device: str) -> str:
-    """The device's kind and name, such as "cpu AVX2", for the fingerprint of a run."""
+    """The device's type and name for a run's fingerprint, such as "cpu AVX2"."""
     return f"{device.split(':')[0]} {device_name(device)}"
 
 
 def software_versions() -> dict[str, str]:
-    """The entries of a run's fingerprint for the software that decides its bytes."""
+    """The versions of all software that decides a run's bytes, for its fingerprint."""
     import torch
     import transformers
 

@@ -1,4 +1,6 @@
-"""A cache that keeps nothing: it returns keys and values to the attention that made them."""
+"""A key-value cache that stores nothing: it returns new keys and values to the attention that made
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ from transformers import DynamicCache
 
 
 class _NoLayers(list):
-    """The layers of a cache that has none: whoever looks for one of his own (DeepSeek V4's
-    compressors) finds None, and works as without a cache.
+    """The layers of an empty cache.
+
+    A module that looks up its own layer (DeepSeek V4's compressors) finds None, and works as
+    without a cache.
     """
 
     def __getitem__(self, _: Any) -> Any:
@@ -18,8 +22,9 @@ class _NoLayers(list):
 
 
 class NullCache(DynamicCache):
-    """A cache without a past that keeps nothing: layers with a recurrent state begin afresh in each
-    window, and threads can share it.
+    """A DynamicCache that stores nothing and is always empty.
+
+    Layers with a recurrent state start from zero in each window, and threads can share the cache.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,8 @@
-"""Going on from the middle of a model: hidden states between two decoder blocks, saved where an
-output is made. Each rank saves those of its batches, any number of ranks can read them.
+"""Saving hidden states between two blocks, so that an interrupted run can resume in the middle of a
+model.
+
+They are saved in the output's partial directory. Each rank saves those of its batches; any number
+of ranks can read them.
 """
 
 from __future__ import annotations
@@ -21,18 +24,23 @@ from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates
 
-# The entry of progress.json for the hidden states that a run goes on from.
+# The entry of progress.json for saved hidden states.
 HIDDEN_STATES = "hidden states"
-# Hidden states that are in memory are saved when this much work would have to be done again.
+# Hidden states are saved after this many seconds of work, which a killed run would lose.
 SECONDS_BETWEEN_SAVES = 120.0
 
 
 @dataclass
 class SavedStates:
-    """What one walk through the blocks saves and goes on from. work: the directory, on the first
-    rank; partial: its path, on all. walk: its name, where there are several.
+    """The hidden states that one walk through the blocks saves and resumes from.
 
-    last_too: save after the last block as well, because more than writing a result comes after it.
+    ranks: processes of the job.
+    stop: tells whether a signal has come.
+    work: the output's directory on rank 0; None on other ranks.
+    partial: path of the directory, on all ranks.
+    walk: name of this walk, if a run has several.
+    last_too: also save after the last block, because slow work follows it.
+    saved_at: time of the last save, in seconds of time.monotonic().
     """
 
     ranks: Ranks
@@ -50,11 +58,12 @@ class SavedStates:
         names_after: Callable[[int], Sequence[str]] = lambda block: (),
         put_others: Callable[[Mapping[str, Tensor]], None] = lambda found: None,
     ) -> int:
-        """Put in place what an earlier run saved; returns the block to begin with, 0 where there is
-        nothing.
+        """Restore the states that an earlier run saved. Returns the block to begin with, 0 if there
+        are none.
 
-        numbers_after: which batches are needed after a block; names_after: which other tensors,
-        for put_others, which is called first.
+        numbers_after: number of the last finished block → batches that are needed.
+        names_after: number of the last finished block → other tensors that are needed.
+        put_others: takes those other tensors; it is called before any hidden states are put.
         """
         saved = self.ranks.broadcast_from_first(self._saved)
         if saved is None:
@@ -82,6 +91,9 @@ class SavedStates:
         return self.work
 
     def _saved(self) -> dict[str, Any] | None:
+        """The entry of progress.json for this walk, or None if there is none or its files have
+        changed.
+        """
         saved = self._opened.done.get(HIDDEN_STATES)
         if saved is None or saved.get("walk", "") != self.walk:
             return None
@@ -99,8 +111,13 @@ class SavedStates:
         numbers: Sequence[int] | None = None,
         others: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
-        """After a block: save what is late, and end (exit 75) where a signal has come to any rank.
-        numbers: of the batches to save, unless all. others: gives other tensors.
+        """After a block: save if the last save is old, and stop if a signal has come to any rank.
+
+        number, blocks: the finished block, and how many there are.
+        numbers: batches to save; None saves all.
+        others: returns other tensors to save.
+
+        Raises Interrupted (exit code 75) for a signal.
         """
         stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
         late = self.ranks.broadcast_from_first(
@@ -121,7 +138,9 @@ class SavedStates:
         numbers: Sequence[int] | None,
         others: Callable[[], Mapping[str, Tensor]],
     ) -> None:
-        """Each rank writes those of its batches, where all see the same directory."""
+        """Save each rank's batches, if all ranks see the same directory, and remove the earlier
+        files.
+        """
         saved = None
         if self.partial.is_dir():
             walk = f"-{self.walk}" if self.walk else ""

@@ -1,5 +1,5 @@
-"""What transformers is asked for: a model without its weights, its weights from a checkpoint, its
-configuration, and the device it runs on.
+"""Everything that is obtained from transformers: a model without weights, its configuration, its
+weights from a checkpoint, and its device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quantkit.models.tensor_roles import is_of_other_tower
 
 
 def linears_for_conv1d(model: nn.Module) -> None:
-    """Put a Linear in place of each Conv1D, which computes the same from the transposed weight
+    """Replace each Conv1D by a Linear, which computes the same from the transposed weight
     (`linear_views.conv1d_as_linear`).
     """
     from torch import nn
@@ -36,8 +36,9 @@ def linears_for_conv1d(model: nn.Module) -> None:
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' class that builds the model of a configuration with its output head: a text
-    model, or one that sees or hears beside reading text.
+    """transformers' auto class that builds a model with its output head from a configuration.
+
+    It is a text model, or a multimodal one if the configuration belongs to no text model.
     """
     from transformers import (
         AutoModelForCausalLM,
@@ -61,8 +62,8 @@ def auto_class(config: Any) -> Any:
 
 
 def body_name(model: Any) -> str | None:
-    """The child of a model that makes hidden states from tokens; None of a model that is its own
-    body, without an output head.
+    """The child module that computes hidden states from tokens; None if the model is its own body,
+    without an output head.
     """
     name = model.base_model_prefix
     if getattr(model, name, None) is not None:
@@ -82,7 +83,7 @@ def body_name(model: Any) -> str | None:
 
 
 def require_no_missing(path: Any, missing: Iterable[str]) -> None:
-    """Refuse a checkpoint that lacks weights: transformers would fill them with random numbers."""
+    """Raise CheckpointError if weights are missing: transformers would initialize them randomly."""
     missing = sorted(missing)
     if missing:
         raise CheckpointError(
@@ -93,14 +94,17 @@ def require_no_missing(path: Any, missing: Iterable[str]) -> None:
 
 
 def auto_config(path: Any, trust_remote_code: bool) -> Any:
-    """transformers' configuration of a checkpoint."""
+    """transformers' configuration of a checkpoint.
+
+    Raises CheckpointError if transformers doesn't support the model.
+    """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # transformers validates with many libraries' exceptions
+    except Exception as error:  # transformers' validation raises exceptions of many kinds
         hint = (
             " (pass --trust-remote-code to run the code in the checkpoint)"
             if "trust_remote_code" in str(error)
@@ -113,7 +117,10 @@ def auto_config(path: Any, trust_remote_code: bool) -> Any:
 
 
 def pick_device(requested: str) -> str:
-    """`auto` is a CUDA device where torch finds one, else the CPU."""
+    """The device to compute on: `auto` is a CUDA device if torch finds one, else the CPU.
+
+    Raises QuantkitError for an unknown or unavailable device.
+    """
     import torch
 
     if requested == "auto":
@@ -130,21 +137,22 @@ def pick_device(requested: str) -> str:
 
 
 class Weights(Protocol):
-    """Where a model's tensors come from, under the names of an unquantized checkpoint."""
+    """The source of a model's tensors, by the names that an unquantized checkpoint has."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str) -> Tensor: ...
 
     def finish(self, model: nn.Module, prefix: str) -> None:
-        """Called when the parameters under `prefix` are in place: put other modules there, if
-        any.
+        """Called after the parameters under `prefix` were loaded, to replace modules there if
+        needed.
         """
 
 
 class StoredWeights:
-    """The tensors of an unquantized checkpoint, as they are, or of one in FP8 blocks, dequantized.
-    require_finite: NaN or infinity in one is an error that names it.
+    """The tensors of an unquantized checkpoint as stored, or of one in FP8 blocks, dequantized.
+
+    require_finite: raise CheckpointError for a tensor that holds NaN or infinity.
     """
 
     def __init__(self, checkpoint: Checkpoint, require_finite: bool = False) -> None:
@@ -167,8 +175,8 @@ class StoredWeights:
             tensor = torch.ops.quantkit.dequantize_blocks(
                 tensor, scale, self._block.rows, self._block.columns
             )
-        # The extremes are NaN where any value is; finding them takes no memory, and less time than
-        # the reading.
+        # Minimum and maximum are NaN if any value is. Computing them takes no memory, and less time
+        # than reading the tensor.
         if (
             self._require_finite
             and tensor.is_floating_point()
@@ -177,7 +185,7 @@ class StoredWeights:
         ):
             raise CheckpointError(
                 f"the weight {name} of {self._checkpoint.path} holds NaN or infinity; a model with"
-                " it is ruined, so fetch it again or mend it"
+                " it is unusable, so fetch it again or repair it"
             )
         return tensor
 
@@ -188,19 +196,21 @@ class StoredWeights:
 def build_skeleton(
     checkpoint: Checkpoint, trust_remote_code: bool = False, untied: bool = False, **settings: Any
 ) -> nn.Module:
-    """The model in its stored dtype with parameters that have shapes but no memory; buffers that no
-    checkpoint holds are filled.
+    """The model on the meta device in its stored dtype; buffers that no checkpoint holds have their
+    values.
 
-    untied: its output head is a tensor of its own, whatever the configuration says. settings: of
-    transformers' configuration, such as `experts_implementation`.
+    untied: give the output head a tensor of its own, whatever the configuration says.
+    settings: settings of transformers' configuration, such as `experts_implementation`.
+
+    Raises CheckpointError if transformers can't build the model.
     """
     task_of(checkpoint.config, checkpoint.path)
     config = auto_config(checkpoint.path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if getattr(config, "rescale_every", 0):
-        # RWKV halves hidden states every few blocks, and weights to match, lest float16 overflow:
-        # the same result
+        # RWKV halves hidden states every few blocks, with halved weights to match, so that float16
+        # doesn't overflow. Without it, the result is the same.
         config.rescale_every = 0
     if untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
@@ -220,7 +230,7 @@ def build_skeleton(
         for name, buffer in list(model.named_non_persistent_buffers()):
             put_tensor(model, name, torch.empty_like(buffer, device="cpu"))
         model.initialize_weights()
-    except Exception as error:  # transformers raises every kind
+    except Exception as error:  # transformers raises exceptions of every kind
         raise CheckpointError(
             f"transformers can't build {checkpoint.path}: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -229,14 +239,17 @@ def build_skeleton(
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a parameter or a buffer in the place of the one of this name in the module tree."""
+    """Set a parameter or a buffer of the module tree.
+
+    name: its path.
+    """
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, tensor)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the first floating-point tensor, as transformers chooses where the configuration
-    doesn't say.
+    """The dtype of the first floating-point tensor, which transformers uses too if the
+    configuration has none.
     """
     names = ("BF16", "F16", "F32", "F64")
     return next(
@@ -250,8 +263,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """The name and list of a model's decoder blocks: as many as its configuration says layers, and
-    the largest such list that neither sees nor hears.
+    """The path and the list of a model's decoder blocks.
+
+    It is the largest list with as many modules as the configuration has layers, outside of vision
+    and audio towers.
+
+    Raises CheckpointError if there is none.
     """
     config = model.config.get_text_config()
     lists = [
@@ -259,7 +276,7 @@ def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     ]
-    # LongCat counts attentions as hidden layers, two in each block.
+    # LongCat's num_hidden_layers counts attention layers, of which each block has two.
     counts = [
         getattr(config, name)
         for name in ("num_hidden_layers", "num_layers")

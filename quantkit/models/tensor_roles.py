@@ -1,8 +1,8 @@
-"""What each tensor of a checkpoint is, from names and shapes alone.
+"""The role of each tensor of a checkpoint, decided from names and shapes alone.
 
-`export` never builds the model, so it must know a Linear by its name and shape: a two-dimensional
-`….weight` inside a numbered decoder block that is no norm, embedding or router. What can't be told
-apart that way is refused, never guessed. Tensors are those of `linear_views.as_linear_views`.
+`export` never builds the model. A Linear is therefore a 2-D `….weight` inside a numbered decoder
+block that isn't a norm, embedding or router. An ambiguous tensor is refused, not guessed. Tensors
+are those of `linear_views.as_linear_views`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from quantkit.models.linear_views import (
 )
 from quantkit.schemes.pattern import BLOCK
 
-# Stacks of experts have larger last dimensions than any convolution's kernel.
+# The least size of a matrix in a stack of experts, larger than any convolution's kernel.
 _LEAST_MATRIX = 16
 _NORM = re.compile(
     r"(^|_)(norm|layernorm|rmsnorm|ln)\d*($|_)|(^|_)ln_\w+$|norm$|layernorm$", re.IGNORECASE
 )
 _SHARD = re.compile(r"shard_\d+")
-# Not what projects embeddings (Electra's, RemBERT's, Gemma 3n's altup_unembed_projections), which
-# is a Linear.
+# Projections of embeddings are Linears (Electra's, RemBERT's, Gemma 3n's
+# altup_unembed_projections).
 _EMBEDDING = re.compile(
     r"embed(?!.*(proj|mapping))|^wte$|^wpe$|^relative_attention_bias$", re.IGNORECASE
 )
-# By name, because nothing else tells them where no model is built. dt_proj: the step size of a
-# Mamba mixer, whose kernel reads the weight; no forward pass calls it, but only `calibrate` has one
-# to see that (tests compare the two). eh_proj: what joins a further token's embedding to the hidden
-# states; transformers leaves such layers out, so that no pass runs it. weights_proj: the weights of
-# an indexer's heads (DeepSeek V3.2, GLM-5), called as any Linear, but merged with an unquantized
-# one by runtimes, and in full precision in published FP8 checkpoints too.
+# Linears that stay unquantized. Without a model, only their names identify them.
+# dt_proj: the step size of a Mamba mixer. Its kernel reads the weight, so no forward calls the
+#     Linear; `calibrate` sees that, and tests compare the two.
+# eh_proj: joins a token's embedding to the hidden states in a layer for multi-token prediction.
+#     transformers omits such layers, so no forward runs it.
+# weights_proj: the head weights of an indexer (DeepSeek V3.2, GLM-5). Runtimes merge it with an
+#     unquantized Linear, and published FP8 checkpoints keep it in full precision.
 _USED_DIRECTLY = ("dt_proj", "eh_proj", "weights_proj")
 _OTHER_TOWER = re.compile(
     r"vision|visual|image|audio|multi_modal_projector|mm_projector|connector", re.IGNORECASE
@@ -48,14 +49,18 @@ _OTHER_TOWER = re.compile(
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """One weight of the checkpoint and what it is.
+    """One tensor of the checkpoint and its role.
 
-    kind: "linear", or why it is left: "lm_head", "embedding", "norm", "router", "other tower",
-    "outside the blocks", "used directly", "not a matrix"; "unreached" is a weight that should be
-    quantized but that quantkit can't handle.
+    name: its module; the tensor's name without ".weight".
+    tensor: its name.
+    shape: elements in each dimension, of the view.
+    kind: "linear", or why it is skipped: "lm_head", "embedding", "norm", "router", "other tower",
+        "outside the blocks", "used directly", "not a matrix"; "unreached" is a weight that should
+        be quantized but isn't supported.
+    reason: the kind in words, for reports; "" for a Linear.
     """
 
-    name: str  # the module's, without ".weight"
+    name: str
     tensor: str
     shape: tuple[int, ...]
     kind: str
@@ -64,12 +69,12 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """The tensors of a checkpoint, each Linear as one view, and the role of each. Made by
-    `linears_of` alone.
+    """The tensors of a checkpoint, each Linear as one view, and the role of each. Only `linears_of`
+    makes it.
 
     stored: the checkpoint as it was opened.
     checkpoint: the same with each Linear as a view [out_features, in_features]
-    (`linear_views.as_linear_views`).
+        (`linear_views.as_linear_views`).
     roles: tensor of `checkpoint` → its role.
     """
 
@@ -78,9 +83,7 @@ class ModelTensors:
     roles: Mapping[str, ModuleInfo]
 
     def modules(self, *kinds: str) -> dict[str, ModuleInfo]:
-        """Module → role, for each weight of one of these kinds; of all kinds where none is
-        named.
-        """
+        """Module → role, for each weight of one of these kinds; without arguments, of all kinds."""
         return {
             role.name: role
             for role in self.roles.values()
@@ -96,7 +99,7 @@ class ModelTensors:
 
 
 def linears_of(checkpoint: Checkpoint) -> ModelTensors:
-    """The Linears of a checkpoint and what else is in it, from names and shapes alone."""
+    """The tensors of a checkpoint with their roles, from names and shapes alone."""
     views = as_linear_views(checkpoint)
     shapes = {name: info.shape for name, info in views.tensors.items()}
     roles = {
@@ -110,10 +113,11 @@ def linears_of(checkpoint: Checkpoint) -> ModelTensors:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What the rules below look at.
+    """A tensor as the rules below see it.
 
-    name, module, parameter: "a.b.weight", "a.b", "weight".
-    parts, leaf: of the module's name: ["a", "b"], "b".
+    name: such as "a.b.weight"; then module is "a.b", parameter "weight", parts ["a", "b"], leaf
+        "b".
+    shape: elements in each dimension.
     shapes: tensor name → shape, for the whole checkpoint.
     """
 
@@ -143,7 +147,7 @@ class _Tensor:
 
     @property
     def is_in_block(self) -> bool:
-        """Whether it belongs to a module inside of a numbered decoder block."""
+        """Whether it belongs to a module inside a numbered decoder block."""
         block = BLOCK.match(self.name)
         return block is not None and "." in self.name[block.end() :]
 
@@ -155,8 +159,11 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Tensors for which `applies` are of this kind. reason: a sentence, or a function that makes
-    it.
+    """A rule that gives tensors their kind.
+
+    applies: whether the rule applies to a tensor.
+    kind: see ModuleInfo.
+    reason: see ModuleInfo; or a function that makes it.
     """
 
     applies: Callable[[_Tensor], bool]
@@ -164,17 +171,17 @@ class _Rule:
     reason: str | Callable[[_Tensor], str]
 
 
-# The first rule that applies decides; the last one always does. The order matters where rules
-# overlap: an embedding or lm_head is outside the blocks, an indexer's k_norm is a vector as well as
-# a norm, a router may be a matrix like any Linear.
+# The first rule that applies decides; the last one always applies. The order matters, because
+# rules overlap: an embedding or lm_head is also outside the blocks, an indexer's k_norm is also a vector,
+# a router may be a matrix like any Linear.
 _RULES = (
-    _Rule(lambda tensor: tensor.leaf == "lm_head", "lm_head", "lm_head is left by rule"),
-    # A layer that transformers leaves out as well. Its shape is lm_head's, but so is k_proj's where
-    # a vocabulary is as small as a byte's.
+    _Rule(lambda tensor: tensor.leaf == "lm_head", "lm_head", "lm_head is skipped by rule"),
+    # transformers omits this layer. Its shape doesn't identify it: with a vocabulary of bytes, k_proj
+    # may have the shape of lm_head too.
     _Rule(
         lambda tensor: tensor.parts[-2:] == ["shared_head", "head"],
         "lm_head",
-        "the head of a layer that predicts further tokens is left like lm_head",
+        "the head of a layer for multi-token prediction is skipped like lm_head",
     ),
     _Rule(
         lambda tensor: is_of_other_tower(tensor.module),
@@ -184,17 +191,17 @@ _RULES = (
     _Rule(
         lambda tensor: tensor.is_embedding and not tensor.is_in_block,
         "embedding",
-        "embeddings are left by rule",
+        "embeddings are skipped by rule",
     ),
     _Rule(
         lambda tensor: not tensor.is_in_block, "outside the blocks", "outside the decoder blocks"
     ),
-    _Rule(lambda tensor: bool(_NORM.search(tensor.leaf)), "norm", "norms are left by rule"),
-    _Rule(lambda tensor: tensor.is_embedding, "embedding", "embeddings are left by rule"),
+    _Rule(lambda tensor: bool(_NORM.search(tensor.leaf)), "norm", "norms are skipped by rule"),
+    _Rule(lambda tensor: tensor.is_embedding, "embedding", "embeddings are skipped by rule"),
     _Rule(
         lambda tensor: _is_router(tensor.leaf, tensor.parts, tensor.shapes),
         "router",
-        "routers are left by rule",
+        "routers are skipped by rule",
     ),
     _Rule(
         lambda tensor: tensor.parameter in ("bias", "weight") and len(tensor.shape) < 2,
@@ -272,7 +279,7 @@ _RULES = (
 def _kind(
     name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, str]:
-    """The kind of a tensor, and the reason."""
+    """The kind and the reason of a tensor, see ModuleInfo."""
     tensor = _Tensor(name, shape, shapes)
     rule = next(rule for rule in _RULES if rule.applies(tensor))
     return rule.kind, rule.reason if isinstance(rule.reason, str) else rule.reason(tensor)
@@ -281,8 +288,10 @@ def _kind(
 def _is_block_diagonal(
     module: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether square blocks [blocks, size, size] act on as many features as a vector of the module
-    has, each block on its own (RG-LRU's gates).
+    """Whether a tensor holds the square blocks [blocks, size, size] of a block-diagonal matrix
+    (RG-LRU's gates).
+
+    The module then has a vector of blocks × size features, and each block acts on its own part.
     """
     if len(shape) != 3 or shape[1] != shape[2] or "experts" in module.split("."):
         return False
@@ -293,29 +302,31 @@ def _is_block_diagonal(
 
 
 def is_of_other_tower(module: str) -> bool:
-    """Whether a module, by its name, sees or hears, and is no part of the language model."""
+    """Whether a module's name is that of a vision or audio tower, which isn't part of the language
+    model.
+    """
     return any(_OTHER_TOWER.search(part) for part in module.split("."))
 
 
 def _is_router(leaf: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a module routes tokens to experts."""
     if leaf == "shared_expert_gate" or any("router" in part for part in parts):
         return True
     if "gate" not in parts:
         return False
-    # `gate` next to `experts` routes, and so does what is in it (HunYuan's `gate.wg`); `gate`
-    # elsewhere may be an ordinary Linear.
+    # `gate` next to `experts` is a router, and so is a module inside it (HunYuan's `gate.wg`).
+    # Elsewhere, `gate` may be an ordinary Linear.
     parent = ".".join(parts[: parts.index("gate")])
     return any(
         name.startswith((f"{parent}.experts.", f"{parent}.shared_expert")) for name in shapes
     )
 
 
-# Attention whose queries read other hidden states than its keys and values (BART's, Whisper's,
-# Mllama's), where runtimes merge only the latter two.
+# Cross-attention (BART's, Whisper's, Mllama's). Its queries have another input than its keys and
+# values, so runtimes merge only the latter two.
 _CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att", re.IGNORECASE)
-# Linears that runtimes merge into one. Their members must share one scheme, and one scale where a
-# scale is per tensor. Names of projections, not of architectures: a set exists where all its
-# members are in one module.
+# Linears that runtimes merge into one, by the names of their projections. They must share one
+# scheme, and a per-tensor scale. A module has fused layers if it contains all of a tuple's members.
 _QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 FUSED_LAYERS: tuple[tuple[str, ...], ...] = (
     *_QUERY_KEY_VALUE,
@@ -328,7 +339,7 @@ FUSED_LAYERS: tuple[tuple[str, ...], ...] = (
 
 
 def fused_layers(linears: Iterable[str]) -> list[tuple[str, ...]]:
-    """The Linears that runtimes merge, as tuples of module names; a Linear in none of them doesn't
+    """The Linears that runtimes merge, as tuples of module names. Linears that aren't merged don't
     appear.
     """
     names = dict.fromkeys(linears)

@@ -1,4 +1,4 @@
-"""How a model reads text: its tokenizer, and the length of the windows that it takes."""
+"""How a model reads text: its tokenizer, and how many tokens a window can hold."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.data.tokenizer import load_tokenizer
-from quantkit.data.windows import window_length
+from quantkit.data.windows import DEFAULT_LENGTH, window_length
 from quantkit.models.skeleton import auto_config
-
-DEFAULT_LENGTH = 2048
 
 
 def tokenizer_and_length(
@@ -19,10 +17,13 @@ def tokenizer_and_length(
     default: int = DEFAULT_LENGTH,
     reserved: int = 0,
 ) -> tuple[Any, int]:
-    """The model's tokenizer, and the length of its windows in tokens.
+    """The model's tokenizer, and the number of tokens per window.
 
-    requested: --seq-len; None takes the default, or fewer where the model has fewer positions.
-    reserved: the model's positions that a window can't use.
+    requested: --seq-len; None takes `default`, or fewer if the model has fewer positions.
+    reserved: number of the model's positions that a window can't use.
+
+    Raises DataError or CheckpointError if the model has no usable tokenizer, configuration or
+    length.
     """
     config = auto_config(model, trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code)

@@ -1,4 +1,4 @@
-"""Work on several threads: batches at once, each on one thread of its own, and stateful modules one
+"""Running batches on several threads, one thread for each batch, and stateful modules on one thread
 at a time.
 """
 
@@ -17,7 +17,9 @@ from torch import nn
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch's operations on one thread, also those that new threads call."""
+    """A context in which torch's operations use one thread, also in threads that are started in
+    it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,8 +31,9 @@ def one_thread() -> Iterator[None]:
 def each_batch(
     work: Callable[[int], Any], numbers: Sequence[int], device: torch.device, threads: int
 ) -> Iterator[Any]:
-    """work(number) for each, its results in this order. On a CPU `threads` of them run at once,
-    each on one thread of its own.
+    """work(number) for each number; yields the results in order.
+
+    threads: on a CPU, how many calls run at once, each on one thread.
     """
     if device.type != "cpu" or threads < 2 or len(numbers) < 2:
         with one_thread() if device.type == "cpu" else nullcontext():
@@ -60,11 +63,11 @@ def each_batch(
 
 
 class StatefulModuleLock:
-    """Lets threads run modules at once, except modules whose forward writes to the module itself,
-    as RecurrentGemma keeps its recurrent state. Those run one at a time.
+    """Lets threads run modules at once, except modules whose forward changes the module
+    (RecurrentGemma's recurrent state). Those run one at a time.
 
-    The first run of each kind of module is alone and shows whether it is stateful: whether an
-    attribute or a buffer is another object after it than before.
+    The first run of each kind of module is exclusive, and shows whether it is stateful: whether an
+    attribute or a buffer is a different object afterwards.
     """
 
     def __init__(self) -> None:
@@ -73,7 +76,7 @@ class StatefulModuleLock:
 
     @contextmanager
     def held_for(self, module: nn.Module) -> Iterator[None]:
-        """Around each run of a module."""
+        """A context for one run of a module."""
         kind = frozenset(type(part) for part in module.modules())
         if self._writes.get(kind) is False:
             yield

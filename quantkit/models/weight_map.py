@@ -1,5 +1,5 @@
-"""Which tensors of a checkpoint make which parameters of a model, by transformers' own rules:
-prefixes, renamed parts, experts that are merged.
+"""The mapping from a checkpoint's tensors to a model's parameters, by transformers' own rules:
+prefixes, renamings, merged experts.
 """
 
 from __future__ import annotations
@@ -11,19 +11,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """The tensors that make one parameter: one, or lists of equal length that transformers merges
-    (experts).
+    """The stored tensors that make one parameter: one tensor, or lists of equal length that
+    transformers merges (experts).
 
-    lists: one for each kind of tensor (gate_proj, up_proj), each with its tensors in the order in
-    which they are stacked.
+    lists: for each kind of tensor (gate_proj, up_proj), its tensors in the order in which they are
+        stacked.
     """
 
     lists: tuple[tuple[str, ...], ...]
 
 
 class WeightMap:
-    """transformers' own mapping from a checkpoint's names to a model's, looked at before anything
-    is loaded. model: a PreTrainedModel without memory; names: the checkpoint's tensors.
+    """transformers' mapping from a checkpoint's names to a model's, computed before anything is
+    loaded.
+
+    model: a PreTrainedModel on the meta device.
+    names: the checkpoint's tensors.
+    conversions: transformers' rules for this model.
+    target_of: tensor → parameter; the first one, if the tensor becomes several.
+    unexpected: tensors without a parameter.
+    mapped: parameters that a tensor makes.
+    shared: parameter → the parameter as which it is stored.
+    sources: parameter → the tensors that make it.
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -41,7 +50,6 @@ class WeightMap:
         by_pattern = {
             pattern: converter for converter in converters for pattern in converter.source_patterns
         }
-        # checkpoint's tensor → parameter (its first, where one tensor becomes several)
         self.target_of: dict[str, str] = {}
         self.unexpected: list[str] = []
         patterns: dict[str, dict[str, list[str]]] = {}
@@ -66,8 +74,8 @@ class WeightMap:
             elif len(by_pattern[pattern].target_patterns) > 1:
                 self._split_under.add(".".join(target.split(".")[:-2]))
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        # Parameters that are stored once under another's name, which is at most renamed: heads, and
-        # blocks that are run several times (Zamba's).
+        # Parameters that are stored under another one's name: output heads, and blocks that run
+        # several times (Zamba's). The other one is loaded without conversion, at most renamed.
         self.shared = {
             target: source
             for target, source in tied.items()
@@ -79,14 +87,15 @@ class WeightMap:
         }
 
     def is_split(self, parameter: str) -> bool:
-        """Whether its tensor becomes other parameters too."""
+        """Whether the parameter's tensor makes other parameters too."""
         return any(parameter.startswith(f"{module}.") for module in self._split_under)
 
     def is_plain(self, parameter: str) -> bool:
-        """Whether its tensor is at most renamed."""
+        """Whether the parameter's tensor is loaded without conversion, at most renamed."""
         return parameter in self._plain
 
     def is_made(self, parameter: str) -> bool:
+        """Whether the checkpoint has the parameter."""
         return parameter in self.mapped or self.is_split(parameter)
 
 
@@ -97,8 +106,9 @@ def _in_order(names: Sequence[str]) -> list[str]:
 
 
 def names_on_disk(source: ParameterSource | None, name: str) -> list[str]:
-    """The Linears of the checkpoint that a Linear of the module tree is made of: itself, or several
-    that transformers merges.
+    """The checkpoint's Linears from which a Linear of the module tree is made.
+
+    source: of its weight; None for a Linear that has the same name in the checkpoint.
     """
     if source is None:
         return [name]

@@ -1,4 +1,4 @@
-"""Who does the work on one block: threads of this process, and the processes of the job."""
+"""The workers on one block: threads of this process, and the processes of the job."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from quantkit.models.threads import each_batch
 
 @dataclass(frozen=True)
 class Workers:
-    """ranks: the job's processes.
+    """The threads and processes that share the work on one block.
+
+    ranks: processes of the job.
     device: where this process computes.
-    threads: how many pieces of work run at once on a CPU.
+    threads: how many calls run at once on a CPU.
     """
 
     ranks: Ranks
@@ -24,11 +26,13 @@ class Workers:
     threads: int
 
     def each(self, work: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
-        """work(number) for each, in this process; results in this order."""
+        """work(number) for each number, all in this process; yields the results in order."""
         return each_batch(work, list(numbers), self.device, self.threads)
 
     def shared(self, work: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
-        """work(number) for each, every one done by one rank; all ranks get all results."""
+        """work(number) for each number, distributed over the ranks. Every rank returns all results,
+        in order.
+        """
         numbers = list(numbers)
         mine = numbers[self.ranks.rank :: self.ranks.count]
         shares = self.ranks.all_gather(dict(zip(mine, self.each(work, mine))))

@@ -1,9 +1,9 @@
-"""The ops' CPU kernels: kernels/cpu/*.cpp through kernels/cpu/dispatch.cpp.
+"""The CPU implementation of the ops: calls into kernels/cpu/*.cpp through kernels/cpu/dispatch.cpp.
 
-Each function has the name and the arguments of its op; torch_ops.py says what they are. It returns
-NotImplemented where no kernel takes the arguments: the reference (fallback.py) then runs. It raises
-ValueError for a shape that a kernel would read out of bounds. Matrices may have strides; outputs
-are dense.
+Each function has the name and the arguments of its op, which torch_ops.py documents. It returns
+NotImplemented if no kernel supports the arguments; the reference (fallback.py) then runs. It raises
+ValueError for a shape that a kernel would read out of bounds. Input matrices may have strides;
+outputs are contiguous.
 """
 
 from __future__ import annotations
@@ -416,7 +416,7 @@ def score_logits(
     return nll, index, confidence, own_nll, own_index, kld
 
 
-# ---- What the functions above share.
+# ---- Shared by the functions above.
 
 
 def _is_float_matrix(values: Tensor) -> bool:
@@ -424,21 +424,25 @@ def _is_float_matrix(values: Tensor) -> bool:
 
 
 def _sizes(matrix: Tensor) -> tuple[int, int, int]:
-    """Rows, columns and the row stride of a matrix with dense rows."""
+    """Rows, columns and row stride of a matrix whose rows are dense."""
     rows, columns = matrix.shape
     return rows, columns, max(matrix.stride(0), columns) if rows > 1 else columns
 
 
 def _pointer_and_sizes(matrix: Tensor) -> tuple[int, int, int, int]:
+    """Address, rows, columns and row stride of a matrix whose rows are dense."""
     return matrix.data_ptr(), *_sizes(matrix)
 
 
 def _output(output: Tensor, bias: Tensor | None) -> tuple[int | None, int, int, int]:
-    """How a multiplication ends: bias, output, its dtype and the number of threads."""
+    """The last arguments of a multiplication: bias, output, the output's dtype, number of
+    threads.
+    """
     return pointer(bias), output.data_ptr(), FLOAT_NUMBERS[output.dtype], torch.get_num_threads()
 
 
 def _check(status: int) -> None:
+    """Raise AssertionError if a kernel returned an error status."""
     if status != 0:
         raise AssertionError("a kernel refused its arguments")
 
@@ -446,7 +450,7 @@ def _check(status: int) -> None:
 def _check_operands(
     activations: Tensor, dtype: torch.dtype, packed: Tensor, out_features: int, packing: str
 ) -> None:
-    """Raise ValueError for operands that no multiplication takes, compiled or not."""
+    """Raise ValueError for operands that neither the kernels nor the reference can multiply."""
     if activations.dim() != 2 or activations.dtype != dtype:
         raise ValueError(
             f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of"
@@ -466,7 +470,10 @@ def _check_operands(
 
 
 def _multiplies(rows: int, inner: int, out_features: int, group: int, dtype: torch.dtype) -> bool:
-    """Whether kernels take a multiplication of these sizes. dtype: of the output."""
+    """Whether the kernels support a multiplication of these sizes.
+
+    dtype: of the output.
+    """
     return (
         rows * inner > 0
         and out_features > 0
@@ -476,7 +483,7 @@ def _multiplies(rows: int, inner: int, out_features: int, group: int, dtype: tor
 
 
 def _check_head(hidden: Tensor, packed: Tensor | None, vocabulary: int) -> None:
-    """Raise ValueError unless these are hidden states and an lm_head for them."""
+    """Raise ValueError unless these are hidden states and a packed lm_head for them."""
     if hidden.dim() != 2 or hidden.dtype != torch.bfloat16:
         raise ValueError(
             f"the hidden states are {hidden.dtype} {list(hidden.shape)}, not a matrix of bfloat16"

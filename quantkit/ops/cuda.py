@@ -1,10 +1,11 @@
-"""The ops' CUDA kernels (kernels/cuda/*.cu), on torch's current stream.
+"""The CUDA implementation of the ops: calls into kernels/cuda/*.cu, on torch's current stream.
 
-Each function has the name and the arguments of its op; torch_ops.py says what they are. It returns
-NotImplemented where no kernel takes the arguments: the reference (fallback.py) then runs. It raises
-ValueError for a shape that a kernel would read out of bounds. Nothing here synchronizes, and all
-memory is torch's, so calls may be captured in a CUDA graph. Activations whose rows don't begin on
-16 bytes, or have no multiple of 16 codes, are copied to rows that do.
+Each function has the name and the arguments of its op, which torch_ops.py documents. It returns
+NotImplemented if no kernel supports the arguments; the reference (fallback.py) then runs. It raises
+ValueError for a shape that a kernel would read out of bounds.
+
+Nothing here synchronizes, and torch allocates all memory, so calls can be captured in a CUDA graph.
+Activations are copied if their rows aren't aligned to 16 bytes or padded to a multiple of 16 codes.
 """
 
 from __future__ import annotations
@@ -39,14 +40,18 @@ from quantkit.ops.reference import code_dtype
 from quantkit.schemes.number_formats import NUMBER_FORMATS
 
 LEAST_CAPABILITY = (8, 0)
-GROUP_UNIT = 32  # input features of one tensor-core instruction: groups are multiples
-# As matmul_decode.h. For more tokens Blackwell's tensor cores have instructions of their own, which
-# torch's library uses and these kernels don't.
+# Input features that one tensor-core instruction multiplies; group sizes are multiples of it.
+GROUP_UNIT = 32
+# The limit of kernels/cuda/matmul_decode.h. For more tokens, torch's library uses instructions of
+# Blackwell's tensor cores (tcgen05) that these kernels don't use.
 MOST_DECODE_TOKENS = 16
 
 
 def missing_reason(device: str | torch.device | None = None) -> str | None:
-    """Why no CUDA kernel runs on this device (default: the current one), or None where they do."""
+    """Why no CUDA kernel can run on a device, or None if they can.
+
+    device: None is the current device.
+    """
     if cuda_kernels() is None:
         return (
             "this installation has no compiled CUDA kernels, or QUANTKIT_KERNELS switches them off"
@@ -63,7 +68,7 @@ def missing_reason(device: str | torch.device | None = None) -> str | None:
 
 
 def what_runs(capability: tuple[int, int]) -> str:
-    """How a device of this compute capability multiplies."""
+    """A sentence for `doctor`: how a device of this compute capability multiplies each format."""
     if capability[0] == 9:
         return (
             f"FP8 and INT8 by wgmma, up to {MOST_DECODE_TOKENS} tokens and weights alone by"
@@ -80,7 +85,7 @@ def what_runs(capability: tuple[int, int]) -> str:
 
 
 def level(device: str | torch.device) -> str:
-    """The architecture whose kernels run on a device: "sm_90"."""
+    """The architecture of a device, such as "sm_90"."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -119,7 +124,7 @@ def quantize_blocks(
 def encode_blocks(
     values: Tensor, scale: Tensor, block_rows: int, block_columns: int, format: str
 ) -> Tensor:
-    """Takes one scale for all values (static activations), or one for each row (channels)."""
+    """Supports one scale for all values (static activations), or one for each row (channels)."""
     if (
         values.dim() != 2
         or block_columns < values.shape[1]
@@ -307,11 +312,11 @@ def matmul_weight_only(
     )
 
 
-# ---- What the functions above share.
+# ---- Shared by the functions above.
 
 
 def _is_supported(tensor: Tensor) -> bool:
-    """Whether the tensor's device runs the kernels. Tests run an emulated library on the CPU."""
+    """Whether the tensor's device can run the kernels. Tests run an emulated library on the CPU."""
     return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= LEAST_CAPABILITY
 
 
@@ -329,7 +334,11 @@ def _row_stride(matrix: Tensor) -> int:
 
 
 def _run(function: Callable[..., int], tensor: Tensor, *arguments: object) -> None:
-    """Call a function of the library on the current stream of the tensor's device."""
+    """Call a function of the library on the current stream of the tensor's device.
+
+    Raises RuntimeError for an error of CUDA, and AssertionError for arguments that the kernel
+    refuses.
+    """
     if not tensor.is_cuda:  # an emulated library
         status = function(*arguments, None)
     elif tensor.device.index == torch.cuda.current_device():
@@ -346,7 +355,7 @@ def _run(function: Callable[..., int], tensor: Tensor, *arguments: object) -> No
 
 
 def _check_operands(activations: Tensor, dtype: torch.dtype, packed: Tensor) -> None:
-    """Raise ValueError for operands that no multiplication takes, compiled or not."""
+    """Raise ValueError for operands that neither the kernels nor the reference can multiply."""
     if activations.dim() != 2 or activations.dtype != dtype:
         raise ValueError(
             f"the activations are {activations.dtype} {list(activations.shape)}, not a matrix of"
@@ -371,7 +380,10 @@ def _check_operands(activations: Tensor, dtype: torch.dtype, packed: Tensor) -> 
 
 
 def _multiplies(activations: Tensor, packed: Tensor, group: int, dtype: torch.dtype) -> bool:
-    """Whether kernels take a multiplication of these sizes. dtype: of the output."""
+    """Whether the kernels support a multiplication of these operands.
+
+    dtype: of the output.
+    """
     return (
         activations.numel() > 0
         and packed.shape[0] > 0
@@ -384,8 +396,10 @@ def _multiplies(activations: Tensor, packed: Tensor, group: int, dtype: torch.dt
 def _is_for_torch(
     activations: Tensor, packed: Tensor, group: int, bias: Tensor | None, dtype: torch.dtype
 ) -> bool:
-    """Whether torch._scaled_mm multiplies: on Blackwell's data-centre chips (10.x), whose fast FP8
-    instructions (tcgen05) torch's library uses. what_runs says so.
+    """Whether torch._scaled_mm multiplies these operands.
+
+    It does on Blackwell's data-center GPUs (10.x), because torch's library uses their fast FP8
+    instructions (tcgen05). `what_runs` tells the user.
     """
     if (
         not activations.is_cuda
@@ -403,15 +417,17 @@ def _is_for_torch(
 
 
 def _on_16_bytes(matrix: Tensor) -> Tensor:
-    """The matrix with rows that begin on 16 bytes and are padded with zeros to a multiple of 16
-    elements: itself where its rows are so already, else a copy.
+    """The matrix with rows that are aligned to 16 bytes and padded with zeros to a multiple of 16
+    elements.
+
+    Returns the matrix itself if its rows already are, else a copy.
     """
     inner = matrix.shape[1]
     if inner % ROW_UNIT == 0 and matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0:
         stride = _row_stride(matrix)
         if stride >= inner and stride % ROW_UNIT == 0:
             return matrix
-    # As integers: torch fills and copies those of every width on every device.
+    # As integers, because torch can fill and copy those on every device, unlike FP8.
     raw = torch.uint8 if matrix.element_size() == 1 else torch.int16
     padded = torch.zeros(
         matrix.shape[0], -(-inner // ROW_UNIT) * ROW_UNIT, dtype=raw, device=matrix.device
@@ -433,8 +449,9 @@ def _multiply(
     zero_point: Tensor | None = None,
     weight_sums: Tensor | None = None,
 ) -> Tensor:
-    """Call a multiplication of the library: [tokens, features] in `dtype`. more: arguments after
-    the structure Product.
+    """Call a multiplication of the library; returns [tokens, out_features] in `dtype`.
+
+    more: arguments after the structure Product.
     """
     tokens, inner = activations.shape
     features = packed.shape[0]

@@ -1,7 +1,7 @@
-"""The ops by the reference arithmetic (reference.py, score_logits.py): on every device, and for
-arguments that the kernels don't take.
+"""The ops computed by the reference arithmetic (reference.py, score_logits.py), on every device.
 
-Each function has the name and the arguments of its op; torch_ops.py says what they are.
+They run where no kernel is compiled or none supports the arguments. Each function has the name and
+the arguments of its op, which torch_ops.py documents.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quantkit.ops.score_logits import VOCABULARY_PER_CHUNK, LogitsChunk, TokenSc
 from quantkit.schemes.number_formats import E8M0, NUMBER_FORMATS
 from quantkit.schemes.quant_spec import QuantSpec, block
 
-# What observe_rows adds to, and its dtypes.
+# The tensors that observe_rows updates → their dtypes.
 STATISTICS = {
     "channel_amax": torch.float32,
     "channel_sum_of_squares": torch.float64,
@@ -36,17 +36,18 @@ STATISTICS = {
     "counts": torch.int64,
 }
 
-# |x| is binned by the top bits of its float32: 8 of exponent, 4 of mantissa, so 16 bins an octave,
-# from 2^-32 to 2^32. Fixed bins, so histograms add.
+# |x| is binned by the top bits of its float32, 8 of the exponent and 4 of the mantissa. This gives
+# 16 bins per octave, from 2^-32 to 2^32. Bins are fixed, so histograms can be added.
 HISTOGRAM_BINS = 1024
 HISTOGRAM_SHIFT = 19
 HISTOGRAM_OFFSET = (127 - 32) << 4
-_CHUNK = 64  # rows whose squares are summed in float32 before they go to float64
+_CHUNK = 64  # rows whose squares are summed in float32 before they are added in float64
 
 
 def histogram_edges() -> Tensor:
-    """Lower edge of each bin of |x|, [HISTOGRAM_BINS] float32. The first bin holds all below its
-    end, the last all from its edge on, and NaN.
+    """The lower edge of each bin of |x|, [HISTOGRAM_BINS] float32.
+
+    The first bin also holds all smaller values, the last one all larger values and NaN.
     """
     edges = (
         torch.arange(HISTOGRAM_BINS, dtype=torch.int32) + HISTOGRAM_OFFSET << HISTOGRAM_SHIFT
@@ -105,15 +106,17 @@ def observe_rows(
     extremes: Tensor,
     counts: Tensor,
 ) -> None:
-    """Add the statistics of rows [tokens, features], of any floating-point type, to:
+    """Add the statistics of rows [tokens, features], of any floating-point dtype, to tensors in
+    place.
 
-    channel_amax: [features] float32, of |x|. A NaN makes it NaN.
-    channel_sum_of_squares: [features] float64. Chunks of 64 rows, counted from the first of this
-    call, are summed row by row in float32.
+    above: threshold for counts[1].
+    channel_amax: [features] float32, largest |x|. A NaN makes it NaN.
+    channel_sum_of_squares: [features] float64. Chunks of 64 rows, counted from the first row of
+        this call, are summed row by row in float32.
     histogram: [HISTOGRAM_BINS] int64 of |x|; NaN is in the last bin.
     token_histogram: [HISTOGRAM_BINS] int64 of each row's largest |x|.
-    extremes: [2] float32, minimum and maximum, without the sign of zeros. A NaN makes both NaN.
-    counts: [2] int64, rows, and how many |x| > above, compared in float32; NaN is not above.
+    extremes: [2] float32, minimum and maximum; -0.0 becomes 0.0. A NaN makes both NaN.
+    counts: [2] int64, number of rows, and of |x| > above, compared in float32; NaN isn't counted.
     """
     check_statistics(
         rows, channel_amax, channel_sum_of_squares, histogram, token_histogram, extremes, counts
@@ -139,7 +142,7 @@ def observe_rows(
 
 
 def _count_bins(magnitudes: Tensor) -> Tensor:
-    """[HISTOGRAM_BINS] int64."""
+    """The histogram of |x|, [HISTOGRAM_BINS] int64."""
     # A NaN keeps its sign bit through abs().
     keys = (magnitudes.contiguous().view(torch.int32) & 0x7FFFFFFF) >> HISTOGRAM_SHIFT
     return torch.bincount(
@@ -148,7 +151,9 @@ def _count_bins(magnitudes: Tensor) -> Tensor:
 
 
 def check_statistics(rows: Tensor, *statistics: Tensor) -> None:
-    """Raise ValueError unless observe_rows can add to these STATISTICS, in their order."""
+    """Raise ValueError unless observe_rows can update these tensors, given in the order of
+    STATISTICS.
+    """
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(
             f"the rows are {rows.dtype} {list(rows.shape)}, not a floating-point matrix"
@@ -176,8 +181,9 @@ def quantize_kv(states: Tensor, scale: Tensor, format: str) -> Tensor:
 
 
 def pack_weight(codes: Tensor, packing: str) -> Tensor:
-    """[panels of 16 output features, in_features padded to 64, 16]: see QkPacking in
-    kernels/cpu/matmul.h for the order within a panel. On CUDA: plain_weight.
+    """[panels of 16 output features, in_features padded to a multiple of 64, 16].
+
+    QkPacking in kernels/cpu/matmul.h describes the order within a panel. On CUDA: see plain_weight.
     """
     check_codes(codes, packing)
     if codes.device.type == "cuda":
@@ -196,8 +202,9 @@ def pack_weight(codes: Tensor, packing: str) -> Tensor:
 
 
 def plain_weight(codes: Tensor, packing: str) -> Tensor:
-    """What pack_weight makes on CUDA, for every packing: the codes' bytes [out_features,
-    in_features padded with zeros to a multiple of 16].
+    """A weight as pack_weight arranges it on CUDA, for every packing.
+
+    Returns the codes' bytes [out_features, in_features padded with zeros to a multiple of 16].
     """
     check_codes(codes, packing)
     width = packed_shape(codes.shape[0], codes.shape[1], "cuda")[1]
@@ -207,7 +214,7 @@ def plain_weight(codes: Tensor, packing: str) -> Tensor:
 
 
 def unpack_weight(packed: Tensor, packing: str, out_features: int, in_features: int) -> Tensor:
-    """The codes that pack_weight arranged, [out_features, in_features]."""
+    """The codes of a packed weight, [out_features, in_features]."""
     arrangement = packing_named(packing)
     if packed.dim() == 2:
         return packed[:, :in_features].contiguous().view(arrangement.code_dtype)
@@ -223,7 +230,10 @@ def unpack_weight(packed: Tensor, packing: str, out_features: int, in_features: 
 
 
 def scale_per_feature(weight_scale: Tensor, packed: Tensor) -> Tensor:
-    """[groups or 1, out_features]: on CUDA a scale may serve a block of 128 output features."""
+    """The weight scale [groups or 1, out_features].
+
+    On CUDA, one scale may apply to a block of 128 output features; it is repeated here.
+    """
     features = out_features_of(packed, weight_scale)
     return (
         weight_scale
@@ -233,24 +243,27 @@ def scale_per_feature(weight_scale: Tensor, packed: Tensor) -> Tensor:
 
 
 def _product(
-    left: Tensor, left_scale: Tensor | None, right: Tensor, right_scale: Tensor, group: int
+    inputs: Tensor, input_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, group: int
 ) -> Tensor:
-    """left [tokens, in_features] times right [out_features, in_features] transposed, each with its
-    scales, float32.
+    """inputs [tokens, in_features] times weight [out_features, in_features] transposed, each with
+    its scales, float32.
     """
-    if group >= left.shape[1]:
+    if group >= inputs.shape[1]:
         return (
-            left.float()
-            @ right.float().T
-            * (1.0 if left_scale is None else left_scale)
-            * right_scale
+            inputs.float()
+            @ weight.float().T
+            * (1.0 if input_scale is None else input_scale)
+            * weight_scale
         )
-    across = block(1, group)
-    values = left.float() if left_scale is None else reference.dequantize(left, left_scale, across)
-    return values @ reference.dequantize(right, right_scale.T, across).T
+    groups = block(1, group)
+    values = inputs.float()
+    if input_scale is not None:
+        values = reference.dequantize(inputs, input_scale, groups)
+    return values @ reference.dequantize(weight, weight_scale.T, groups).T
 
 
-def _finished(output: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _with_bias(output: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The output plus the bias, rounded to `dtype`."""
     return (output if bias is None else output + bias).to(dtype)
 
 
@@ -268,7 +281,7 @@ def matmul_int8(
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, "int8_dot", weight_scale.shape[1], activations.shape[1])
     if group < activations.shape[1]:
-        return _finished(
+        return _with_bias(
             _product(activations, activation_scale, codes, weight_scale, group), bias, dtype
         )
     # float64 holds every sum of fewer than 2^37 products of two bytes exactly.
@@ -276,7 +289,7 @@ def matmul_int8(
     if zero_point is not None:
         assert weight_sums is not None, "a zero point needs weight_sums"
         sums -= zero_point.reshape(-1, 1).double() * weight_sums.double()
-    return _finished(sums.float() * activation_scale * weight_scale, bias, dtype)
+    return _with_bias(sums.float() * activation_scale * weight_scale, bias, dtype)
 
 
 def matmul_fp8(
@@ -291,7 +304,7 @@ def matmul_fp8(
 ) -> Tensor:
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, "e4m3", weight_scale.shape[1], activations.shape[1])
-    return _finished(
+    return _with_bias(
         _product(activations, activation_scale, codes, weight_scale, group), bias, dtype
     )
 
@@ -308,14 +321,14 @@ def matmul_weight_only(
 ) -> Tensor:
     weight_scale = scale_per_feature(weight_scale, packed)
     codes = unpack_weight(packed, packing, weight_scale.shape[1], inputs.shape[1])
-    return _finished(_product(inputs, None, codes, weight_scale, group), bias, dtype)
+    return _with_bias(_product(inputs, None, codes, weight_scale, group), bias, dtype)
 
 
 def matmul_bf16(
     inputs: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     weight = unpack_weight(packed, "bf16", out_features, inputs.shape[1])
-    return _finished(inputs.float() @ weight.float().T, bias, dtype)
+    return _with_bias(inputs.float() @ weight.float().T, bias, dtype)
 
 
 def score_logits(

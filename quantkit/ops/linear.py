@@ -1,8 +1,8 @@
-"""One Linear computed from its codes: by a compiled kernel where there is one for its scheme, else
-by the reference arithmetic.
+"""A quantized Linear: computed by a compiled kernel if its scheme has one, else by the reference
+arithmetic.
 
-The two agree bit for bit where INT8 codes have one scale per token and per output feature.
-Otherwise they add the products in another order, and agree within float32's rounding of that sum.
+Both agree bit for bit if INT8 codes have one scale per token and per output feature. Otherwise they
+add the products in a different order, and agree within float32 rounding.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ OPS = torch.ops.quantkit
 
 @dataclass(frozen=True)
 class _Kernels:
-    """How codes of one number format are multiplied.
+    """The kernels that multiply codes of one number format.
 
-    op: takes quantized activations of the same format.
+    op: multiplies them by quantized activations of the same format.
     packing: of a weight for that op.
     weight_only_packing: of a weight for matmul_weight_only, which takes bfloat16 activations.
     """
@@ -36,7 +36,7 @@ class _Kernels:
     weight_only_packing: str
 
 
-# By the format's name. A format that is not here is multiplied by the reference.
+# By name of the format. The reference multiplies formats that aren't listed.
 _KERNELS = {
     INT8.name: _Kernels("matmul_int8", "int8_dot", "int8"),
     FP8_E4M3.name: _Kernels("matmul_fp8", "e4m3", "e4m3"),
@@ -50,8 +50,11 @@ def kernel_for(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> tuple[str | None, str]:
-    """The op that multiplies by such a weight, or None and why there is none. inputs: how the
-    scheme quantizes activations; dtype: theirs.
+    """The name of the op that multiplies by such a weight, or None and the reason why there is
+    none.
+
+    weight, inputs: how the scheme quantizes weights and activations; inputs is None if it doesn't.
+    dtype: of the activations.
     """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
@@ -89,8 +92,8 @@ def _missing_on_cpu() -> str | None:
 
 
 def _group(weight: QuantSpec, inputs: QuantSpec | None, in_features: int) -> int | None:
-    """Input features that share scales, or None where weight and activations have groups of
-    different sizes.
+    """The number of input features that share scales, or None if weight and activations have groups
+    of different sizes.
     """
     sizes = {
         spec.granularity.block_shape(1, in_features)[1]
@@ -104,14 +107,14 @@ class QuantizedLinear(nn.Module):
     """A Linear whose weight is quantized, and whose inputs are if the scheme says so.
 
     weight: codes [out_features, in_features] and scales.
-    scheme: of the weight and the inputs.
-    input_scale: [1], of a static scheme; else None.
+    scheme: how weight and inputs are quantized.
+    input_scale: [1] for a static scheme, else None.
     bias: [out_features] or None.
-    dtype: of the inputs to expect, which decides whether a kernel takes them.
-    use_kernel: False runs the reference alone.
+    dtype: expected dtype of the inputs, which decides whether a kernel supports them.
+    use_kernel: False always runs the reference.
 
-    The attribute `kernel` is the name of the op that runs, or None where the reference does. With a
-    kernel, memory holds the codes once, as packed for it.
+    The attribute `kernel` is the name of the op that runs, or None if the reference does. With a
+    kernel, memory holds the codes only once, packed for that kernel.
     """
 
     def __init__(
@@ -148,8 +151,9 @@ class QuantizedLinear(nn.Module):
         self.kernel_bias = None if bias is None else bias.float()
 
     def _scale_per_group(self, weight: QuantizedTensor) -> Tensor:
-        """The weight's scales as kernels read them, float32: [groups, out_features]; on CUDA, where
-        128 output features may share one, [groups, blocks].
+        """The weight's scales as kernels read them, [groups, out_features] float32.
+
+        On CUDA, 128 output features may share a scale: [groups, blocks].
         """
         rows = weight.spec.granularity.block_shape(self.out_features, self.in_features)[0]
         if rows == SCALE_BLOCK and weight.scale.is_cuda:
@@ -162,7 +166,12 @@ class QuantizedLinear(nn.Module):
         return scale.T.contiguous()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """inputs: [..., in_features]; returns [..., out_features] in their dtype."""
+        """The Linear's output.
+
+        inputs: [..., in_features].
+
+        Returns [..., out_features] in the dtype of the inputs.
+        """
         rows = inputs.reshape(-1, self.in_features)
         takes = (
             (torch.bfloat16,)
@@ -179,7 +188,7 @@ class QuantizedLinear(nn.Module):
         return output.reshape(*inputs.shape[:-1], self.out_features)
 
     def weight(self) -> QuantizedTensor:
-        """The codes [out_features, in_features] and their scales, unpacked."""
+        """The codes [out_features, in_features] and their scales, not packed."""
         if self.kernel is None:
             return QuantizedTensor(self.codes, self.scale, self.spec)
         codes = fallback.unpack_weight(

@@ -1,8 +1,9 @@
-"""The compiled kernels: which libraries are there, and which instruction set of the CPU runs.
+"""Loading the compiled kernels: which libraries are installed, and which CPU instruction set is
+used.
 
-Functions take raw pointers and sizes (kernels/cpu/dispatch.cpp, kernels/cuda/*.cu) and are called
-without Python's lock. The environment variable QUANTKIT_KERNELS chooses an instruction set of the
-CPU, or "reference" for no kernels at all, instead of the best that this machine has.
+Their functions take raw pointers and sizes (kernels/cpu/dispatch.cpp, kernels/cuda/*.cu) and run
+without Python's GIL. By default they use the best instruction set of this machine. The environment
+variable QUANTKIT_KERNELS selects another one, or "reference" for no kernels at all.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from quantkit.errors import QuantkitError
 
 LIBRARY_NAME, LIBRARY_VERSION = "libquantkit_cpu.so", 5
 CUDA_LIBRARY_NAME, CUDA_LIBRARY_VERSION = "libquantkit_cuda.so", 1
-# The order of the enum in kernels/cpu/dispatch.cpp. "avx512vnni" has VNNI too, "avx512bf16" also
-# VBMI and BF16, "amx" also AMX's tiles.
+# Instruction sets, in the order of the enum in kernels/cpu/dispatch.cpp. Each contains the earlier
+# ones: "avx512vnni" adds VNNI, "avx512bf16" VBMI and BF16, "amx" AMX's tiles.
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
-# Those in which kernels other than multiplications differ.
+# The ones for which kernels other than multiplications are compiled separately.
 ELEMENTWISE_LEVELS = ("scalar", "avx2", "avx512")
 
 _POINTER: type[ctypes._SimpleCData[Any]] = ctypes.c_void_p
@@ -31,8 +32,10 @@ _NUMBER: type[ctypes._SimpleCData[Any]] = ctypes.c_int
 
 @cache
 def cpu_kernels() -> ctypes.CDLL | None:
-    """The compiled CPU kernels, or None where they weren't built, are of another version, or
-    QUANTKIT_KERNELS says so. QuantkitError where it asks for an unknown or a missing level.
+    """The compiled CPU kernels.
+
+    None if they weren't built, have another version, or QUANTKIT_KERNELS is "reference". Raises
+    QuantkitError if it names an instruction set that is unknown or not available.
     """
     wanted = os.environ.get("QUANTKIT_KERNELS", "")
     if wanted not in ("", "reference", *LEVELS):
@@ -61,7 +64,7 @@ def cpu_kernels() -> ctypes.CDLL | None:
 
 
 def _declare_cpu_functions(library: ctypes.CDLL) -> None:
-    """The types of arguments, as kernels/cpu/dispatch.cpp has them."""
+    """Declare the argument types of kernels/cpu/dispatch.cpp."""
     # Values and their dtype; rows, columns, row stride, rows and columns of a block.
     matrix = (_POINTER, _NUMBER, *[_SIZE] * 5)
     library.qk_block_amax.argtypes = (*matrix, _POINTER)
@@ -98,13 +101,13 @@ def _declare_cpu_functions(library: ctypes.CDLL) -> None:
 
 
 def cpu_level() -> str:
-    """The instruction set whose kernels run here: one of LEVELS, or "reference"."""
+    """The instruction set whose kernels run: one of LEVELS, or "reference"."""
     library = cpu_kernels()
     return LEVELS[library.qk_cpu_level()] if library else "reference"
 
 
 class Product(ctypes.Structure):
-    """The arguments of a CUDA multiplication: kernels/cuda/multiply.h has the meaning of each."""
+    """The arguments of a CUDA multiplication, documented in kernels/cuda/multiply.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("activations", "weight")),
@@ -124,8 +127,9 @@ class Product(ctypes.Structure):
 
 @cache
 def cuda_kernels() -> ctypes.CDLL | None:
-    """The compiled CUDA kernels, or None where they weren't built, are of another version, or
-    QUANTKIT_KERNELS says so. Needs no GPU: it loads anywhere.
+    """The compiled CUDA kernels. They can be loaded without a GPU.
+
+    None if they weren't built, have another version, or QUANTKIT_KERNELS is "reference".
     """
     found = find_library(CUDA_LIBRARY_NAME)
     return (
@@ -136,7 +140,7 @@ def cuda_kernels() -> ctypes.CDLL | None:
 
 
 def open_cuda_library(path: Path) -> ctypes.CDLL | None:
-    """The library with its functions' types, or None if it is of another version."""
+    """The library with its argument types declared, or None if it has another version."""
     library = ctypes.CDLL(str(path))
     if library.qk_cuda_version() != CUDA_LIBRARY_VERSION:
         return None
@@ -162,17 +166,17 @@ def open_cuda_library(path: Path) -> ctypes.CDLL | None:
 
 
 def cuda_architectures() -> list[str]:
-    """The architectures that the CUDA library has machine code for: "80", "90a" and so on; empty
-    without the library.
+    """The architectures that the CUDA library contains machine code for, such as "80" and "90a";
+    empty without the library.
     """
     library = cuda_kernels()
     return library.qk_cuda_architectures().decode().split() if library else []
 
 
 def find_library(name: str) -> Path | None:
-    """Where a library of this file name was installed, or None."""
-    # An editable install keeps libraries next to the installed package, not in the source tree:
-    # look in all of the package's directories.
+    """The path of an installed library, or None."""
+    # An editable install has its libraries in the installed package, not in the source tree, so
+    # all directories of the package are searched.
     return next(
         (path for directory in quantkit.__path__ if (path := Path(directory) / name).is_file()),
         None,

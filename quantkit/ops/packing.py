@@ -1,8 +1,8 @@
-"""Signed integer codes into 32-bit words and back, as compressed-tensors' pack-quantized format
-stores them.
+"""Packing signed integer codes into 32-bit words and unpacking them, in compressed-tensors'
+pack-quantized layout.
 
-Each code of b bits is stored as code + 2^(b-1), which is unsigned; 32 / b codes make a word along
-in_features, the first in the lowest bits.
+A code of b bits is stored as code + 2^(b-1), which is unsigned. 32 / b codes along in_features make
+a word, the first code in the lowest bits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from quantkit.schemes.number_formats import NumberFormat
 
 
 def pack_codes(codes: Tensor, number_format: NumberFormat) -> Tensor:
-    """codes: int8 [out_features, in_features], in_features a multiple of the codes per word;
-    returns int32 [out_features, in_features / codes per word].
+    """Pack codes into words.
+
+    codes: int8 [out_features, in_features]; in_features is a multiple of the codes per word.
+
+    Returns int32 [out_features, in_features / codes per word].
     """
     bits = number_format.bits
     unsigned = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
@@ -23,14 +26,17 @@ def pack_codes(codes: Tensor, number_format: NumberFormat) -> Tensor:
     packed = unsigned[:, ::per_byte]
     for place in range(1, per_byte):
         packed = packed | unsigned[:, place::per_byte] << bits * place
-    # A view as int32 puts the first byte lowest on every little-endian machine, which safetensors
-    # requires anyway.
+    # On a little-endian machine, which safetensors requires anyway, a view as int32 puts the first
+    # byte into the lowest bits.
     return packed.contiguous().view(torch.int32)
 
 
 def unpack_codes(words: Tensor, number_format: NumberFormat) -> Tensor:
-    """words: int32 [out_features, in_features / codes per word]; returns int8 [out_features,
-    in_features].
+    """Unpack words into codes.
+
+    words: int32 [out_features, in_features / codes per word].
+
+    Returns int8 [out_features, in_features].
     """
     bits = number_format.bits
     packed = words.contiguous().view(torch.uint8)

@@ -1,13 +1,13 @@
-"""Scores of each token from logits that come in chunks of the vocabulary, for one model or for two
-at a time.
+"""Scores of each token from logits that are computed in chunks of the vocabulary, for one model or
+a pair.
 
     nll = log Σ exp(l) − l[target]
     KL(base‖candidate) = Σ p_base·(l_base − l_own) − log Σ exp(l_base) + log Σ exp(l_own)
 
-Sums follow a running maximum, so no chunk is seen twice: the online softmax (Milakov & Gimelshein
-2018, "Online normalizer calculation for softmax"). The reference of kernels/cpu/score_logits.cpp,
-where no logit leaves the cache. Within a chunk of 1024 logits sums are float32, over chunks
-float64.
+Sums are relative to a running maximum, so each chunk is read once: the online softmax (Milakov &
+Gimelshein 2018, "Online normalizer calculation for softmax"). This is the reference of
+kernels/cpu/score_logits.cpp, whose logits never leave the cache. Sums are float32 within a chunk
+of 1024 logits, and float64 over the chunks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ VOCABULARY_PER_CHUNK = 1024
 
 # What torch.ops.quantkit.score_logits returns: nll, index, confidence, own_nll, own_index, kld.
 TokenScores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# The chunk's first token, the base's logits [positions, size] float32, and what makes the
-# candidate's, or None.
+# The chunk's first token; the base's logits [positions, size] float32; a function that computes the
+# candidate's, or None without a candidate.
 LogitsChunk = tuple[int, Tensor, Callable[[], Tensor] | None]
 
 
 class _OnlineSoftmax:
-    """One model's softmax at some positions, over the chunks of the vocabulary seen so far.
+    """One model's softmax at some positions, over the chunks of the vocabulary read so far.
 
     top: the largest logit, [positions] float32.
-    index: of its token, [positions] int64; of equal logits the lower index.
+    index: its token, [positions] int64; the lowest of equal ones.
     total: Σ exp(logit − top), [positions] float64.
     """
 
@@ -42,14 +42,16 @@ class _OnlineSoftmax:
         self._target_logit = torch.zeros_like(self.top)
 
     def update_top(self, logits: Tensor, start: int) -> Tensor:
-        """Find the top and the target in a chunk that begins at token `start`. Returns the factor
-        [positions] float64 that brings sums relative to the earlier top to the new one.
+        """Update the largest and the target's logit from a chunk that begins at token `start`.
+
+        Returns the factor, [positions] float64, that rescales sums from the earlier `top` to the
+        new one.
         """
         found = logits.amax(-1)
         higher = (found > self.top).nonzero()[:, 0]
         if len(higher):
             self.index[higher] = logits[higher].argmax(-1) + start
-        # fmax: a NaN shows in the sums, and must not hide later logits from the comparison above.
+        # fmax skips NaN: it shows in the sums, and must not hide later logits from comparison.
         top = torch.fmax(self.top, found)
         factor = torch.where(top == self.top, 1.0, (self.top - top).exp())
         self.top, inside = top, self._targets - start
@@ -70,9 +72,12 @@ class _OnlineSoftmax:
 
 
 def score_parts(chunks: Iterable[LogitsChunk], targets: Tensor) -> TokenScores:
-    """The op's results from chunks of logits, which are changed. targets: [positions] int64.
+    """The results of the op `score_logits`, from chunks of logits.
 
-    Without a candidate own_nll, own_index and kld are empty.
+    chunks: in order; their logits are modified in place.
+    targets: [positions] int64.
+
+    Without a candidate, own_nll, own_index and kld are empty.
     """
     base, own = _OnlineSoftmax(targets), _OnlineSoftmax(targets)
     divergence = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)

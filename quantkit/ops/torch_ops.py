@@ -1,4 +1,4 @@
-"""torch.ops.quantkit: each op is one value with its schema, reference, fake and kernels.
+"""torch.ops.quantkit: one table of all ops, each with its schema, reference, fake and kernels.
 
     block_amax(values, block_rows, block_columns) -> amax
     encode_blocks(values, scale, block_rows, block_columns, format) -> codes
@@ -19,31 +19,51 @@
     score_logits(hidden, packed, bias, targets, vocabulary, own_hidden, own_packed, own_bias)
         -> (nll, index, confidence, own_nll, own_index, kld)
 
-Quantization. A matrix [rows, columns] is cut into blocks of block_rows × block_columns, smaller at
-its ends; amax and scale are [block rows, block columns] float32. format: a NumberFormat's name.
-rule, how a scale follows from an amax: "stored" (rounded to bfloat16 for a file), "power_of_two"
-(E8M0) or "dynamic" (a runtime's formula for activations, with its floor). quantize_rows:
-activations, each row cut into groups; a group as long as a row is per token. quantize_kv: keys and
-values [batch, heads, tokens, width] by static scales, [1] or [heads]. Kernels equal reference.py
-bit for bit for finite values; NaN gives NaN scales. They run in the calling thread without Python's
-lock, so callers may use several threads. observe_rows adds the statistics of calibration:
-fallback.observe_rows says what each tensor holds.
+Quantization: a matrix [rows, columns] is cut into blocks of block_rows × block_columns, smaller at
+    its ends.
 
-Multiplications. activations: codes, or bfloat16 `inputs`, [tokens, in_features]; packed: a weight
-as pack_weight arranged it (arguments.PACKINGS, and QkPacking in kernels/cpu/matmul.h; on CUDA
-[out_features, in_features padded to 16] bytes); output: [tokens, out_features] in `dtype`,
-bfloat16, float16 or float32. activation_scale: [tokens or 1, groups or 1] float32; weight_scale:
-[groups or 1, out_features] float32; group: in_features that share scales, a multiple of 4 (on CUDA
-of 32) if there are several groups. powers_of_two: all scales are (MX). bias: [out_features]
-float32. zero_point: [tokens] or [1] int32, of the activations; then weight_sums, [out_features]
-int32, the sum of each output feature's codes, and one group. Sums are int32, exact below 131072
-in_features, or float32. Kernels run on torch.get_num_threads() threads.
+amax, scale: [block rows, block columns] float32.
+format: name of a NumberFormat.
+rule: how a scale follows from an amax: "stored" (rounded to bfloat16 for a file), "power_of_two"
+    (E8M0) or "dynamic" (a runtime's formula for activations, with its lower limit).
+quantize_rows: for activations; each row is cut into groups. A group as long as a row is per token.
+quantize_kv: for keys and values [batch, heads, tokens, head size], by static scales [1] or [heads].
+observe_rows: adds the statistics of calibration; fallback.observe_rows documents each tensor.
 
-Scores. hidden: final hidden states [positions, hidden size] bfloat16; packed: `lm_head` of so many
-tokens, packed as bf16; bias: [vocabulary] float32; targets: [positions] int64, the next tokens;
-own_*: the candidate's, whose scores are empty without it. In float64: nll, of the target;
-confidence, the probability of the likeliest token; kld, KL(base‖candidate). index: of the likeliest
-token, int64, the lower of two alike.
+Kernels equal reference.py bit for bit for finite values; NaN gives NaN scales. They run in the
+calling thread without Python's GIL, so callers may use several threads.
+
+Multiplications: output [tokens, out_features] = activations times the transposed weight.
+
+activations, inputs: codes or bfloat16, [tokens, in_features].
+packed: a weight as pack_weight arranged it (arguments.PACKINGS, and QkPacking in
+    kernels/cpu/matmul.h); on CUDA bytes [out_features, in_features padded to a multiple of 16].
+activation_scale: [tokens or 1, groups or 1] float32.
+weight_scale: [groups or 1, out_features] float32.
+group: in_features that share scales; with several groups a multiple of 4, on CUDA of 32.
+powers_of_two: whether all scales are powers of two (MX).
+bias: [out_features] float32, or None.
+zero_point: of the activations, [tokens] or [1] int32, or None; needs weight_sums and a single
+    group.
+weight_sums: the sum of each output feature's codes, [out_features] int32, or None.
+dtype: of the output: bfloat16, float16 or float32.
+
+Sums are float32, or int32, which is exact below 131072 in_features. Kernels run on
+torch.get_num_threads() threads.
+
+Scores: log-probabilities of the next tokens, and how a candidate's distribution differs from the
+    base's.
+
+hidden: final hidden states [positions, hidden size] bfloat16.
+packed: `lm_head` for `vocabulary` tokens, packed as bf16.
+bias: [vocabulary] float32, or None.
+targets: the next tokens, [positions] int64.
+own_hidden, own_packed, own_bias: the candidate's; without them own_nll, own_index and kld are
+    empty.
+nll, own_nll: negative log-likelihood of the target, [positions] float64.
+index, own_index: the most likely token, [positions] int64; the lowest of equal ones.
+confidence: probability of the most likely token, [positions] float64.
+kld: KL(base‖candidate), [positions] float64.
 """
 
 from __future__ import annotations
@@ -71,8 +91,11 @@ from quantkit.schemes.quant_spec import QuantSpec
 
 
 def quantize(values: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> QuantizedTensor:
-    """Quantize a matrix. values: [rows, columns]; amax: [block rows, block columns], which decides
-    the scales instead of the values' own (fused layers share one).
+    """Quantize a matrix.
+
+    values: [rows, columns].
+    amax: [block rows, block columns], from which the scales follow; None takes that of the values.
+        Fused layers share one.
     """
     blocks = spec.granularity.block_shape(*values.shape)
     if amax is None:
@@ -86,19 +109,19 @@ def quantize(values: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> Qua
 
 
 def dequantize(quantized: QuantizedTensor) -> Tensor:
-    """The values the codes stand for, [rows, columns] float32."""
+    """The values that the codes represent, [rows, columns] float32."""
     blocks = quantized.spec.granularity.block_shape(*quantized.qdata.shape)
     return torch.ops.quantkit.dequantize_blocks(quantized.qdata, quantized.scale, *blocks)
 
 
 def scale_rule(spec: QuantSpec) -> str:
-    """The `rule` of ops by which a spec's scales follow from an amax."""
+    """The ops' `rule` by which a spec's scales follow from an amax."""
     if spec.scale_format is E8M0:
         return "power_of_two"
     return "dynamic" if spec.dynamic else "stored"
 
 
-# ---- Fakes: shapes and dtypes only.
+# ---- Fakes: they return only shapes and dtypes.
 
 
 def _fake_block_amax(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
@@ -196,12 +219,12 @@ def _fake_score_logits(
 class Op:
     """One op of torch.ops.quantkit.
 
-    name: the kernel's, too: kernels/cpu/NAME.cpp or its family, tests/kernels/.
+    name: also the name of its kernel: kernels/cpu/NAME.cpp or its family, tests/kernels/.
     schema: arguments and results in torch's schema language.
-    reference: computes the op on any device; the kernels are tested against it.
+    reference: computes the op on any device; kernels are tested against it.
     fake: shapes and dtypes of the results, for torch.compile and meta tensors.
     cpu, cuda: call the compiled kernel, or return NotImplemented for arguments that it doesn't
-        take; the reference then runs. None: there is no kernel.
+        support; the reference then runs. None if there is no kernel.
     """
 
     name: str

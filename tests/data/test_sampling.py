@@ -4,7 +4,7 @@ import pytest
 from fake_tokenizer import BOS, EOS, FakeTokenizer, jsonl, numbers, plain
 
 from quantkit.data.protocols import evaluation_windows
-from quantkit.data.sampling import MIN_REST, calibration_windows
+from quantkit.data.sampling import MIN_REST_TOKENS, calibration_windows
 from quantkit.errors import DataError
 
 
@@ -121,7 +121,9 @@ def test_each_source_has_a_rest_and_whole_windows_come_first(write):
     assert len(calibration_windows(names, tokenizer, 7, 40, seed=0).windows) == 7
 
 
-@pytest.mark.parametrize("length, is_window", [(MIN_REST, True), (MIN_REST - 1, False)])
+@pytest.mark.parametrize(
+    "length, is_window", [(MIN_REST_TOKENS, True), (MIN_REST_TOKENS - 1, False)]
+)
 def test_a_rest_of_few_tokens_is_dropped(write, length, is_window):
     name = write("a.txt", numbers(0, 99 + length))
     windows = calibration_windows([name], FakeTokenizer(), 9, 100, seed=0).windows

@@ -55,7 +55,7 @@ def test_file_that_changed_since_the_export_is_found(export_to):
 def test_left_linears_come_with_the_reason(export_to):
     found = verify(export_to(Recipe(SCHEMES["fp8-dynamic"], ignore=(Pattern("re:.*o_proj"),))))
     assert (
-        found.left["lm_head"] == "lm_head is left by rule"
+        found.left["lm_head"] == "lm_head is skipped by rule"
         and "ignored" in found.left["model.layers.0.self_attn.o_proj"]
     )
 

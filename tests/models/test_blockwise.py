@@ -3,8 +3,10 @@ block in memory.
 """
 
 import gc
+import tempfile
 import threading
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -53,10 +55,11 @@ def run_blockwise(
     blockwise: BlockwiseModel, batches=BATCHES, memory=None, prefetch=None, threads=1, cache=None
 ) -> list[torch.Tensor]:
     """Final hidden states of each batch."""
-    states = HiddenStates(memory)
+    directory = tempfile.TemporaryDirectory()
+    states = HiddenStates(memory, Path(directory.name))
 
     def run(step: BlockStep) -> None:
-        assert states.is_in_files == (memory == 0)
+        assert any(Path(directory.name).iterdir()) == (memory == 0)
         for _ in each_batch(step.advance, step.walk.batches, CPU, threads):
             pass
 
@@ -69,6 +72,7 @@ def run_blockwise(
         ]
     finally:
         states.close()
+        directory.cleanup()
 
 
 def assert_equal(one, other) -> None:

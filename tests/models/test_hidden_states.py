@@ -42,10 +42,10 @@ def in_files(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("memory", [0, None])
-def test_what_was_put_is_there_after_the_turn_block_after_block(dtype, memory):
-    states = HiddenStates(memory)
+def test_what_was_put_is_there_after_the_swap_block_after_block(dtype, memory, tmp_path):
+    states = HiddenStates(memory, tmp_path)
     states.expect(SHAPES, dtype)
-    assert states.is_in_files == (memory == 0)
+    assert any(tmp_path.iterdir()) == (memory == 0)
     for seed in range(4):
         for number, tensor in random_states(dtype, seed).items():
             states.put(number, tensor)
@@ -73,7 +73,7 @@ def test_a_batch_is_read_before_its_own_place_is_written(memory):
     states.close()
 
 
-def test_in_files_the_former_states_stay_whole_until_the_turn(in_files):
+def test_in_files_the_former_states_stay_whole_until_the_swap(in_files):
     former, later = random_states(torch.bfloat16, 0), random_states(torch.bfloat16, 1)
     for number, tensor in former.items():
         in_files.put(number, tensor)
@@ -123,12 +123,12 @@ def test_a_file_refuses_what_it_would_round_or_spread(in_files, odd):
         in_files.put(0, odd)
 
 
-@pytest.mark.parametrize("beyond, is_in_files", [(0, False), (-1, True)])
-def test_files_serve_where_memory_is_too_small_by_a_byte(beyond, is_in_files):
+@pytest.mark.parametrize("beyond, needs_files", [(0, False), (-1, True)])
+def test_files_are_made_if_memory_is_too_small_by_a_byte(beyond, needs_files, tmp_path):
     total = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
-    states = HiddenStates(total + beyond)
+    states = HiddenStates(total + beyond, tmp_path)
     states.expect(SHAPES, torch.bfloat16)
-    assert states.is_in_files == is_in_files
+    assert any(tmp_path.iterdir()) == needs_files
     states.close()
 
 
@@ -141,7 +141,7 @@ def test_save_writes_what_get_gives(tmp_path, memory):
     states.swap()
     if memory == 0:
         states.put(0, torch.zeros(SHAPES[0]).bfloat16())  # of the next block, which is not finished
-    states.save(tmp_path / "saved.safetensors", beside={"0.encoded": torch.ones(2)})
+    states.save(tmp_path / "saved.safetensors", others={"0.encoded": torch.ones(2)})
     states.close()
     saved = load_file(tmp_path / "saved.safetensors")
     assert saved.keys() == {*map(str, SHAPES), "0.encoded"}

@@ -1,10 +1,11 @@
-"""Checkpoint formats: how a quantized Linear is stored, and the `quantization_config` that says so.
+"""Checkpoint formats: how the tensors of a quantized Linear are stored, and the
+`quantization_config` that describes them.
 
-compressed-tensors   every scheme; vLLM, SGLang, TensorRT-LLM and transformers read it
-fp8                  128×128 blocks of E4M3, as DeepSeek ships them
-modelopt             static per-tensor E4M3, for TensorRT-LLM
+    compressed-tensors   every scheme; vLLM, SGLang, TensorRT-LLM and transformers read it
+    fp8                  128×128 blocks of E4M3, as in DeepSeek's checkpoints
+    modelopt             static per-tensor E4M3, for TensorRT-LLM
 
-A new format is one subclass of `format.Format` in a file of its own, and a line in FORMATS.
+A new format is a subclass of `format.Format` in a file of its own, and an entry in FORMATS.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 DEFAULT_FORMAT = "compressed-tensors"
-# The values of --format, which are those of `quant_method` in config.json.
+# By the value of --format, which is also that of `quant_method` in config.json.
 FORMATS: dict[str, Format] = {
     file_format.name: file_format
     for file_format in (CompressedTensors(), DeepseekFP8(), ModelOpt())
@@ -53,8 +54,10 @@ FORMATS: dict[str, Format] = {
 
 
 def read_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig | None:
-    """The `quantization_config` of a model's config.json; None where the model is not quantized.
-    Raises CheckpointError where it can't be used.
+    """The parsed `quantization_config` of a model's config.json, or None if the model isn't
+    quantized.
+
+    Raises CheckpointError if it can't be used.
     """
     stored = config.get("quantization_config")
     if stored is None:
@@ -80,13 +83,13 @@ def read_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig | 
 
 
 def side_files() -> dict[str, Format]:
-    """Files next to config.json that repeat its `quantization_config`: name → format."""
+    """File name → format, for files next to config.json that repeat its `quantization_config`."""
     known = FORMATS.values()
     return {each.side_file: each for each in known if each.side_file is not None}
 
 
 def config_of_side_file(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` that a side file stands for, where config.json has none."""
+    """The `quantization_config` that is equivalent to a side file's content."""
     return side_files()[name].config_of_side_file(content)
 
 
@@ -105,17 +108,17 @@ def stored_linears(tensor_names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def weight_scale_suffixes() -> set[str]:
-    """What the formats call the scales of a weight."""
+    """The suffixes that the formats give to a weight's scales."""
     return {file_format.scale_suffix for file_format in FORMATS.values()}
 
 
 def added_suffixes() -> set[str]:
-    """Names of tensors that the formats add to those of the original model."""
+    """The suffixes of tensors that the formats add to those of the original model."""
     return {suffix for each in FORMATS.values() for suffix in each.added_suffixes}
 
 
 def kv_scale_module(name: str) -> str | None:
-    """The attention module whose KV scale this tensor is, in any format's spelling; None for other
+    """The attention module that a KV scale belongs to, under any format's naming; None for other
     tensors.
     """
     found = (file_format.kv_scale_module(name) for file_format in FORMATS.values())

@@ -1,4 +1,6 @@
-"""compressed-tensors: holds every scheme; vLLM, SGLang, TensorRT-LLM and transformers read it."""
+"""compressed-tensors: holds every scheme, and is read by vLLM, SGLang, TensorRT-LLM and
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def compression_format(scheme: QuantScheme) -> str:
-    """compressed-tensors' `format` of this scheme: how runtimes decompress it."""
+    """compressed-tensors' `format` for a scheme, by which runtimes decompress it."""
     if scheme.weight.scale_format == E8M0:
         return "mxfp8-quantized"
     if scheme.input is None:
@@ -33,11 +35,15 @@ def compression_format(scheme: QuantScheme) -> str:
 
 
 def is_packed(scheme: QuantScheme) -> bool:
-    """Whether codes are stored in 32-bit words."""
+    """Whether codes are packed into 32-bit words."""
     return compression_format(scheme) == "pack-quantized"
 
 
 class CompressedTensors(Format):
+    """compressed-tensors' tensors and config. Weight-only integer codes are packed into 32-bit
+    words.
+    """
+
     name = "compressed-tensors"
     label = "compressed-tensors"
 
@@ -49,7 +55,7 @@ class CompressedTensors(Format):
             )
         return obstacle
 
-    # ---- Tensors: weight-only integers are packed into words.
+    # ---- Tensors.
 
     def codes_suffix(self, scheme: QuantScheme) -> str:
         return "weight_packed" if is_packed(scheme) else "weight"
@@ -99,7 +105,7 @@ class CompressedTensors(Format):
         weight_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Also the shape of a packed weight."""
+        """As `Format.encode_constants`, plus the shape of a packed weight."""
         import torch
 
         tensors = super().encode_constants(scheme, shape, weight_scale, input_scale)
@@ -123,8 +129,10 @@ class CompressedTensors(Format):
     # ---- The config.
 
     def config(self, layers: QuantizedLayers) -> dict[str, Any]:
-        """One group targets the class name, which every runtime takes. Several name their modules,
-        because TensorRT-LLM matches names only and no class name.
+        """The `quantization_config` of a checkpoint.
+
+        A single group targets the class name Linear, which every runtime accepts. Several groups
+        list their modules, because TensorRT-LLM matches module names but no class names.
         """
         groups: dict[QuantScheme, list[str]] = {}
         for name, scheme in layers.schemes.items():
@@ -173,12 +181,14 @@ class CompressedTensors(Format):
         return QuantizationConfig(self, schemes, ignore, kv_scheme is not None)
 
     def config_faults(self, stored: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Groups whose `format` isn't one that runtimes decompress the scheme with."""
+        """Groups whose `format` isn't one by which runtimes decompress their scheme: (key,
+        message).
+        """
         faults = []
         for name, entry in stored["config_groups"].items():
             scheme = _scheme(entry, name)
             needed = compression_format(scheme)
-            # Codes that are stored plainly are read alike under either name.
+            # Runtimes read codes that aren't packed in the same way under either name.
             plain = {"naive-quantized", f"{scheme.weight.format.kind}-quantized"}
             allowed = plain if needed in plain else {needed}
             declared = entry.get("format") or stored.get("format")

@@ -1,4 +1,4 @@
-"""fp8: 128×128 blocks of E4M3, as DeepSeek ships its models."""
+"""fp8: 128×128 blocks of E4M3, the format of DeepSeek's checkpoints."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from quantkit.schemes.serving import MULTIPLES_OF_128, YES
 
 
 class DeepseekFP8(Format):
+    """DeepSeek's tensors and config: E4M3 codes with one scale per block. Exports can read it as a
+    source.
+    """
+
     name = "fp8"
     label = "block fp8"
     only_scheme = SCHEMES["fp8-block"]
@@ -30,7 +34,7 @@ class DeepseekFP8(Format):
         "transformers": MULTIPLES_OF_128,
     }
     holds_kv_cache = False
-    scale_suffix = "weight_scale_inv"  # codes are multiplied by it; the name is history
+    scale_suffix = "weight_scale_inv"  # despite its name, codes are multiplied by it
     is_source = True
 
     def block_scales(self, stored: StoredTensors, spec: QuantSpec) -> dict[str, str]:
@@ -62,8 +66,8 @@ class DeepseekFP8(Format):
 
     def config(self, layers: QuantizedLayers) -> dict[str, Any]:
         granularity = self.only_scheme.weight.granularity
-        # Full names, for each member of fused layers: runtimes match prefixes, patterns or names,
-        # and these mean the same to all of them.
+        # Full names of all members of fused layers. Runtimes match prefixes, patterns or names, and
+        # full names mean the same to all of them.
         return {
             "quant_method": self.name,
             "activation_scheme": "dynamic",
@@ -89,7 +93,7 @@ class DeepseekFP8(Format):
             QuantSpec(FP8_E4M3, block(rows, columns)),
             QuantSpec(FP8_E4M3, group(columns), dynamic=True),
         )
-        # A name skips the module and all modules in it, wherever its path begins.
+        # A name skips the module and all modules in it, whatever comes before it in the path.
         ignore = tuple(
             rf"re:(.*\.)?{re.escape(part)}(\.|\Z)"
             for part in stored.get("modules_to_not_convert") or stored.get("ignored_layers") or ()

@@ -1,7 +1,7 @@
-"""What a checkpoint format is: how the tensors of a quantized Linear are named and encoded, and how
-`config.json` describes them.
+"""The interface of a checkpoint format: names and encoding of a quantized Linear's tensors, and
+their description in `config.json`.
 
-Shapes are exact, because transformers compares them (`[1]` not `[]`, `[O, 1]` not `[O]`).
+Shapes are exact, because transformers compares them: `[1]` isn't `[]`, and `[O, 1]` isn't `[O]`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ StoredTensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class QuantizedLayers:
-    """What a `quantization_config` says of a model.
+    """The facts about a model that a `quantization_config` states.
 
-    schemes: Linear → scheme, for every quantized one.
-    skipped: names of the Linears that stay as they are.
-    default: the scheme that most Linears have.
+    schemes: Linear → scheme, for every quantized Linear.
+    skipped: names of the Linears that aren't quantized.
+    default: the scheme of most Linears.
     kv_cache: whether there are scales for an FP8 KV cache.
-    by_name: name each Linear even where one scheme could target the class, because the model has
+    by_name: list each Linear even if one scheme could target the class, because the model has
         Linears without a tensor of their own (a tied output head).
     skipped_elsewhere: patterns for skipped Linears that a runtime has in another module.
     """
@@ -51,19 +51,20 @@ class QuantizedLayers:
 
 
 class Format(ABC):
-    """One way to store quantized Linears. A new format overrides what differs from compressed-
-    tensors' plain codes and scales, and is listed in `checkpoint.formats.FORMATS`.
+    """One way to store quantized Linears.
 
-    name: of `--format`, and the `quant_method` in config.json.
-    label: what quantkit reads of it, in a message.
-    only_scheme: the one scheme that it holds; None where it holds all.
-    runtimes: runtime → whether it loads the format; None where the scheme's row in the catalogue
-        tells.
-    holds_kv_cache: whether it has a place for the scales of a KV cache.
-    scale_suffix: the last part of the name of a weight's scales.
-    scalar_shape: the shape of a scale that is shared by a whole tensor.
+    A new format overrides whatever differs from compressed-tensors' unpacked codes and scales. It
+    is listed in `checkpoint.formats.FORMATS`.
+
+    name: value of `--format`, and of `quant_method` in config.json.
+    label: its name in messages.
+    only_scheme: the one scheme that it holds; None if it holds all.
+    runtimes: runtime → whether it loads the format; None if that depends on the scheme alone.
+    holds_kv_cache: whether it can store the scales of a KV cache.
+    scale_suffix: last part of the name of a weight's scales.
+    scalar_shape: shape of a scale that a whole tensor shares.
     is_source: whether an export may read such a checkpoint and dequantize it on the way.
-    side_file: a file next to config.json that repeats the config, or None.
+    side_file: name of a file next to config.json that repeats the config, or None.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Format(ABC):
     is_source = False
     side_file: str | None = None
 
-    # ---- What it can hold.
+    # ---- Limits.
 
     def obstacle(self, schemes: Iterable[QuantScheme], kv_cache: bool) -> str | None:
         """Why a checkpoint of these schemes can't be written in this format, or None."""
@@ -112,12 +113,14 @@ class Format(ABC):
         return "weight"
 
     def code_tensors(self, scheme: QuantScheme, shape: Sequence[int]) -> StoredTensors:
-        """The tensors that hold codes, and what is needed to read them, but no scales."""
+        """The tensors that hold a weight's codes and whatever is needed to read them, without
+        scales.
+        """
         rows, columns = shape
         return {"weight": (scheme.weight.format.safetensors_name, (rows, columns))}
 
     def tensors(self, scheme: QuantScheme, shape: Sequence[int]) -> StoredTensors:
-        """All tensors of one Linear [out_features, in_features], but for its bias."""
+        """All tensors of one Linear [out_features, in_features], except its bias."""
         spec = scheme.weight
         tensors = dict(self.code_tensors(scheme, shape))
         tensors[self.scale_suffix] = (
@@ -132,30 +135,35 @@ class Format(ABC):
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """A module that has a tensor of one of these names is quantized."""
+        """Suffixes that only quantized modules have."""
         return (self.scale_suffix,)
 
     @property
     def added_suffixes(self) -> tuple[str, ...]:
-        """Names of tensors that the original model doesn't have."""
+        """Suffixes of tensors that the original model doesn't have."""
         return (self.scale_suffix, "input_scale", *KV_SUFFIXES)
 
     def weight_shape(
         self, scheme: QuantScheme, stored: StoredTensors, read: Callable[[str], Tensor] | None
     ) -> tuple[int, ...] | None:
-        """The shape of a Linear's weight from its tensors, or None. read: suffix → the tensor; None
-        where headers must do.
+        """The shape [out_features, in_features] of a Linear's weight, or None if its tensors don't
+        tell.
+
+        stored: the Linear's tensors.
+        read: suffix → the tensor's values; None if only headers are available.
         """
         return stored["weight"][1] if "weight" in stored else None
 
     # ---- Encoding.
 
     def encode_codes(self, codes: Tensor, scheme: QuantScheme) -> Tensor:
+        """Codes [rows, columns] as the tensor of codes stores them."""
         return codes
 
     def encode_rows(self, quantized: QuantizedTensor, scheme: QuantScheme) -> dict[str, Tensor]:
-        """Some whole block rows of a quantized weight as rows of its tensors: the codes, and the
-        scales unless all rows share one.
+        """Whole block rows of a quantized weight as rows of its stored tensors: suffix → tensor.
+
+        These are the codes, and the scales unless all rows share one.
         """
         tensors = {self.codes_suffix(scheme): self.encode_codes(quantized.qdata, scheme)}
         if scheme.weight.granularity != TENSOR:
@@ -169,7 +177,12 @@ class Format(ABC):
         weight_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What a Linear stores once: one scale of all its weights, its static input scale."""
+        """The tensors of which a Linear stores one value: suffix → tensor.
+
+        shape: [out_features, in_features].
+        weight_scale: the scale of a per-tensor scheme, one value.
+        input_scale: the static input scale, one value.
+        """
         tensors = {}
         if scheme.weight.granularity == TENSOR:
             assert weight_scale is not None, "a per-tensor scheme comes with its weight scale"
@@ -182,14 +195,19 @@ class Format(ABC):
     # ---- Decoding.
 
     def decode_codes(self, stored: Tensor, scheme: QuantScheme, columns: int) -> Tensor:
-        """Some rows of the tensor of codes as codes [rows, columns]."""
+        """Rows of the stored tensor of codes as codes [rows, columns]."""
         return stored
 
     def decode(
         self, tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str
     ) -> tuple[QuantizedTensor, Tensor | None]:
-        """Read back one Linear, whoever wrote it: the quantized weight and its static input scale
-        [1], if it has one. Raises CheckpointError where a tensor is missing or of another kind.
+        """Decode one Linear, whichever tool wrote it: the quantized weight, and its static input
+        scale [1] or None.
+
+        tensors: suffix → tensor.
+        name: the Linear, for messages.
+
+        Raises CheckpointError if a tensor is missing or has a wrong dtype or shape.
         """
         from quantkit.ops.reference import QuantizedTensor
 
@@ -223,7 +241,7 @@ class Format(ABC):
                 )
 
     def torch_dtypes(self, scheme: QuantScheme) -> dict[str, str]:
-        """What torch calls the dtype of each tensor of `code_tensors`."""
+        """Suffix → torch's name of the dtype, for each tensor of `code_tensors`."""
         return {"weight": scheme.weight.format.torch_name}
 
     def _codes(self, tensors: Mapping[str, Tensor], scheme: QuantScheme, name: str) -> Tensor:
@@ -236,7 +254,7 @@ class Format(ABC):
         """The weight's scales [block rows, block columns], float32."""
         stored = required(tensors, self.scale_suffix, name)
         expected = scheme.weight.granularity.scale_shape(*shape)
-        # Others write [O] for [O, 1] and [] for [1]; anything else that differs would scale the
+        # Other tools write [O] for [O, 1] and [] for [1]. Any other difference would scale the
         # wrong weights.
         if [size for size in stored.shape if size != 1] != [size for size in expected if size != 1]:
             raise CheckpointError(
@@ -253,16 +271,17 @@ class Format(ABC):
             )
         return decode_scales(stored).reshape(expected)
 
-    # ---- The scales of a KV cache.
+    # ---- KV cache scales.
 
     def kv_scale_name(self, module: str, suffix: str) -> str:
-        """The tensor with the scale of an attention module's keys (suffix "k_scale") or values
-        ("v_scale").
+        """The name of the tensor with the scale of an attention module's keys or values.
+
+        suffix: "k_scale" or "v_scale".
         """
         return f"{module}.{suffix}"
 
     def kv_scale_module(self, name: str) -> str | None:
-        """The attention module whose KV scale this tensor is; None for other tensors."""
+        """The attention module that a KV scale belongs to; None for other tensors."""
         module, _, suffix = name.rpartition(".")
         return module if suffix in KV_SUFFIXES else None
 
@@ -271,14 +290,14 @@ class Format(ABC):
     def unexpected(
         self, scheme: QuantScheme, shape: Sequence[int], suffixes: Iterable[str]
     ) -> list[str]:
-        """Tensors of a Linear that its scheme doesn't have in this format."""
+        """Suffixes of a Linear's tensors that its scheme doesn't have in this format."""
         return sorted(set(suffixes) - set(self.tensors(scheme, shape)) - {"bias", *KV_SUFFIXES})
 
     def tensor_faults(
         self, module: str, scheme: QuantScheme, shape: Sequence[int], stored: StoredTensors
     ) -> list[tuple[str, str]]:
-        """What is missing of a Linear, or stored in another way than runtimes read: (tensor,
-        message).
+        """Tensors of a Linear that are missing, or stored differently than runtimes read them:
+        (tensor, message).
         """
         codes = self.code_tensors(scheme, shape)
         faults = []
@@ -304,18 +323,21 @@ class Format(ABC):
         return faults
 
     def accepts_shape(self, stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+        """Whether runtimes accept a tensor stored in this shape instead of the expected one."""
         return stored == expected
 
     def config_faults(self, stored: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """What a `quantization_config` that can be read says wrongly: (key, message)."""
+        """Faults of a `quantization_config` that can still be read: (key, message)."""
         return []
 
-    # ---- As a source.
+    # ---- As the source of an export.
 
     def block_scales(self, stored: StoredTensors, spec: QuantSpec) -> dict[str, str]:
-        """Weight → the tensor of its block scales, for a format that an export dequantizes. stored:
-        every tensor of the checkpoint by its full name. Raises CheckpointError where codes lack
-        their scales, or scales their codes.
+        """Weight → the tensor of its block scales, for a format that an export dequantizes.
+
+        stored: every tensor of the checkpoint, by its full name.
+
+        Raises CheckpointError if codes lack their scales, or scales their codes.
         """
         return {}
 
@@ -327,26 +349,28 @@ class Format(ABC):
 
     @abstractmethod
     def read_config(self, stored: Mapping[str, Any]) -> QuantizationConfig:
-        """A `quantization_config` of this `quant_method`, understood. Raises CheckpointError,
-        RecipeError, KeyError, TypeError or ValueError where it can't be used.
+        """Parse a `quantization_config` with this format's `quant_method`.
+
+        Raises CheckpointError, RecipeError, KeyError, TypeError or ValueError if it can't be used.
         """
 
     def side_file_content(self, layers: QuantizedLayers) -> dict[str, Any]:
-        """What `side_file` holds."""
+        """The content of `side_file`."""
         raise NotImplementedError(f"{self.name} has no side file")
 
     def config_of_side_file(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The `quantization_config` that a side file stands for, where config.json has none."""
+        """The `quantization_config` that is equivalent to a side file's content."""
         raise NotImplementedError(f"{self.name} has no side file")
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """A checkpoint's `quantization_config`, understood: which scheme a module has.
+    """A checkpoint's parsed `quantization_config`: the scheme of each module.
 
     file_format: how the tensors are stored.
-    groups: the targets of each scheme: module names, `re:` patterns or class names.
-    ignore: targets that stay unquantized.
+    groups: (targets, scheme) of each group; targets are module names, `re:` patterns or class
+        names.
+    ignore: targets that aren't quantized.
     kv_cache: whether there are scales for an FP8 KV cache.
     """
 
@@ -360,8 +384,9 @@ class QuantizationConfig:
         return [scheme for _, scheme in self.groups]
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> QuantScheme | None:
-        """The scheme of a module, or None where it is ignored or no group targets it. Exact names
-        win over patterns, patterns over classes.
+        """The scheme of a module, or None if it is ignored or no group targets it.
+
+        Exact names take precedence over patterns, and patterns over class names.
         """
         if any(_matches(entry, module, class_name) for entry in self.ignore):
             return None
@@ -389,7 +414,7 @@ def _matches(target: str, module: str, class_name: str) -> bool:
 
 
 def encode_scales(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales as they are stored: float32, or the exponent plus 127 as a byte."""
+    """Scales as they are stored: float32, or E8M0 as a byte (exponent plus 127)."""
     import torch
 
     if spec.scale_format != E8M0:

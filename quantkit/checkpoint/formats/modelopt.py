@@ -12,11 +12,15 @@ from quantkit.errors import CheckpointError
 from quantkit.schemes.scheme import SCHEMES
 from quantkit.schemes.serving import YES, Support
 
-# Readers take a file without a quant_method for ModelOpt's by this name.
+# Readers recognize a file without a quant_method as ModelOpt's by this name.
 _PRODUCER = {"name": "modelopt", "version": f"written by quantkit {__version__}"}
 
 
 class ModelOpt(Format):
+    """ModelOpt's tensors and config: E4M3 codes with one static scale for weights and one for
+    inputs.
+    """
+
     name = "modelopt"
     label = "modelopt FP8"
     only_scheme = SCHEMES["fp8-tensor"]
@@ -56,7 +60,9 @@ class ModelOpt(Format):
         return config | ({"kv_cache_scheme": tensor} if layers.kv_cache else {})
 
     def side_file_content(self, layers: QuantizedLayers) -> dict[str, Any]:
-        """The same facts again: TensorRT-LLM prefers this file, vLLM and SGLang config.json."""
+        """The same settings as in `config`: TensorRT-LLM prefers this file, vLLM and SGLang
+        config.json.
+        """
         return {
             "producer": _PRODUCER,
             "quantization": {
@@ -77,7 +83,7 @@ class ModelOpt(Format):
                 " static per-tensor FP8 only"
             )
         skipped = stored.get("exclude_modules") or stored.get("ignore") or ()
-        # A pattern also skips what is inside of the module that it names.
+        # A pattern also skips all modules inside the one that it names.
         ignore = tuple(
             "re:" + fnmatch.translate(entry).removesuffix(r"\Z") + r"(\.|\Z)" for entry in skipped
         )
