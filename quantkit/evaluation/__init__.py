@@ -1,1 +1,1 @@
-"""What quantization cost: base and candidates run over the same text and compared."""
+"""Measure the cost of quantization: base and quantized models run over the same text."""

@@ -1,5 +1,5 @@
-"""Facts about checkpoints that need no run: their sizes, the Linears that they skip, and what they
-were calibrated on.
+"""Facts about a checkpoint that need no forward pass: its size, its skipped Linears, and the text
+that it was calibrated on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from quantkit.models.tensor_roles import linears_of
 
 
 def elements(checkpoint: Checkpoint) -> int:
-    """Of all tensors."""
+    """The number of elements in all tensors."""
     return sum(math.prod(info.shape) for info in checkpoint.tensors.values())
 
 
 def skipped_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Linears of the decoder blocks, and lm_head, that are not quantized."""
+    """The Linears of the decoder blocks that are not quantized; with lm_head, unless it is."""
     stored = stored_linears(checkpoint.tensors)
     modules = linears_of(checkpoint).modules("linear", "lm_head")
     skipped = [name for name in modules if name not in stored]
@@ -35,17 +35,20 @@ def skipped_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
 def calibrated_on(
     checkpoint: Checkpoint, sources: Sequence[str], windows: Windows
 ) -> tuple[int, tuple[str, ...]]:
-    """How many of these windows hold text that the checkpoint's scales were made with, and which
-    sources, by its own manifest.
+    """Which of the evaluation text the checkpoint was calibrated on, according to its manifest.
 
-    A source is known by its hash: calibration windows shorter than a piece leave no other trace.
+    Returns the number of windows that share text with the calibration, and the sources that were
+    used for it. Sources are recognized by their hash, because calibration windows shorter than a
+    piece of text leave no other trace.
+
+    Raises CheckpointError if the manifest is damaged.
     """
     manifest = checkpoint.path / MANIFEST_FILE
     stored = read_json(manifest, "").get("calibrated_on") if manifest.is_file() else None
     if not stored:
         return 0, ()
     try:
-        # files of earlier versions have none
+        # Manifests of earlier versions have no hashes of sources.
         known = frozenset(stored.get("source_sha256", ()))
         count = count_known_windows(windows, stored["token_pieces"])
         same = zip(sources, windows.source_sha256)

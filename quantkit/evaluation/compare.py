@@ -1,8 +1,8 @@
-"""`compare`: quant against quant, paired, from the sums of each window that two runs of `eval -o`
-stored. No model is needed any more.
+"""`compare`: a paired comparison of quantized models, from the per-window sums in two results of
+`eval -o`. No model is loaded.
 
-Two results are comparable when the same tokens went through the same protocol against the same
-base; everything else is refused by name.
+Two results are comparable if they have the same tokens, the same protocol and the same base model.
+Otherwise `compare` refuses and says what differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from quantkit.evaluation.result import (
 
 @dataclass(frozen=True)
 class ComparedBase:
-    """path: of the base in the first result; perplexity: its own."""
+    """The base model of both results.
+
+    path: its directory, as in the first result.
+    perplexity: per token, or per word with the protocol lmeval.
+    """
 
     path: str
     perplexity: float
@@ -37,12 +41,12 @@ class ComparedBase:
 
 @dataclass(frozen=True)
 class ComparedQuant:
-    """One candidate of a pair.
+    """One quantized model of a pair.
 
     path: its directory.
-    scheme: its name.
-    perplexity: its own.
-    bytes: of its tensors.
+    scheme: the name of its scheme.
+    perplexity: per token, or per word with the protocol lmeval.
+    bytes: size of its tensors.
     """
 
     path: str
@@ -57,11 +61,12 @@ class ComparedQuant:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two candidates.
+    """Two quantized models, compared.
 
-    a, b: of the first result and of the second.
-    deltas: B − A of each metric that can be paired.
-    size_ratio: the bytes of B by those of A.
+    a: the model from the first result.
+    b: the model from the second result.
+    deltas: the difference B − A of each paired metric.
+    size_ratio: bytes of B / bytes of A.
     """
 
     a: ComparedQuant
@@ -72,15 +77,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; the fields are the JSON's keys, in its order.
+    """The result of `compare`. The fields are the keys of its JSON, in order.
 
-    schema_version: of the JSON.
-    a, b: the files.
-    protocol, data, tokens_scored: of both.
-    windows: how many.
-    base: of both.
-    pairs: each candidate of B with each of A.
-    remarks: what else differs.
+    schema_version: version of the JSON.
+    a: path of the first result.
+    b: path of the second result.
+    protocol: how windows were cut and scored in both results.
+    data: the text of both results.
+    tokens_scored: number of scored tokens.
+    windows: number of windows.
+    base: the base model of both results.
+    pairs: each quantized model of B with each of A.
+    remarks: settings that differ and may affect the metrics, one sentence each.
     """
 
     schema_version: int
@@ -99,7 +107,11 @@ class Comparison:
 
 
 def read_result(path: Path) -> Evaluation:
-    """A result of `eval -o`, whole and of a version that this one knows."""
+    """Read a result of `eval -o`.
+
+    Raises EvaluationError if the file is missing, damaged, of another schema version, or without a
+    quantized model.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,12 +140,14 @@ def read_result(path: Path) -> Evaluation:
         ) from None
     if not result.quants:
         raise EvaluationError(
-            f"{path} holds a base alone; give quantized models to `quantkit eval` too"
+            f"{path} has results of the base model only; give quantized models to `quantkit eval`"
+            " too"
         )
     return result
 
 
 def _require_whole(result: Evaluation) -> None:
+    """Raise ValueError if window sums, names or counts are missing or make no sense."""
     windows = len(result.window_tokens)
     sums = [
         result.window_tokens,
@@ -155,7 +169,11 @@ def _require_whole(result: Evaluation) -> None:
 
 
 def compare(first: Path, second: Path) -> Comparison:
-    """Each quant of `second` against each of `first`."""
+    """Compare each quantized model of `second` with each of `first`.
+
+    Raises EvaluationError if a file can't be used, NotComparableError if the results differ in
+    protocol, tokens or base model.
+    """
     a, b = read_result(first), read_result(second)
     _require_comparable(a, b, first, second)
     counts = np.array(a.window_tokens)
@@ -213,7 +231,7 @@ def _require_comparable(a: Evaluation, b: Evaluation, first: Path, second: Path)
 
 
 def _differences(a: Evaluation, b: Evaluation) -> list[str]:
-    """What else was not the same, and may show in the metrics."""
+    """Other settings that differ and may affect the metrics, one sentence each."""
     settings = {
         "--hardware": (a.hardware, b.hardware),
         "kernels": (a.kernel_level, b.kernel_level),

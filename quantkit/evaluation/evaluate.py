@@ -1,10 +1,12 @@
-"""`eval`: base and quantized models over the same windows, from the exported files, and how they
-differ.
+"""`eval`: run the base model and the quantized models over the same windows and compare them.
 
-One model after the other runs block by block over all windows and leaves its final hidden states
-(tokens × hidden size, never tokens × vocabulary); those of a base that was evaluated before come
-from the cache. Logits of base and candidate are made from them side by side, in float32, compared
-and dropped. With torchrun each process takes a share of the windows.
+1. Each model runs block by block over all windows. Only its final hidden states are stored: tokens
+   × hidden size, never tokens × vocabulary. Those of the base model may come from the cache.
+2. The logits of both models are computed from these states in float32, a part of the vocabulary at
+   a time, reduced to scores per token, and dropped.
+3. The metrics are computed from the scores.
+
+With torchrun, the windows are split over the processes.
 """
 
 from __future__ import annotations
@@ -59,16 +61,19 @@ if TYPE_CHECKING:
     from quantkit.evaluation.quantized_model import QuantizedModel
     from quantkit.evaluation.scoring import ModelOutput, Progress, Scored, Scoring
 
-# What changes the hidden states that a version of this file makes of the same model and tokens.
+# Increment this when a change of the code changes the final hidden states; it empties the cache.
 STATES_VERSION = 2
 
 
 def evaluate(
     options: EvaluationOptions, on_progress: Progress = lambda name, done, total: None
 ) -> Evaluation:
-    """Compare the candidates with the base. With torchrun every rank returns the result.
+    """Compare the quantized models with the base model. With torchrun, every rank returns the
+    result.
 
-    Raises EvaluationError, NotComparableError and CheckpointError where they can't be compared.
+    Raises EvaluationError for unusable options or a model that can't be evaluated, CheckpointError
+    for a damaged model, NotComparableError for models that differ in more than quantization, and
+    DataError for text that can't be read or is too short.
     """
     gates = [Gate.parse(expr) for expr in options.gates]
     if gates and not options.quants:
@@ -97,14 +102,14 @@ def evaluate(
 class _Run:
     """One run of `eval` on one rank.
 
-    options: as asked.
-    ranks: that share the windows.
+    options: the user's options.
+    ranks: the processes that share the windows.
     text: the windows of all ranks.
     seq_len: tokens per window.
-    base: the base's checkpoint.
-    task: what the base predicts.
-    masking: of a masked language model, else None.
-    scoring: of this rank's windows.
+    base: checkpoint of the base model.
+    task: what the base model predicts: CAUSAL, MASKED or TARGET.
+    masking: how tokens are masked; None unless the task is MASKED.
+    scoring: scores this rank's windows.
     """
 
     options: EvaluationOptions
@@ -149,12 +154,12 @@ class _Run:
 
     @property
     def windows(self) -> Mapping[int, Window]:
-        """Of this rank, by number."""
+        """This rank's windows, by number."""
         return self.scoring.windows
 
     @property
     def tokens(self) -> int:
-        """That go through each model, on all ranks."""
+        """The number of tokens that go through each model, on all ranks."""
         return sum(len(window.tokens) for window in self.text.windows.windows)
 
 
@@ -223,8 +228,8 @@ def _remarks(quant: QuantResult) -> list[str]:
     if not skipped:
         return []
     return [
-        f"{quant.path}: {skipped[0]} and its like ({len(skipped)} Linears) are not evaluated:"
-        " transformers leaves them out"
+        f"{quant.path}: {len(skipped)} Linears are not evaluated, because transformers doesn't"
+        f" build them ({skipped[0]} is the first)"
     ]
 
 
@@ -263,7 +268,10 @@ def _load(run: _Run, path: Path) -> QuantizedModel:
 def _run_blocks(
     run: _Run, model: QuantizedModel, watch: Watch | None = None, name: str = ""
 ) -> FinalHiddenStates:
-    """The final hidden states of this rank's windows."""
+    """Compute the final hidden states of this rank's windows.
+
+    name: the model's name in progress messages; by default, its directory's.
+    """
     from quantkit.evaluation.final_hidden_states import make_final_hidden_states
 
     name = name or model.checkpoint.path.name
@@ -277,7 +285,7 @@ def _run_blocks(
     )
 
 
-# ---- The base.
+# ---- The base model.
 
 
 def _base_output(run: _Run) -> ModelOutput:
@@ -286,8 +294,8 @@ def _base_output(run: _Run) -> ModelOutput:
     from quantkit.evaluation.scoring import ModelOutput
 
     model = _load(run, run.options.base)
-    # Of a masked model there are as many hidden states as tokens squared; what is cached is read as
-    # a decoder's.
+    # Only causal models use the cache: a masked model has hidden states for each masked position,
+    # tokens² of them.
     states = cached_or_made(
         HiddenStateCache() if run.options.cache and run.task == CAUSAL else None,
         _made_from(run, model),
@@ -301,7 +309,7 @@ def _base_output(run: _Run) -> ModelOutput:
 
 
 def _made_from(run: _Run, model: QuantizedModel) -> dict[str, Any]:
-    """All that decides the base's hidden states."""
+    """Everything that the base model's hidden states depend on: the key of the cache."""
     options, device = run.options, run.ranks.device
     return {
         "version": STATES_VERSION,
@@ -352,13 +360,13 @@ def _noise_floor(run: _Run, base: ModelOutput) -> NoiseFloor:
     return NoiseFloor.of(scored.tokens, run.text)
 
 
-# ---- Candidates.
+# ---- The quantized models.
 
 
 def _evaluate_candidates(
     run: _Run, base: ModelOutput
 ) -> tuple[list[QuantResult], Scored[TokenScores]]:
-    """Each candidate's result, and the base's scores with the seconds of its own head."""
+    """The result of each quantized model, and the scores of the base model with their time."""
     from quantkit.evaluation.scoring import Scored
 
     quants, of_base = [], None
@@ -366,7 +374,7 @@ def _evaluate_candidates(
         quant, scored = _evaluate_candidate(run, base, path)
         quants.append(quant)
         if of_base is None:
-            # Half of the comparing is the base's.
+            # A pair is scored at once; half of the time counts as the base model's.
             of_base = Scored[TokenScores](scored.tokens, scored.seconds / 2)
     return quants, of_base or run.scoring.base(base)
 
@@ -386,7 +394,7 @@ def _evaluate_candidate(
         scored = run.scoring.pair(base, ModelOutput(head, states))
     finally:
         states.close()
-    # Half of the comparing is the base's.
+    # A pair is scored at once; half of the time counts as the base model's.
     seconds = run.scoring.largest(states.seconds) + scored.seconds / 2
     layers = probe.finish() if probe else []
     return _quant_result(run, model, scored.tokens, layers, seconds), scored
@@ -426,14 +434,19 @@ def _quant_result(
 
 
 def _arithmetic(kernels: Mapping[str, int]) -> str:
-    """What ran: "kernel", "reference", or "mixed"."""
+    """Which arithmetic the Linears ran with: "kernel", "reference" or "mixed".
+
+    kernels: kernel, or "reference" → number of Linears.
+    """
     if not kernels or "reference" not in kernels:
         return "kernel" if kernels else "reference"
     return "mixed" if len(kernels) > 1 else "reference"
 
 
 def _kernel_level(device: str) -> str:
-    """What runs on a device: the CPU's instruction set, a GPU's architecture, or "reference"."""
+    """The kernels' variant on a device: the CPU's instruction set, the GPU's architecture, or
+    "reference" where there are no kernels.
+    """
     if str(device) == "cpu":
         return cpu_level()
     from quantkit.ops import cuda

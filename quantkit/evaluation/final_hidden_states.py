@@ -1,8 +1,8 @@
-"""A model's final hidden states over windows of text: made block by block, or taken from the cache.
-The judge needs nothing else of a model but its head.
+"""The final hidden states of a model over windows of text: computed block by block, or read from
+the cache. Together with the output head, they are all that an evaluation needs of a model.
 
-They lie in memory while they fit half of what is spare, else in a file, or where the cache keeps
-them: tokens × hidden size, never tokens × vocabulary.
+They are kept in memory if they fit into half of the free memory, else in a file: tokens × hidden
+size, never tokens × vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,17 @@ from quantkit.models.threads import each_batch
 
 @dataclass(frozen=True)
 class FinalHiddenStates:
-    """Of one model. windows: what went through, by number; seconds: what making them took without a
-    watch's own work (or took then, where they come from the cache).
+    """The final hidden states of one model.
+
+    windows: the windows that the model ran over, by number.
+    states: the hidden states by window number, each [rows, tokens, hidden size]; rows is 1, or for
+        a masked model the number of masked positions.
+    seconds: time of the forward passes, without that of a watch; from the cache, the time of the
+        run that computed them.
+    is_from_cache: whether an earlier run computed them.
+    remarks: sentences for the user, such as why they were not cached.
+    masking: how tokens were masked; None unless the model is a masked language model.
+    task: what the model predicts: CAUSAL, MASKED or TARGET.
     """
 
     windows: Mapping[int, Window]
@@ -43,7 +52,7 @@ class FinalHiddenStates:
     task: str = CAUSAL
 
     def scored(self, number: int) -> Tensor:
-        """The hidden states that predict a window's scored tokens, [scored, hidden size]."""
+        """The hidden states that predict the scored tokens of a window, [scored, hidden size]."""
         if self.masking is not None:
             return self.masking.scored(self.states.get(number))
         window = self.windows[number]
@@ -58,11 +67,13 @@ class FinalHiddenStates:
 
 @dataclass(frozen=True)
 class Watch:
-    """What an observer may do while a model runs; nothing, as it stands.
+    """Callbacks that observe or change a model while it runs. The defaults do nothing.
 
-    block: called with a block's number and the block before its windows, returns what is called
-    after them. batch: around each window. change: what becomes of a block's output, from the
-    block's number, the window's and the output.
+    block: called with a block's number and the block before its first window; returns a function
+        that is called after its last window.
+    batch: called with a window's number; returns a context manager around the block's run on it.
+    change: called with a block's number, a window's number and the block's output; returns the
+        output to use instead.
     """
 
     block: Callable[[int, nn.Module], Callable[[], None]] = field(
@@ -80,14 +91,21 @@ def make_final_hidden_states(
     watch: Watch | None = None,
     masking: Masking | None = None,
 ) -> FinalHiddenStates:
-    """Run the windows through the blocks, with `masking` each as many times as it has tokens.
-    Leaves the model with its output head in memory and without its blocks. on_progress(blocks done,
-    blocks).
+    """Run the windows through all blocks of a model. Afterwards only its output head is in memory.
+
+    windows: by number.
+    seq_len: tokens that a window feeds into the model.
+    on_progress: called with the blocks that are done, as a fraction, and the number of blocks.
+    watch: observes or changes the run.
+    masking: mask each token of a window in turn; a window of L tokens is L inputs.
+
+    Raises EvaluationError if the model has no output head, NonFiniteError if it computes NaN or
+    infinity.
     """
     started, watched, blocks = time.perf_counter(), 0.0, model.blocks
     watch = watch or Watch()
     numbers = list(windows)
-    # lmeval's windows carry one token more, which is predicted but not read.
+    # Windows of the protocol lmeval have one token more, which is predicted but not an input.
     batches = {
         number: (
             torch.tensor([window.tokens[:seq_len]]) if masking is None else masking.inputs(window)
@@ -105,7 +123,7 @@ def make_final_hidden_states(
             with nullcontext() if watch.batch is None else watch.batch(number):
                 output = step.run(number)
             name = blocks.block_name(step.number)
-            _require_finite(output, model, number, f"first behind {name}")
+            _require_finite(output, model, number, f"first after {name}")
             if watch.change is not None:
                 output = watch.change(step.number, number, output)
             step.put(number, output)
@@ -121,7 +139,7 @@ def make_final_hidden_states(
     try:
         walk = blocks.walk(batches, states, on_block, cache=model.new_cache())
         for number, final in walk.finish():
-            _require_finite(final, model, number, "behind its last norm")
+            _require_finite(final, model, number, "after its last norm")
     except BaseException:
         states.close()
         raise
@@ -138,36 +156,40 @@ def cached_or_made(
     cache: HiddenStateCache | None,
     made_from: Mapping[str, Any],
     windows: Mapping[int, Window],
-    make: Callable[[], FinalHiddenStates],
+    compute: Callable[[], FinalHiddenStates],
 ) -> FinalHiddenStates:
-    """From the cache where they are there, else made and put there."""
+    """Read final hidden states from the cache; compute and store them if they are not there.
+
+    cache: None computes them always.
+    made_from: everything that they depend on, the key of the cache.
+    windows: by number.
+    compute: computes them.
+    """
     if cache is None:
-        return make()
-    kept = cache.find(made_from)
-    if kept is not None and {str(number) for number in windows} == set(kept.tensors):
+        return compute()
+    cached = cache.find(made_from)
+    if cached is not None and {str(number) for number in windows} == set(cached.tensors):
         return FinalHiddenStates(
-            dict(windows), kept, float(kept.description.get("seconds", 0.0)), is_from_cache=True
+            dict(windows), cached, float(cached.description.get("seconds", 0.0)), is_from_cache=True
         )
-    made = make()
-    problem = cache.keep(
+    computed = compute()
+    problem = cache.store(
         made_from,
         list(windows),
-        made.states.get,
-        {"seconds": made.seconds, "made_from": dict(made_from)},
+        computed.states.get,
+        {"seconds": computed.seconds, "made_from": dict(made_from)},
     )
-    remarks = (
-        (f"the base's hidden states weren't kept for another time: {problem}",) if problem else ()
-    )
-    return FinalHiddenStates(made.windows, made.states, made.seconds, remarks=remarks)
+    remarks = (f"the base model's hidden states were not cached: {problem}",) if problem else ()
+    return replace(computed, remarks=remarks)
 
 
 def _require_finite(hidden: Tensor, model: QuantizedModel, number: int, where: str) -> None:
-    # A sum costs a tenth of asking each value; it may overflow where no value does.
+    # The sum is ten times as fast as a check of each value, but may overflow where no value does.
     if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
         path = str(model.checkpoint.path)
         raise NonFiniteError(
-            f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify` tells"
-            " whether its files are sound",
+            f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify`"
+            " checks its files",
             path,
         )
 
@@ -175,8 +197,8 @@ def _require_finite(hidden: Tensor, model: QuantizedModel, number: int, where: s
 def _require_head(model: Any) -> None:
     if body_name(model) is None or model.get_output_embeddings() is None:
         raise EvaluationError(
-            f"{type(model).__name__} is no causal language model with an output head, which is what"
-            " eval judges"
+            f"{type(model).__name__} is not a language model with an output head, so eval can't"
+            " evaluate it"
         )
 
 
@@ -184,12 +206,11 @@ def _require_head(model: Any) -> None:
 
 
 def rounding_noise(seed: int = 0) -> Watch:
-    """What one more rounding to bfloat16 behind each block would change: the measure of what a KL
-    means on this model and text.
+    """A watch that adds the noise of one more rounding to bfloat16 to the output of each block. The
+    KL that it causes is the noise floor of the model on this text.
 
-    A value that is stored in 16 bits goes one step up or down with a probability of 1/24 each,
-    which has the variance of a rounding (a twelfth of a step squared); a float32 value is rounded
-    to bfloat16.
+    A 16-bit value moves one step up or down with a probability of 1/24 each. This has the variance
+    of rounding to nearest, step²/12. A float32 value is rounded to bfloat16.
     """
 
     def change(block: int, window: int, output: Tensor) -> Tensor:
@@ -202,7 +223,7 @@ def rounding_noise(seed: int = 0) -> Watch:
         steps = (draws == 0).to(torch.int16) - (draws == 1).to(torch.int16)
         bits = output.contiguous().view(torch.int16)
         magnitude = bits & 0x7FFF
-        # Zero has no step below it, and the largest finite values none above.
+        # Zero has no step toward zero, and the largest finite value no step up.
         movable = (magnitude > 0) & (
             magnitude
             < torch.tensor(torch.finfo(output.dtype).max, dtype=output.dtype)

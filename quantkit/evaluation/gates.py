@@ -1,5 +1,5 @@
-"""Gates: conditions on a comparison, such as `ppl_delta_pct<=1.0`, that pass, fail, or can't be
-decided on this much text.
+"""Gates: conditions on a metric, such as `ppl_delta_pct<=1.0`. A gate passes, fails, or is
+inconclusive if the text is too short to decide it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from quantkit.evaluation.result import GateResult, QuantResult
 
 
 def gate_units() -> dict[str, str]:
-    """The unit of each metric that a gate may ask for, by the gate's name: those of the tokens, and
-    the candidate's size.
+    """The metrics that a gate may test, name → unit: gateable rows of METRICS, and the size of the
+    quantized model.
     """
     units = {gate.name: gate.unit for _, gate in metrics.gateable_metrics()}
     return units | {"size_ratio": "shares of the base's size"}
@@ -24,13 +24,12 @@ def gate_units() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition on a metric: passed where its whole interval holds it, failed where none of it
-    does, else inconclusive.
+    """A condition on a metric.
 
-    expr: as the user wrote it.
-    metric: the gate's name of it.
+    expr: the expression, as the user wrote it.
+    metric: name of the metric, one of `gate_units()`.
     operator: <=, <, >= or >.
-    bound: in the metric's unit.
+    bound: the limit, in the metric's unit.
     """
 
     expr: str
@@ -40,6 +39,7 @@ class Gate:
 
     @classmethod
     def parse(cls, expr: str) -> Gate:
+        """Raises EvaluationError if the expression is not METRIC OPERATOR NUMBER."""
         for operator in ("<=", ">=", "<", ">"):
             metric, found, bound = expr.partition(operator)
             if found:
@@ -67,7 +67,7 @@ class Gate:
         return cls(expr, metric, operator, number)
 
     def outcome(self, interval: Interval) -> str:
-        """ "pass" or "fail" where the whole interval lies on one side of the bound, else
+        """ "pass" if the whole 95 % interval fulfils the condition, "fail" if none of it does, else
         "inconclusive".
         """
         low = interval.value if interval.low is None else interval.low
@@ -87,12 +87,9 @@ class Gate:
 
 
 def gate_results(gates: Sequence[Gate], quant: QuantResult, tokens: int) -> list[GateResult]:
-    """What becomes of each gate. tokens: how many were scored, for an estimate of how many more
-    would decide.
+    """Test each gate on one quantized model.
 
-    more_tokens_needed: an interval's width shrinks with the square root of the text, so by the time
-    it is as wide as the value is far from the bound, this many more are scored; None where one
-    window gives no width to go by.
+    tokens: number of scored tokens, from which `more_tokens_needed` is estimated.
     """
     results = []
     for gate in gates:
@@ -114,7 +111,7 @@ def gate_results(gates: Sequence[Gate], quant: QuantResult, tokens: int) -> list
 
 
 def _interval(name: str, quant: QuantResult) -> Interval:
-    """Of what a gate asks for."""
+    """The value of a gate's metric, with its interval."""
     for metric, gate in metrics.gateable_metrics():
         if gate.name == name:
             return gate.interval(quant.metrics[metric])
@@ -122,6 +119,11 @@ def _interval(name: str, quant: QuantResult) -> Interval:
 
 
 def _more_tokens(gate: Gate, interval: Interval, tokens: int) -> int | None:
+    """How many more tokens would decide an inconclusive gate, about.
+
+    The interval's width shrinks with the square root of the number of tokens. The gate is decided
+    when the interval no longer reaches from the value to the bound. None if there is no interval.
+    """
     if interval.low is None or interval.high is None or gate.bound == interval.value:
         return None
     reach = (

@@ -1,4 +1,6 @@
-"""Final hidden states of bases, kept between runs."""
+"""A cache on disk of the base models' final hidden states, so that a further `eval` on the same
+text runs the quantized models only.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,17 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of all hidden states together: those of 8 billion parameters' model over 500 000 tokens.
+# Size of the whole cache: enough for a model of 8 billion parameters over 500 000 tokens.
 MOST_BYTES = 4_000_000_000
-HEADER_BYTES = 128  # of one tensor, about
+HEADER_BYTES = 128  # of one tensor in a safetensors header, about
 
 
 @dataclass(frozen=True)
 class CachedHiddenStates:
-    """Hidden states in the cache, by window. description: what was said of them when they were put
-    there.
+    """Hidden states in the cache.
+
+    description: facts from the run that stored them: "seconds", "made_from", "bytes", "blake3".
+    tensors: window number as text → its tensor in the file.
     """
 
     description: dict[str, Any]
@@ -41,7 +45,11 @@ class CachedHiddenStates:
 
 
 class HiddenStateCache:
-    """Final hidden states of models by what made them."""
+    """A directory of final hidden states. The key is everything that they depend on.
+
+    directory: by default, `hidden-states` in quantkit's cache directory.
+    most_bytes: size limit; the entries used longest ago are removed first.
+    """
 
     def __init__(self, directory: Path | None = None, most_bytes: int | None = None) -> None:
         self.directory = cache_directory() / "hidden-states" if directory is None else directory
@@ -52,7 +60,7 @@ class HiddenStateCache:
         return self.directory / f"{key}.safetensors", self.directory / f"{key}.json"
 
     def find(self, made_from: Mapping[str, Any]) -> CachedHiddenStates | None:
-        """What is there, whole and undamaged, or None."""
+        """The entry of this key; None if there is none, or if it is damaged."""
         path, description_path = self._paths(made_from)
         try:
             description = json.loads(description_path.read_text())
@@ -66,15 +74,18 @@ class HiddenStateCache:
             return None
         return CachedHiddenStates(description, tensors)
 
-    def keep(
+    def store(
         self,
         made_from: Mapping[str, Any],
         numbers: Sequence[int],
         get: Callable[[int], Tensor],
         description: Mapping[str, Any],
     ) -> str | None:
-        """Put hidden states there, one after the other; returns why they weren't, if so. Nothing
-        that goes wrong here spoils a result.
+        """Store the hidden states of windows, one at a time. Returns None, or why they could not be
+        stored: a problem of the cache must not fail the evaluation.
+
+        numbers: of the windows.
+        get: returns the hidden states of a window.
         """
         names = {f"torch.{torch_name}": name for name, (_, torch_name) in DTYPES.items()}
         plans = []
@@ -107,8 +118,8 @@ class HiddenStateCache:
         return None
 
     def _make_room(self, needed: int) -> None:
-        """Remove what was used longest ago until so much fits, and what a killed process left
-        unfinished a day ago.
+        """Remove the entries used longest ago until so many bytes fit, and unfinished files that a
+        killed process left a day ago or earlier.
         """
         files = sorted(
             (file.stat().st_mtime, file.stat().st_size, file)

@@ -1,10 +1,12 @@
-"""What quantization did to each Linear: its weight against the base's, and its output for the
-inputs that reach it.
+"""The error that quantization causes in each Linear: in its weight, its input and its output.
 
-All of it comes from the pass that evaluates the candidate. While a block is in memory, some rows
-of each quantized Linear's input are kept; after its windows the base's weight is read a few rows at
-a time and compared with the codes' values, and both are multiplied with the kept rows: the error
-that the layer adds by itself, whatever came before it. Nothing of the base stays in memory.
+The errors are measured while the quantized model runs over the windows, block by block:
+
+1. A hook on each quantized Linear keeps some rows of its input.
+2. After the block's last window, the base model's weight is read a few rows at a time and compared
+   with the dequantized weight.
+3. Both weights are multiplied with the kept input rows. The difference is the error that the layer
+   adds by itself, because both products have the same inputs.
 """
 
 from __future__ import annotations
@@ -33,31 +35,30 @@ from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor, expand_scale, power_ratio_db, quantize
 from quantkit.schemes.number_formats import NumberFormat
 
-# Rows of each input that are kept: of so many windows, evenly spread, so many positions each.
+# Input rows that are kept of each Linear: so many windows, so many positions each, evenly spread.
 SAMPLED_WINDOWS, SAMPLED_POSITIONS = 8, 32
-# Layers of one model differ by about this much, or by their median distance from the median where
-# that is more.
+# Lower bound of the spread of a model's layers, so that tiny differences don't count as outliers.
 LEAST_SPREAD_DB = 0.5
-MOST_DB = 200.0  # what is exact counts as this
+MOST_DB = 200.0  # an exact layer, of infinite SQNR, counts as this
 
 
 def worst_first(layers: Sequence[LayerError]) -> list[LayerError]:
-    """Layers by how far they fall behind the model's others, in weight or in output, whichever
-    shows it more.
+    """Layers sorted by how far they are below the model's other layers, in SQNR of the weight or of
+    the output, whichever is further.
 
-    Outputs of sound layers differ by 10 dB and more, weights by less than 1: each is measured by
-    its own spread (distance from the median over the median distance).
+    Sound layers differ by less than 1 dB in their weights, but by 10 dB and more in their outputs.
+    Each distance is therefore divided by its spread, the median absolute deviation.
     """
-    falls = zip(
-        _falls([layer.weight_sqnr_db for layer in layers]),
-        _falls([layer.output_sqnr_db for layer in layers]),
+    deviations = zip(
+        _deviations([layer.weight_sqnr_db for layer in layers]),
+        _deviations([layer.output_sqnr_db for layer in layers]),
     )
-    worst = [min(0.0, *each) for each in falls]
+    worst = [min(0.0, *each) for each in deviations]
     return [layers[place] for _, place in sorted(zip(worst, range(len(layers))))]
 
 
-def _falls(decibels: Sequence[float | None]) -> list[float]:
-    """How far each lies from the median, in spreads; 0 for what isn't known."""
+def _deviations(decibels: Sequence[float | None]) -> list[float]:
+    """Distances from the median, in median absolute deviations; 0 for values that are None."""
     known = [min(value, MOST_DB) for value in decibels if value is not None]
     if not known:
         return [0.0] * len(decibels)
@@ -66,7 +67,7 @@ def _falls(decibels: Sequence[float | None]) -> list[float]:
     return [0.0 if value is None else (min(value, MOST_DB) - middle) / spread for value in decibels]
 
 
-# The window that runs on this thread.
+# The number of the window that runs on this thread.
 _window: ContextVar[int | None] = ContextVar("window", default=None)
 
 
@@ -80,8 +81,11 @@ def _running(number: int) -> Iterator[None]:
 
 
 class LayerProbe:
-    """The errors of a candidate's quantized Linears, made while it runs. numbers: of the windows
-    that this process runs.
+    """Measures the errors of a quantized model's Linears while it runs.
+
+    model: the quantized model.
+    base: checkpoint of the base model.
+    numbers: numbers of the windows that this process runs.
     """
 
     def __init__(self, model: QuantizedModel, base: Checkpoint, numbers: Sequence[int]) -> None:
@@ -116,7 +120,8 @@ class LayerProbe:
         }
         self._inputs = {name: {} for name in linears}
         hooks = [
-            module.register_forward_pre_hook(self._keeper(name)) for name, module in linears.items()
+            module.register_forward_pre_hook(self._input_hook(name))
+            for name, module in linears.items()
         ]
 
         def finish() -> None:
@@ -129,7 +134,7 @@ class LayerProbe:
                 device,
                 torch.get_num_threads(),
             ):
-                self._keep(error)
+                self._add(error)
             self._inputs = {}
 
         return finish
@@ -139,11 +144,13 @@ class LayerProbe:
         rows = torch.cat([kept[window] for window in sorted(kept)]) if kept else None
         return self._compare(name, module.weight(), module, rows)
 
-    def _keep(self, error: LayerError | None) -> None:
+    def _add(self, error: LayerError | None) -> None:
         if error is not None:
             self._errors[error.name] = error
 
-    def _keeper(self, name: str) -> Callable[..., None]:
+    def _input_hook(self, name: str) -> Callable[..., None]:
+        """A forward pre-hook that keeps some rows of the input, if its window is sampled."""
+
         def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             window = _window.get()
             if window is not None and window in self._sampled:
@@ -156,8 +163,8 @@ class LayerProbe:
         return keep
 
     def finish(self) -> list[LayerError]:
-        """Weights that no block has shown (a quantized lm_head, stacked experts), then all layers,
-        worst first.
+        """The errors of all layers, the worst first. Weights that no hook has seen (a quantized
+        lm_head, stacked experts) are compared now, without inputs.
         """
         for name, suffixes in self._stored.items():
             if name in self._errors or not self._comparable(name):
@@ -168,12 +175,14 @@ class LayerProbe:
             assert scheme is not None, f"{name} has codes but no scheme"
             tensors = {suffix: self._candidate.read(f"{name}.{suffix}") for suffix in suffixes}
             values = config.file_format.decode(tensors, scheme, name)[0]
-            self._keep(self._compare(name, values, None, None))
+            self._add(self._compare(name, values, None, None))
         self._base.close()
         return worst_first(list(self._errors.values()))
 
     def _comparable(self, module: str) -> bool:
-        """Not where an algorithm changed the weight and with it what its input means."""
+        """Whether the base model has the same weight unquantized. A weight that an algorithm
+        changed is not comparable: its inputs changed with it.
+        """
         name = f"{module}.weight"
         return (
             name in self._base.checkpoint.tensors
@@ -188,7 +197,12 @@ class LayerProbe:
         module: QuantizedLinear | None,
         inputs: Tensor | None,
     ) -> LayerError | None:
-        """None where the base has no such weight to compare with."""
+        """The error of one Linear; None if the base model has no weight to compare it with.
+
+        weight: the quantized weight, [out_features, in_features].
+        module: the Linear, None if only its weight is compared.
+        inputs: rows of its input, [rows, in_features].
+        """
         if not self._comparable(name) or self._base.checkpoint.tensors[
             f"{name}.weight"
         ].shape != tuple(weight.qdata.shape):
@@ -202,8 +216,13 @@ class LayerProbe:
     def _weight_error(
         self, tensor: str, weight: QuantizedTensor, inputs: Tensor | None
     ) -> tuple[dict[str, Any], Tensor | None]:
-        """Fields of a LayerError, and the outputs of the base's weight, [rows, out_features].
-        inputs: [rows, in_features].
+        """The error of a weight, read a few rows at a time.
+
+        tensor: name of the base model's weight.
+        inputs: [rows, in_features], or None.
+
+        Returns fields of a LayerError, and the outputs of the base model's weight for the inputs,
+        [rows, out_features].
         """
         values = ops.dequantize(weight)
         device, out_features = values.device, values.shape[0]
@@ -211,9 +230,9 @@ class LayerProbe:
             torch.zeros(out_features, device=device),
             torch.zeros(out_features, device=device),
         )
-        reads, expected = None, None
+        float_inputs, expected = None, None
         if inputs is not None:
-            reads = inputs.float()
+            float_inputs = inputs.float()
             expected = torch.empty(inputs.shape[0], out_features, device=device)
         clipped = underflowed = 0
         scale = expand_scale(weight.scale, weight.spec.granularity, *values.shape)
@@ -224,8 +243,8 @@ class LayerProbe:
             part = scale[first:last] if scale.shape[0] > 1 else scale
             clipped += _count_clipped(original, part, weight.spec.format)
             underflowed += _count_underflowed(original, values[first:last])
-            if reads is not None and expected is not None:
-                expected[:, first:last] = reads @ original.T
+            if float_inputs is not None and expected is not None:
+                expected[:, first:last] = float_inputs @ original.T
             difference = original - values[first:last]
             noise[first:last] = torch.linalg.vecdot(difference, difference)
         total, channels = _sqnr(signal, noise)
@@ -238,8 +257,13 @@ class LayerProbe:
 
 
 def _output_error(module: QuantizedLinear, inputs: Tensor, expected: Tensor) -> dict[str, Any]:
-    """The output of the quantized Linear against that of the base's weight and unquantized inputs,
-    as fields of a LayerError. inputs: [rows, in_features]; expected: [rows, out_features].
+    """The error of the output: that of the quantized Linear against `expected`, the output of the
+    base model's weight for unquantized inputs.
+
+    inputs: [rows, in_features].
+    expected: [rows, out_features], without the bias.
+
+    Returns fields of a LayerError.
     """
     if module.bias is not None:
         expected = expected + module.bias.float()
@@ -249,7 +273,10 @@ def _output_error(module: QuantizedLinear, inputs: Tensor, expected: Tensor) -> 
 
 
 def _input_error(module: QuantizedLinear, inputs: Tensor) -> dict[str, Any]:
-    """Fields of a LayerError, none where inputs aren't quantized. inputs: [rows, in_features]."""
+    """The error of quantized inputs, as fields of a LayerError; none if inputs stay unquantized.
+
+    inputs: [rows, in_features].
+    """
     spec = module.scheme.input
     if spec is None:
         return {}
@@ -269,7 +296,10 @@ def _input_error(module: QuantizedLinear, inputs: Tensor) -> dict[str, Any]:
 
 
 def _sqnr(signal: Tensor, noise: Tensor) -> tuple[float, ChannelSqnr]:
-    """In dB, of all and over channels. signal, noise: sums of squares by channel, [channels]."""
+    """Signal to quantization noise in dB: of the whole tensor, and over its channels.
+
+    signal, noise: sums of squares of each channel, [channels].
+    """
     by_channel = power_ratio_db(signal, noise)
     return (
         float(power_ratio_db(signal.double().sum(), noise.double().sum())),
@@ -278,10 +308,14 @@ def _sqnr(signal: Tensor, noise: Tensor) -> tuple[float, ChannelSqnr]:
 
 
 def _count_clipped(values: Tensor, scale: Tensor, number_format: NumberFormat) -> int:
+    """How many values are beyond the number format's range.
+
+    values: [rows, columns].
+    scale: [rows, columns], or broadcast to it.
+    """
     bounds = scale * number_format.clips_above
     if bounds.shape[1] == 1:
-        # Where no row's largest value is clipped, no other is: one pass over the values without
-        # memory of its own.
+        # If no row's largest value is clipped, nothing is: one pass that allocates nothing.
         low, high = values.aminmax(dim=1, keepdim=True)
         if not (torch.maximum(-low, high) > bounds).any():
             return 0
@@ -289,5 +323,5 @@ def _count_clipped(values: Tensor, scale: Tensor, number_format: NumberFormat) -
 
 
 def _count_underflowed(values: Tensor, rounded: Tensor) -> int:
-    """How many values other than zero have become zero; zero stays zero."""
+    """How many nonzero values were rounded to zero."""
     return max(0, int(torch.count_nonzero(values)) - int(torch.count_nonzero(rounded)))

@@ -1,8 +1,7 @@
-"""Masked language models: every token of a window is hidden in turn and predicted from all
-the others.
+"""Masked language models: each token of a window is masked in turn and predicted from all others.
 
-The figure is a pseudo-perplexity (Salazar et al. 2020, Masked Language Model Scoring): exp of the
-mean of −log p(token | the rest of its window). A window of L tokens is L inputs of the model, so
+The metric is pseudo-perplexity (Salazar et al. 2020, "Masked Language Model Scoring"): exp of the
+mean of −log p(token | the rest of its window). A window of L tokens needs L inputs of L tokens, so
 windows are short.
 """
 
@@ -18,14 +17,17 @@ from quantkit.data.windows import Window, Windows
 from quantkit.errors import EvaluationError
 
 DEFAULT_LENGTH = 64
-# What stands around a window, and positions that such models count from 2 on.
+# Two for the special tokens around a window, two because RoBERTa's positions start at 2.
 RESERVED_POSITIONS = 4
 
 
 @dataclass(frozen=True)
 class Masking:
-    """mask: the token in place of the hidden one. before, after: what the tokenizer puts around a
-    text.
+    """How a tokenizer's model expects masked text.
+
+    mask: the mask token.
+    before: special tokens before a text, such as [CLS].
+    after: special tokens after it, such as [SEP].
     """
 
     mask: int
@@ -34,10 +36,11 @@ class Masking:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Masking:
+        """Raises EvaluationError if the tokenizer has no mask token."""
         if tokenizer.mask_token_id is None:
             raise EvaluationError(
-                "the tokenizer has no mask token, by which a masked language model is evaluated;"
-                " copy the model's own tokenizer into its directory"
+                "the tokenizer has no mask token, which the evaluation of a masked language model"
+                " needs; copy the model's own tokenizer into its directory"
             )
         around = [
             () if token is None else (token,)
@@ -47,13 +50,13 @@ class Masking:
 
     @staticmethod
     def windows(windows: Windows) -> Windows:
-        """The same windows with every token scored, the first too."""
+        """The same windows with every token scored, including the first."""
         return Windows(
             tuple(Window(window.tokens, 0) for window in windows.windows), windows.source_sha256
         )
 
     def inputs(self, window: Window) -> Tensor:
-        """[tokens, tokens and what stands around them]: row i has token i hidden."""
+        """The inputs of a window, [tokens, tokens + special tokens]; row i has token i masked."""
         rows = torch.tensor([[*self.before, *window.tokens, *self.after]]).repeat(
             len(window.tokens), 1
         )
@@ -62,8 +65,9 @@ class Masking:
         return rows
 
     def scored(self, states: Tensor) -> Tensor:
-        """The hidden states of the hidden tokens, [tokens, hidden size]. states: of all inputs of a
-        window.
+        """The hidden states at the masked positions, [tokens, hidden size].
+
+        states: those of all inputs of a window, [tokens, tokens + special tokens, hidden size].
         """
         places = torch.arange(states.shape[0])
         return states[places, places + len(self.before)]

@@ -1,7 +1,7 @@
-"""The metrics of `eval`: one row of METRICS each. A row says how the metric is computed from the
-tokens' scores, how it is shown, whether a gate may ask for it, and whether `compare` can pair it.
+"""The metrics of `eval`. Each is a row of METRICS, which says how the metric is computed from the
+scores per token, how it is shown, whether a gate may test it, and how `compare` pairs it.
 
-To add one, write its row; where a gate may ask for it, name it in the help of `--gate` too.
+To add a metric, add a row. If a gate may test it, also name it in the help of `--gate`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What one more rounding to bfloat16 after each block changes in the base alone.
+    """The effect of one more rounding to bfloat16 after each block of the base model.
 
-    kld: KL(base‖noisy base), nats.
-    kld_histogram: its distribution.
-    top1_agreement: the share of tokens whose likeliest token stays the same.
-    ppl_delta_pct: the change of perplexity, %.
+    kld: KL(base‖base with noise), nats.
+    kld_histogram: distribution of that KL over tokens.
+    top1_agreement: share of positions whose most likely token stays the same.
+    ppl_delta_pct: change of perplexity, %.
     """
 
     kld: Divergence
@@ -53,6 +53,7 @@ class NoiseFloor:
 
     @classmethod
     def of(cls, scores: PairedScores, text: ScoredText) -> NoiseFloor:
+        """scores: of the base model, and of the base model with noise as the quantized one."""
         return cls(
             token_statistics.divergence(scores.kld, text.counts),
             token_statistics.histogram(scores.kld),
@@ -66,7 +67,7 @@ class NoiseFloor:
 
 
 class BaseNumbers(Protocol):
-    """What rows show of the base."""
+    """The results of the base model that a row may show."""
 
     @property
     def perplexity(self) -> float: ...
@@ -75,17 +76,17 @@ class BaseNumbers(Protocol):
     def bits_per_byte(self) -> float | None: ...
 
 
-# ---- What a row of the table holds.
+# ---- The parts of a row.
 
 
 @dataclass(frozen=True)
 class Shown(Generic[Value]):
-    """A metric in a table of the report, in Markdown and in HTML.
+    """How a report shows a metric, as a column or a row of a table.
 
-    heading: of the column or row.
-    text: the cell of a candidate.
-    of_base: the base's cell; in a row of its own, what follows each cell in parentheses.
-    of_noise: the cell of the noise floor.
+    heading: heading of the column or row.
+    text: formats the value of a quantized model.
+    of_base: formats the base model's value; a row repeats it in parentheses after each cell.
+    of_noise: formats the noise floor's value.
     """
 
     heading: str
@@ -96,11 +97,11 @@ class Shown(Generic[Value]):
 
 @dataclass(frozen=True)
 class Gateable(Generic[Value]):
-    """How a gate asks for a metric.
+    """How a gate tests a metric.
 
-    name: in the gate's expression.
-    unit: of the gate's bound.
-    interval: the value with its interval, in that unit.
+    name: name of the metric in the gate's expression.
+    unit: unit of the gate's bound.
+    interval: returns the value with its interval, in that unit.
     """
 
     name: str
@@ -110,14 +111,15 @@ class Gateable(Generic[Value]):
 
 @dataclass(frozen=True)
 class Pairing:
-    """How `compare` finds the difference of two candidates from what `eval -o` stored.
+    """How `compare` computes the difference of two quantized models from two results of `eval -o`.
 
-    sums: the key of the sums of each window.
-    per_token: what is summed, [tokens].
-    delta: the key of the difference, B − A.
-    heading: of its column.
-    text: its cell.
-    interval: of the difference, from the windows' differences, their tokens, and tokens per unit.
+    sums: JSON key of the sums over each window's tokens.
+    per_token: returns the summed values, [tokens].
+    delta: JSON key of the difference B − A.
+    heading: heading of its column.
+    text: formats the difference.
+    interval: returns the difference with its interval, from the differences of the windows' sums,
+        the tokens of each window, and the tokens per unit of perplexity.
     """
 
     sums: str
@@ -135,16 +137,16 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Metric(Generic[Value]):
-    """A row of the table.
+    """A metric.
 
     name: its key in the JSON.
-    kind: the type of its value: float, int, or a dataclass that json_values can read.
-    value: the metric, from the scores of all tokens.
-    columns: of the table of models.
-    rows: of the table of all metrics.
-    rows_last: whether those rows come after the others.
-    gate: how a gate asks for it, None where none can.
-    pairing: how `compare` pairs it, None where it can't.
+    kind: type of its value: float, int, or a dataclass that json_values can read.
+    value: computes it from the scores of all tokens.
+    columns: its columns in the table of models.
+    rows: its rows in the table of all metrics.
+    rows_last: whether those rows come after those of the other metrics.
+    gate: how a gate tests it; None if no gate can.
+    pairing: how `compare` pairs it; None if it can't.
     """
 
     name: str
@@ -157,14 +159,14 @@ class Metric(Generic[Value]):
     pairing: Pairing | None = None
 
 
-# ---- Values by metric. Each is part of a larger JSON object.
+# ---- Values by metric. Their keys are merged into a larger JSON object.
 
 
 @dataclass(frozen=True)
 class MetricValues:
-    """The metrics of one candidate; values[KLD] is KLD's.
+    """The metrics of one quantized model. `values[KLD]` is the value of the metric KLD.
 
-    values: by the metrics' names. A file of an earlier version may lack some.
+    values: metric name → value. A file of an earlier version may lack some metrics.
     """
 
     values: Mapping[str, Any] = field(metadata=INLINE)
@@ -184,9 +186,9 @@ class MetricValues:
 
 @dataclass(frozen=True)
 class WindowSums:
-    """Sums over the tokens of each window, for each metric that `compare` pairs.
+    """Sums over the tokens of each window, for the metrics that `compare` pairs.
 
-    values: by the key of the sums; each [windows].
+    values: `Pairing.sums` → one sum per window.
     """
 
     values: Mapping[str, tuple[float, ...]] = field(metadata=INLINE)
@@ -212,9 +214,9 @@ class WindowSums:
 
 @dataclass(frozen=True)
 class Deltas:
-    """Differences of two candidates, B − A.
+    """Differences of two quantized models, B − A.
 
-    values: by the key of the difference.
+    values: `Pairing.delta` → the difference.
     """
 
     values: Mapping[str, Difference] = field(metadata=INLINE)
@@ -225,7 +227,11 @@ class Deltas:
 
     @classmethod
     def of(cls, a: WindowSums, b: WindowSums, counts: np.ndarray, per_unit: float) -> Deltas:
-        """counts: tokens of each window; per_unit: tokens per unit of the perplexity."""
+        """B − A with paired intervals.
+
+        counts: tokens of each window, [windows].
+        per_unit: tokens per word if perplexity is per word, else 1.
+        """
         return cls(
             {
                 pairing.delta: Difference.of(
@@ -242,18 +248,20 @@ def paired_metrics() -> Iterator[tuple[Metric[Any], Pairing]]:
 
 
 def gateable_metrics() -> Iterator[tuple[Metric[Any], Gateable[Any]]]:
-    """The metrics that a gate may ask for."""
+    """The metrics that a gate may test."""
     return ((metric, metric.gate) for metric in METRICS if metric.gate is not None)
 
 
-# ---- How values are computed and shown.
+# ---- Computing and formatting values.
 
 
 def perplexity(nll: np.ndarray, units: int) -> float:
+    """exp(Σ nll / units). nll: [tokens], nats; units: number of tokens, or of words."""
     return float(np.exp(nll.sum() / units))
 
 
 def bits_per_byte(nll: np.ndarray, utf8_bytes: int) -> float | None:
+    """Σ nll in bits / bytes of the text; None for an empty text. nll: [tokens], nats."""
     return float(nll.sum() / math.log(2) / utf8_bytes) if utf8_bytes else None
 
 
@@ -294,7 +302,7 @@ def _bits_text(bits: float | None) -> str:
 
 
 def _confidence_text(bins: Sequence[ConfidenceBin], low: float, high: float) -> str:
-    """The mean KL over the tokens of several bins of confidence."""
+    """The mean KL over the tokens whose confidence is between two edges of bins."""
     inside = [row for row in bins if row.low >= low and row.high <= high]
     tokens = sum(row.tokens for row in inside)
     total = sum(row.kld_mean * row.tokens for row in inside if row.kld_mean is not None)
@@ -462,7 +470,7 @@ NONFINITE: Metric[int] = Metric(
     rows_last=True,
 )
 
-# In the order of the JSON, of the columns, and (those with rows_last at the end) of the rows.
+# The order of JSON keys, of columns and of rows, except that rows with `rows_last` come last.
 METRICS: tuple[Metric[Any], ...] = (
     PERPLEXITY,
     PPL_DELTA,

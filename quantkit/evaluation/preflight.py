@@ -1,5 +1,5 @@
-"""What `eval` is asked, and what is refused before a model runs: unsound files, another tokenizer,
-another model.
+"""The options of `eval`, and the checks before a model runs: sound files, the same tokenizer, the
+same model.
 """
 
 from __future__ import annotations
@@ -19,13 +19,27 @@ from quantkit.exporter.runtimes import as_computed
 from quantkit.models.task import CAUSAL, MASKED, SEQ2SEQ, task_of
 from quantkit.models.text import tokenizer_and_length
 
-SAMPLE_WINDOWS = 4  # that tokenizers are compared on
+SAMPLE_WINDOWS = 4  # the windows on whose text tokenizers are compared
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """noise_floor: measure what rounding noise alone would change. cache: take the base's hidden
-    states from the cache, and keep them there.
+    """The options of `eval`.
+
+    base: directory of the base model.
+    quants: directories of the quantized models.
+    data: text files, or names of sources.
+    seq_len: tokens per window; None for the model's default.
+    max_tokens: limit on tokens; None for the whole text.
+    protocol: "gptq", "llamacpp" or "lmeval".
+    exec: "auto" runs kernels where there are any, "kernel" requires them, "reference" uses none.
+    hardware: compute as this hardware would, one of `serving.HARDWARE`; None for the scheme's own
+        arithmetic.
+    device: "cpu", "cuda" or "auto".
+    gates: gates' expressions, as `Gate.parse` reads them.
+    trust_remote_code: allow models with code of their own.
+    noise_floor: also measure the effect of rounding noise on the base model.
+    cache: read the base model's hidden states from the cache, and store them there.
     """
 
     base: Path
@@ -46,10 +60,13 @@ class EvaluationOptions:
 def prepare_evaluation(
     options: EvaluationOptions, processes: int
 ) -> tuple[Windows, int, list[str]]:
-    """Refuse what can't be compared before the base has run for an hour; cut the windows. Returns
-    them, their length and remarks.
-    """
+    """Check everything that can be checked before a model runs, and cut the text into windows.
 
+    processes: number of processes that share the windows.
+
+    Returns the windows, tokens per window, and remarks for the report. Raises EvaluationError,
+    CheckpointError, NotComparableError or DataError, as `evaluate` does.
+    """
     base = _check_candidate(options.base, Checkpoint.open(options.base), options.hardware)
     candidates = [_check_candidate(path, base, options.hardware) for path in options.quants]
     task = task_of(base.config, options.base)
@@ -58,6 +75,26 @@ def prepare_evaluation(
             f"--protocol {options.protocol} is for models that predict the next token of a text,"
             f" which {options.base} doesn't; leave it out"
         )
+    tokenizer, windows, seq_len = _cut_windows(options, task)
+    if len(windows.windows) < processes:
+        raise EvaluationError(
+            f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer,"
+            " or give more text"
+        )
+    sample = tokenizer.decode(
+        [token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens]
+    )
+    for checkpoint in candidates:
+        _require_same_tokenizer(tokenizer, checkpoint.path, options, sample)
+    return (
+        windows,
+        seq_len,
+        [remark for checkpoint in candidates for remark in _require_sound(checkpoint)],
+    )
+
+
+def _cut_windows(options: EvaluationOptions, task: str) -> tuple[Any, Windows, int]:
+    """The tokenizer, the windows as the task needs them, and tokens per window."""
     limits: dict[str, int] = {}
     if task == MASKED:
         from quantkit.evaluation.masked_lm import DEFAULT_LENGTH, RESERVED_POSITIONS, Masking
@@ -78,25 +115,11 @@ def prepare_evaluation(
         windows = Masking.windows(windows)
     elif task == SEQ2SEQ:
         windows = targets_of(windows)
-    if len(windows.windows) < processes:
-        raise EvaluationError(
-            f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer,"
-            " or give more text"
-        )
-    sample = tokenizer.decode(
-        [token for window in windows.windows[:SAMPLE_WINDOWS] for token in window.tokens]
-    )
-    for checkpoint in candidates:
-        _require_same_tokenizer(tokenizer, checkpoint.path, options, sample)
-    return (
-        windows,
-        seq_len,
-        [remark for checkpoint in candidates for remark in _require_sound(checkpoint)],
-    )
+    return tokenizer, windows, seq_len
 
 
 def _require_sound(checkpoint: Checkpoint) -> list[str]:
-    """Refuse what `verify` finds faults in; returns what must be said of the rest."""
+    """Raise CheckpointError if `verify` finds faults; returns remarks otherwise."""
     from quantkit.exporter.verify import verify
 
     if read_quantization_config(checkpoint.config) is None:
@@ -113,13 +136,18 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
     if found.unequal:
         tensor, message = found.unequal[0]
         return [
-            f"Warning: {path} is evaluated as it is stored, but {tensor} {message}: they round"
-            " again, and serve something else"
+            f"Warning: {path} is evaluated as it is stored, but {tensor} {message}: they round the"
+            " weights again, so the served model differs"
         ]
     return []
 
 
 def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Checkpoint:
+    """Open a model that is to be evaluated.
+
+    Raises CheckpointError if it has codes without a config, RuntimeLimitError if the hardware can't
+    run its schemes, NotComparableError if it isn't the base model, quantized.
+    """
     checkpoint = Checkpoint.open(path)
     config = read_quantization_config(checkpoint.config)
     codes = [
@@ -139,8 +167,8 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
         ours, theirs = base.config.get(key), checkpoint.config.get(key)
         if ours != theirs:
             raise NotComparableError(
-                f"{path} has {key} {theirs} and the base {ours}: it is not the same model,"
-                " quantized; give its own base"
+                f"{path} has {key} {theirs} and the base {ours}: it is not a quantized version of"
+                " that model; give its own base"
             )
     return checkpoint
 
@@ -148,13 +176,13 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
 def _require_same_tokenizer(
     tokenizer: Any, path: Path, options: EvaluationOptions, sample: str
 ) -> None:
-    """The same vocabulary, and the same tokens of some of the text: merges may differ where
-    vocabularies don't.
+    """Raise NotComparableError if a model's tokenizer differs from the base model's, in vocabulary
+    or in the tokens of the sample: merges may differ where vocabularies don't.
     """
     try:
         other = load_tokenizer(path, options.trust_remote_code)
     except QuantkitError:
-        return  # a checkpoint without one is evaluated with the base's
+        return  # a checkpoint without a tokenizer is evaluated with the base model's
     tokens, others = (
         each(sample, add_special_tokens=False, verbose=False).input_ids
         for each in (tokenizer, other)

@@ -1,4 +1,4 @@
-"""The numbers of each scored token, in order: what every metric is computed from."""
+"""Scores per token. Every metric is computed from them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Scores = TypeVar("Scores", bound="TokenScores")
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of the base. Each array: [tokens].
+    """The base model's scores of the scored tokens, in order. Each array: [tokens].
 
     nll: −log of the true token's probability, nats.
-    hit: whether the likeliest token is the true one.
-    confidence: the probability of the likeliest token.
+    hit: whether the most likely token is the true one.
+    confidence: the probability of the most likely token.
     """
 
     nll: np.ndarray
@@ -26,22 +26,23 @@ class TokenScores:
 
     @property
     def finite(self) -> np.ndarray:
-        """Which tokens have no number that is NaN or infinite."""
+        """Which tokens have only finite scores, [tokens]."""
         return np.isfinite(self.nll)
 
     @property
     def nonfinite(self) -> int:
+        """The number of tokens with a NaN or infinite score."""
         return int((~self.finite).sum())
 
 
 @dataclass(frozen=True)
 class PairedScores(TokenScores):
-    """Of the base and of a candidate on the same tokens. Each array: [tokens].
+    """Scores of the base model and of a quantized model on the same tokens. Each array: [tokens].
 
-    quant_nll: −log of the true token's probability in the candidate, nats.
-    quant_hit: whether the candidate's likeliest token is the true one.
+    quant_nll: −log of the true token's probability in the quantized model, nats.
+    quant_hit: whether the quantized model's most likely token is the true one.
     kld: KL(base‖quant), nats.
-    same_top1: whether both find the same token likeliest.
+    same_top1: whether both models have the same most likely token.
     """
 
     quant_nll: np.ndarray
@@ -55,7 +56,7 @@ class PairedScores(TokenScores):
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several parts of a text, one after the other."""
+    """Concatenate the scores of consecutive parts of a text."""
     kind = type(parts[0])
     return kind(
         **{

@@ -1,4 +1,4 @@
-"""From numbers per token to what a reader is told: means with intervals, distributions, counts."""
+"""Statistics of the scores per token: means with intervals, distributions, counts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from quantkit.evaluation.intervals import (
 from quantkit.evaluation.json_values import OMIT_NONE, key
 from quantkit.evaluation.scored_text import Place
 
-# Edges of the base's confidence: the probability that it gives to its likeliest token.
+# Bins of the base model's confidence: the probability of its most likely token.
 CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 POSITION_BINS = 8
-# Of KL in nats, in decades; what is below the first edge or above the last is counted in the bins
-# at the ends.
+# Bins of log10(KL in nats). Values outside of all bins count in the first or the last.
 HISTOGRAM_EDGES = tuple(round(exponent / 4, 2) for exponent in range(-32, 9))
 
 
 def per_window(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over each window's tokens. counts: tokens of each window, none of them 0."""
+    """Sums over the tokens of each window, [windows].
+
+    values: [tokens].
+    counts: tokens of each window, [windows], none of them 0.
+    """
     return np.add.reduceat(values.astype(np.float64), np.concatenate([[0], np.cumsum(counts)[:-1]]))
 
 
@@ -33,10 +36,11 @@ def per_window(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 class Divergence:
     """The distribution of KL(base‖quant) over tokens, nats.
 
-    mean: with its 95 % interval mean_low, mean_high; these are None where one window allows none.
-    method: of the interval: "bootstrap", "t" or "none".
+    mean: mean over tokens.
+    mean_low, mean_high: its 95 % interval; None if there is only one window.
+    method: method of the interval: "bootstrap", "t" or "none".
     median, p90, p99, p99_9, max: quantiles.
-    max_at: where the largest is.
+    max_at: the token with the largest KL.
     """
 
     mean: float
@@ -52,12 +56,16 @@ class Divergence:
 
     @property
     def interval(self) -> Interval:
-        """Of the mean."""
+        """The mean with its interval."""
         return Interval(self.mean, self.mean_low, self.mean_high, self.method)
 
 
 def divergence(kld: np.ndarray, counts: np.ndarray) -> Divergence:
-    """kld: [tokens]; counts: tokens of each window."""
+    """The distribution of KL over tokens, without `max_at`.
+
+    kld: [tokens], nats.
+    counts: tokens of each window, [windows].
+    """
     mean = paired_interval(per_window(kld, counts), counts)
     median, p90, p99, p99_9 = (float(each) for each in np.quantile(kld, [0.5, 0.9, 0.99, 0.999]))
     return Divergence(
@@ -69,9 +77,9 @@ def divergence(kld: np.ndarray, counts: np.ndarray) -> Divergence:
 class Histogram:
     """Counts of tokens by log10 of their KL.
 
-    log10_edges: of the bins, [bins + 1].
-    counts: tokens in each bin.
-    zero: tokens without any divergence.
+    log10_edges: edges of the bins, [bins + 1].
+    counts: tokens in each bin, [bins].
+    zero: tokens with a KL of exactly 0, which are in no bin.
     """
 
     log10_edges: tuple[float, ...]
@@ -80,6 +88,7 @@ class Histogram:
 
 
 def histogram(kld: np.ndarray) -> Histogram:
+    """kld: [tokens], nats."""
     positive = kld[kld > 0]
     inside = np.clip(np.log10(positive), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
     counts = np.histogram(inside, HISTOGRAM_EDGES)[0]
@@ -88,9 +97,10 @@ def histogram(kld: np.ndarray) -> Histogram:
 
 @dataclass(frozen=True)
 class ProbabilityChange:
-    """Δp: by how much the true token's probability changed, quant − base.
+    """Δp: the change of the true token's probability, quant − base.
 
-    mean, rms: over tokens.
+    mean: mean over tokens.
+    rms: root mean square over tokens.
     p1, p5, p25, median, p75, p95, p99: quantiles.
     """
 
@@ -106,6 +116,7 @@ class ProbabilityChange:
 
 
 def probability_change(base_nll: np.ndarray, nll: np.ndarray) -> ProbabilityChange:
+    """base_nll, nll: of the base and the quantized model, [tokens], nats."""
     change = np.exp(-nll) - np.exp(-base_nll)
     quantiles = np.quantile(change, [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99])
     return ProbabilityChange(
@@ -117,11 +128,11 @@ def probability_change(base_nll: np.ndarray, nll: np.ndarray) -> ProbabilityChan
 
 @dataclass(frozen=True)
 class Flips:
-    """Tokens that only one of the two models predicts.
+    """Tokens that only one of the two models predicts correctly.
 
-    to_wrong: right in the base, wrong in the candidate.
-    to_right: the other way.
-    mcnemar_p: the probability that chance alone makes them so unequal.
+    to_wrong: number that only the base model predicts correctly.
+    to_right: number that only the quantized model predicts correctly.
+    mcnemar_p: p-value of McNemar's exact test that both numbers differ by chance only.
     """
 
     to_wrong: int
@@ -130,17 +141,18 @@ class Flips:
 
 
 def flips(base_hit: np.ndarray, hit: np.ndarray) -> Flips:
+    """base_hit, hit: whether base and quantized model predict the true token, [tokens]."""
     to_wrong, to_right = int((base_hit & ~hit).sum()), int((~base_hit & hit).sum())
     return Flips(to_wrong, to_right, mcnemar_p(to_wrong, to_right))
 
 
 @dataclass(frozen=True)
 class ConfidenceBin:
-    """Tokens by the base's confidence.
+    """The tokens in one bin of the base model's confidence.
 
-    low, high: edges of the bin, as probabilities.
-    tokens: how many are in it.
-    kld_mean: their mean KL in nats, None without any.
+    low, high: edges of the bin, probabilities.
+    tokens: number of tokens.
+    kld_mean: their mean KL, nats; None if there are none.
     """
 
     low: float = field(metadata=key("from"))
@@ -150,7 +162,11 @@ class ConfidenceBin:
 
 
 def by_confidence(kld: np.ndarray, confidence: np.ndarray) -> tuple[ConfidenceBin, ...]:
-    """KL where the base was unsure and where it was sure."""
+    """Mean KL by the base model's confidence.
+
+    kld: [tokens], nats.
+    confidence: probability of the base model's most likely token, [tokens].
+    """
     rows = []
     for low, high in zip(CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:]):
         inside = (confidence >= low) & ((confidence < high) | (high == 1.0))
@@ -161,10 +177,11 @@ def by_confidence(kld: np.ndarray, confidence: np.ndarray) -> tuple[ConfidenceBi
 
 @dataclass(frozen=True)
 class PositionBin:
-    """Tokens by their place in the window.
+    """The tokens at some positions of their windows.
 
-    low, high: first position, and the one after the last.
-    tokens: how many are in it.
+    low: first position.
+    high: position after the last one.
+    tokens: number of tokens.
     kld_mean: their mean KL, nats.
     delta_nll: their mean NLL, quant − base, nats.
     """
@@ -179,8 +196,12 @@ class PositionBin:
 def by_position(
     kld: np.ndarray, difference: np.ndarray, positions: np.ndarray, length: int
 ) -> tuple[PositionBin, ...]:
-    """KL and ΔNLL by the place in the window: does the damage grow with the context? positions: of
-    each token; length: of the windows.
+    """Mean KL and ΔNLL by position in the window: does the error grow with the context?
+
+    kld: [tokens], nats.
+    difference: NLL, quant − base, [tokens], nats.
+    positions: position of each token in its window, [tokens].
+    length: length of the longest window, tokens.
     """
     rows = []
     edges = np.linspace(0, length, min(POSITION_BINS, length) + 1).round().astype(int)
@@ -194,10 +215,10 @@ def by_position(
 
 @dataclass(frozen=True)
 class RunningEstimate:
-    """ΔPPL % of the first windows.
+    """ΔPPL estimated from the first windows only.
 
-    windows: how many.
-    interval: the estimate with its interval, %.
+    windows: number of windows.
+    interval: ΔPPL with its interval, %.
     """
 
     windows: int
@@ -210,7 +231,12 @@ def running_estimate(
     tokens_per_unit: float = 1.0,
     points: int = 40,
 ) -> list[RunningEstimate]:
-    """After the first 2, 3 … windows, at no more than so many places."""
+    """How the estimate of ΔPPL settles as the text grows, at up to `points` numbers of windows.
+
+    differences: Σ nll_quant − Σ nll_base of each window, nats.
+    counts: tokens of each window.
+    tokens_per_unit: tokens per word if perplexity is per word, else 1.
+    """
     sums, tokens = np.asarray(differences, np.float64), np.asarray(counts)
     if len(tokens) < 2:
         return []

@@ -14,8 +14,10 @@ from quantkit.errors import RecipeError
 
 @dataclass(frozen=True)
 class Pattern:
-    """A module name to match: exact, a glob with `*?[`, or `re:` and a regular expression anchored
-    at the start.
+    """A pattern for module names. Raises RecipeError if the text is no such pattern.
+
+    text: an exact name; a glob, with `*`, `?` or `[`; or `re:` and a regular expression, which is
+        anchored at the start of the name only.
     """
 
     text: str
@@ -44,8 +46,10 @@ class Pattern:
         return self._regex.match(name) is not None
 
     def require_match(self, names: Iterable[str], purpose: str) -> None:
-        """Refuse a pattern that matches none of `names`: a typo here would quantize, or skip, the
-        wrong layers.
+        """Raise RecipeError if the pattern matches none of `names`: with a typo, the wrong layers
+        would be quantized or skipped.
+
+        purpose: the pattern's part in the recipe, for the message, such as "ignore".
         """
         names = list(names)
         if any(self.matches(name) for name in names):
@@ -68,19 +72,21 @@ class Pattern:
         )
 
 
-# A block's number: the first path component that is a number, after a list's name (`layers.3.`,
-# `h.3.`, `block.3.`).
+# The number of a decoder block: the first path component that is a number, after the name of a list
+# (`layers.3.`, `h.3.`, `block.3.`).
 BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
 
 
-# Two ways to write names as patterns. `covering_patterns` makes globs for a person to type after
-# --ignore: as few as possible, each as wide as the other names allow. `patterns_for` makes regular
-# expressions for a recipe file: exactly these blocks, so that the recipe says which they are.
+# Names become patterns in two ways. `covering_patterns` returns globs that a user can type after
+# --ignore: as few as possible, each as wide as the other names allow. `patterns_for` returns
+# regular expressions for a recipe file, which list the blocks explicitly.
 
 
 def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """As few patterns for --ignore as match all of `names` and none of `others`: a whole module
-    where all in it is meant, numbers as `*`, or a whole block.
+    """The fewest patterns for --ignore that match all of `names` and none of `others`.
+
+    Each name is covered by the widest candidate that is allowed: its parent module, the same Linear
+    in every block (numbers become `*`), its block, or the name itself.
     """
     others = list(others)
     patterns: list[Pattern] = []
@@ -88,17 +94,12 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     for name in names:
         if any(pattern.matches(name) for pattern in patterns):
             continue
-        numberless = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        block = BLOCK.match(name)
-        for text in (
-            f"{numberless.rpartition('.')[0]}.*",
-            numberless,
-            f"{block[0]}*" if block else name,
-            name,
-        ):
+        for text in _candidates(name):
             pattern = Pattern(text)
             if text == name or (
-                text not in refused and not any(pattern.matches(other) for other in others)
+                text not in refused
+                and pattern.matches(name)
+                and not any(pattern.matches(other) for other in others)
             ):
                 patterns.append(pattern)
                 break
@@ -106,24 +107,35 @@ def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     return [pattern.text for pattern in patterns]
 
 
+def _candidates(name: str) -> list[str]:
+    """Patterns that may cover a name, the widest first. The last is the name itself."""
+    numberless = ".".join("*" if part.isdigit() else part for part in name.split("."))
+    parent = numberless.rpartition(".")[0]
+    block = BLOCK.match(name)
+    wide = [f"{parent}.*", numberless] if parent else []
+    return [*wide, *([f"{block[0]}*"] if block else []), name]
+
+
 def patterns_for(names: Iterable[str], others: Iterable[str]) -> list[Pattern]:
-    """Patterns for a recipe that match all of `names` and none of `others`: one for the blocks that
-    share their kinds of Linear, with the experts of a layer as one.
+    """Patterns for a recipe that match all of `names` and none of `others`.
+
+    Blocks in which the same Linears are named share one pattern, and so do all experts of a layer.
     """
     names, others = list(dict.fromkeys(names)), list(others)
     found, unnumbered = _block_patterns(names)
-    meant = set(names) - set(unnumbered)
+    numbered_names = set(names) - set(unnumbered)
     matched = {name for name in (*names, *others) if any(p.matches(name) for p in found)}
-    # Numbers that mean something else than an expert's may be told apart by exact names only.
-    numbered = found if matched == meant else [Pattern(name) for name in sorted(meant)]
-    return [*numbered, *map(Pattern, unnumbered)]
+    if matched == numbered_names:
+        return [*found, *map(Pattern, unnumbered)]
+    # A further number was no expert's, so one pattern for all of them matches too much.
+    return [*map(Pattern, sorted(numbered_names)), *map(Pattern, unnumbered)]
 
 
 def _block_patterns(names: list[str]) -> tuple[list[Pattern], list[str]]:
-    """A pattern for each set of blocks and the Linears that are meant in them, whatever the numbers
-    of experts; and the names without a block's number.
+    """One pattern for each group of blocks that name the same Linears, with any expert number; and
+    the names that have no block number.
     """
-    # (before a block's number, after it) → numbers
+    # (path before the block number, path after it) → block numbers
     by_path: dict[tuple[str, str], list[str]] = defaultdict(list)
     unnumbered: list[str] = []
     for name in names:
@@ -147,5 +159,6 @@ def _block_patterns(names: list[str]) -> tuple[list[Pattern], list[str]]:
 
 
 def _either(words: Iterable[str]) -> str:
+    """A regular expression for one of these words."""
     words = list(words)
     return words[0] if len(words) == 1 else f"({'|'.join(words)})"

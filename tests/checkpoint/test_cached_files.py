@@ -15,7 +15,7 @@ MADE_FROM = {"model": "a", "tokens": [1, 2]}
 
 
 def keep(cache: HiddenStateCache, made_from=MADE_FROM, states=STATES):
-    return cache.keep(made_from, list(states), states.__getitem__, {"seconds": 1.5})
+    return cache.store(made_from, list(states), states.__getitem__, {"seconds": 1.5})
 
 
 @pytest.fixture

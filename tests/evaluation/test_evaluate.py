@@ -404,7 +404,7 @@ def test_nonfinite_results_name_the_window(llama, copy, evaluated):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EvaluationError, match="window 1, first behind model.layers.0;"):
+    with pytest.raises(EvaluationError, match="window 1, first after model.layers.0;"):
         evaluated(broken)
 
 

@@ -1,6 +1,5 @@
 """Patterns made for names match all of these and none of those, whatever the names are."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +9,7 @@ from quantkit.schemes.pattern import Pattern, covering_patterns, patterns_for
 PARTS = st.sampled_from(
     ["model", "layers", "h", "experts", "0", "1", "2", "10", "q_proj", "k_proj", "up"]
 ) | st.text("ab_01", min_size=1, max_size=3)
-NAMES = st.lists(PARTS, min_size=2, max_size=5).map(".".join)
+NAMES = st.lists(PARTS, min_size=1, max_size=5).map(".".join)
 
 
 @st.composite
@@ -55,7 +54,6 @@ def test_patterns_of_a_mixed_recipe_match_all_of_these_and_none_of_those(names):
     assert len(patterns) <= len(meant)
 
 
-@pytest.mark.xfail(strict=True, reason="its first candidate is '.*', a glob that lm_head isn't")
 def test_a_name_of_one_part_is_covered():
     assert matched([Pattern(text) for text in covering_patterns(["lm_head"], [])], ["lm_head"])
 

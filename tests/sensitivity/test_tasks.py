@@ -76,7 +76,7 @@ def test_a_groups_score_is_what_eval_finds_when_it_is_exported_alone(
         export(plan_export(ExportOptions(model, out, recipe)))
         found = evaluate(
             EvaluationOptions(model, (out,), (str(short_text),), seq_len=LENGTH, cache=False)
-        )
+        ).to_json()
         assert result["tokens_scored"] == sum(found["window_tokens"])
         quant, scored = found["quants"][0], row["choices"][RECIPE]
         assert scored["kld"] == pytest.approx(quant["kld"]["mean"], rel=1e-9) and scored["kld"] > 0
