@@ -76,7 +76,7 @@ class Shape(click.ParamType):
         match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", value)
         if not match or not int(match[1]) or not int(match[2]):
             self.fail(
-                f"'{one_line(value)}' is not a shape; write for example 4096x14336", param, context
+                f"'{one_line(value)}' is no shape; write for example 4096x14336", param, context
             )
         return int(match[1]), int(match[2])
 
