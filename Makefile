@@ -8,13 +8,13 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 .PHONY: demo check lint types quick-tests test wheel quality speed gpu clean help
 
 help:
-	@echo "make demo     quantize and judge a real small model, in minutes"
-	@echo "make check    what to run before each commit: lint, types and the quick tests, in 90 seconds"
+	@echo "make demo     quantize and evaluate a small real model, in a few minutes"
+	@echo "make check    before each commit: lint, types and the quick tests, in 90 seconds"
 	@echo "make test     run all tests"
-	@echo "make wheel    one wheel for every Python and torch, with the compiled kernels, in dist/"
+	@echo "make wheel    build one wheel with the compiled kernels, for every Python and torch, in dist/"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
-	@echo "make gpu      check, measure and evaluate the CUDA kernels on this machine's GPU, in nine minutes, without a network"
-	@echo "make speed    measure export beside cp, calibrate and eval beside the forward, CPU kernels beside a copy (25 GB of disk)"
+	@echo "make gpu      check and measure the CUDA kernels on this machine's GPU, in nine minutes, without a network"
+	@echo "make speed    compare the speed of export with cp, calibrate and eval with a forward pass, CPU kernels with memcpy (25 GB of disk)"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/quantkit demo --overwrite
@@ -60,7 +60,7 @@ speed: $(VENV)/installed
 gpu:
 	$(PYTHON) kernels/bench/gpu.py
 
-# The stamp is written last, so an interrupted install is begun again.
+# The stamp is written last, so an interrupted install starts again.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/cpu/* kernels/cuda/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'

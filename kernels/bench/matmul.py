@@ -21,8 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from quantkit.calibration.fields import KINDS
-from quantkit.cli.bench import TOKENS, Figure, benchmark, describe, read_bandwidth
-from quantkit.cli.tables import benchmark_rows
+from quantkit.cli.bench import TOKENS, Figure, benchmark, benchmark_rows, describe, read_bandwidth
 from quantkit.evaluation.report import markdown_table
 
 FEATURES = (576, 1536, 2048, 4096, 11008)

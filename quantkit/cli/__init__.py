@@ -1,3 +1,4 @@
-"""The command line, one file for each larger command. Nothing here imports torch before a command
-runs.
+"""The command line, one file for each larger command.
+
+Nothing here imports torch before a command runs.
 """

@@ -1,8 +1,8 @@
 """`bench`: the compiled kernels compared with torch's own ops, on one thread.
 
-In each case the kernel and its rivals run in turns. A time is the median of the turns' thread CPU
-times. A ratio is the median of the ratios within a turn, because other load on the machine slows
-both sides of a turn.
+In each case, the kernel and torch's ops run in turns. A time is the median over the turns, in CPU
+time of the thread. A ratio is the median of the ratios within a turn: other load on the machine
+slows both sides of a turn.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def benchmark(
     from quantkit import ops  # noqa: F401  (declares them)
 
     if cpu_kernels() is None:
-        raise QuantkitError(
-            "there are no compiled kernels here to measure; `quantkit doctor` says why"
-        )
+        raise QuantkitError("there are no compiled kernels to measure; `quantkit doctor` says why")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -129,6 +127,32 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def benchmark_rows(figures: Sequence[Figure]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Headings and rows of `bench`."""
+    rivals = list(dict.fromkeys(name for figure in figures for name in figure.times))
+    rows = [
+        (
+            figure.what,
+            f"{figure.in_features} × {figure.out_features}",
+            str(figure.tokens or ""),
+            f"{figure.microseconds:.1f}",
+            "" if figure.gops is None else f"{figure.gops:.0f}",
+            f"{figure.gb_per_s:.1f}",
+            *(f"{figure.times[name]:.2f}×" if name in figure.times else "" for name in rivals),
+        )
+        for figure in figures
+    ]
+    return (
+        "kernel",
+        "in × out",
+        "tokens",
+        "µs",
+        "GOP/s",
+        "GB/s",
+        *(f"against {name}" for name in rivals),
+    ), rows
 
 
 def _multiplication(

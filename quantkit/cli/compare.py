@@ -16,7 +16,7 @@ from quantkit.cli.options import UserPath
 def compare_command(out: Output, first: Path, second: Path) -> None:
     """Compare two results of `eval -o`, token by token.
 
-    Both must have the same base model and text; the exit code is 5 where they differ.
+    Both must have the same base model and text. If these differ, the exit code is 5.
     """
     from quantkit.cli.tables import print_json, print_table
     from quantkit.evaluation.compare import compare

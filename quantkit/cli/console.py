@@ -1,5 +1,5 @@
-"""What all commands share: data on stdout and messages on stderr, errors as one line with an exit
-code, and the options --json, --quiet and --verbose.
+"""What all commands share: the options --json, --quiet and --verbose, messages on stderr, and
+errors as one line with an exit code.
 
 Nothing here imports torch or transformers before a command runs.
 """
@@ -21,20 +21,22 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def one_line(text: str) -> str:
-    """A message as one line without control characters: names in a checkpoint come from strangers,
-    and a terminal obeys escape sequences.
+    """A message as one line without control characters.
+
+    A message may quote names from a checkpoint that anyone made, and a terminal obeys escape
+    sequences.
     """
     return "".join(
         character if character.isprintable() else repr(character)[1:-1] for character in text
     )
 
 
-# What to do about the system's errors that a user can mend.
+# What the user can do about an error of the operating system.
 _ADVICE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
     errno.EROFS: "choose another place",
-    errno.EACCES: "choose another place or mend its permissions",
+    errno.EACCES: "choose another place or change its permissions",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "give a file",
     errno.ENOTDIR: "give a directory",
@@ -42,8 +44,10 @@ _ADVICE = {
 
 
 class ErrorGroup(click.Group):
-    """Ends every command's errors as one line on stderr and an exit code, in this one place.
-    Exceptions that are neither quantkit's nor the system's are bugs and keep their traceback.
+    """Ends every command's errors as one line on stderr and an exit code.
+
+    Exceptions that are neither quantkit's nor the operating system's are bugs, and keep their
+    traceback.
     """
 
     def invoke(self, context: click.Context) -> Any:
@@ -57,7 +61,7 @@ class ErrorGroup(click.Group):
                 Interrupted.exit_code,
             )
         except BrokenPipeError:
-            sys.stderr.close()  # whoever read stdout has gone; there is nothing left to print
+            sys.stderr.close()  # The reader of stdout has gone: nothing can be printed any more.
             raise click.exceptions.Exit(0) from None
         except OSError as error:
             if error.errno not in _ADVICE:
@@ -78,7 +82,7 @@ def _end(message: str, exit_code: int) -> NoReturn:
 
 
 class Output:
-    """Where a command's messages go: to stderr, because stdout is for data.
+    """A command's messages. They go to stderr, because stdout is for data.
 
     quiet: print only warnings and errors.
     verbose: print details, and let libraries print.
@@ -95,7 +99,7 @@ class Output:
             click.echo(text, err=True)
 
     def warn(self, text: str) -> None:
-        """Print a warning, each text once: `quantize` finds some in its plan and in its result."""
+        """Print a warning, but each text only once."""
         if text in self._warned:
             return
         self._warned.add(text)
@@ -116,8 +120,9 @@ class Output:
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a command of a function, with the options that all commands have, last in its help. The
-    function's first argument is an Output.
+    """Make a command of a function, and add the options of all commands.
+
+    The function's first argument is an Output.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:

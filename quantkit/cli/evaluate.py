@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.cli.options import UserPath, device_option, different_sources, remote_code_option
+from quantkit.cli.options import (
+    UserPath,
+    device_option,
+    different_sources,
+    options_from,
+    remote_code_option,
+)
 from quantkit.data.protocols import PROTOCOLS
 from quantkit.errors import FaultsFound, Inconclusive, OutputError
 from quantkit.schemes.serving import HARDWARE
@@ -58,27 +65,32 @@ if TYPE_CHECKING:
     "gates",
     multiple=True,
     metavar="EXPR",
-    help="Exit with 3 unless it holds, e.g. 'ppl_delta_pct<=1.0'; also kld_mean, top1, size_ratio.",
+    help=(
+        "Exit with 3 unless this holds, e.g. 'ppl_delta_pct<=1.0'; also kld_mean, top1, size_ratio."
+        " Repeatable."
+    ),
 )
 @click.option(
-    "--strict", is_flag=True, help="Exit with 4 when the text is too short to decide a gate."
+    "--strict", is_flag=True, help="Exit with 4 if the text is too short to decide a gate."
 )
 @click.option(
     "--exec",
-    "exec_",
+    "exec",
     type=click.Choice(["auto", "kernel", "reference"]),
     default="auto",
     show_default=True,
     help=(
-        "auto: compiled kernels where available; kernel: refuse Linears without one; reference:"
-        " reference arithmetic only."
+        "auto: compiled kernels where available; kernel: refuse Linears that have none; reference:"
+        " the reference arithmetic only."
     ),
 )
 @click.option(
     "--hardware", type=click.Choice(HARDWARE), help="Emulate the arithmetic of this hardware."
 )
 @click.option(
-    "--noise-floor", is_flag=True, help="Also measure the effect of rounding noise alone."
+    "--noise-floor",
+    is_flag=True,
+    help="Also measure the noise floor: the effect of one more rounding after each block.",
 )
 @click.option(
     "--no-cache",
@@ -88,76 +100,73 @@ if TYPE_CHECKING:
 @device_option
 @remote_code_option
 def eval_command(
-    out: Output,
-    base: str,
-    quants: tuple[str, ...],
-    data: tuple[str, ...],
-    output: Path | None,
-    html: Path | None,
-    markdown: Path | None,
-    gates: tuple[str, ...],
-    strict: bool,
-    exec_: str,
-    no_cache: bool,
-    **options: Any,
+    out: Output, base: str, quants: tuple[str, ...], strict: bool, no_cache: bool, **arguments: Any
 ) -> None:
     """Compare quantized checkpoints (QUANT) with BASE on the same text.
 
-    The exported files are evaluated with the arithmetic of a runtime. With BASE alone, its
-    perplexity is reported. Several processes can share the windows:
+    The exported files are evaluated with the arithmetic of a runtime. With BASE alone, eval reports
+    its perplexity. Several processes can share the windows:
     torchrun --nproc-per-node N -m quantkit eval ...
     """
-    from quantkit.checkpoint.files import finite, write_json, write_text
     from quantkit.checkpoint.hub import resolve_model
-    from quantkit.cli.tables import Progress, print_json
+    from quantkit.cli.tables import Progress
     from quantkit.evaluation.evaluate import evaluate
-    from quantkit.evaluation.html import evaluation_html, require_matplotlib
     from quantkit.evaluation.preflight import EvaluationOptions
-    from quantkit.evaluation.report import evaluation_markdown, evaluation_remarks
     from quantkit.models.distributed import rank_of_environment
 
-    require_places(output=output, html=html, markdown=markdown)
-    if html is not None:
-        require_matplotlib()
-    paths = [resolve_model(base), *(resolve_model(quant) for quant in quants)]
+    files = options_from(EvalFiles, arguments)
+    files.check()
+    options = options_from(
+        EvaluationOptions,
+        arguments,
+        base=resolve_model(base),
+        quants=tuple(resolve_model(quant) for quant in quants),
+        cache=not no_cache,
+    )
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
     with Progress("eval", out.quiet) as progress:
-        result = evaluate(
-            EvaluationOptions(
-                paths[0],
-                tuple(paths[1:]),
-                data,
-                gates=gates,
-                exec=exec_,
-                cache=not no_cache,
-                **options,
-            ),
-            lambda name, done, total: progress.update(done, total, f"eval {name}"),
-        )
+        result = evaluate(options, progress.named("eval"))
     if rank_of_environment() > 0:
         return
-    if output is not None:
-        write_json(output, finite(result.to_json()))
-    if markdown is not None:
-        write_text(markdown, evaluation_markdown(result))
-    if html is not None:
-        write_text(html, evaluation_html(result))
-    if out.as_json:
-        print_json(result.to_json())
-    else:
-        _print_evaluation(result)
-    for remark in evaluation_remarks(result):
-        out.note(remark)
+    files.write(result)
+    _print_evaluation(out, result)
     _raise_gates(result, strict)
     if not quants:
         out.note(f"Next: quantkit quantize {shlex.quote(base)} -o OUT --scheme fp8-dynamic")
 
 
+@dataclass(frozen=True)
+class EvalFiles:
+    """The files that `eval` writes: the result as JSON, as a page, and for a model card."""
+
+    output: Path | None
+    html: Path | None
+    markdown: Path | None
+
+    def check(self) -> None:
+        """Refuse, before anything runs, what can't be written."""
+        from quantkit.evaluation.html import require_matplotlib
+
+        require_places(output=self.output, html=self.html, markdown=self.markdown)
+        if self.html is not None:
+            require_matplotlib()
+
+    def write(self, result: Evaluation) -> None:
+        from quantkit.checkpoint.files import finite, write_json, write_text
+        from quantkit.evaluation.html import evaluation_html
+        from quantkit.evaluation.report import evaluation_markdown
+
+        if self.output is not None:
+            write_json(self.output, finite(result.to_json()))
+        if self.markdown is not None:
+            write_text(self.markdown, evaluation_markdown(result))
+        if self.html is not None:
+            write_text(self.html, evaluation_html(result))
+
+
 def require_places(**files: Path | None) -> None:
-    """Refuse equal files, and files where nothing can be written, before anything has run. files:
-    by the option.
-    """
+    """Refuse files that are the same, or whose directory doesn't exist. files: by option."""
     given = {name: path for name, path in files.items() if path is not None}
     if len({path.resolve() for path in given.values()}) < len(given):
         *first, last = (f"--{name.replace('_', '-')}" for name in files)
@@ -165,12 +174,24 @@ def require_places(**files: Path | None) -> None:
     for path in given.values():
         if not path.absolute().parent.is_dir():
             raise OutputError(
-                f"there is no directory {path.absolute().parent} to write {path.name} to; make it"
-                " first"
+                f"there is no directory {path.absolute().parent} to write {path.name} to; create"
+                " it first"
             )
 
 
-def _print_evaluation(result: Evaluation) -> None:
+def _print_evaluation(out: Output, result: Evaluation) -> None:
+    from quantkit.cli.tables import print_json
+    from quantkit.evaluation.report import evaluation_remarks
+
+    if out.as_json:
+        print_json(result.to_json())
+    else:
+        _print_tables(result)
+    for remark in evaluation_remarks(result):
+        out.note(remark)
+
+
+def _print_tables(result: Evaluation) -> None:
     from quantkit.cli.tables import print_table
     from quantkit.evaluation.report import evaluation_title, layer_table, metric_table, model_table
 
@@ -184,6 +205,7 @@ def _print_evaluation(result: Evaluation) -> None:
 
 
 def _raise_gates(result: Evaluation, strict: bool) -> None:
+    """Raises FaultsFound for a gate that failed; with --strict, Inconclusive for an open one."""
     failed = [gate for gate in result.gates if gate.result == "fail"]
     undecided = [gate for gate in result.gates if gate.result == "inconclusive"]
     if failed:
@@ -193,6 +215,6 @@ def _raise_gates(result: Evaluation, strict: bool) -> None:
     if undecided and strict:
         more = undecided[0].more_tokens_needed
         raise Inconclusive(
-            f"the gate {undecided[0].expr} is undecided on this text"
-            + (f"; it needs about {more} more tokens" if more else "; give more text")
+            f"this text is too short to decide the gate {undecided[0].expr}; "
+            + (f"about {more} more tokens would do" if more else "give more text")
         )

@@ -1,18 +1,21 @@
-"""`inspect`: the content of a checkpoint or a calibration, read from headers alone."""
+"""`inspect`: what a checkpoint or a calibration holds, and its tables. It reads headers alone."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration.describe import is_unsettled
+from quantkit.calibration.describe import algorithm_descriptions, is_unsettled
 from quantkit.calibration.results import Calibration
 from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import QuantizationConfig, read_quantization_config, stored_linears
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.errors import CheckpointError
 from quantkit.models.tensor_roles import linears_of
+from quantkit.schemes.algorithms import Table
 from quantkit.schemes.scheme import QuantScheme
 
 
@@ -105,3 +108,130 @@ def _weight_shape(
     infos = {suffix: checkpoint.tensors[f"{module}.{suffix}"] for suffix in suffixes}
     headers = {suffix: (info.dtype, info.shape) for suffix, info in infos.items()}
     return list(config.file_format.weight_shape(scheme, headers, None) or ())
+
+
+def inspection_tables(description: Mapping[str, Any]) -> list[Table]:
+    """The tables of `quantkit inspect`."""
+    if description["kind"] == "checkpoint":
+        return [_dtypes_table(description), *_schemes_tables(description)]
+    return [
+        _inputs_table(description),
+        *_experts_tables(description),
+        *_kv_tables(description),
+        *_algorithm_tables(description),
+    ]
+
+
+# -- A checkpoint's tables.
+
+
+def _dtypes_table(description: Mapping[str, Any]) -> Table:
+    quantization = description["quantization"]
+    method = "not quantized"
+    if quantization:
+        kv_cache = quantization["kv_cache"] or "not quantized"
+        method = f"{quantization['method']}, KV cache {kv_cache}"
+    title = (
+        f"{description['path']}: {description['architecture']}, {method},"
+        f" {format_bytes(description['bytes'])} in {counted(description['shards'], 'shard')}"
+    )
+    rows = [
+        [dtype, str(entry["tensors"]), format_bytes(entry["bytes"])]
+        for dtype, entry in sorted(description["dtypes"].items())
+    ]
+    return title, ("dtype", "tensors", "size"), rows, (1, 2)
+
+
+def _schemes_tables(description: Mapping[str, Any]) -> list[Table]:
+    rows = [[scheme, str(count)] for scheme, count in description["schemes"].items()]
+    if description["linears_left"]:
+        rows.append(["not quantized", str(len(description["linears_left"]))])
+    title = "Linears in the decoder blocks"
+    return [(title, ("scheme", "Linears"), rows, (1,))] if rows else []
+
+
+# -- A calibration's tables.
+
+
+def _inputs_table(description: Mapping[str, Any]) -> Table:
+    title = (
+        f"{description['path']}: {description['tokens']} tokens in"
+        f" {counted(description['windows'], 'window')} of {description['seq_len']}, from"
+        f" {', '.join(description['data']['sources'])}"
+    )
+    columns = (
+        "input of",
+        "Linears",
+        "features",
+        "tokens",
+        "amax",
+        "amax after each quarter",
+        "held-out values above, ppm",
+        "amax settled",
+        "amax of first position",
+    )
+    rows = [_input_row(entry) for entry in description["inputs"]]
+    return title, columns, rows, (1, 2, 3, 4, 5, 6, 8)
+
+
+def _input_row(entry: Mapping[str, Any]) -> list[str]:
+    above, settled = "", "no" if entry["unsettled"] else ""
+    if entry["held_out_values"]:
+        above = f"{1e6 * entry['held_out_above'] / entry['held_out_values']:.3g}"
+        settled = settled or "yes"
+    return [
+        entry["name"],
+        str(len(entry["linears"])),
+        str(entry["in_features"]),
+        str(entry["tokens"]),
+        f"{entry['amax']:.4g}" + (" (estimated)" if entry["estimated"] else ""),
+        " ".join(f"{amax:.4g}" for amax in entry["amax_quarters"]),
+        above,
+        settled,
+        f"{entry['first_position_amax']:.4g}",
+    ]
+
+
+def _experts_tables(description: Mapping[str, Any]) -> list[Table]:
+    rows = []
+    for entry in description["experts"] or []:
+        counts = [""] * 4
+        if entry.get("tokens"):
+            counts = [str(len(entry["tokens"])), *map(str, _spread(entry["tokens"]))]
+        rows.append([entry["module"], *counts, " ".join(map(str, entry["starved"]))])
+    columns = ("experts", "count", "fewest", "median", "most", "too few tokens")
+    return [("tokens per expert", columns, rows, (1, 2, 3, 4))] if rows else []
+
+
+def _spread(counts: Sequence[int]) -> tuple[int, int, int]:
+    """The least, the median and the largest."""
+    ordered = sorted(counts)
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+
+
+def _kv_tables(description: Mapping[str, Any]) -> list[Table]:
+    rows = [
+        [entry["module"], f"{entry['k_amax']:.4g}", f"{entry['v_amax']:.4g}"]
+        for entry in description["kv"] or []
+    ]
+    title = "keys and values, after rotary embedding"
+    return [(title, ("attention", "key amax", "value amax"), rows, (1, 2))] if rows else []
+
+
+def _algorithm_tables(description: Mapping[str, Any]) -> list[Table]:
+    """What algorithms did to the weights: a table of each, and one of all Linears."""
+    quantized = description.get("chosen")
+    if not quantized:
+        return []
+    tables = [table for each in algorithm_descriptions(description) for table in each.tables]
+    rows = [
+        [
+            entry["name"],
+            entry["algorithm"],
+            f"{entry['error'] / entry['plain_error']:.3f}" if entry.get("plain_error") else "",
+            entry.get("reason", ""),
+        ]
+        for entry in quantized["linears"]
+    ]
+    columns = ("Linear", "quantized by", "squared error ÷ that of rounding", "why rounded")
+    return [*tables, ("quantized weights", columns, rows, (2,))]

@@ -1,4 +1,4 @@
-"""The command line: the group of all commands, and those commands that need no file of their own.
+"""The command line: the group of all commands, and those commands that are only a few lines.
 
 torch and transformers are imported inside commands, so that `--help` answers at once.
 """
@@ -41,10 +41,10 @@ def main() -> None:
 @command("inspect")
 @click.argument("path")
 def inspect_command(out: Output, path: str) -> None:
-    """Describe the content of a checkpoint or a calibration."""
+    """Show what a checkpoint or a calibration contains."""
     from quantkit.checkpoint.hub import resolve_model
-    from quantkit.cli.inspect import inspect_path
-    from quantkit.cli.tables import inspection_tables, print_json, print_table
+    from quantkit.cli.inspect import inspect_path, inspection_tables
+    from quantkit.cli.tables import print_json, print_table
 
     description = inspect_path(resolve_model(path))
     if out.as_json:
@@ -56,14 +56,15 @@ def inspect_command(out: Output, path: str) -> None:
 
 @command("schemes")
 def schemes_command(out: Output) -> None:
-    """List the schemes, and which runtimes and hardware support each."""
-    from quantkit.cli.tables import print_json, print_table, schemes_description, schemes_tables
+    """List the schemes, and the runtimes and hardware that support each."""
+    from quantkit.cli.schemes import describe_schemes, schemes_tables
+    from quantkit.cli.tables import print_json, print_table
 
     if out.as_json:
-        print_json(schemes_description())
+        print_json(describe_schemes())
         return
-    for title, columns, rows in schemes_tables():
-        print_table(columns, rows, title)
+    for title, columns, rows, right in schemes_tables():
+        print_table(columns, rows, title, right)
 
 
 @command("doctor")
@@ -91,20 +92,20 @@ def doctor_command(out: Output) -> None:
     "kinds",
     multiple=True,
     type=click.Choice(BENCHMARK_KINDS),
-    help="What to measure.  [default: all]",
+    help="Kernels to measure; repeatable.  [default: all]",
 )
 @click.option(
     "--shape",
     "shapes",
     multiple=True,
     type=Shape(),
-    help="Input × output features, e.g. 4096x4096.  [default: those of small models]",
+    help="Input × output features, e.g. 4096x4096; repeatable.  [default: three of small models]",
 )
 @click.option(
     "--tokens",
     multiple=True,
     type=click.IntRange(1),
-    help="Tokens per call.  [default: 1, 16, 128, 512]",
+    help="Tokens per call; repeatable.  [default: 1, 16, 128, 512]",
 )
 def bench_command(
     out: Output,
@@ -115,8 +116,15 @@ def bench_command(
     """Compare the speed of the compiled kernels with torch's own ops, on one thread."""
     from dataclasses import asdict
 
-    from quantkit.cli.bench import SHAPES, TOKENS, benchmark, describe, read_bandwidth
-    from quantkit.cli.tables import Progress, benchmark_rows, print_json, print_table
+    from quantkit.cli.bench import (
+        SHAPES,
+        TOKENS,
+        benchmark,
+        benchmark_rows,
+        describe,
+        read_bandwidth,
+    )
+    from quantkit.cli.tables import Progress, print_json, print_table
 
     cases = (kinds or BENCHMARK_KINDS, shapes or SHAPES, tokens or TOKENS)
     total = len(cases[1]) * sum(3 if kind == "convert" else len(cases[2]) for kind in cases[0])
@@ -130,8 +138,8 @@ def bench_command(
         print_json({"machine": machine, "figures": [asdict(figure) for figure in figures]})
         return
     out.note(
-        f"{machine['processor']}, kernels {machine['kernels']}, torch {machine['torch']}; one"
-        f" thread, which reads memory at {bandwidth:.1f} GB/s"
+        f"{machine['processor']}, kernels {machine['kernels']}, torch {machine['torch']}, one"
+        f" thread; memory bandwidth {bandwidth:.1f} GB/s"
     )
     headings, rows = benchmark_rows(figures)
     print_table(headings, rows, right=range(1, len(headings)))
@@ -148,7 +156,7 @@ def bench_command(
 )
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier demo.")
 def demo_command(out: Output, output: Path, overwrite: bool) -> None:
-    """Quantize and evaluate a small real model (SmolLM2-135M), in minutes."""
+    """Quantize and evaluate a small real model (SmolLM2-135M) in a few minutes."""
     from quantkit.cli.demo import run_demo
     from quantkit.cli.tables import print_json, print_table
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,6 +15,11 @@ from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS
 from quantkit.cli.console import one_line
 from quantkit.errors import QuantkitError
 from quantkit.schemes.serving import RUNTIMES
+
+if TYPE_CHECKING:
+    from quantkit.schemes.recipe import Recipe
+
+Options = TypeVar("Options")
 
 # What `bench` measures.
 BENCHMARK_KINDS = ("int8", "fp8", "weight-only", "bf16", "convert")
@@ -96,14 +102,14 @@ directory_output = click.option(
     "--output",
     required=True,
     type=UserPath(),
-    help="Directory to write; it appears when it is complete.",
+    help="Directory to write. It appears only when it is complete.",
 )
 
 
 def different_sources(
     _context: click.Context, _param: click.Parameter, names: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The sources of --data, each of them once: a text that is given twice would count twice."""
+    """The sources of --data. Raises BadParameter where one is given twice: it would count twice."""
     seen: set[str] = set()
     for name in names:
         source = name if name.startswith("dataset:") else os.path.realpath(os.path.expanduser(name))
@@ -161,8 +167,8 @@ calibration_options = options(
         "--memory",
         type=Size(),
         help=(
-            "Memory for hidden states, e.g. 8GB; beyond it, they go to a file.  [default: half of"
-            " the free memory]"
+            "Memory for hidden states, e.g. 8GB; what exceeds it is stored in a file.  [default:"
+            " half of the free memory]"
         ),
     ),
     click.option(
@@ -176,7 +182,9 @@ calibration_options = options(
 recipe_options = options(
     click.option("--scheme", help="A scheme; `quantkit schemes` lists them."),
     click.option(
-        "--recipe", type=UserPath(), help="YAML file: a scheme, exceptions for layers, algorithms."
+        "--recipe",
+        type=UserPath(),
+        help="YAML file: a scheme, other schemes for some layers, algorithms.",
     ),
 )
 export_options = options(
@@ -184,7 +192,7 @@ export_options = options(
         "--calibration",
         type=UserPath(),
         metavar="CALIB",
-        help="Output of `quantkit calibrate`, for static scales and algorithms.",
+        help="Output directory of `quantkit calibrate`, for static scales and algorithms.",
     ),
     click.option(
         "--ignore",
@@ -204,7 +212,9 @@ export_options = options(
         "--kv-cache", type=click.Choice(["fp8"]), help="Also write scales for a quantized KV cache."
     ),
     click.option(
-        "--runtime", type=click.Choice(RUNTIMES), help="Refuse what this runtime can't load."
+        "--runtime",
+        type=click.Choice(RUNTIMES),
+        help="Refuse the export if this runtime can't load it.",
     ),
     click.option(
         "--format",
@@ -216,6 +226,7 @@ export_options = options(
     ),
     click.option(
         "--max-shard-size",
+        "max_shard_bytes",
         type=Size(),
         default="5GB",
         show_default=True,
@@ -229,25 +240,45 @@ export_options = options(
         ),
     ),
     click.option(
-        "--dry-run", is_flag=True, help="Print what would be done to each parameter; write nothing."
+        "--dry-run",
+        is_flag=True,
+        help="Print the plan for each parameter, without writing anything.",
     ),
 )
 
 
-def recipe_of_options(
-    scheme: str | None,
-    recipe: Path | None,
-    ignore: tuple[str, ...] = (),
-    kv_cache: str | None = None,
-    observer: str | None = None,
-) -> Any:
-    """The recipe that --scheme or --recipe names, with what other options add."""
-    from quantkit.schemes.recipe import Recipe
-    from quantkit.schemes.scheme import QuantScheme
+def options_from(kind: type[Options], arguments: Mapping[str, Any], **others: Any) -> Options:
+    """A command's arguments, by Click's names, as a frozen value: those that its fields name.
 
-    if (scheme is None) == (recipe is None):
-        raise click.UsageError(
-            "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
-        )
-    chosen = Recipe.load(recipe) if recipe is not None else Recipe(QuantScheme.parse(scheme))
-    return chosen.with_options(ignore, kv_cache, observer)
+    others: fields that the arguments lack or that replace one.
+    """
+    known = {**arguments, **others}
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: known[name] for name in names if name in known})
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """--scheme or --recipe, and the options that add to the recipe."""
+
+    scheme: str | None
+    recipe: Path | None
+    ignore: tuple[str, ...] = ()
+    kv_cache: str | None = None
+    observer: str | None = None
+
+    def load(self) -> Recipe:
+        """The recipe. Raises UsageError unless exactly one of --scheme and --recipe is given."""
+        from quantkit.schemes.recipe import Recipe
+        from quantkit.schemes.scheme import QuantScheme
+
+        if (self.scheme is None) == (self.recipe is None):
+            raise click.UsageError(
+                "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
+            )
+        if self.recipe is not None:
+            recipe = Recipe.load(self.recipe)
+        else:
+            assert self.scheme is not None
+            recipe = Recipe(QuantScheme.parse(self.scheme))
+        return recipe.with_options(self.ignore, self.kv_cache, self.observer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import click
 from quantkit.cli.console import Output, command
 from quantkit.cli.evaluate import require_places
 from quantkit.cli.options import (
+    RecipeOptions,
     UserPath,
     data_option,
     device_option,
     model_argument,
-    recipe_of_options,
+    options_from,
     recipe_options,
     remote_code_option,
 )
@@ -28,7 +31,7 @@ from quantkit.cli.options import (
     "--calibration",
     type=UserPath(),
     metavar="CALIB",
-    help="Statistics for static scales, or weights that the recipe's algorithms quantized.",
+    help="Output directory of `quantkit calibrate`, for static scales and algorithms.",
 )
 @data_option
 @click.option(
@@ -36,12 +39,12 @@ from quantkit.cli.options import (
     type=click.IntRange(2),
     default=2048,
     show_default=True,
-    help="Tokens of text that each variant runs on.",
+    help="Number of tokens to evaluate each variant of MODEL on.",
 )
 @click.option(
     "--seq-len",
     type=click.IntRange(2),
-    help="Tokens per window.  [default: 256 (masked models: 64), or the model's positions]",
+    help="Tokens per window.  [default: 256 (masked LMs: 64), or the model's positions if fewer]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed for sampling windows.")
 @click.option(
@@ -49,22 +52,19 @@ from quantkit.cli.options import (
     "alternatives",
     multiple=True,
     metavar="SCHEME",
-    help="What a budget may give a layer group instead: keep (its stored dtype), or a scheme."
-    "  [default: keep]",
+    help="What a layer group may get instead of the recipe's scheme: keep (its stored dtype), or"
+    " another scheme. Repeatable.  [default: keep]",
 )
 @click.option(
     "--max-size",
     metavar="SIZE",
     help=(
-        "Budget of bytes: 150MB, 65% (of MODEL), or +5% (over the recipe everywhere); the KL is"
-        " minimized."
+        "Find the smallest KL within this size: 150MB, 65% (of MODEL), or +5% (more than with"
+        " all layer groups quantized)."
     ),
 )
 @click.option(
-    "--max-kld",
-    type=float,
-    metavar="NATS",
-    help="Budget: the mean KL that the result may have; gives the smallest size within it.",
+    "--max-kld", type=float, metavar="NATS", help="Find the smallest size within this mean KL."
 )
 @click.option("-o", "--output", type=UserPath(dir_okay=False), help="Write the result as JSON.")
 @click.option(
@@ -76,140 +76,147 @@ from quantkit.cli.options import (
     "--recipe-out",
     type=UserPath(dir_okay=False),
     metavar="FILE",
-    help="Write the recipe for the budget, for export and quantize.",
+    help="Write the recipe that meets --max-size or --max-kld, for export and quantize.",
 )
 @click.option(
     "--from",
     "earlier",
     type=UserPath(dir_okay=False),
     metavar="RESULT.json",
-    help="Solve for another budget from an earlier result (-o), without running the model.",
+    help="Use an earlier result (-o) for another --max-size or --max-kld, without running MODEL.",
 )
 @device_option
 @remote_code_option
-@click.option("--resume", is_flag=True, help="Continue an interrupted run; needs its -o.")
-@click.option("--overwrite", is_flag=True, help="Start again, over an interrupted run.")
-def sensitivity_command(
-    out: Output,
-    model: str,
-    scheme: str | None,
-    recipe: Path | None,
-    output: Path | None,
-    html: Path | None,
-    recipe_out: Path | None,
-    earlier: Path | None,
-    alternatives: tuple[str, ...],
-    max_size: str | None,
-    max_kld: float | None,
-    **scoring: Any,
-) -> None:
-    """Rank the Linears of MODEL by what quantizing them costs, and fit a recipe to a budget.
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; needs the same -o.")
+@click.option("--overwrite", is_flag=True, help="Discard an interrupted run, and start again.")
+def sensitivity_command(out: Output, model: str, **arguments: Any) -> None:
+    """Rank the Linears of MODEL by the loss from quantizing them, and fit a recipe to a budget.
 
-    Each layer group that runtimes compute as one (q/k/v, gate/up, all experts of a layer) is
-    quantized alone and compared with MODEL on a little text: without --data, the calibration text
-    that comes with quantkit. What groups cost is added up to predict what several cost together;
-    how well is measured. With a budget the best choice for each group follows, exactly on these
-    sums. Several processes share the windows: torchrun --nproc-per-node N -m quantkit sensitivity
-    ...
+    Linears that runtimes fuse (q/k/v, gate/up, all experts of a layer) are one layer group. Each
+    group is quantized alone, and compared with MODEL on --data or on a short text that comes with
+    quantkit. The KL of several groups is predicted as the sum of theirs; sensitivity also measures
+    how good this prediction is. With --max-size or --max-kld, it finds the optimal choice for each
+    group under this prediction. Several processes can share the windows:
+    torchrun --nproc-per-node N -m quantkit sensitivity ...
     """
     from quantkit.checkpoint.hub import resolve_model
-    from quantkit.evaluation.html import require_matplotlib
     from quantkit.models.distributed import rank_of_environment
 
-    has_budget = max_size is not None or max_kld is not None
-    if recipe_out is not None and not has_budget:
-        raise click.UsageError(
-            "--recipe-out writes what a budget chooses; give --max-size or --max-kld"
-        )
-    if scoring["resume"] and (output is None or earlier is not None):
-        raise click.UsageError(
-            "--resume continues what is stored next to the result: give the same -o FILE as"
-            " before, and no --from, which runs nothing"
-        )
-    require_places(output=output, html=html, recipe_out=recipe_out)
-    if html is not None:
-        require_matplotlib()
+    files = options_from(SensitivityFiles, arguments)
+    has_budget = arguments["max_size"] is not None or arguments["max_kld"] is not None
+    _check_usage(arguments, has_budget)
+    files.check()
     path = resolve_model(model)
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
-    budget = {"max_size": max_size, "max_kld": max_kld}
-    if earlier is None:
-        options = {"alternatives": alternatives or ("keep",), "output": output}
-        result = _scored(out, path, scheme, recipe, scoring | budget | options)
+    if arguments["earlier"] is None:
+        result = _score(out, path, arguments)
     else:
-        if scheme is not None or recipe is not None:
-            raise click.UsageError(
-                "--from has its recipe from the earlier run; leave out --scheme and --recipe"
-            )
-        result = _solved_anew(earlier, path, max_size, max_kld, alternatives, output)
+        result = _solve_earlier(path, arguments)
     if rank_of_environment() > 0:
         return
-    _write_files(result, path, html, recipe_out)
+    files.write(result, path)
     if result.get("was_finished"):
-        out.note(f"{output} was finished already, by the same work; nothing was run")
+        out.note(f"{files.output} was already complete; nothing was run")
     _print_result(out, result)
-    if recipe_out is not None:
-        out.note(
-            f"Next: quantkit {_next_command(result)} {shlex.quote(model)} -o OUT --recipe"
-            f" {shlex.quote(str(recipe_out))}"
+    _print_next(out, model, result, files, has_budget)
+
+
+@dataclass(frozen=True)
+class SensitivityFiles:
+    """The files that `sensitivity` writes: the result as JSON, as a page, and the recipe."""
+
+    output: Path | None
+    html: Path | None
+    recipe_out: Path | None
+
+    def check(self) -> None:
+        """Refuse, before anything runs, what can't be written."""
+        from quantkit.evaluation.html import require_matplotlib
+
+        require_places(output=self.output, html=self.html, recipe_out=self.recipe_out)
+        if self.html is not None:
+            require_matplotlib()
+
+    def write(self, result: dict[str, Any], model: Path) -> None:
+        """The page and the recipe; the JSON is written when its run ends."""
+        from quantkit.checkpoint.files import write_text
+        from quantkit.checkpoint.reader import Checkpoint
+        from quantkit.schemes.mixed_recipe import recipe_text
+        from quantkit.sensitivity.advice import OF_THE_RUN, solution_recipe
+        from quantkit.sensitivity.html import sensitivity_html
+
+        if self.html is not None:
+            lasting = {key: value for key, value in result.items() if key not in OF_THE_RUN}
+            write_text(self.html, sensitivity_html(lasting))
+        if self.recipe_out is not None:
+            made = solution_recipe(result, Checkpoint.open(model))
+            write_text(self.recipe_out, recipe_text(made, _recipe_comments(result)))
+
+
+def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
+    """Raises UsageError for options that don't go together."""
+    earlier = arguments["earlier"]
+    if arguments["recipe_out"] is not None and not has_budget:
+        raise click.UsageError(
+            "--recipe-out writes the recipe for a budget; give --max-size or --max-kld"
         )
-    elif not has_budget:
-        again = shlex.quote(str(output)) if output else "RESULT.json (written with -o)"
-        out.note(
-            f"Next: quantkit sensitivity {shlex.quote(model)} --from {again} --max-size +5%"
-            " --recipe-out FILE.yaml"
+    if arguments["resume"] and (arguments["output"] is None or earlier is not None):
+        raise click.UsageError(
+            "--resume continues a run that was interrupted: give the same -o FILE as before, and"
+            " not --from, which runs nothing"
         )
 
 
-def _scored(
-    out: Output, model: Path, scheme: str | None, recipe: Path | None, options: dict[str, Any]
-) -> dict[str, Any]:
+def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     from quantkit.cli.tables import Progress
     from quantkit.sensitivity.options import SensitivityOptions
     from quantkit.sensitivity.score import score_sensitivity
 
-    asked = SensitivityOptions(model, recipe_of_options(scheme, recipe), **options)
+    options = options_from(
+        SensitivityOptions,
+        arguments,
+        model=model,
+        recipe=options_from(RecipeOptions, arguments).load(),
+        alternatives=arguments["alternatives"] or ("keep",),
+    )
     with Progress("sensitivity", out.quiet) as progress:
-        return score_sensitivity(
-            asked, lambda name, done, total: progress.update(done, total, f"sensitivity, {name}")
-        )
+        return score_sensitivity(options, progress.named("sensitivity"))
 
 
-def _solved_anew(
-    earlier: Path,
-    model: Path,
-    max_size: str | None,
-    max_kld: float | None,
-    alternatives: tuple[str, ...],
-    output: Path | None,
-) -> dict[str, Any]:
-    """An earlier run's result with another budget's solution, written where asked."""
+def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier run's result with another budget's solution, written to -o if that is given."""
     from quantkit.checkpoint.files import finite, write_json
     from quantkit.checkpoint.reader import Checkpoint
     from quantkit.sensitivity.advice import opened_result, solved_anew
 
-    known = opened_result(earlier, Checkpoint.open(model))
-    result = solved_anew(known, max_size, max_kld, alternatives)
-    if output is not None:
-        write_json(output, finite(result))
+    if arguments["scheme"] is not None or arguments["recipe"] is not None:
+        raise click.UsageError(
+            "--from takes the recipe of the earlier run; leave out --scheme and --recipe"
+        )
+    known = opened_result(arguments["earlier"], Checkpoint.open(model))
+    result = solved_anew(
+        known, arguments["max_size"], arguments["max_kld"], arguments["alternatives"]
+    )
+    if arguments["output"] is not None:
+        write_json(arguments["output"], finite(result))
     return result
 
 
-def _write_files(
-    result: dict[str, Any], model: Path, html: Path | None, recipe_out: Path | None
+def _print_next(
+    out: Output, model: str, result: dict[str, Any], files: SensitivityFiles, has_budget: bool
 ) -> None:
-    from quantkit.checkpoint.files import write_text
-    from quantkit.checkpoint.reader import Checkpoint
-    from quantkit.schemes.mixed_recipe import recipe_text
-    from quantkit.sensitivity.advice import OF_THE_RUN, solution_recipe
-    from quantkit.sensitivity.html import sensitivity_html
-
-    if html is not None:
-        lasting = {key: value for key, value in result.items() if key not in OF_THE_RUN}
-        write_text(html, sensitivity_html(lasting))
-    if recipe_out is not None:
-        made = solution_recipe(result, Checkpoint.open(model))
-        write_text(recipe_out, recipe_text(made, _recipe_comments(result)))
+    if files.recipe_out is not None:
+        out.note(
+            f"Next: quantkit {_next_command(result)} {shlex.quote(model)} -o OUT --recipe"
+            f" {shlex.quote(str(files.recipe_out))}"
+        )
+    elif not has_budget:
+        stored = shlex.quote(str(files.output)) if files.output else "RESULT.json (written with -o)"
+        out.note(
+            f"Next: quantkit sensitivity {shlex.quote(model)} --from {stored} --max-size +5%"
+            " --recipe-out FILE.yaml"
+        )
 
 
 def _print_result(out: Output, result: dict[str, Any]) -> None:
@@ -238,7 +245,7 @@ def _print_result(out: Output, result: dict[str, Any]) -> None:
         print_table(
             LINE_COLUMNS,
             line_rows(result),
-            "the worst layer groups in another choice",
+            "the worst layer groups with another scheme, or in their stored dtype",
             right=(2, 3, 4, 5),
         )
     for remark in sensitivity_remarks(result):
@@ -246,7 +253,7 @@ def _print_result(out: Output, result: dict[str, Any]) -> None:
 
 
 def _next_command(result: dict[str, Any]) -> str:
-    """Algorithms quantize weights for one recipe, so a mixed one takes another calibration."""
+    """What uses the new recipe: it needs a calibration of its own if the old one needed one."""
     from quantkit.schemes.recipe import Recipe
 
     recipe = Recipe.from_mapping(result["recipe"], "recipe")
@@ -266,7 +273,7 @@ def _recipe_comments(result: dict[str, Any]) -> list[str]:
     return [
         (
             f"Written by quantkit sensitivity for {budget}: {solution['moved']} of"
-            f" {len(result['sets'])} layer groups take another choice than the recipe's."
+            f" {len(result['sets'])} layer groups differ from the original recipe."
         ),
         (
             f"{format_bytes(solution['bytes'])} of weights, predicted KL"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,12 +13,15 @@ from quantkit.cli.console import Output, command
 from quantkit.errors import FaultsFound
 from quantkit.schemes.serving import RUNTIMES
 
-WORST_SHOWN = 5  # of the layers that `verify --base` compares
+if TYPE_CHECKING:
+    from quantkit.exporter.verification import Verification
+
+WORST_SHOWN = 5  # Linears in the table of `verify --base`; all of them with -v
 
 
 @command("verify")
 @click.argument("checkpoint")
-@click.option("--base", help="The original model, to compare every weight with.")
+@click.option("--base", help="The original model; every weight is compared with it.")
 @click.option(
     "--runtime",
     type=click.Choice(RUNTIMES),
@@ -27,35 +30,22 @@ WORST_SHOWN = 5  # of the layers that `verify --base` compares
 def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str | None) -> None:
     """Check that CHECKPOINT is complete, finite and consistent, and that runtimes can load it.
 
-    The exit code is 3 where it has a fault.
+    If it has a fault, the exit code is 3.
     """
     from quantkit.checkpoint.hub import resolve_model
-    from quantkit.cli.tables import print_json, print_table
+    from quantkit.cli.tables import print_json
 
-    found = verified(out, resolve_model(checkpoint), resolve_model(base) if base else None, runtime)
+    path, base_path = resolve_model(checkpoint), resolve_model(base) if base else None
+    found = run_verify(out, path, base_path, runtime)
     if out.as_json:
         print_json(found.to_json())
-    elif found.faults:
-        print_table(("tensor", "fault"), found.faults)
-    if not out.as_json and found.sqnr_db:
-        shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
-        title = "worst first" + (
-            ""
-            if len(shown) == len(found.sqnr_db)
-            else f", {len(shown)} of {len(found.sqnr_db)} (all with -v)"
-        )
-        print_table(
-            ("Linear", "weight SQNR dB"),
-            [(name, f"{value:.1f}" if math.isfinite(value) else "exact") for name, value in shown],
-            title,
-            right=(1,),
-        )
-    if not out.as_json and out.verbose and found.left:
-        print_table(("left unquantized", "why"), list(found.left.items()))
+    else:
+        _print_verification(out, found)
     raise_faults(found)
 
 
-def verified(out: Output, path: Path, base: Path | None, runtime: str | None) -> Any:
+def run_verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> Verification:
+    """Verify a checkpoint, and print a line about one without faults."""
     from quantkit.checkpoint.units import counted
     from quantkit.cli.tables import Progress
     from quantkit.exporter.verify import verify
@@ -67,25 +57,44 @@ def verified(out: Output, path: Path, base: Path | None, runtime: str | None) ->
         for warning in found.warnings:
             out.warn(warning)
     if not found.faults:
-        worst = (
-            f", least weight SQNR {min(found.sqnr_db.values()):.1f} dB"
-            if found.sqnr_db and math.isfinite(min(found.sqnr_db.values()))
-            else ""
-        )
-        worst += (
-            f", {len(found.changed)} tensors not the base's because algorithms changed them"
-            if base and found.changed
-            else ""
-        )
         out.note(
-            f"{path}: sound; {counted(found.tensors, 'tensor')},"
-            f" {counted(found.quantized, 'Linear')} quantized, {len(found.left)} left{worst},"
-            f" {time.monotonic() - started:.1f} s"
+            f"{path}: no faults; {counted(found.tensors, 'tensor')},"
+            f" {counted(found.quantized, 'Linear')} quantized, {len(found.left)}"
+            f" skipped{_compared(found, base)}, {time.monotonic() - started:.1f} s"
         )
     return found
 
 
-def raise_faults(found: Any) -> None:
+def _compared(found: Verification, base: Path | None) -> str:
+    """What the comparison with the base found, as the middle of a sentence."""
+    lowest = min(found.sqnr_db.values()) if found.sqnr_db else math.inf
+    text = f", lowest weight SQNR {lowest:.1f} dB" if math.isfinite(lowest) else ""
+    if base and found.changed:
+        text += f", {len(found.changed)} tensors differ from the base because algorithms changed"
+        text += " them"
+    return text
+
+
+def _print_verification(out: Output, found: Verification) -> None:
+    """Tables: the faults; the SQNR of Linears, worst first; with -v the skipped Linears."""
+    from quantkit.cli.tables import print_table
+
+    if found.faults:
+        print_table(("tensor", "fault"), found.faults)
+    if found.sqnr_db:
+        shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
+        total = len(found.sqnr_db)
+        part = "" if len(shown) == total else f", {len(shown)} of {total} (all with -v)"
+        rows = [
+            (name, f"{value:.1f}" if math.isfinite(value) else "exact") for name, value in shown
+        ]
+        print_table(("Linear", "weight SQNR, dB"), rows, f"lowest SQNR first{part}", right=(1,))
+    if out.verbose and found.left:
+        print_table(("skipped Linear", "reason"), list(found.left.items()))
+
+
+def raise_faults(found: Verification) -> None:
+    """Raises FaultsFound with the first fault, if there is one."""
     if found.faults:
         tensor, message = found.faults[0]
         more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""

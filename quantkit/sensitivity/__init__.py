@@ -1,1 +1,1 @@
-"""Which layer groups cost most by being quantized, and the recipe for a budget."""
+"""The loss from quantizing each layer group, and the recipe for a budget."""

@@ -1,6 +1,7 @@
 """From the KLs of layer groups to advice: a ranking, how well sums predict, Pareto lines, and a
-budget's solution with its recipe. Nothing here runs a model: a result is what `sensitivity -o`
-writes.
+budget's solution with its recipe.
+
+Nothing here runs a model. `result` is the dictionary that `sensitivity -o` writes as JSON.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from quantkit.sensitivity.choices import RECIPE
 from quantkit.sensitivity.options import KEEP
 
 SCHEMA_VERSION = 1
-# Keys of a result that are said and aren't written: they differ from one run to the next.
+# Keys of a result that are printed but not stored: they differ from run to run.
 OF_THE_RUN = ("seconds", "peak_memory_bytes", "was_finished")
-# Sums are good enough to choose by while they are off by less than this factor: predictions are
-# scaled by it, and budgets depend on ratios alone.
+# Sums are reliable enough for a budget if they are off by less than this factor: predictions are
+# scaled by the measured factor, and a budget's solution depends on ratios alone.
 ADDITIVE_WITHIN = 2.0
 
 
 def ranking(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Places of the layer groups, the one that costs most first."""
+    """Places of the layer groups, the one with the largest KL first."""
     return sorted(
         range(len(rows)), key=lambda place: (-rows[place]["choices"][RECIPE]["own_kld"], place)
     )
@@ -39,8 +40,10 @@ def ranking(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 def additivity(
     rows: Sequence[Mapping[str, Any]], name: str, whole: float, floor: float
 ) -> dict[str, Any]:
-    """The sum of single KLs against the KL of all groups together, both above the noise floor.
-    factor: what sums are multiplied by to predict.
+    """The sum of single KLs compared with the KL of all groups together, in nats above the floor.
+
+    whole: KL of the model with all groups quantized. floor: the noise floor.
+    Returns "factor", by which sums are multiplied to predict.
     """
     total = sum(row["choices"][name]["own_kld"] for row in rows)
     own = max(0.0, whole - floor)
@@ -54,8 +57,10 @@ def additivity(
 
 
 def predicted_kld(result: Mapping[str, Any], choices: Sequence[str]) -> float:
-    """What sums say of a choice for each group, scaled so that the whole recipe's KL comes out;
-    with the noise floor where anything changes.
+    """The predicted KL, in nats, of a choice for each group.
+
+    The groups' KLs are added and scaled, so that the prediction for the whole recipe is its
+    measured KL. If any group is quantized, the noise floor is added.
     """
     total = sum(
         _factor(result, name) * row["choices"][name]["own_kld"]
@@ -76,8 +81,9 @@ def size_of(result: Mapping[str, Any], choices: Sequence[str]) -> int:
 
 
 def pareto_lines(result: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each other choice: what it predicts that the worst k groups take it. measured: the k
-    whose variants are run.
+    """For each other choice: size and predicted KL when the worst k groups take it, by k.
+
+    Returns also "measured": the k whose variants are run.
     """
     return [_pareto_line(result, to) for to in names if to != RECIPE]
 
@@ -109,7 +115,10 @@ def _pareto_line(result: Mapping[str, Any], to: str) -> dict[str, Any]:
 
 
 def opened_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What an earlier run wrote with -o, about the same model."""
+    """The result that an earlier run wrote with -o.
+
+    Raises EvaluationError for another file, NotComparableError for the result of another model.
+    """
     try:
         result = read_json(path, "")
         known = (
@@ -118,16 +127,17 @@ def opened_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         )
     except (CheckpointError, KeyError, TypeError, AttributeError):
         raise EvaluationError(
-            f"{path} is no result of `quantkit sensitivity -o`; give one, or leave out --from"
+            f"{path} is not a result of `quantkit sensitivity -o`; give one, or leave out --from"
         ) from None
     if known[0] != SCHEMA_VERSION:
         raise EvaluationError(
-            f"{path} has format {known[0]}, this quantkit reads {SCHEMA_VERSION}; score again"
+            f"{path} has format {known[0]}, but this quantkit reads {SCHEMA_VERSION}; run"
+            " sensitivity again, or leave out --from"
         )
     if known[1] != checkpoint.fingerprint():
         raise NotComparableError(
             f"{path} was made from another model ({result['model']['path']}) than"
-            f" {checkpoint.path}, or its files have changed since; score this one"
+            f" {checkpoint.path}, or its files have changed since; run sensitivity on this one"
         )
     return result
 
@@ -138,8 +148,9 @@ def solved_anew(
     max_kld: float | None,
     alternatives: Sequence[str],
 ) -> dict[str, Any]:
-    """The result with another budget's solution; nothing is run. alternatives: of those that were
-    scored, all where none is named.
+    """The result with another budget's solution. Nothing is run.
+
+    alternatives: those that the solution may use; all that were scored if none is named.
     """
     named = [name if name == KEEP else QuantScheme.parse(name).name for name in alternatives]
     unknown = next(
@@ -147,7 +158,7 @@ def solved_anew(
     )
     if unknown is not None:
         raise EvaluationError(
-            f"{unknown} was not scored as an alternative; score again with --alternative {unknown}"
+            f"{unknown} was not scored as an alternative; run again with --alternative {unknown}"
         )
     return dict(result) | {
         "solution": solve(result, max_size, max_kld, named or result["alternatives"])
@@ -155,7 +166,7 @@ def solved_anew(
 
 
 def solution_recipe(result: Mapping[str, Any], checkpoint: Checkpoint) -> Recipe:
-    """The recipe of a budget's solution, whose export has the size that was promised."""
+    """The recipe of a budget's solution. Its export has the solution's size."""
     recipe, solution = (
         Recipe.from_mapping(result["recipe"], "the result's recipe"),
         result["solution"],
@@ -174,18 +185,19 @@ def solution_recipe(result: Mapping[str, Any], checkpoint: Checkpoint) -> Recipe
         where = ExportOptions(
             checkpoint.path, checkpoint.path.with_name(checkpoint.path.name + "-sensitivity"), made
         )
-        # What an algorithm unties is in no plan before its calibration is made.
-        promised = solution["bytes"] - result["bytes"].get("untied", 0)
+        # A plan without a calibration lacks the output head that an algorithm unties.
+        expected = solution["bytes"] - result["bytes"].get("untied", 0)
         found = plan_export(where, calibration_follows=True, checkpoint=checkpoint).bytes_after
-        assert found == promised, f"the recipe gives {found} bytes, not {promised}"
+        assert found == expected, f"the recipe gives {found} bytes, not {expected}"
     return made
 
 
 def solve(
     result: Mapping[str, Any], max_size: str | None, max_kld: float | None, allowed: Sequence[str]
 ) -> dict[str, Any] | None:
-    """The best choice for each group within the budget, exactly on sums; None without a budget.
-    Raises EvaluationError where nothing fits.
+    """The optimal choice for each group within the budget, by predictions. None without a budget.
+
+    Raises EvaluationError if no choice meets the budget.
     """
     if max_size is None and max_kld is None:
         return None
@@ -211,7 +223,7 @@ def solve(
         )
         raise EvaluationError(
             f"no choice meets {' and '.join(asked)}: the smallest is {smallest} bytes, and the"
-            f" least KL that sums predict is {best:.2g}; allow more, or another --alternative"
+            f" lowest predicted KL is {best:.2g}; raise the limit, or add an --alternative"
         )
     choices = [item.names[number] for item, number in zip(items, found)]
     return {
@@ -228,7 +240,7 @@ def solve(
 def _item(
     result: Mapping[str, Any], row: Mapping[str, Any], allowed: Sequence[str]
 ) -> knapsack.Item:
-    """A group's choices: their bytes, and what sums predict that they cost."""
+    """A group's choices, their bytes and their predicted KLs."""
     names = [name for name in (RECIPE, *allowed) if name in row["choices"]]
     entries = [row["choices"][name] for name in names]
     costs = [
@@ -239,8 +251,9 @@ def _item(
 
 
 def _factor(result: Mapping[str, Any], name: str) -> float:
-    """What a scheme's KLs are multiplied by to predict: the recipe's factor, where the model can't
-    be in this scheme throughout.
+    """The factor that scales a scheme's KLs to predictions.
+
+    It is the recipe's factor if some group can't have this scheme.
     """
     additive = result["additivity"]
     return additive.get(name, additive.get(RECIPE, {"factor": 1.0}))["factor"]

@@ -1,10 +1,9 @@
 """The unquantized model that variants start from, and the names of its Linears on disk.
 
-Where a calibration holds weights that algorithms quantized, the unquantized model is the one they
-were made from: algorithms fold scales per channel into weights before they round, and those scales
-are found again from the codes. Where the calibration rotated the model, its weights are rotated
-again first: by the same matrices, which follow from the seed, and as the calibration says of each
-Linear.
+A calibration may hold weights that algorithms quantized. The base model then has the weights before
+rounding. Algorithms fold scales per channel into weights, and these scales are recovered from the
+codes. If the calibration rotated the model, its weights are first rotated again, with the same
+matrices (they follow from the seed) and as the calibration describes for each Linear.
 """
 
 from __future__ import annotations
@@ -28,27 +27,29 @@ from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.weight_map import names_on_disk
 from quantkit.ops.reference import QuantizedTensor, sqnr_db
 
-# How near the recovered weight must come to its codes' values: 8-bit codes are within 30 dB and
-# more of what they were made from.
+# The least SQNR of codes against the recovered weight: 8-bit codes have 30 dB and more against the
+# weight that they were rounded from.
 LEAST_RECOVERED_DB = 20.0
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """blocks: the model, its blocks on disk; each can run once.
-    weights: where its tensors come from.
+    """The unquantized model.
+
+    blocks: the model, whose blocks are read from disk; each can run once.
+    weights: the source of its tensors.
     """
 
     blocks: BlockwiseModel
     weights: BaseWeights
 
     def linear_name(self, path: str) -> str | None:
-        """The name on disk of a Linear of the module tree; None where several tensors make it."""
+        """The name on disk of a Linear of the module tree; None if several tensors make it up."""
         names = names_on_disk(self.blocks.sources(f"{path}.weight"), path)
         return names[0] if len(names) == 1 else None
 
     def linears_of(self, number: int) -> list[str]:
-        """The names on disk of a block's Linears, those that transformers stacks among them."""
+        """The names on disk of a block's Linears, including those that transformers stacks."""
         prefix = self.blocks.block_name(number)
         names: list[str] = []
         for leaf, module in self.blocks.model.get_submodule(prefix).named_modules():
@@ -61,7 +62,7 @@ class BaseModel:
         return names
 
     def stacked_linears(self, stack: str) -> list[str]:
-        """The Linears on disk, or those that `export` writes, that make a stacked parameter."""
+        """The Linears on disk, or written by `export`, that make up a stacked parameter."""
         source = self.blocks.sources(stack)
         if source is None:
             return [stack]
@@ -74,8 +75,9 @@ class BaseModel:
 
 
 def open_base_model(plan: ExportPlan, trust_remote_code: bool, device: str) -> BaseModel:
-    """plan: of the recipe, whose calibration may have changed weights. Raises CheckpointError
-    where blocks share weights.
+    """plan: the recipe's plan, whose calibration may have changed weights.
+
+    Raises CheckpointError if blocks share weights.
     """
     register_serving_experts()
     skeleton = build_skeleton(
@@ -92,9 +94,9 @@ def open_base_model(plan: ExportPlan, trust_remote_code: bool, device: str) -> B
 
 
 class BaseWeights(StoredWeights):
-    """The checkpoint's tensors, or those that a calibration's codes were made from.
+    """The checkpoint's tensors, or those that a calibration's codes were rounded from.
 
-    restacked: the stacks that transformers looks for, where the plan has their experts one by one.
+    restacked: the stacked experts that transformers expects, if the plan has experts one by one.
     """
 
     def __init__(self, plan: ExportPlan, skeleton: nn.Module) -> None:
@@ -119,8 +121,9 @@ class BaseWeights(StoredWeights):
         )
 
     def rotate(self, blocks: BlockwiseModel) -> None:
-        """Read weights as the calibration's rotation makes them, if it has one. Raises
-        EvaluationError where it doesn't say how.
+        """Rotate weights as the calibration did, if it rotated the model.
+
+        Raises EvaluationError if the calibration doesn't describe how.
         """
         settings, calibration = self._plan.options.recipe.algorithm("rotation"), self._calibration
         if calibration is not None:
@@ -132,8 +135,8 @@ class BaseWeights(StoredWeights):
         for entry in calibration.description["chosen"]["rotations"]:
             if "linears" not in entry:
                 raise EvaluationError(
-                    f"{calibration.path} doesn't say how its Linears were rotated, as an earlier"
-                    " quantkit wrote it; calibrate again"
+                    f"{calibration.path} doesn't describe how its Linears were rotated, because an"
+                    " earlier quantkit wrote it; calibrate again"
                 )
             for path, fields in entry["linears"].items():
                 how = RotatedLinear(**fields)
@@ -152,8 +155,9 @@ class BaseWeights(StoredWeights):
         return self.read_rounded(name, {})
 
     def read_rounded(self, name: str, codes: Mapping[str, QuantizedTensor]) -> Tensor:
-        """A tensor with the values of codes in the place of some Linears' weights. codes: by the
-        Linear's name on disk.
+        """A tensor in which some Linears' weights are replaced by the values of codes.
+
+        codes: by the Linear's name on disk.
         """
         if name in self.restacked.shapes:
             return self.restacked.read(
@@ -187,11 +191,14 @@ def _on_cpu(matrix: Tensor | None) -> Tensor | None:
 
 
 def recovered_weight(original: Tensor, values: Tensor, name: str = "the weight") -> Tensor:
-    """The weight R·W·C, R and C diagonal, that is nearest to the values of codes: what was
-    quantized, where scales had been folded into W's rows and columns.
+    """The weight R·W·C, with diagonal R and C, that is nearest to the values of codes.
 
-    original, values: [out_features, in_features] float32. Alternating least squares; each scale is
-    an average over a whole row or column, so that the error of single codes hardly touches it.
+    It is the weight that was quantized, if scales had been folded into W's rows and columns. Found
+    by alternating least squares. Each scale is an average over a whole row or column, so the error
+    of single codes hardly affects it.
+
+    original, values: [out_features, in_features] float32.
+    Raises EvaluationError if no such weight is near.
     """
     rows, columns = torch.ones(original.shape[0], 1), torch.ones(1, original.shape[1])
     tiny = torch.finfo(torch.float32).tiny

@@ -1,5 +1,5 @@
-"""What a layer group may become: kept in its stored dtype, quantized as the recipe says, or in
-another scheme; and how many bytes each choice takes.
+"""The choices for a layer group (kept in its stored dtype, quantized as in the recipe, or quantized
+to another scheme) and the bytes of each.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 from quantkit.sensitivity.options import KEEP, SensitivityOptions
 
-RECIPE = "recipe"  # the choice of quantizing as the recipe says
+RECIPE = "recipe"  # the choice of quantizing as in the recipe
 KEEP_NUMBER, RECIPE_NUMBER = 0, 1  # of these two in `Choices.names`; other schemes follow
 
 
 @dataclass(frozen=True)
 class Choices:
-    """recipe: the plan of a model whose groups are all quantized as the recipe says.
-    alternatives: for each other scheme the plan of a model that is in it throughout.
+    """The choices that each layer group has.
+
+    recipe: the plan with all groups quantized as in the recipe.
+    alternatives: for each other scheme, the plan with all groups in this scheme.
     may_keep: whether a budget may keep a group in its stored dtype.
     """
 
@@ -38,7 +40,7 @@ class Choices:
 
     @property
     def allowed(self) -> list[str]:
-        """What a budget may give a group instead of the recipe's scheme."""
+        """The names of choices that a budget may use, other than the recipe's."""
         return [name for name in self.names if name != RECIPE and (name != KEEP or self.may_keep)]
 
     def plan(self, choice: int) -> ExportPlan:
@@ -46,7 +48,7 @@ class Choices:
         return self._plans[choice - RECIPE_NUMBER]
 
     def bytes_of(self, linears: Sequence[str], choice: int) -> int | None:
-        """What the Linears take on disk, None where this choice can't hold one of them."""
+        """Bytes of the Linears on disk; None if one of them can't have this choice."""
         if choice == KEEP_NUMBER:
             return sum(self._rows[0][name].bytes_before for name in linears)
         rows = [self._rows[choice - RECIPE_NUMBER][name] for name in linears]
@@ -71,23 +73,23 @@ def scheme_name(plan: ExportPlan) -> str:
 
 
 def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
-    """The plans of all choices, which refuse what `export` would refuse; and remarks."""
+    """The plans of all choices, and remarks. Raises what `export` would raise."""
     checkpoint, remarks, recipe = Checkpoint.open(options.model), [], options.recipe
     if read_quantization_config(checkpoint.config) is not None:
         raise CheckpointError(
-            f"{options.model} is quantized already; sensitivity asks what quantizing costs, so give"
-            " the original model"
+            f"{options.model} is quantized already; sensitivity measures the loss from quantizing,"
+            " so give the original model"
         )
     if recipe.quantizes_weights and options.calibration is None:
         names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
         remarks.append(
-            f"scored with weights rounded to nearest: what {names} choose is scored with"
-            " --calibration CALIB"
+            f"the weights are rounded to nearest, not quantized by {names}; give --calibration"
+            " CALIB to score the weights that it holds"
         )
         recipe = replace(recipe, algorithms=())
     if recipe.kv_cache:
         remarks.append(
-            "the KV cache is left as it is while sets are scored; the written recipe has it"
+            "the KV cache is not quantized while layer groups are scored; --recipe-out includes it"
         )
 
     def planned(recipe: Recipe, calibration: Path | None) -> ExportPlan:

@@ -1,4 +1,4 @@
-"""`sensitivity --html`: its result as one page that needs no network."""
+"""`sensitivity --html`: the result as one self-contained page."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def sensitivity_html(result: dict[str, Any]) -> str:
     drawings = [
         (
             drawn_as_svg("layer groups", lambda axes: _draw_groups(axes, result), 2.8),
-            "KL of each layer group quantized alone, above the noise floor: darker costs more.",
+            "KL of each layer group quantized alone, above the noise floor. Darker is worse.",
         ),
         (
             drawn_as_svg("lines", lambda axes: _draw_lines(axes, result)),
             (
-                "KL against size, the worst layer groups moved first. Lines: predicted by sums;"
+                "KL by size, when the worst layer groups are changed first. Lines: predicted;"
                 " points: measured."
             ),
         ),
@@ -49,7 +49,7 @@ def sensitivity_html(result: dict[str, Any]) -> str:
     )
     parts = [
         (
-            f"<h1>What each layer group costs</h1><p>{escape(sensitivity_title(result))};"
+            f"<h1>Loss from quantizing each layer group</h1><p>{escape(sensitivity_title(result))};"
             f" {escape(', '.join(result['data']['sources']))}.</p>"
         ),
         f'<div class="plots">{plots}</div>',
@@ -71,7 +71,7 @@ def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
     values = [entry["choices"]["recipe"]["own_kld"] for entry in result["sets"]]
     most = max(values) or 1.0
     for entry, value in zip(result["sets"], values):
-        # Three decades below the largest nothing matters, and zero has no logarithm.
+        # Losses below a thousandth of the largest are negligible, and zero has no logarithm.
         grid[kinds.index(entry["kind"])][entry["block"]] = max(value, most / 1000)
     image = axes.imshow(
         grid,
@@ -90,7 +90,7 @@ def _draw_lines(axes: Axes, result: dict[str, Any]) -> None:
     for number, line in enumerate(result["pareto"]):
         color = COLORS[number % len(COLORS)]
         points = line["points"]
-        label = "kept" if line["to"] == "keep" else line["to"]
+        label = "stored dtype" if line["to"] == "keep" else line["to"]
         axes.plot(
             [point["bytes"] / 1e9 for point in points],
             [point["kld_predicted"] for point in points],

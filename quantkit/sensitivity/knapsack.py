@@ -1,10 +1,10 @@
-"""Which choice each item takes so that a budget is kept and the sum of costs is least: the
-multiple-choice knapsack problem, solved exactly.
+"""The multiple-choice knapsack problem, solved exactly: one choice for each item, so that the sum
+of costs is minimal within a budget.
 
-Partial sums are built up item by item. One that is neither smaller nor cheaper than another is
-dropped (dominance), and so is one that can't end better than a solution that is known (bound): the
-other items can at best follow the lower convex hulls of their choices, whose sum over items is one
-piecewise linear curve (Sinha & Zoltners 1979, The Multiple-Choice Knapsack Problem).
+Partial sums are built up item by item. A partial sum is dropped if another one is smaller and
+cheaper (dominance), or if it can't lead to a better solution than a known one (bound). For the
+bound, the other items can at best follow the lower convex hulls of their choices, whose sum over
+items is one piecewise linear curve (Sinha & Zoltners 1979, The Multiple-Choice Knapsack Problem).
 
 A mixed-integer solver would stop at a relative gap and accept small violations of the budget.
 """
@@ -20,14 +20,19 @@ import numpy as np
 from quantkit.checkpoint.units import parse_bytes
 from quantkit.errors import EvaluationError, QuantkitError
 
-# Sums of the same numbers in another order differ by less than this share of what they could be at
-# most.
+# Sums of the same numbers in another order differ by less than this fraction of the largest
+# possible sum.
 ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Item:
-    """names: of its choices; sizes and costs: of each of them."""
+    """An item and its choices.
+
+    names: of the choices.
+    sizes: of the choices, bytes.
+    costs: of the choices.
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -35,8 +40,9 @@ class Item:
 
 
 def parse_size(text: str, whole: int, quantized: int) -> int:
-    """A budget in bytes from `150MB`, `65%` (of the unquantized model) or `+5%` (beyond the model
-    quantized throughout).
+    """The bytes of `150MB`, `65%` (of the unquantized model) or `+5%` (more than all quantized).
+
+    whole: bytes of the unquantized model. quantized: bytes of the model with all groups quantized.
     """
     match = re.fullmatch(r"\s*(\+?)(\d+(?:\.\d+)?)\s*%\s*", text)
     if match:
@@ -47,17 +53,17 @@ def parse_size(text: str, whole: int, quantized: int) -> int:
     except QuantkitError:
         raise EvaluationError(
             f"--max-size '{text}' is not understood; write for example 150MB, 65% (of the model's"
-            " size) or +5% (more than all quantized)"
+            " size) or +5% (more than with all layer groups quantized)"
         ) from None
 
 
 def solve(items: Sequence[Item], max_size: int | None, max_cost: float | None) -> list[int] | None:
-    """The number of each item's choice; None where nothing keeps the budget.
+    """The number of each item's choice, or None if no solution meets the budget.
 
-    With max_size the cost is least within it (and must keep max_cost, if given). With max_cost
-    alone the size is least, and of all so small the cheapest.
+    With max_size, the cost is minimal within it, and None is returned if it exceeds max_cost. With
+    max_cost alone, the size is minimal; of the smallest solutions, the cheapest is returned.
     """
-    # whole numbers below 2^53: sums are exact
+    # Integers below 2^53: their sums are exact.
     sizes = [np.array(item.sizes, dtype=np.float64) for item in items]
     costs = [np.array(item.costs, dtype=np.float64) for item in items]
     if max_size is None:
@@ -81,8 +87,9 @@ def _rounding(values: Sequence[np.ndarray]) -> float:
 def _least(
     objective: Sequence[np.ndarray], weight: Sequence[np.ndarray], limit: float
 ) -> list[int] | None:
-    """The choices of least total objective whose total weight is at most the limit. objective,
-    weight: of each item's choices.
+    """The choices with the least total objective and a total weight of at most `limit`.
+
+    objective, weight: by item, of its choices.
     """
     slack, margin = _rounding(weight), _rounding(objective)
     limit += slack
@@ -93,7 +100,7 @@ def _least(
     best = _rounded_relaxation(hulls, limit)
     # Partial sums over the items so far: total weight and total objective.
     weights, values = np.zeros(1), np.zeros(1)
-    # For each item and partial sum: the partial sum before, and the choice that led from there.
+    # For each item and partial sum: the previous partial sum, and the choice that was added.
     history: list[tuple[np.ndarray, np.ndarray]] = []
     for item, curve in enumerate(curves[1:]):
         choices = len(objective[item])
@@ -105,7 +112,7 @@ def _least(
         bound = new_values + np.interp(room, curve.weights, curve.objectives)
         useful = np.flatnonzero((room >= curve.weights[0] - slack) & (bound <= best + margin))
         ranked = useful[np.lexsort((new_values[useful], new_weights[useful]))]
-        # Of rising weights, only those with a smaller objective than all before.
+        # In the order of weights, only sums with a smaller objective than all before.
         least_before = np.minimum.accumulate(np.append(np.inf, new_values[ranked]))[:-1]
         ranked = ranked[new_values[ranked] < least_before]
         weights, values = new_weights[ranked], new_values[ranked]
@@ -156,8 +163,9 @@ def _is_convex(
 
 @dataclass(frozen=True)
 class _Curve:
-    """The least total objective of some items at a total weight, if choices could be mixed:
-    piecewise linear between these points.
+    """The least total objective of some items, if choices could be mixed, by total weight.
+
+    It is piecewise linear between these points.
     """
 
     weights: np.ndarray
@@ -165,7 +173,7 @@ class _Curve:
 
 
 def _remaining_curves(hulls: Sequence[_Hull]) -> list[_Curve]:
-    """For each number of items done, the curve of the others."""
+    """For each number of items already chosen, the curve of the others."""
     curves = []
     for done in range(len(hulls) + 1):
         others = hulls[done:]
@@ -184,8 +192,9 @@ def _remaining_curves(hulls: Sequence[_Hull]) -> list[_Curve]:
 
 
 def _rounded_relaxation(hulls: Sequence[_Hull], limit: float) -> float:
-    """The objective of a solution that fits: the steps that gain most per weight, as long as they
-    fit.
+    """The objective of a solution within the limit.
+
+    It takes the steps that gain most per weight, as long as they fit.
     """
     weight, objective = sum(h.weight for h in hulls), sum(h.objective for h in hulls)
     taken = [0] * len(hulls)

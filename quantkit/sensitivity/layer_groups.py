@@ -1,5 +1,5 @@
-"""Layer groups: the Linears that a runtime computes as one and that therefore get one scheme:
-q/k/v, gate/up, all experts of a layer, each other Linear by itself.
+"""Layer groups: Linears that runtimes fuse, which therefore get one scheme. They are q/k/v,
+gate/up, all experts of a layer, and each other Linear alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from quantkit.models.tensor_roles import fused_layers
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """block: number of the block that has it.
+    """A group of Linears that get one scheme.
+
+    block: number of its block.
     kind: its role in the block, as "q+k+v".
     linears: names on disk.
     """
@@ -23,7 +25,7 @@ class LayerGroup:
 
     @property
     def name(self) -> str:
-        """As a shell would expand it: model.layers.3.self_attn.{q,k,v}_proj."""
+        """A name with the shell's braces: model.layers.3.self_attn.{q,k,v}_proj."""
         first = self.linears[0]
         if len(self.linears) == 1:
             return first
@@ -35,8 +37,9 @@ class LayerGroup:
 
 
 def layer_groups(linears_of_blocks: Sequence[Sequence[str]]) -> list[LayerGroup]:
-    """The groups of each block, in the order of its Linears. linears_of_blocks: for each block the
-    names on disk of the Linears that are quantized.
+    """The groups of each block, in the order of its Linears.
+
+    linears_of_blocks: for each block, the names on disk of the Linears that are quantized.
     """
     return [
         group
@@ -58,8 +61,9 @@ def _groups_of_block(block: int, linears: Sequence[str]) -> list[LayerGroup]:
 
 
 def _distinct_kinds(groups: Sequence[Sequence[str]]) -> list[str]:
-    """Leaves of the names, and where several groups have the same, their parents before them: a
-    shared expert has a gate and an up next to the MLP's, BERT has three Linears `dense`.
+    """The last part of the groups' names, with parents in front if several groups have the same.
+
+    A shared expert has a gate and an up like the MLP's; BERT has three Linears called `dense`.
     """
     leaves = ["+".join(_leaf(name).removesuffix("_proj") for name in group) for group in groups]
     kinds = leaves
@@ -76,7 +80,7 @@ def _leaf(name: str) -> str:
 
 
 def _parents(group: Sequence[str], count: int) -> str:
-    """The last parts of a Linear's path in its block."""
+    """The last parents in a Linear's path inside its block."""
     path = group[0].split(".")[:-1]
     numbers = [place for place, part in enumerate(path) if part.isdigit()]
     in_block = path[numbers[-1] + 1 :] if numbers else path

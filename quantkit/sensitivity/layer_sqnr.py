@@ -1,5 +1,5 @@
-"""What quantizing does to each Linear by itself: the signal-to-noise ratio of its weight, and of
-its output on some rows of the inputs that the unquantized model gives it.
+"""The SQNR (signal to quantization noise ratio) of each Linear's weight, and of its output on some
+rows of its inputs in the unquantized model.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor, sqnr_db
 from quantkit.sensitivity.base_model import BaseModel
 
-# Rows of each Linear's input: of so many windows, so many positions each.
+# Rows of each Linear's input: so many positions of each of so many windows.
 SAMPLED_WINDOWS, SAMPLED_POSITIONS = 4, 64
 
 
 class LayerSqnr:
-    """`sample` comes before `compare`, block by block.
+    """Measures block by block: `sample` first, then `compare`.
 
-    known_blocks, known: how many blocks an earlier run compared, and its `by_place`, as JSON keeps
-    it.
+    known_blocks: how many blocks an earlier run compared.
+    known: the `by_place` of the earlier run, as JSON holds it.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class LayerSqnr:
             int(place): {entry["name"]: dict(entry) for entry in entries}
             for place, entries in (known or {}).items()
         }
-        # Of the block that was sampled last: name on disk → [rows, in_features]. None where its
-        # Linears are known already.
+        # Inputs of the last sampled block, by name on disk: [rows, in_features]. None if an earlier
+        # run compared this block.
         self._inputs: dict[str, Tensor] | None = None
 
     def sample(
@@ -50,10 +50,12 @@ class LayerSqnr:
         run: Callable[[int], object],
         windows: Sequence[int],
     ) -> None:
-        """Keep some rows of the inputs of a block's Linears, as the unquantized model has them: of
-        the first windows, on whichever rank they run.
+        """Store some rows of the inputs of a block's Linears in the unquantized model.
 
-        run: a window through the block. windows: those of this rank.
+        The rows are of the first windows, on whichever rank these run.
+
+        run: runs a window through the block.
+        windows: those of this rank.
         """
         self._inputs = None
         if number < self._known_blocks:
@@ -95,8 +97,11 @@ class LayerSqnr:
         codes: QuantizedTensor,
         made: QuantizedLinear,
     ) -> None:
-        """place: of the Linear's group. linear, made: without and with quantization. codes: of its
-        weight.
+        """Measure the SQNR of a Linear's weight and output.
+
+        place: of the Linear's group.
+        linear, made: the Linear without and with quantization.
+        codes: of its weight.
         """
         if self._inputs is None:
             return
@@ -105,12 +110,12 @@ class LayerSqnr:
         rows = self._inputs.get(name)
         if rows is not None and rows.shape[0]:
             rows = rows.to(linear.weight.device)
-            with one_thread():  # on one thread the result doesn't depend on how many there are
+            with one_thread():  # on one thread, the result doesn't depend on their number
                 entry["output_sqnr_db"] = float(sqnr_db(linear(rows), made(rows)))
         self._found.setdefault(place, {})[name] = entry
 
     def by_place(self) -> dict[int, list[dict[str, Any]]]:
-        """By the group's place: weight and output SQNR of each of its Linears."""
+        """The weight and output SQNR of each Linear, by the place of its group."""
         return {place: list(linears.values()) for place, linears in self._found.items()}
 
 
@@ -131,6 +136,6 @@ class _SampledRows:
         return keep
 
     def taken(self) -> dict[str, Tensor]:
-        """What was kept since the last time."""
+        """The rows that were stored since the last call."""
         rows, self._rows = self._rows, {}
         return {name: kept.cpu() for name, kept in rows.items()}

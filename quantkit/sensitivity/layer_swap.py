@@ -1,7 +1,7 @@
-"""A layer group as it is served, put in the place of the original one while a variant runs.
+"""Quantized layer groups, which replace the original ones while a variant runs.
 
-Codes are made as `export` makes them. Where a calibration holds weights that algorithms quantized,
-its codes are taken.
+Weights are quantized as `export` does it. If a calibration holds weights that algorithms quantized,
+its codes are used.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from quantkit.sensitivity.layer_groups import LayerGroup
 from quantkit.sensitivity.layer_sqnr import LayerSqnr
 from quantkit.sensitivity.variants import Swap
 
-PERTURBED = 1 / 12  # share of roundings that a perturbation moves by one step
+PERTURBED = 1 / 12  # fraction of outputs that a perturbation changes by one rounding step
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """A place of variants that no budget knows: any choice but the first perturbs the output of
-    the block's last Linear.
+    """A place of variants that measures the noise floor, and isn't part of a budget.
+
+    Any choice but the first perturbs the output of the block's last Linear.
     """
 
     block: int
@@ -43,10 +44,12 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class LayerSwapper:
-    """base: the model whose blocks are changed.
-    choices: the plans that say what quantizes a group.
-    places: what a variant's choices are about.
-    sqnr: what is measured of each Linear that takes the recipe's choice, or None.
+    """Makes the quantized modules of a block.
+
+    base: the model whose blocks are changed.
+    choices: the plans by which groups are quantized.
+    places: the groups and perturbations that a variant has choices for.
+    sqnr: measures each Linear that takes the recipe's choice, or None.
     """
 
     base: BaseModel
@@ -55,7 +58,7 @@ class LayerSwapper:
     sqnr: LayerSqnr | None = None
 
     def swaps(self, number: int, block: nn.Module, place: int, choice: int) -> list[Swap]:
-        """What changes in a block, in memory, when a place takes a choice."""
+        """The changes to a block in memory when a place takes a choice."""
         changed = self.places[place]
         if choice == KEEP_NUMBER:
             return []
@@ -109,7 +112,7 @@ class LayerSwapper:
         return self.base.weights.read(f"{name}.weight")
 
     def _stacked(self, choice: int, path: str, module: nn.Module, members: set[str]) -> list[Swap]:
-        """Stacked experts run with the values of their codes, and quantize their inputs."""
+        """Changes to stacked experts: they run with the values of codes, and quantize their inputs."""
         plan, weights = self.choices.plan(choice), self.base.weights
         swaps: list[Swap] = []
         inputs: dict[str, ExpertInput] = {}
@@ -134,7 +137,7 @@ class LayerSwapper:
 
 
 def _expert_input(plan: ExportPlan, linears: Sequence[QuantizedLinearInfo]) -> ExpertInput | None:
-    """How stacked experts quantize their one input; None where they don't all quantize it alike."""
+    """How stacked experts quantize their common input; None if they don't all do it in one way."""
     specs = {linear.scheme.input for linear in linears}
     spec = specs.pop() if len(specs) == 1 else None
     if spec is None:
@@ -151,8 +154,9 @@ def _swap(block: nn.Module, path: str, value: nn.Module) -> Swap:
 
 
 class _Perturbed(nn.Module):
-    """A Linear, one in twelve of whose outputs is a step of its dtype larger: what any small change
-    does to later roundings.
+    """A Linear with one in twelve of its outputs larger by one step of its dtype.
+
+    This has the effect of any small change on later roundings.
     """
 
     def __init__(self, linear: nn.Module) -> None:

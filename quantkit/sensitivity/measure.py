@@ -1,5 +1,5 @@
-"""Metrics of labelled variants of a model: all run over the windows together, each is compared with
-the unquantized model, and the ranks share the windows.
+"""Metrics of variants of a model. All variants run over the windows together, and each is compared
+with the unquantized model. The ranks share the windows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from quantkit.sensitivity.scoring_text import ScoringText
 from quantkit.sensitivity.streams import Variant, count_block_runs
 from quantkit.sensitivity.variants import VariantStates, run_variants
 
-VARIANTS_AT_ONCE = 16  # in one piece of scoring
+VARIANTS_AT_ONCE = 16  # that one thread scores together
 
 Label = TypeVar("Label")
 # on_progress(what, done, total)
@@ -38,7 +38,9 @@ Progress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class VariantMetrics:
-    """kld: mean KL(model‖variant), in nats.
+    """The metrics of a variant.
+
+    kld: mean KL(model‖variant), in nats.
     ppl_delta: change of the perplexity, in percent.
     """
 
@@ -56,10 +58,10 @@ class VariantMetrics:
 
 @dataclass
 class VariantScorer:
-    """What all measurements of one run share.
+    """Scores variants, in one or more walks.
 
-    block_runs: how often a block has met all windows; block_runs_without_sharing: how often it
-    would have, had each variant run by itself.
+    block_runs: how often blocks ran over all windows.
+    block_runs_without_sharing: how often they would have, if each variant had run alone.
     """
 
     options: SensitivityOptions
@@ -79,10 +81,13 @@ class VariantScorer:
         blocks: int,
         sqnr: LayerSqnr | None = None,
     ) -> dict[Label, VariantMetrics]:
-        """Each variant compared with the first one, which is the unquantized model.
+        """Compare each variant with the first one, which is the unquantized model.
 
-        name: of this walk, for progress and resume state. places: what a variant's choices are
-        about. blocks: of the model. sqnr: what single Linears are compared with on the way.
+        name: of this walk, for progress and resume state.
+        places: the groups and perturbations that a variant has choices for.
+        variants: by label.
+        blocks: how many the model has.
+        sqnr: measures single Linears in the same walk, or None.
         """
         distinct = list(variants.values())
         block_of = [place.block for place in places]
@@ -111,7 +116,7 @@ class VariantScorer:
         windows: Sequence[int],
         sqnr: LayerSqnr | None,
     ) -> dict[int, WindowScores]:
-        """Run the variants over these windows, shared by the ranks, and score them."""
+        """Run the variants over these windows, which the ranks share, and score them."""
         base = open_base_model(
             self.choices.recipe, self.options.trust_remote_code, self.ranks.device
         )
@@ -161,8 +166,9 @@ class VariantScorer:
         windows: Sequence[int],
         variants: int,
     ) -> dict[int, WindowScores]:
-        """Each round a few windows on each rank, so that all threads have work; what a round finds
-        is stored.
+        """Score the windows in rounds, and store the scores after each round.
+
+        In each round, every rank has a few windows, so that all its threads have work.
         """
         ranks, of = self.ranks, len(self.text.windows.windows)
         longest = max(self.text.windows.windows[window].scored for window in windows)
@@ -201,7 +207,7 @@ class VariantScorer:
                 self.text.scored(states.get(variant, number), number)[part].to(device)
                 for variant in (0, *batch)
             )
-            # Arithmetic with numbers below 1e-38, which count nothing, is a hundred times as slow.
+            # Numbers below 1e-38 are negligible, and slow arithmetic down a hundredfold.
             torch.set_flush_denormal(True)
             try:
                 return score_variants(
@@ -221,13 +227,13 @@ class VariantScorer:
         if not all(np.isfinite([each.kld, each.losses]).all() for each in scores.values()):
             raise EvaluationError(
                 f"{self.options.model} gives logits that are not finite on this text; `quantkit"
-                " verify` tells whether its files are sound"
+                " verify` tells whether its files are damaged"
             )
         return scores
 
 
 def _metrics(scores: Sequence[WindowScores], counts: np.ndarray) -> list[VariantMetrics]:
-    """By variant. scores: of all windows. counts: scored tokens of each."""
+    """The metrics by variant. scores: of all windows. counts: scored tokens of each window."""
     # [variants, windows]
     kld = np.array([each.kld for each in scores]).T
     losses = np.array([each.losses for each in scores]).T

@@ -1,4 +1,4 @@
-"""What `sensitivity` is asked."""
+"""The options of `sensitivity`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from pathlib import Path
 
 from quantkit.schemes.recipe import Recipe
 
-KEEP = "keep"  # the choice of leaving a layer group in its stored dtype
+KEEP = "keep"  # the choice of keeping a layer group in its stored dtype
 
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """model: the unquantized checkpoint.
-    recipe: what all layer groups are quantized with.
-    alternatives: what a budget may give a single group instead: names of schemes, or "keep".
-    calibration: its static scales are used, and weights that algorithms quantized are scored.
-    max_tokens: how much text each variant runs on. seq_len: tokens of a window.
-    max_size: budget in bytes or percent, or None. max_kld: budget in nats, or None.
+    """What to score, and for which budget.
+
+    model: the unquantized checkpoint.
+    recipe: how all layer groups are quantized.
+    alternatives: other choices of a budget for a group: names of schemes, or "keep".
+    calibration: gives static scales, and the weights that algorithms quantized.
+    data: text files or datasets; the bundled text if there are none.
+    max_tokens: how many tokens each variant runs on.
+    seq_len: tokens of a window; None for the default of the model's task.
+    max_size: budget, as "150MB", "65%" or "+5%", or None.
+    max_kld: budget, mean KL in nats, or None.
+    seed: for sampling windows.
     output: the JSON file to write; the resume state is stored next to it while the run lasts.
-    resume: continue an interrupted run. overwrite: start an interrupted run again.
+    resume: continue an interrupted run.
+    overwrite: discard an interrupted run and start again.
     """
 
     model: Path

@@ -1,6 +1,6 @@
-"""The two passes of a run. The first scores each layer group quantized alone, all of them together,
-and the noise floor; the second what depends on that: the worst groups restored in the quantized
-model, points of the Pareto lines, and the budget's solution.
+"""The two passes of a run. The first scores each layer group quantized alone, all groups quantized,
+and the noise floor. The second scores what depends on these: the worst groups kept in an otherwise
+quantized model, points of the Pareto lines, and the budget's solution.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from quantkit.sensitivity.measure import VariantMetrics, VariantScorer
 from quantkit.sensitivity.noise_floor import NoiseFloor, depths, measured_blocks
 from quantkit.sensitivity.streams import Variant
 
-RESTORED = 10  # groups that are restored, each alone, in an otherwise quantized model
+RESTORED = 10  # groups that are kept, one at a time, in an otherwise quantized model
 
-# What a variant is measured for: a word, and the numbers that tell it from others of its kind.
+# The purpose of a variant, and the numbers that distinguish it from others of the same purpose.
 Label = tuple[str | int, ...]
 BASE: Label = ("base",)
 QUANTIZED: Label = ("quantized",)
@@ -53,8 +53,10 @@ def pareto_point(line: int, moved: int) -> Label:
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """groups: those that the recipe quantizes, in the order of the model.
-    outside: names of quantized Linears that are in no block.
+    """The layer groups of a model.
+
+    groups: those that the recipe quantizes, in the order of the model.
+    outside: names of quantized Linears outside the blocks.
     blocks: how many the model has.
     """
 
@@ -70,7 +72,7 @@ class LayerGroups:
 
 
 def open_layer_groups(choices: Choices, trust_remote_code: bool, device: str) -> LayerGroups:
-    """Raises EvaluationError where no block has a Linear that the recipe quantizes."""
+    """Raises EvaluationError if no block has a Linear that the recipe quantizes."""
     plan = choices.recipe
     base = open_base_model(plan, trust_remote_code, device)
     blocks = base.blocks.block_count
@@ -82,15 +84,14 @@ def open_layer_groups(choices: Choices, trust_remote_code: bool, device: str) ->
     )
     if not groups:
         raise EvaluationError(
-            "none of the Linears that this recipe quantizes is in a decoder block of"
-            f" {plan.options.model}"
+            f"this recipe quantizes no Linear in the decoder blocks of {plan.options.model}"
         )
     inside = {name for group in groups for name in group.linears}
     return LayerGroups(tuple(groups), tuple(sorted(set(plan.linears) - inside)), blocks)
 
 
 def first_pass(scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr) -> dict[str, Any]:
-    """The groups with their KLs, the whole, and the noise floor, as the result's JSON has them."""
+    """The KLs of groups and of all together, and the noise floor, as in the result's JSON."""
     choices, groups = scorer.choices, model.groups
     sizes = [
         [choices.bytes_of(group.linears, choice) for choice in range(len(choices.names))]
@@ -155,7 +156,7 @@ def _row(group: LayerGroup, choices: Choices, sizes: Sequence[int | None]) -> di
 
 
 def _bytes(choices: Choices) -> dict[str, int]:
-    """Of the checkpoint's tensors. untied: of an output head that an algorithm unties."""
+    """Bytes of the checkpoint's tensors. untied: of an output head that an algorithm unties."""
     plan = choices.recipe
     return {
         "all_kept": plan.bytes_before,
@@ -167,7 +168,7 @@ def _bytes(choices: Choices) -> dict[str, int]:
 def second_pass(
     scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr, first: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the first pass found, completed. first: its result, whose groups are added to."""
+    """Complete the result of the first pass. first: that result; its groups are extended."""
     ranks, choices, rows = scorer.ranks, scorer.choices, first["sets"]
     for place, layers in sqnr.by_place().items():
         rows[place]["layers"] = layers
@@ -209,7 +210,7 @@ def second_pass(
 def _add_restored(
     rows: Sequence[dict[str, Any]], places: Sequence[int], metrics: dict[Label, VariantMetrics]
 ) -> None:
-    """gain: how much KL less the quantized model has with a group restored."""
+    """gain: how much the KL of the quantized model falls if the group is kept."""
     total = metrics[QUANTIZED].kld.value
     for place in places:
         found = metrics[restored(place)]
@@ -221,4 +222,4 @@ def _remarks(model: LayerGroups) -> list[str]:
         return []
     first, *others = model.outside
     more = f" and {len(others)} more" if others else ""
-    return [f"{first}{more}, outside of the blocks, stays as the recipe has it"]
+    return [f"{first}{more}: outside the blocks, not scored, always quantized as in the recipe"]

@@ -1,6 +1,5 @@
-"""What `sensitivity --resume` needs, stored next to the output in RESULT.json.partial while a run
-lasts: the scores of each window, what was compared of single Linears, and hidden states between
-blocks.
+"""The resume state of `sensitivity`: the scores of each window, the SQNRs of single Linears, and
+hidden states between blocks. It is stored next to the output, in RESULT.json.partial.
 
 A walk is one pass of variants through the model. Its scores are sums over the tokens of a window,
 so that windows can be scored in any order, by any process.
@@ -30,7 +29,7 @@ _LAYERS = "layers"
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Of one window, by variant: sums over its tokens.
+    """The scores of one window, by variant: sums over its tokens.
 
     kld: of the KL to the unquantized model, in nats.
     losses: of −log p of the tokens, in nats.
@@ -42,8 +41,10 @@ class WindowScores:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """work: the directory, on the first rank. partial: its path, on all. Both are None where
-    nothing is stored.
+    """The directory of the resume state. It is None where nothing is stored.
+
+    work: the directory, on rank 0.
+    partial: its path, on all ranks.
     """
 
     ranks: Ranks
@@ -61,8 +62,9 @@ class ResumeState:
         resume: bool,
         overwrite: bool,
     ) -> ResumeState:
-        """Next to `output`, or nowhere without one. Raises OutputError where an interrupted run has
-        left other work there.
+        """Next to `output`, or nowhere without one.
+
+        Raises OutputError if the resume state of other work is stored there.
         """
         if output is None:
             return cls(ranks, stop)
@@ -72,13 +74,14 @@ class ResumeState:
         return cls(ranks, stop, work, partial)
 
     def require_room(self, nbytes: int) -> None:
-        """Refuse before the start what a disk won't hold. nbytes: of all hidden states between two
-        blocks; for a moment there are two copies.
+        """Raises OutputError if the disk can't hold the resume state.
+
+        nbytes: of all hidden states between two blocks. For a moment there are two copies.
         """
         if self.partial is not None:
             output = self.partial.with_name(self.partial.name.removesuffix(".partial"))
             self.ranks.broadcast_from_first(
-                lambda: check_disk_space(output, 2 * nbytes, "what --resume goes on from")
+                lambda: check_disk_space(output, 2 * nbytes, "the resume state")
             )
 
     # -- Scores.
@@ -100,8 +103,10 @@ class ResumeState:
     def add(
         self, walk: str, found: Mapping[int, WindowScores], done: int, of: int
     ) -> dict[int, WindowScores]:
-        """Store what the ranks found; returns it all, and ends (exit 75) where a signal has come.
-        done, of: windows that have scores now, and will have.
+        """Store the scores that all ranks found, and return them.
+
+        done: windows that have scores now. of: windows in all.
+        Raises Interrupted (exit 75) if a signal has come.
         """
         shares = self.ranks.all_gather(dict(found))
         merged = {window: share[window] for share in shares for window in share}
@@ -121,21 +126,21 @@ class ResumeState:
     # -- Single Linears, and hidden states.
 
     def layers(self) -> dict[str, Any] | None:
-        """What `record_layers` was given last: "blocks" and "figures"."""
+        """What `record_layers` stored last, as "blocks" and "figures"."""
         return self.ranks.broadcast_from_first(
             lambda: self.work.done.get(_LAYERS) if self.work is not None else None
         )
 
-    def record_layers(self, blocks: int, figures: Mapping[int, Any]) -> None:
-        """What was compared of the Linears of so many blocks, as JSON."""
+    def record_layers(self, blocks: int, layers: Mapping[int, Any]) -> None:
+        """Store the SQNRs of the Linears of the first blocks. layers: as JSON, by group."""
         if self.work is not None:
-            self.work.record(_LAYERS, {"blocks": blocks, "figures": figures})
+            self.work.record(_LAYERS, {"blocks": blocks, "figures": layers})
 
     def saved_states(self, walk: str, task: str) -> SavedStates | None:
-        """Hidden states of a walk that a later run goes on from; None where nothing is stored.
+        """The hidden states of a walk, for a later run; None where nothing is stored.
 
-        Scoring comes after the last block, so its output is saved too; not a decoder's that reads
-        an encoder, which must run a block to be finished.
+        The output of the last block is saved too, because scoring comes after it. Not so in a model
+        of encoder and decoder, which has to run a block to be finished.
         """
         if self.partial is None:
             return None
@@ -143,7 +148,7 @@ class ResumeState:
         return SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too)
 
     def clear(self) -> None:
-        """Remove the directory: the result is written."""
+        """Remove the directory, after the result is written."""
         if self.work is not None:
             self.work.discard()
 
@@ -156,8 +161,9 @@ def partial_of(output: Path) -> Path:
 def finished_result(
     output: Path, fingerprint: Mapping[str, str], overwrite: bool
 ) -> dict[str, Any] | None:
-    """The result that a run of the same work has written, if it has. Raises OutputError where it is
-    of other work, which only `overwrite` may replace.
+    """The result that an earlier run of the same work has written, or None.
+
+    Raises OutputError if the file is the result of other work, unless overwrite is given.
     """
     partial = partial_of(output)
     if (partial / "progress.json").exists() or not output.is_file():
@@ -169,11 +175,11 @@ def finished_result(
             return None
         require_same_fingerprint(f"{output} was made", fingerprint, earlier)
     except (CheckpointError, KeyError, TypeError):
-        return None  # something else, which a run replaces
+        return None  # Another file, which this run replaces.
     except OutputError:
         if not overwrite:
             raise
         return None
     if partial.is_dir() and not partial.is_symlink() and not any(partial.iterdir()):
-        partial.rmdir()  # of a run that was stopped right after
+        partial.rmdir()  # The run was stopped before it removed its directory.
     return result

@@ -1,4 +1,4 @@
-"""What `sensitivity` says to people: its tables, and what must be known to read them."""
+"""The tables and remarks of `sensitivity`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SHOWN = 15  # layer groups; all of them with -v
 GROUP_COLUMNS = (
     "",
     "layer group",
-    "KL above the floor",
+    "KL above noise floor",
     "share",
-    "KL alone [95 %]",
-    "restored, KL less",
-    "weight dB",
-    "output dB",
-    "quantized",
-    "kept",
+    "KL quantized alone [95 %]",
+    "KL saved by keeping it",
+    "weight SQNR, dB",
+    "output SQNR, dB",
+    "size quantized",
+    "size kept",
 )
 LINE_COLUMNS = (
-    "worst groups",
-    "given",
+    "groups changed",
+    "to",
     "size",
     "KL predicted",
     "KL measured [95 %]",
@@ -45,7 +45,7 @@ def sensitivity_title(result: Mapping[str, Any]) -> str:
 
 
 def group_rows(result: Mapping[str, Any], shown: int | None = SHOWN) -> list[tuple[str, ...]]:
-    """The columns are GROUP_COLUMNS; the group that costs most first."""
+    """The rows of GROUP_COLUMNS, the group with the largest KL first."""
     total = result["additivity"][RECIPE]["sum"]
     rows: list[tuple[str, ...]] = []
     for rank, place in enumerate(result["ranking"][:shown], 1):
@@ -84,7 +84,7 @@ def _least(layers: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def line_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The measured points of the Pareto lines; the columns are LINE_COLUMNS."""
+    """The rows of LINE_COLUMNS: the measured points of the Pareto lines, then the solution."""
     rows = []
     for line in result["pareto"]:
         for point in line["points"]:
@@ -107,7 +107,7 @@ def _is_measured(point: Mapping[str, Any]) -> bool:
 
 
 def _given(choice: str) -> str:
-    return "their stored dtype" if choice == KEEP else choice
+    return "stored dtype" if choice == KEEP else choice
 
 
 def _line_row(what: str, given: str, point: Mapping[str, Any]) -> tuple[str, ...]:
@@ -121,14 +121,14 @@ def _line_row(what: str, given: str, point: Mapping[str, Any]) -> tuple[str, ...
 
 
 def sensitivity_remarks(result: Mapping[str, Any]) -> list[str]:
-    """What a reader of the tables must know."""
+    """Sentences under the tables: the noise floor, how well sums predict, and the solution."""
     floor = result["floor"]
     return [
         *result["remarks"],
         (
-            "noise floor: perturbing 1 in 12 activations by one rounding step costs KL"
+            "noise floor: perturbing 1 in 12 activations by one rounding step gives a KL of"
             f" {floor[0]:.2g} before the first block and {floor[-1]:.2g} after the last; it is"
-            " subtracted from every layer group's KL"
+            " subtracted from the KL of each layer group"
         ),
         *(_additivity_remark(name, entry) for name, entry in result["additivity"].items()),
         *_error_remarks(result),
@@ -139,15 +139,15 @@ def sensitivity_remarks(result: Mapping[str, Any]) -> list[str]:
 
 def _additivity_remark(name: str, entry: Mapping[str, Any]) -> str:
     advice = (
-        "sums are good enough to choose by"
+        "these predictions are reliable enough for a budget"
         if entry["additive"]
-        else "trust measured points more than predicted ones, since the groups' errors are not"
-        " independent here"
+        else "prefer measured points to predictions, because the groups' errors are not independent"
+        " in this model"
     )
     scheme = "" if name == RECIPE else f" in {name}"
     return (
-        f"the layer groups' KLs{scheme} add up to {entry['sum']:.4f}, and all groups together have"
-        f" KL {entry['whole']:.4f}; predictions are sums times {entry['factor']:.2f}: {advice}"
+        f"the KLs of single layer groups{scheme} add up to {entry['sum']:.4f}; all groups together"
+        f" have KL {entry['whole']:.4f}. Predictions are sums times {entry['factor']:.2f}; {advice}"
     )
 
 
@@ -160,7 +160,7 @@ def _error_remarks(result: Mapping[str, Any]) -> list[str]:
     ]
     if not off:
         return []
-    return [f"at the measured points predictions are off by at most {100 * max(off):.0f} %"]
+    return [f"predictions differ from measured points by at most {100 * max(off):.0f} %"]
 
 
 def _work_remark(result: Mapping[str, Any]) -> str:
@@ -169,8 +169,8 @@ def _work_remark(result: Mapping[str, Any]) -> str:
         memory = format_bytes(result["peak_memory_bytes"])
         took = f"; {result['seconds']:.0f} s, peak memory {memory}"
     return (
-        f"{result['block_runs']} runs of a block over all windows, where separate runs of all"
-        f" variants would take {result['block_runs_without_sharing']}{took}"
+        f"blocks ran {result['block_runs']} times over all windows, instead of"
+        f" {result['block_runs_without_sharing']} times with separate runs of all variants{took}"
     )
 
 
@@ -179,10 +179,10 @@ def _solution_remarks(solution: Mapping[str, Any] | None) -> list[str]:
         return []
     counts = {name: solution["choices"].count(name) for name in dict.fromkeys(solution["choices"])}
     what = ", ".join(
-        f"{count} {'as the recipe says' if name == RECIPE else f'in {_given(name)}'}"
+        f"{count} as in the recipe" if name == RECIPE else f"{count} in {_given(name)}"
         for name, count in counts.items()
     )
     return [
-        f"the best choice within the budget, by sums: {what}; {format_bytes(solution['bytes'])},"
-        f" predicted KL {solution['kld_predicted']:.4f}"
+        f"best choice within the budget, by predictions: layer groups {what};"
+        f" {format_bytes(solution['bytes'])}, predicted KL {solution['kld_predicted']:.4f}"
     ]

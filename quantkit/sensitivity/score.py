@@ -1,14 +1,12 @@
-"""`sensitivity`: what each layer group costs by being quantized, and which of them a budget should
-spare.
+"""`sensitivity`: the loss from quantizing each layer group, and the best choices within a budget.
 
-For each group the model runs with only this group quantized, and KL(model‖variant) over some text
-is what it costs. Weights are quantized as `export` does and inputs as a server does. Errors of
-different groups are nearly independent, so that their KLs nearly add; how nearly is measured, and
-a budget is solved on the sums.
+For each group, the model runs with this group alone quantized. The group's loss is
+KL(model‖variant) over some text. Weights are quantized as `export` does it, and inputs as a server
+does it. The errors of different groups are nearly independent, so their KLs nearly add up. A budget
+is solved with the sums, and the error of the sums is measured.
 
-KLs this small contain the noise floor: what any change at that place would cause, because it makes
-later roundings to the model's dtype fall otherwise. The floor is subtracted, and the sums of what
-is left are compared with the KL of the whole.
+KLs this small contain the noise floor: any change, however small, makes some later activations
+round differently to the model's dtype. The noise floor is subtracted before KLs are added.
 """
 
 from __future__ import annotations
@@ -41,8 +39,9 @@ from quantkit.sensitivity.scoring_text import ScoringText, open_text
 def score_sensitivity(
     options: SensitivityOptions, on_progress: Progress = lambda name, done, total: None
 ) -> dict[str, Any]:
-    """The result as JSON: layer groups with their KLs, the whole, and a budget's solution where one
-    is asked for. With torchrun the ranks share the windows, and each returns it.
+    """The result as JSON: the KLs of layer groups and of all together, and a budget's solution.
+
+    With torchrun the ranks share the windows, and each returns the whole result.
     """
     started = time.monotonic()
     if options.max_kld is not None and not options.max_kld > 0:
@@ -50,7 +49,7 @@ def score_sensitivity(
     output = options.resumable_output
     if options.resume and output is None:
         raise EvaluationError(
-            "--resume continues what is stored next to the result; give the same -o FILE as before"
+            "--resume continues a run that was interrupted; give the same -o FILE as before"
         )
     with joined_ranks(pick_device(options.device)) as ranks:
         choices, remarks = ranks.first_then_others(lambda: open_choices(options))
@@ -105,7 +104,7 @@ def _scored(scorer: VariantScorer) -> dict[str, Any]:
 def _fingerprint(
     options: SensitivityOptions, choices: Choices, text: ScoringText, device: str
 ) -> dict[str, str]:
-    """All that decides the scores; a budget doesn't."""
+    """Everything that the scores depend on. A budget isn't part of it."""
     kind, plan = device.split(":")[0], choices.recipe.fingerprint
     return {
         "model files": plan["model"],

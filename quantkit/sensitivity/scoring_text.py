@@ -1,6 +1,6 @@
-"""The windows of text that variants run on, as the model's task reads and predicts them: a decoder
-every next token, a masked language model each token from all others, an encoder with a decoder the
-second half of a window from the first. It is the same loss as that of `eval`.
+"""The windows of text that variants run on. A decoder predicts each next token, a masked language
+model each token from all others, a model of encoder and decoder the second half of a window from
+the first. The loss is the same as in `eval`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from quantkit.models.task import MASKED, SEQ2SEQ, task_of
 from quantkit.models.text import tokenizer_and_length
 from quantkit.sensitivity.options import SensitivityOptions
 
-# Several windows, so that there are intervals; long enough for attention to have something to look
-# at.
+# Short, so that there are several windows and thus intervals, but long enough for attention.
 DEFAULT_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class ScoringText:
-    """windows: with the tokens that are scored.
+    """The windows, and how the model reads them.
+
+    windows: with the tokens that are scored.
     seq_len: tokens of a window.
     task: what the model predicts, one of models.task.
     masking: how a masked language model's windows become inputs, None for others.
@@ -40,8 +41,9 @@ class ScoringText:
     masking: Masking | None = None
 
     def inputs(self, number: int) -> Tensor:
-        """Token ids of a window, [1, positions]; of a masked language model one row for each token
-        that is hidden.
+        """Token ids of a window, [1, positions].
+
+        For a masked language model: one row for each masked token, [rows, positions].
         """
         window = self.windows.windows[number]
         if self.masking is not None:
@@ -54,8 +56,9 @@ class ScoringText:
         return torch.tensor(window.tokens[window.first_scored :])
 
     def scored(self, states: Tensor, number: int) -> Tensor:
-        """The final hidden states that predict them, [scored, hidden size]. states: of all of the
-        window's inputs.
+        """The final hidden states that predict the targets, [scored, hidden size].
+
+        states: those of all inputs of the window.
         """
         window = self.windows.windows[number]
         if self.masking is not None:
@@ -66,7 +69,7 @@ class ScoringText:
 
 
 def open_text(options: SensitivityOptions, processes: int) -> ScoringText:
-    """Raises EvaluationError where there are fewer windows than processes to share them."""
+    """Raises EvaluationError if there are fewer windows than processes."""
     task = task_of(Checkpoint.open(options.model).config, options.model)
     default, reserved = DEFAULT_LENGTH, 0
     if task == MASKED:

@@ -1,5 +1,5 @@
-"""Which variants share hidden states: streams that branch where two variants differ for the first
-time, block by block.
+"""Streams of hidden states that variants share. A stream branches at the block in which two of its
+variants differ for the first time.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-# For each place the number of its choice.
+# A variant: for each place, the number of its choice.
 Variant = tuple[int, ...]
 
 
@@ -22,8 +22,10 @@ def count_block_runs(variants: Sequence[Variant], block_of: Sequence[int], block
 
 @dataclass(frozen=True)
 class Numbering:
-    """The number of a stream's hidden states of a window. here: the windows of this rank; windows:
-    how many there are on all.
+    """The numbers of hidden states, by stream and window.
+
+    here: the windows of this rank.
+    windows: how many there are on all ranks.
     """
 
     here: Sequence[int]
@@ -38,8 +40,10 @@ class Numbering:
 
 @dataclass(frozen=True)
 class Job:
-    """What a block runs under one of its choices. pairs: the stream that comes (parent) and the one
-    that leaves (child), which has the parent's name where it goes on.
+    """The streams that a block runs with the same choices.
+
+    pairs: the stream before the block (parent) and after it (child). If the stream continues, both
+        are the same.
     """
 
     choices: tuple[int, ...]
@@ -47,9 +51,7 @@ class Job:
 
 
 class Streams:
-    """Which streams there are before each block, and what the block does with them. A stream is
-    named after the first of its variants.
-    """
+    """The streams before each block, and the block's jobs. A stream has its first variant's number."""
 
     def __init__(
         self, variants: Sequence[Variant], block_of: Sequence[int], block_count: int
@@ -59,7 +61,7 @@ class Streams:
             for number in range(block_count)
         ]
         self.total_runs = count_block_runs(variants, block_of, block_count)
-        # before each block, and after the last: stream → its variants
+        # The variants of each stream: before each block, and after the last.
         self.members: list[dict[int, list[int]]] = [{0: list(range(len(variants)))}]
         self.jobs: list[list[Job]] = []
         for places in self.places:
@@ -82,7 +84,7 @@ def _branched(
 ) -> tuple[list[Job], dict[int, list[int]]]:
     """A block's jobs, and the streams after it.
 
-    New streams come first: one that goes on under its own name may overwrite what it was made from.
+    New streams come first: a stream that continues overwrites the hidden states of its parent.
     """
     after: dict[int, list[int]] = {}
     branching: dict[tuple[int, ...], Job] = {}

@@ -1,13 +1,13 @@
-"""Many variants of one model over the same windows, block by block: each block's weights are read
-once, and variants that are alike up to a block share everything before it.
+"""Many variants of one model run over the same windows, block by block. Each block's weights are
+read once, and variants that are the same up to a block share the work before it.
 
-A variant says for each place (a layer group) which choice it takes. Before the first block there is
-one stream of hidden states; it branches where two variants differ for the first time. The hidden
-states of all streams are stored between two blocks (in memory, or in a file where they don't fit),
-and a block runs once for each stream that leaves it: with n variants that differ in one block each,
-on average half of n times.
+A variant has a choice for each place (a layer group). Before the first block there is one stream of
+hidden states; it branches at the block in which two variants differ for the first time. The hidden
+states of all streams are stored between two blocks, in memory, or in a file if they don't fit. A
+block runs once for each stream after it: with n variants that differ in one block each, n/2 times
+on average.
 
-A decoder that reads an encoder is called with what each stream's own encoder made of the text.
+In a model of encoder and decoder, each stream's decoder reads the output of its own encoder.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from quantkit.sensitivity.streams import Job, Numbering, Streams, Variant
 
 @dataclass(frozen=True)
 class Swap:
-    """What takes another's place in a block while a variant runs: a module, a parameter, or a
-    setting of one.
+    """A module, a parameter or a setting that is replaced in a block while a variant runs.
+
+    owner: the module that has it.
+    leaf: its attribute.
+    value: the replacement.
     """
 
     owner: nn.Module
@@ -39,10 +42,10 @@ class Swap:
     value: Any
 
 
-# (block's number, the block, place, choice) → what changes; called once for each choice that a
-# block has to make.
+# (block's number, the block, place, choice) → its changes; called once for each choice of a place
+# in the block.
 MakeSwaps = Callable[[int, nn.Module, int, int], Sequence[Swap]]
-# (block's number, the block, a function that runs a window through it as the first variant does)
+# (block's number, the block, a function that runs a window through it for the first variant)
 BeforeBlock = Callable[[int, nn.Module, Callable[[int], Tensor]], None]
 
 
@@ -50,9 +53,9 @@ BeforeBlock = Callable[[int, nn.Module, Callable[[int], Tensor]], None]
 class VariantStates:
     """Final hidden states of each variant.
 
-    windows: how many there are, those of other ranks among them.
-    stream_of: by variant; equal variants share a stream.
-    block_runs: how often a block met all windows.
+    windows: how many there are on all ranks.
+    stream_of: each variant's stream; equal variants share one.
+    block_runs: how often blocks ran over all windows.
     """
 
     states: HiddenStates
@@ -81,13 +84,15 @@ def run_variants(
     after_block: Callable[[int], None] = lambda number: None,
     on_progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> VariantStates:
-    """batches: each window's token ids, [rows, positions], by number. variants: all others branch
-    off from the first.
+    """Run all variants through all blocks. Afterwards the model has its output head in memory.
 
-    windows: how many there are, where some run on other ranks. saved: what an interrupted run goes
-    on from. Leaves the model with its output head in memory and without its blocks.
+    batches: the token ids of each window of this rank, [rows, positions], by number.
+    variants: all others branch off from the first.
+    block_of: the block of each place.
+    windows: how many there are on all ranks; None if all are in `batches`.
+    saved: the stored hidden states of an interrupted run, or None.
     """
-    # On the CPU: a GPU's memory wouldn't hold so many.
+    # On the CPU: so many wouldn't fit in a GPU's memory.
     states, streams = HiddenStates(), Streams(variants, block_of, blocks.block_count)
     numbering = Numbering(list(batches), windows or len(batches))
     run = _Run(blocks, streams, numbering, make_swaps, before_block, on_progress)
@@ -128,7 +133,7 @@ def run_variants(
 
 @dataclass
 class _Run:
-    """One walk of all streams through the blocks. done: how often a block has met all windows."""
+    """One walk of all streams through the blocks. done: how often blocks ran over all windows."""
 
     blocks: BlockwiseModel
     streams: Streams
@@ -139,11 +144,11 @@ class _Run:
     done: int = 0
 
     def block(self, step: BlockStep) -> None:
-        """Run a block on all streams, under each of its choices."""
+        """Run a block on all streams, with each of its choices."""
         number, block = step.number, step.block
         for batch in step.walk.batches:
             for place in step.inputs(batch).side_outputs:
-                place.put(None)  # `_output` requires that it stays so
+                place.put(None)  # `_output` checks that it stays None
         if self.before_block is not None:
             self.before_block(
                 number, block, lambda window: self._output(step, self.numbering.of(0, window))
@@ -155,7 +160,7 @@ class _Run:
                 self._run_job(step, job)
 
     def _branch(self, walk: Walk, number: int) -> None:
-        """Give the walk the streams that a block makes."""
+        """Add a block's new streams to the walk."""
         for job in self.streams.jobs[number]:
             for parent, child in job.pairs:
                 if child != parent:
@@ -191,15 +196,15 @@ class _Run:
         if any(place.get() is not None for place in step.inputs(batch).side_outputs):
             raise CheckpointError(
                 f"the blocks of {self.blocks.where} return side outputs that later blocks read,"
-                " which sensitivity doesn't store for each variant; export the model in several"
-                " recipes and let eval compare them"
+                " which sensitivity doesn't store for each variant; export the model with several"
+                " recipes and compare them with eval"
             )
         return output
 
     # -- An interrupted run.
 
     def restored(self, walk: Walk, saved: SavedStates) -> int:
-        """Put in place what an earlier run saved; returns the block to begin with."""
+        """Restore the hidden states that an earlier run saved. Returns the first block to run."""
         encoder_blocks = self._encoder_blocks()
 
         def begin_decoder(found: Mapping[str, Tensor]) -> None:
@@ -222,9 +227,7 @@ class _Run:
         return first
 
     def encoded_states(self, walk: Walk) -> dict[str, Tensor]:
-        """What the encoder made of each stream that left it, as long as decoder blocks are to
-        come.
-        """
+        """The encoder's output for each of its streams, while decoder blocks remain to be run."""
         if not walk.encoded:
             return {}
         batches = self._numbers_before(self._encoder_blocks())
@@ -243,7 +246,7 @@ def _encoded_name(batch: int) -> str:
 
 
 class _Swaps:
-    """The changes of one block under its choices, each made when it is first asked for."""
+    """The changes to one block, each made when it is first needed."""
 
     def __init__(
         self, number: int, block: nn.Module, places: Sequence[int], make_swaps: MakeSwaps
@@ -254,7 +257,7 @@ class _Swaps:
 
     @contextmanager
     def in_place(self, choices: Sequence[int]) -> Iterator[None]:
-        """choices: of the block's places."""
+        """Apply the changes of these choices, one for each place in the block, and undo them."""
         swaps = [swap for item in zip(self._places, choices) for swap in self._of(*item)]
         before = [(swap.owner, swap.leaf, getattr(swap.owner, swap.leaf, None)) for swap in swaps]
         for swap in swaps:

@@ -265,7 +265,7 @@ def test_quantize_runs_a_recipe_with_algorithms_and_inspect_shows_what_was_done(
     assert (
         shown.exit_code == 0
         and "scales folded by smoothquant" in shown.stdout
-        and "chosen by" in shown.stdout
+        and "quantized by" in shown.stdout
     )
     again = run(
         "quantize",

@@ -394,7 +394,7 @@ def test_unsettled_inputs_are_warned_of_and_shown(llama, text, tmp_path, run, mo
     assert (
         shown.exit_code == 0
         and "after each quarter" in shown.stdout
-        and "held out above, ppm" in shown.stdout
+        and "held-out values above, ppm" in shown.stdout
     )
 
 

@@ -67,7 +67,7 @@ def test_twenty_random_kills_end_with_the_same_bytes(tmp_path):
     assert report["faults"] >= 20, report
 
 
-def test_so_do_kills_of_a_run_that_chooses_weights(tmp_path):
+def test_so_do_kills_of_a_run_that_quantizes_weights(tmp_path):
     recipe = {"scheme": "int8-dynamic", "algorithms": ["smoothquant", "gptq"]}
     report = calibrating(tmp_path, f"KILLS = 6{RANDOM_KILLS}", recipe)
     assert report["wrong"] == [] and report["files"] == 2 * LAYERS + 1

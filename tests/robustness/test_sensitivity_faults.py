@@ -164,7 +164,7 @@ def test_a_stopped_run_goes_on_and_scores_no_window_twice(
     again = run(*command(llama, text, stopped, "--resume"))
     assert (
         again.exit_code == 0
-        and "finished already" in again.stderr
+        and "already complete" in again.stderr
         and stopped.read_bytes() == whole.read_bytes()
     )
 
@@ -223,7 +223,7 @@ def test_two_processes_find_what_one_does(llama, text, whole, tmp_path):
     two = ranks(*command(llama, text, tmp_path / "two.json"))
     assert two.returncode == 0, two.stderr
     assert (tmp_path / "two.json").read_bytes() == whole.read_bytes()
-    assert two.stdout.count("the worst layer groups in another choice") == 1
+    assert two.stdout.count("the worst layer groups with another scheme") == 1
 
 
 @pytest.mark.slow
