@@ -27,14 +27,7 @@ from export import machine
 from quality import CONFIGS, LENGTH, make, opened_model
 
 from quantkit.checkpoint.files import write_json
-from quantkit.checkpoint.formats import (
-    QuantizationLayout,
-    compressed_tensors_config,
-    decode_linear,
-    encode_constants,
-    encode_rows,
-    stored_linears,
-)
+from quantkit.checkpoint.formats import QuantizedLayers, read_quantization_config, stored_linears
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.evaluation.evaluate import evaluate
@@ -52,7 +45,8 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
     unquantized.
     """
     source = Checkpoint.open(checkpoint)
-    layout = QuantizationLayout.read(source.config)
+    quantization = read_quantization_config(source.config)
+    file_format = quantization.file_format
     tensors: dict[str, Any] = {}
     schemes: dict[str, QuantScheme] = {}
     stored = stored_linears(source.tensors)
@@ -60,14 +54,16 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
         f"{module}.{suffix}" for module, suffixes in stored.items() for suffix in suffixes
     }
     for module, suffixes in stored.items():
-        scheme = layout.scheme_of(module)
-        weight, _ = decode_linear(
+        scheme = quantization.scheme_of(module)
+        weight, input_scale = file_format.decode(
             {suffix: source.read(f"{module}.{suffix}") for suffix in suffixes}, scheme, module
         )
         if re.search(pattern, module):
             scheme = replace(scheme, input=None)
         schemes[module] = scheme
-        parts = encode_rows(weight, scheme) | encode_constants(scheme, tuple(weight.qdata.shape))
+        parts = file_format.encode_rows(weight, scheme) | file_format.encode_constants(
+            scheme, tuple(weight.qdata.shape), weight.scale, input_scale
+        )
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in parts.items()}
     tensors |= {name: source.read(name) for name in source.tensors if name not in of_linears}
     output.mkdir()
@@ -77,19 +73,16 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
     )
     for path in source.other_files():
         shutil.copy(path, output / path.name)
-    config = source.config | {
-        "quantization_config": compressed_tensors_config(
-            schemes, layout.ignore, next(iter(schemes.values())), kv_cache=False
-        )
-    }
+    layers = QuantizedLayers(schemes, quantization.ignore, default=next(iter(schemes.values())))
+    config = source.config | {"quantization_config": file_format.config(layers)}
     (output / "config.json").write_text(json.dumps(config))
     return output
 
 
-def judged(
+def evaluated(
     model: Path, checkpoint: Path, patterns: dict[str, str], data: str, windows: int
 ) -> list[dict[str, Any]]:
-    """The checkpoint's figures, then those without some inputs' quantization."""
+    """The checkpoint's metrics, then those without some inputs' quantization."""
     with tempfile.TemporaryDirectory() as temporary:
         copies = [
             without_inputs(checkpoint, Path(temporary) / str(number), pattern)
@@ -143,7 +136,7 @@ def main() -> None:
         checkpoint = (
             arguments.checkpoint or make(model, arguments.recipe, Path(temporary), arguments)[0]
         )
-        kinds = judged(
+        kinds = evaluated(
             model, checkpoint, {**KINDS, "all": "_proj"}, arguments.data, arguments.windows
         )
         costly = min(
@@ -156,7 +149,7 @@ def main() -> None:
             )
             for first in range(0, count, BLOCKS)
         }
-        blocks = judged(model, checkpoint, parts, arguments.data, arguments.windows)
+        blocks = evaluated(model, checkpoint, parts, arguments.data, arguments.windows)
     title = (
         f"SmolLM2-135M-Instruct by {arguments.recipe.stem}, {Path(arguments.data).name},"
         f" {arguments.windows} windows of {LENGTH} tokens, protocol gptq"
