@@ -91,13 +91,22 @@ def serve(checkpoint, dtype, prompts):
         from vllm.model_executor.kernels.linear.scaled_mm import cpu
         cpu.check_cpu_sgl_kernel = lambda *shape: False
     model = vllm.LLM(
-        checkpoint, enforce_eager=True, max_model_len=len(prompts[0]) + 8, max_num_seqs=1, dtype=dtype, max_logprobs=-1, limit_mm_per_prompt={"image": 0},
+        checkpoint,
+        enforce_eager=True,
+        max_model_len=len(prompts[0]) + 8,
+        max_num_seqs=1,
+        dtype=dtype,
+        max_logprobs=-1,
+        limit_mm_per_prompt={"image": 0},
     )
     params = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1)
     rows = []
     for prompt in prompts:
-        found = model.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].prompt_logprobs
-        rows.append([[position[token].logprob for token in range(len(position))] for position in found[1:]])
+        output, = model.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        rows.append([
+            [position[token].logprob for token in range(len(position))]
+            for position in output.prompt_logprobs[1:]
+        ])
     torch.save(torch.tensor(rows), checkpoint + "/vllm.pt")
 
 def attempt(job, prompts):
@@ -107,7 +116,8 @@ def attempt(job, prompts):
         import traceback
         traceback.print_exc()
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return {"reason": f"{type(error).__name__}: {error}\\nat {os.path.basename(frame.filename)}:{frame.lineno}"}
+        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        return {"reason": f"{type(error).__name__}: {error}\\nat {place}"}
     return {"answered": answered, "version": vllm.__version__}
 
 def forked(job, prompts, seconds):
@@ -131,8 +141,9 @@ def forked(job, prompts, seconds):
     try:
         return json.load(open(job["checkpoint"] + "/vllm.json"))
     except (OSError, ValueError):
-        said = [line.strip() for line in printed.splitlines() if "what():" in line or "Segfault" in line] or printed.strip().splitlines()[-1:] or ["nothing"]
-        return {"reason": f"vLLM dies: {said[0]}"}
+        lines = [line.strip() for line in printed.splitlines()]
+        said = [line for line in lines if "what():" in line or "Segfault" in line]
+        return {"reason": f"vLLM dies: {(said or lines[-1:] or ['nothing'])[0]}"}
 
 jobs, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for job in jobs:
@@ -443,15 +454,20 @@ def table(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    prompts, tokens = PROMPTS.shape
     return f"""# Served by vLLM
 
-Tiny random models of the architectures that the tests know, {TIMES} times as wide, {PROMPTS.shape[0]} prompts of {PROMPTS.shape[1]} tokens; vLLM {report["vllm"]}, CPU build.
+Tiny random models of the architectures that the tests know, {TIMES} times as wide, {prompts}
+prompts of {tokens} tokens; vLLM {report["vllm"]}, CPU build.
 Machine: {report["machine"]}.
 
-Mean KL divergences from vLLM's probabilities of the whole vocabulary, in nats: *unquantized*, of transformers' of the same model; *as exported*, of quantkit's served model of the
-same file; *quantization*, of vLLM's unquantized from its quantized model; *least spoilt*, the least that is left when every second scale of one Linear is doubled in quantkit's
-reading, of all Linears in turn. The export *agrees* where "as exported" is less than "quantization" and less than a quarter of "least spoilt".
-In bfloat16 it is larger than in float32: there, roundings before an input is quantized move a good part of its INT8 codes by a step.
+Mean KL divergences from vLLM's probabilities of the whole vocabulary, in nats: *unquantized*, of
+transformers' of the same model; *as exported*, of quantkit's quantized model of the same file;
+*quantization*, of vLLM's unquantized from its quantized model; *least spoilt*, the least that is
+left when every second scale of one Linear is doubled in quantkit's reading, of all Linears in turn.
+The export *agrees* where "as exported" is less than "quantization" and less than a quarter of
+"least spoilt". In bfloat16 it is larger than in float32: there, roundings before an input is
+quantized move a good part of its INT8 codes by a step.
 
 {table(report)}
 ¹ With `torch._scaled_mm` answered in float32 (`benchmarks/served.py`).

@@ -55,11 +55,15 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 windows = json.load(open(sys.argv[2]))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
-dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
+masks = [[1] * len(window) for window in windows]
+dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": masks})
 started = time.perf_counter()
 oneshot(
-    model=model, dataset=dataset, recipe=QuantizationModifier(targets="Linear", scheme="FP8", ignore=["lm_head"]),
-    max_seq_length=len(windows[0]), num_calibration_samples=len(windows),
+    model=model,
+    dataset=dataset,
+    recipe=QuantizationModifier(targets="Linear", scheme="FP8", ignore=["lm_head"]),
+    max_seq_length=len(windows[0]),
+    num_calibration_samples=len(windows),
 )
 print(json.dumps({"seconds": time.perf_counter() - started}))
 """

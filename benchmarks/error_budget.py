@@ -46,7 +46,6 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
     """
     source = Checkpoint.open(checkpoint)
     quantization = read_quantization_config(source.config)
-    assert quantization is not None, f"{checkpoint} is not quantized"
     file_format = quantization.file_format
     tensors: dict[str, Any] = {}
     schemes: dict[str, QuantScheme] = {}
@@ -56,15 +55,15 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
     }
     for module, suffixes in stored.items():
         scheme = quantization.scheme_of(module)
-        assert scheme is not None, f"{module} has codes, but no scheme"
-        weight, _ = file_format.decode(
+        weight, input_scale = file_format.decode(
             {suffix: source.read(f"{module}.{suffix}") for suffix in suffixes}, scheme, module
         )
         if re.search(pattern, module):
             scheme = replace(scheme, input=None)
         schemes[module] = scheme
-        parts = file_format.encode_rows(weight, scheme)
-        parts |= file_format.encode_constants(scheme, tuple(weight.qdata.shape))
+        parts = file_format.encode_rows(weight, scheme) | file_format.encode_constants(
+            scheme, tuple(weight.qdata.shape), weight.scale, input_scale
+        )
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in parts.items()}
     tensors |= {name: source.read(name) for name in source.tensors if name not in of_linears}
     output.mkdir()
@@ -74,16 +73,16 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
     )
     for path in source.other_files():
         shutil.copy(path, output / path.name)
-    layers = QuantizedLayers(schemes, quantization.ignore, next(iter(schemes.values())))
+    layers = QuantizedLayers(schemes, quantization.ignore, default=next(iter(schemes.values())))
     config = source.config | {"quantization_config": file_format.config(layers)}
     (output / "config.json").write_text(json.dumps(config))
     return output
 
 
-def judged(
+def evaluated(
     model: Path, checkpoint: Path, patterns: dict[str, str], data: str, windows: int
 ) -> list[dict[str, Any]]:
-    """The checkpoint's figures, then those without some inputs' quantization."""
+    """The checkpoint's metrics, then those without some inputs' quantization."""
     with tempfile.TemporaryDirectory() as temporary:
         copies = [
             without_inputs(checkpoint, Path(temporary) / str(number), pattern)
@@ -137,7 +136,7 @@ def main() -> None:
         checkpoint = (
             arguments.checkpoint or make(model, arguments.recipe, Path(temporary), arguments)[0]
         )
-        kinds = judged(
+        kinds = evaluated(
             model, checkpoint, {**KINDS, "all": "_proj"}, arguments.data, arguments.windows
         )
         costly = min(
@@ -150,7 +149,7 @@ def main() -> None:
             )
             for first in range(0, count, BLOCKS)
         }
-        blocks = judged(model, checkpoint, parts, arguments.data, arguments.windows)
+        blocks = evaluated(model, checkpoint, parts, arguments.data, arguments.windows)
     title = (
         f"SmolLM2-135M-Instruct by {arguments.recipe.stem}, {Path(arguments.data).name},"
         f" {arguments.windows} windows of {LENGTH} tokens, protocol gptq"

@@ -39,7 +39,8 @@ NAIVE = """
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 length, count = int(sys.argv[3]), int(sys.argv[4])
-tokens = AutoTokenizer.from_pretrained(sys.argv[1])(open(sys.argv[2]).read(), verbose=False).input_ids
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokens = tokenizer(open(sys.argv[2]).read(), verbose=False).input_ids
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
 loss = 0.0
 with torch.inference_mode():
@@ -48,7 +49,8 @@ with torch.inference_mode():
     for start in range(0, length * count, length):
         window = torch.tensor([tokens[start : start + length]])
         loss += model(input_ids=window, labels=window).loss.item()
-print(json.dumps({"seconds": time.perf_counter() - started, "cpu": time.process_time() - used, "loss": loss / count}), file=sys.stderr)
+seconds, cpu = time.perf_counter() - started, time.process_time() - used
+print(json.dumps({"seconds": seconds, "cpu": cpu, "loss": loss / count}), file=sys.stderr)
 """
 # Prints the seconds of `evaluate` alone, after the imports; the process's peak is measured from
 # outside.
@@ -60,11 +62,16 @@ from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.evaluate import evaluate
 transformers.utils.logging.disable_progress_bar()
 base, quant, data, length, count = sys.argv[1:]
-options = EvaluationOptions(Path(base), (Path(quant),), (data,), int(length), int(length) * int(count), cache=False)
+length, count = int(length), int(count)
+options = EvaluationOptions(
+    Path(base), (Path(quant),), (data,), length, length * count, cache=False
+)
 started, used = time.perf_counter(), time.process_time()
 result = evaluate(options).to_json()
 print(json.dumps({
-    "seconds": time.perf_counter() - started, "cpu": time.process_time() - used, "perplexity": result["base"]["perplexity"],
+    "seconds": time.perf_counter() - started,
+    "cpu": time.process_time() - used,
+    "perplexity": result["base"]["perplexity"],
     "rates": [model["tokens_per_second"] for model in (result["base"], *result["quants"])],
 }), file=sys.stderr)
 """

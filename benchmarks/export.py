@@ -40,7 +40,13 @@ RESULTS = Path(__file__).parent / "results"
 PEER = """
 import sys
 from llmcompressor import model_free_ptq
-model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme=sys.argv[3], ignore=["lm_head", "re:.*embed_tokens"], max_workers=int(sys.argv[4]))
+model_free_ptq(
+    model_stub=sys.argv[1],
+    save_directory=sys.argv[2],
+    scheme=sys.argv[3],
+    ignore=["lm_head", "re:.*embed_tokens"],
+    max_workers=int(sys.argv[4]),
+)
 """
 
 
@@ -122,7 +128,9 @@ import json, os, subprocess, sys, time
 started = time.monotonic()
 process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
 _, status, usage = os.wait4(process.pid, 0)
-print(json.dumps([time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)]))
+seconds, cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+code = os.waitstatus_to_exitcode(status)
+print(json.dumps([seconds, cpu, usage.ru_maxrss * 1024, code]))
 """
 
 

@@ -45,12 +45,18 @@ from quantkit.schemes.scheme import QuantScheme
 VLLM_START = """
 import json, os, sys
 os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
 )
 import torch
 answered = 0
 
-def scaled_mm(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
+def scaled_mm(
+    a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False
+):
     global answered
     answered += 1
     output = (a.float() @ b.float()) * scale_a.float() * scale_b.float()
@@ -64,15 +70,22 @@ VLLM = (
     VLLM_START
     + """
 windows = json.load(open(sys.argv[2]))
-model = vllm.LLM(sys.argv[1], enforce_eager=True, max_model_len=len(windows[0]) + 8, max_num_seqs=1, dtype="bfloat16")
+model = vllm.LLM(
+    sys.argv[1],
+    enforce_eager=True,
+    max_model_len=len(windows[0]) + 8,
+    max_num_seqs=1,
+    dtype="bfloat16",
+)
 params = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
 nll, count = 0.0, 0
 for window in windows:
-    found = model.generate([{"prompt_token_ids": window}], params, use_tqdm=False)[0].prompt_logprobs
-    for token, logprobs in list(zip(window, found))[1:]:
+    output, = model.generate([{"prompt_token_ids": window}], params, use_tqdm=False)
+    for token, logprobs in list(zip(window, output.prompt_logprobs))[1:]:
         nll -= logprobs[token].logprob
         count += 1
-print(json.dumps({"nll": nll, "tokens": count, "answered": answered, "version": vllm.__version__}), flush=True)
+report = {"nll": nll, "tokens": count, "answered": answered, "version": vllm.__version__}
+print(json.dumps(report), flush=True)
 os._exit(0)
 """
 )
@@ -133,14 +146,14 @@ def _transformers_perplexities(checkpoint: Path, windows: list[list[int]]) -> tu
 def dequantized(checkpoint: Path, base: Path, output: Path) -> Path:
     """A bfloat16 checkpoint of the values that a quantized one's codes stand for."""
     quantized, original = Checkpoint.open(checkpoint), Checkpoint.open(base)
-    config, stored = read_quantization_config(quantized.config), stored_linears(quantized.tensors)
-    assert config is not None, f"{checkpoint} is not quantized"
+    quantization = read_quantization_config(quantized.config)
     tensors = {name: original.read(name) for name in original.tensors}
-    for module, suffixes in stored.items():
-        scheme = config.scheme_of(module)
-        assert scheme is not None, f"{module} has codes, but no scheme"
-        parts = {suffix: quantized.read(f"{module}.{suffix}") for suffix in suffixes}
-        weight, _ = config.file_format.decode(parts, scheme, module)
+    for module, suffixes in stored_linears(quantized.tensors).items():
+        weight, _ = quantization.file_format.decode(
+            {suffix: quantized.read(f"{module}.{suffix}") for suffix in suffixes},
+            quantization.scheme_of(module),
+            module,
+        )
         tensors[f"{module}.weight"] = weight.dequantize().bfloat16()
     output.mkdir()
     write_tensors(output / "model.safetensors", tensors)

@@ -112,7 +112,9 @@ class LayerSwapper:
         return self.base.weights.read(f"{name}.weight")
 
     def _stacked(self, choice: int, path: str, module: nn.Module, members: set[str]) -> list[Swap]:
-        """Changes to stacked experts: they run with the values of codes, and quantize their inputs."""
+        """Changes to stacked experts: they run with the values of codes, and quantize their
+        inputs.
+        """
         plan, weights = self.choices.plan(choice), self.base.weights
         swaps: list[Swap] = []
         inputs: dict[str, ExpertInput] = {}
