@@ -173,13 +173,11 @@ class _Rule:
 
 # The first rule that applies decides; the last one always applies. The order matters, because
 # rules overlap: an embedding or lm_head is also outside the blocks, an indexer's k_norm is also a
-# vector,
-# a router may be a matrix like any Linear.
+# vector, a router may be a matrix like any Linear.
 _RULES = (
     _Rule(lambda tensor: tensor.leaf == "lm_head", "lm_head", "lm_head is skipped by rule"),
     # transformers omits this layer. Its shape doesn't identify it: with a vocabulary of bytes,
-    # k_proj
-    # may have the shape of lm_head too.
+    # k_proj may have the shape of lm_head too.
     _Rule(
         lambda tensor: tensor.parts[-2:] == ["shared_head", "head"],
         "lm_head",
