@@ -455,6 +455,7 @@ def test_a_fused_set_with_several_scales_is_judged_as_stored_and_said(export_to,
     )
 
 
+@pytest.mark.slow
 def test_a_base_that_was_judged_before_comes_from_the_cache(
     llama, copy, export_to, evaluated, monkeypatch, tmp_path
 ):
