@@ -127,6 +127,7 @@ def test_all_algorithms_work_together(scheme, text, tmp_path, options):
     )
 
 
+@pytest.mark.slow
 def test_searched_scales_are_those_of_the_codes(options, export_to, llama):
     recipe = recipe_of({"scheme": "fp8-dynamic", "algorithms": ["scale_search"]})
     searched, plain = (

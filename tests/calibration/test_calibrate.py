@@ -147,6 +147,7 @@ def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
     assert contents(killed.output) == contents(options.output)
 
 
+@pytest.mark.slow
 def test_a_calibration_whose_blocks_hand_on_more_than_hidden_states_resumes_to_the_same_bytes(
     options, tmp_path, monkeypatch
 ):
@@ -203,6 +204,7 @@ def test_finished_calibration_is_not_made_again(options):
         calibrate(replace(options, resume=True))
 
 
+@pytest.mark.slow
 def test_fewer_windows_than_asked_for_are_used_and_told(options, run, tmp_path):
     summary = calibrate(replace(options, num_samples=10_000))
     assert summary.windows < summary.requested == 10_000

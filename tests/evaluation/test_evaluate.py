@@ -25,8 +25,6 @@ from quantkit.evaluation.final_hidden_states import (
     make_final_hidden_states,
     rounding_noise,
 )
-from quantkit.evaluation.gates import Gate
-from quantkit.evaluation.intervals import Interval
 from quantkit.evaluation.logits import OutputHead
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.quantized_model import QuantizedModel, load_quantized_model
@@ -367,20 +365,6 @@ def test_result_has_the_contracts_keys(export_to, evaluated):
     )
 
 
-def test_gate_passes_fails_or_cannot_tell():
-    gate = Gate.parse("ppl_delta_pct<=1.0")
-    assert gate.outcome(Interval(0.5, 0.2, 0.8, "bootstrap")) == "pass"
-    assert gate.outcome(Interval(2.0, 1.5, 2.5, "bootstrap")) == "fail"
-    assert gate.outcome(Interval(0.9, 0.5, 1.3, "bootstrap")) == "inconclusive"
-    assert Gate.parse("top1>=0.99").outcome(Interval(0.995, 0.991, 0.999, "bootstrap")) == "pass"
-
-
-@pytest.mark.parametrize("expression", ["ppl<=1", "ppl_delta_pct", "kld_mean<=small"])
-def test_gates_that_make_no_sense_are_refused(expression):
-    with pytest.raises(EvaluationError):
-        Gate.parse(expression)
-
-
 def test_other_tokenizer_or_other_model_is_not_comparable(llama, copy, tmp_path, evaluated):
     other = copy(llama, "other")
     content = json.loads((other / "tokenizer.json").read_text())
@@ -481,6 +465,7 @@ def test_a_fused_set_with_several_scales_is_judged_as_stored_and_said(export_to,
     )
 
 
+@pytest.mark.slow
 def test_a_base_that_was_judged_before_comes_from_the_cache(
     llama, copy, export_to, evaluated, monkeypatch, tmp_path
 ):

@@ -7,7 +7,6 @@ import tempfile
 import threading
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,15 +20,14 @@ from tiny_models import (
     open_blockwise,
     ordinary_hidden_states,
 )
-from torch import nn
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.models import block_stack
-from quantkit.models.block_inputs import BlockInputs, InputRecord, SharedTensors
+from quantkit.models.block_inputs import BlockInputs, InputRecord
 from quantkit.models.blockwise import BlockStep, BlockwiseModel
 from quantkit.models.hidden_states import HiddenStates
-from quantkit.models.skeleton import StoredWeights, build_skeleton, decoder_blocks
+from quantkit.models.skeleton import StoredWeights, build_skeleton
 from quantkit.models.threads import each_batch, one_thread
 
 # Two alike, one of another length between them, one of a single token.
@@ -334,38 +332,6 @@ def test_equal_masks_and_position_embeddings_are_kept_once(stored):
     blockwise.walk(dict(enumerate(BATCHES)), HiddenStates(), check)
 
 
-def test_interning_keeps_values_and_lets_go_of_those_that_never_come_again():
-    known = SharedTensors()
-    kept = []
-    for number in range(3 * SharedTensors.COMPARED):
-        tensor = torch.full((4,), float(number))
-        inputs = BlockInputs(
-            (tensor, [tensor, None], 5),
-            {"mask": {"full": tensor.clone()}, "layer": "x"},
-            "hidden_states",
-        )
-        (call,) = known.of_batch([inputs])
-        assert call.arguments[0] is call.arguments[1][0] is call.keywords["mask"]["full"]
-        assert call.arguments[0].tolist() == [number] * 4
-        assert (
-            call.arguments[1][1],
-            call.arguments[2],
-            call.keywords["layer"],
-            call.hidden_name,
-        ) == (None, 5, "x", "hidden_states")
-        kept.append(weakref.ref(tensor))
-        del tensor, call, inputs
-    gc.collect()
-    assert sum(reference() is not None for reference in kept) == SharedTensors.COMPARED
-
-
-def test_equal_values_of_another_shape_or_type_are_not_one():
-    known = SharedTensors()
-    tensors = [torch.ones(4), torch.ones(2, 2), torch.ones(4, dtype=torch.bool), torch.ones(8)[::2]]
-    captured = [BlockInputs((tensor,), {}, "") for tensor in tensors]
-    assert len({id(inputs.arguments[0]) for inputs in known.of_batch(captured)}) == 4
-
-
 # ---- What is refused, before anything runs.
 
 
@@ -422,28 +388,6 @@ def test_a_tensor_that_the_model_has_no_place_for_is_listed(stored, tmp_path):
         lambda tensors: tensors.update({"model.layers.1.adapter.weight": torch.zeros(3)}),
     )
     assert open_blockwise(odd).unexpected == ["model.layers.1.adapter.weight"]
-
-
-def test_a_model_without_decoder_blocks_is_refused():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))
-    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
-    with pytest.raises(CheckpointError, match="no list of 2 decoder blocks"):
-        decoder_blocks(model)
-
-
-def test_decoder_blocks_are_the_list_with_the_most_parameters():
-    model = nn.ModuleDict(
-        {
-            "norms": nn.ModuleList([nn.LayerNorm(4)] * 2),
-            "blocks": nn.ModuleList([nn.Linear(9, 9)] * 2),
-            "other": nn.ModuleList([nn.Linear(99, 99)]),
-        }
-    )
-    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
-    name, blocks = decoder_blocks(model)
-    assert name == "blocks" and blocks is model["blocks"]
-    model["vision_tower"] = nn.ModuleList([nn.Linear(99, 99)] * 2)
-    assert decoder_blocks(model)[0] == "blocks"
 
 
 def test_blocks_that_hand_on_more_than_is_known_are_refused(tmp_path, monkeypatch):

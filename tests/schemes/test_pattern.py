@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit.errors import RecipeError
 from quantkit.schemes.pattern import Pattern, covering_patterns, patterns_for
 
 # Parts as modules have them, a few of which one name has in the place of another.
@@ -68,3 +69,62 @@ def test_one_linear_of_every_block_is_one_pattern():
     queries = [name for name in LINEARS if name.endswith("q_proj")]
     others = [name for name in LINEARS if name not in queries]
     assert len(covering_patterns(queries, others)) == 1 == len(patterns_for(queries, others))
+
+
+MODULES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.down_proj",
+    "model.layers.1.mlp.down_proj",
+    "model.layers.10.mlp.down_proj",
+    "lm_head",
+]
+
+
+def matching(text: str) -> list[str]:
+    return [name for name in MODULES if Pattern(text).matches(name)]
+
+
+def test_a_name_matches_itself_only():
+    assert matching("lm_head") == ["lm_head"]
+    assert matching("model.layers.1.mlp.down_proj") == ["model.layers.1.mlp.down_proj"]
+    assert matching("down_proj") == matching("model.layers.1") == []
+    assert not Pattern("a.b").matches("axb")
+
+
+def test_a_glob_matches_the_whole_name():
+    assert matching("*down_proj") == MODULES[1:4]
+    assert matching("model.layers.?.mlp.*") == MODULES[1:3]
+    assert matching("model.layers.[1-9].*") == ["model.layers.1.mlp.down_proj"]
+    assert matching("*mlp") == []
+
+
+def test_a_regular_expression_is_anchored_at_the_start_only():
+    assert matching(r"re:.*layers\.1\.") == ["model.layers.1.mlp.down_proj"]
+    assert matching("re:down_proj") == []
+    assert matching("re:model") == MODULES[:4]
+
+
+@pytest.mark.parametrize("text", ["", "  ", None, 7, "re:(", "re:*"])
+def test_a_pattern_that_is_none_is_refused(text):
+    with pytest.raises(RecipeError, match="pattern"):
+        Pattern(text)
+
+
+@pytest.mark.parametrize(
+    "text, hint",
+    [
+        ("down_proj", "did you mean 're:.*down_proj'"),
+        ("lm_haed", "the nearest name is 'lm_head'"),
+        ("model.layers.0.mlp.down_prj", "the nearest name is 'model.layers.0.mlp.down_proj'"),
+        ("re:.*xyz", "a name looks like 'model.layers.0.self_attn.q_proj'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_a_hint(text, hint):
+    with pytest.raises(RecipeError, match="matches no module") as refusal:
+        Pattern(text).require_match(MODULES, "ignore")
+    assert hint in str(refusal.value)
+    assert "ignore" in str(refusal.value)
+
+
+def test_a_pattern_that_matches_one_name_is_accepted():
+    assert Pattern("re:.*q_proj").require_match(iter(MODULES), "ignore") is None

@@ -1,7 +1,6 @@
 """Which layer groups cost most, and the recipe for a budget."""
 
 import json
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -17,12 +16,9 @@ from quantkit.data.windows import Window
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.exporter.write import export
-from quantkit.models.assignment import assign_layers
 from quantkit.models.tensor_roles import fused_layers
-from quantkit.ops.reference import quantize, sqnr_db
-from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
-from quantkit.schemes.scheme import SCHEMES, QuantScheme
+from quantkit.schemes.scheme import QuantScheme
 from quantkit.sensitivity.advice import (
     opened_result,
     predicted_kld,
@@ -30,7 +26,7 @@ from quantkit.sensitivity.advice import (
     solution_recipe,
     solved_anew,
 )
-from quantkit.sensitivity.base_model import BaseModel, open_base_model, recovered_weight
+from quantkit.sensitivity.base_model import BaseModel, open_base_model
 from quantkit.sensitivity.choices import RECIPE, Choices
 from quantkit.sensitivity.layer_groups import LayerGroup, layer_groups
 from quantkit.sensitivity.layer_swap import LayerSwapper
@@ -304,23 +300,6 @@ def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, t
 
 
 # ---- Weights that algorithms chose.
-
-
-def test_scales_that_were_folded_before_rounding_are_found_again():
-    generator = torch.Generator().manual_seed(0)
-    original = torch.randn(96, 160, generator=generator)
-    folded = (
-        original
-        * torch.rand(96, 1, generator=generator).add(0.2)
-        * torch.rand(1, 160, generator=generator).mul(6).exp()
-    )
-    values = quantize(folded, SCHEMES["int8-dynamic"].weight).dequantize()
-    assert float(sqnr_db(folded, recovered_weight(original, values))) > 50
-    rotation = torch.linalg.qr(torch.randn(160, 160, generator=generator))[0]
-    with pytest.raises(EvaluationError, match="with scaled rows and columns"):
-        recovered_weight(
-            original, quantize(original @ rotation, SCHEMES["int8-dynamic"].weight).dequantize()
-        )
 
 
 def test_a_calibration_with_chosen_weights_is_scored_as_chosen(planted, text, tmp_path):
@@ -604,57 +583,6 @@ def test_exceptions_of_the_recipe_stay_and_patterns_match_nothing_else(result, p
         (r"re:model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj)$", "fp8-dynamic"),
         ("re:.*o_proj", "fp8-dynamic"),
     ]
-
-
-def test_the_recipe_of_a_solution_keeps_exceptions_for_stacked_experts(tmp_path):
-    """Both schemes have the same size, so that only the recipe itself tells whether they were
-    lost.
-    """
-    make_model(tmp_path / "moe", "granitemoe", times=2)
-    checkpoint = Checkpoint.open(tmp_path / "moe")
-    linears = [
-        name
-        for name in assign_layers(checkpoint, INT8).linears
-        if ".layers.0." in name and ".experts." in name
-    ]
-    whole = plan_export(ExportOptions(tmp_path / "moe", tmp_path / "none", INT8)).bytes_after
-    solution = {"choices": ["fp8-dynamic"], "bytes": whole}
-    made = solution_recipe(
-        {
-            "recipe": INT8.to_mapping(),
-            "bytes": {},
-            "sets": [{"linears": linears}],
-            "solution": solution,
-        },
-        checkpoint,
-    )
-    moved = {
-        name
-        for name, linear in assign_layers(checkpoint, made).linears.items()
-        if linear.scheme.name == "fp8-dynamic"
-    }
-    assert len(linears) == 12 and moved == set(linears)
-
-
-def test_patterns_name_blocks_together_and_experts_as_one():
-    from quantkit.schemes.pattern import patterns_for
-
-    everything = [
-        f"model.layers.{block}.mlp.experts.{number}.{leaf}"
-        for block in range(12)
-        for number in range(3)
-        for leaf in ("gate_proj", "up_proj")
-    ]
-    everything += [f"model.layers.{block}.mlp.down_proj" for block in range(12)]
-    names = [name for name in everything if re.match(r"model\.layers\.(1|11)\.", name)]
-    patterns = patterns_for(names, set(everything) - set(names))
-    assert len(patterns) == 2
-    assert [
-        name for name in everything if any(pattern.matches(name) for pattern in patterns)
-    ] == names
-    # what no pattern of whole layers can mean
-    some = [name for name in everything if ".experts.1." in name]
-    assert set(patterns_for(some, set(everything) - set(some))) == {Pattern(name) for name in some}
 
 
 # ---- What is said and refused.

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 
-from quantkit.checkpoint.cache import cache_directory
 from quantkit.evaluation.hidden_state_cache import HiddenStateCache
 
 STATES = {0: torch.arange(12.0).reshape(1, 3, 4).bfloat16(), 5: torch.ones(1, 2, 4)}
@@ -74,11 +73,3 @@ def test_what_is_too_large_or_has_no_place_is_only_said(tmp_path):
     assert "larger" in keep(HiddenStateCache(tmp_path / "small", 10))
     (tmp_path / "file").write_text("")
     assert "can't be written" in keep(HiddenStateCache(tmp_path / "file" / "c"))
-
-
-def test_the_place_is_the_users(monkeypatch, tmp_path):
-    monkeypatch.delenv("QUANTKIT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / "quantkit"
-    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "here"))
-    assert HiddenStateCache().directory == tmp_path / "here" / "hidden-states"
