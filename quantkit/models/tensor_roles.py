@@ -143,6 +143,7 @@ class _Tensor:
 
     @property
     def is_of_experts(self) -> bool:
+        """Whether it belongs to a module of experts."""
         return "experts" in self.parts
 
     @property
@@ -153,6 +154,7 @@ class _Tensor:
 
     @property
     def is_embedding(self) -> bool:
+        """Whether its module is an embedding, or a shard of one, by its name."""
         is_shard = _SHARD.fullmatch(self.leaf) and len(self.parts) > 1
         return bool(_EMBEDDING.search(self.parts[-2] if is_shard else self.leaf))
 
@@ -172,12 +174,12 @@ class _Rule:
 
 
 # The first rule that applies decides; the last one always applies. The order matters, because
-# rules overlap: an embedding or lm_head is also outside the blocks, an indexer's k_norm is also a vector,
-# a router may be a matrix like any Linear.
+# rules overlap: an embedding or lm_head is also outside the blocks, an indexer's k_norm is also a
+# vector, a router may be a matrix like any Linear.
 _RULES = (
     _Rule(lambda tensor: tensor.leaf == "lm_head", "lm_head", "lm_head is skipped by rule"),
-    # transformers omits this layer. Its shape doesn't identify it: with a vocabulary of bytes, k_proj
-    # may have the shape of lm_head too.
+    # transformers omits this layer. Its shape doesn't identify it: with a vocabulary of bytes,
+    # k_proj may have the shape of lm_head too.
     _Rule(
         lambda tensor: tensor.parts[-2:] == ["shared_head", "head"],
         "lm_head",
