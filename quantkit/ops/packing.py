@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from quantkit.schemes.number_formats import E8M0, NumberFormat
-from quantkit.schemes.scheme import QuantSpec
 
 
 def pack_codes(codes: Tensor, number_format: NumberFormat) -> Tensor:
@@ -46,13 +45,20 @@ def unpack_codes(words: Tensor, number_format: NumberFormat) -> Tensor:
     return (packed.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
 
 
-def encode_scales(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales as they are stored: float32, or E8M0 as a byte (exponent plus 127)."""
-    if spec.scale_format != E8M0:
+def encode_scales(scale: Tensor, scale_format: NumberFormat | None) -> Tensor:
+    """Scales as they are stored: E8M0 as a byte (exponent plus 127); float32 unchanged.
+
+    scale: float32, of any shape.
+    scale_format: E8M0, or None for float32.
+    """
+    if scale_format != E8M0:
         return scale
     return (torch.log2(scale).round() + 127).to(torch.uint8)
 
 
 def decode_scales(stored: Tensor) -> Tensor:
-    """Stored scales as float32 factors."""
+    """Stored scales as float32 factors.
+
+    stored: uint8 (E8M0) or any floating-point dtype.
+    """
     return torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()

@@ -168,7 +168,7 @@ class Format(ABC):
 
         tensors = {self.codes_suffix(scheme): self.encode_codes(quantized.qdata, scheme)}
         if scheme.weight.granularity != TENSOR:
-            tensors[self.scale_suffix] = encode_scales(quantized.scale, scheme.weight)
+            tensors[self.scale_suffix] = encode_scales(quantized.scale, scheme.weight.scale_format)
         return tensors
 
     def encode_constants(
