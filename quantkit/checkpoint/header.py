@@ -59,6 +59,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes, without gaps."""
         return math.prod(self.shape) * DTYPES[self.dtype][0]
 
     @property

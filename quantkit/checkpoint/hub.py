@@ -133,7 +133,7 @@ class _Revision:
 
 
 def _revision(model: str, is_streamed: bool) -> _Revision | None:
-    """The newest revision of a model, or None where the hub can't be reached."""
+    """The newest revision of a model, or None if the hub can't be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

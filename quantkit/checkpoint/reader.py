@@ -85,6 +85,7 @@ class Checkpoint:
 
     @property
     def shard_paths(self) -> list[Path]:
+        """The files that hold tensors, sorted."""
         return sorted({info.path for info in self.tensors.values()})
 
     def fingerprint(self) -> str:

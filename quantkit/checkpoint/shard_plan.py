@@ -29,6 +29,7 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype][0]
 
 

@@ -146,6 +146,7 @@ class WeightStream:
         return {self.checkpoint.tensors[name].path for name in names}
 
     def close(self) -> None:
+        """Close all shards."""
         for shard in self._shards.values():
             shard.close()
         self._shards.clear()

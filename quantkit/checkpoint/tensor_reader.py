@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Linux: map the pages for reading now. It reports an error where merely touching the memory of an
-# unreadable file would end the process (SIGBUS).
+# Linux: map the pages for reading now. For an unreadable file this returns an error, whereas
+# touching its memory would end the process (SIGBUS).
 MADV_POPULATE_READ = 22
 MAP_NORESERVE = 0x4000
 
@@ -150,6 +150,7 @@ class MappedShard:
         )
 
     def close(self) -> None:
+        """Close the file and unmap it."""
         try:
             self._file.close()
             self._map.close()

@@ -52,6 +52,7 @@ class Windows:
 
     @property
     def tokens_scored(self) -> int:
+        """The number of scored tokens in all windows."""
         return sum(window.scored for window in self.windows)
 
     @property

@@ -13,15 +13,11 @@ from torch import Tensor
 
 from quantkit import ops
 from quantkit.checkpoint.files import cores
-from quantkit.checkpoint.formats import (
-    KV_SUFFIXES,
-    QuantizationConfig,
-    decode_scales,
-    weight_scale_suffixes,
-)
+from quantkit.checkpoint.formats import KV_SUFFIXES, QuantizationConfig, weight_scale_suffixes
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.exporter.verification import QuantizedLinears, Verification
+from quantkit.ops.packing import decode_scales
 from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.quant_spec import TENSOR

@@ -49,9 +49,11 @@ class SideOutput:
         self._values: list[Any] = []
 
     def put(self, value: Any) -> None:
+        """Store the item that the block returned."""
         self._values = [value]
 
     def get(self) -> Any:
+        """The item that the block returned. Raises CheckpointError if the block hasn't run."""
         if not self._values:
             raise CheckpointError(
                 "a decoder block takes an output of an earlier block, which hasn't run; it can't be"

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from quantkit.models.block_stack import BlockStack
 from quantkit.models.hidden_states import release_freed_memory
 from quantkit.models.skeleton import Weights, put_tensor, require_no_missing
 from quantkit.models.tensor_roles import is_of_other_tower
+from quantkit.models.weight_check import require_complete
 from quantkit.models.weight_map import ParameterSource, WeightMap
 
 
@@ -62,7 +60,7 @@ class BlockLoader:
         shapes = weights.shapes()
         self._map = WeightMap(model, list(shapes))
         self.shared = self._shared_between_blocks()
-        self._require_whole(shapes)
+        require_complete(model, self._map, shapes, self.shared, where)
         self._prefetcher: ThreadPoolExecutor | None = None
         self._prefetched: dict[int, Future[nn.Module]] = {}
         for name, buffer in list(model.named_buffers()):
@@ -91,55 +89,6 @@ class BlockLoader:
     def sources(self, parameter: str) -> ParameterSource | None:
         """The stored tensors from which a parameter of the module tree is made."""
         return self._map.sources.get(self.shared.get(parameter, parameter))
-
-    def _require_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError for missing or misshapen tensors now, not hours later when their
-        block is loaded.
-        """
-        expected = self._model.state_dict()
-        tied = {*(getattr(self._model, "all_tied_weights_keys", None) or {}), *self.shared}
-        ignored = self._model._keys_to_ignore_on_load_missing or ()
-        missing = [
-            name
-            for name in expected
-            if not self._map.is_made(name)
-            and name not in tied
-            and not any(re.search(pattern, name) for pattern in ignored)
-        ]
-        require_no_missing(self._where, missing)
-        for target, source in self._map.sources.items():
-            counts = {len(names) for names in source.lists}
-            if len(counts) > 1:
-                raise CheckpointError(
-                    f"{self._where} lacks some of the tensors that make {target}: {sorted(counts)}"
-                    " are there; fetch or export it again"
-                )
-            for names in source.lists:
-                usual = Counter(shapes[name] for name in names).most_common(1)[0][0]
-                odd = next((name for name in names if shapes[name] != usual), None)
-                if odd is not None:
-                    raise CheckpointError(
-                        f"{odd} in {self._where} has the shape {list(shapes[odd])}, others of its"
-                        f" kind {list(usual)}; fetch it again"
-                    )
-            if self._map.is_split(target):
-                continue
-            name, wanted = source.lists[0][0], expected[target].shape
-            found = sum(math.prod(shapes[name]) for names in source.lists for name in names)
-            # A transposed or merged tensor has as many elements as its parameter. One that is only
-            # renamed also has its shape.
-            if found != wanted.numel() or (
-                self._map.is_plain(target) and shapes[name] != tuple(wanted)
-            ):
-                described = (
-                    f"{name} has the shape {list(shapes[name])}"
-                    if len(source.lists[0]) == 1
-                    else f"{len(source.lists[0])} tensors make"
-                )
-                raise CheckpointError(
-                    f"in {self._where} {described}, {target} needs {list(wanted)} by the model's"
-                    " configuration; fetch it again"
-                )
 
     # ---- Outside of the blocks.
 

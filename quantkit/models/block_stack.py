@@ -232,6 +232,7 @@ class SingleStage:
         self._probed_shape: tuple[int, ...] | None = None
 
     def capture(self, tokens: Tensor, encoded: Tensor | None, cache: Any) -> Captured:
+        """See `Stage.capture`; `encoded` isn't used."""
         try:
             return self.stack.capture(tokens.shape, lambda: self._forward(tokens, cache))
         except CheckpointError:
@@ -242,6 +243,7 @@ class SingleStage:
         return self.stack.capture(tokens.shape, lambda: self._forward(tokens, None))
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any) -> Tensor:
+        """See `Stage.finish`."""
         with self.stack.bypassed(hidden):
             return self._forward(tokens, cache)
 

@@ -82,7 +82,7 @@ class BlockwiseModel:
         return self.stages[-1].stack.name
 
     def block_name(self, number: int) -> str:
-        """The path of a block in the module tree."""
+        """See `BlockLoader.block_name`."""
         return self.loader.block_name(number)
 
     def reads_encoder(self, number: int) -> bool:
@@ -122,12 +122,12 @@ class BlockwiseModel:
         return any(re.search(pattern, name) for pattern in left_out)
 
     def sources(self, parameter: str) -> ParameterSource | None:
-        """The stored tensors from which a parameter of the module tree is made."""
+        """See `BlockLoader.sources`."""
         return self.loader.sources(parameter)
 
     @property
     def shared(self) -> dict[str, str]:
-        """Parameter of a block → the parameter of another block as which it is stored."""
+        """See `BlockLoader.shared`."""
         return self.loader.shared
 
     def require_unshared(self) -> None:
@@ -145,33 +145,23 @@ class BlockwiseModel:
     # ---- Weights.
 
     def load_outer(self, with_head: bool) -> None:
-        """Load the weights outside of the blocks: embeddings and norms, but no vision or audio
-        towers.
-
-        with_head: load the output head too.
-        """
+        """See `BlockLoader.load_outer`."""
         self.loader.load_outer(with_head)
 
     def free_outer(self) -> None:
-        """Free the parameters outside of the blocks; buffers stay."""
+        """See `BlockLoader.free_outer`."""
         self.loader.free_outer()
 
     def outer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters outside of the blocks, with their names in the module tree."""
+        """See `BlockLoader.outer_parameters`."""
         return self.loader.outer_parameters()
 
     def read_anew(self, parameter: str, read: Callable[[str], Tensor]) -> nn.Parameter:
-        """A new value for a parameter of a loaded block; the block keeps the value that it has.
-
-        read: name of a stored tensor → the tensor to use instead of the stored one.
-        """
+        """See `BlockLoader.read_anew`."""
         return self.loader.read_anew(parameter, read)
 
     def block(self, number: int, prefetch: bool | None = None) -> AbstractContextManager[nn.Module]:
-        """A block with its weights, which are freed when the context ends.
-
-        prefetch: load the next block in the background; None does so on a GPU only.
-        """
+        """See `BlockLoader.block`."""
         return self.loader.block(number, prefetch)
 
     # ---- Running.

@@ -45,6 +45,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process is rank 0."""
         return self.rank == 0
 
     def all_gather(self, content: Any) -> list[Any]:

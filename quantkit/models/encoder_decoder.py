@@ -40,14 +40,17 @@ class EncoderStage:
         self.stack = BlockStack(model, _largest_list(model, self._side), _RETURNS)
 
     def capture(self, tokens: Tensor, encoded: Tensor | None, cache: Any) -> Captured:
+        """See `Stage.capture`; tokens are whole windows [windows, positions]."""
         source = halves(tokens)[0]
         return self.stack.capture(source.shape, lambda: call_forward(self._side, input_ids=source))
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any) -> Tensor:
+        """See `Stage.finish`; hidden: [windows, positions // 2, hidden size]."""
         with self.stack.bypassed(hidden):
             return call_forward(self._side, input_ids=halves(tokens)[0])
 
     def hidden_shape(self, tokens: Tensor) -> tuple[int, ...]:
+        """[windows, positions // 2, hidden size], the shape for the first half of each window."""
         return (*halves(tokens)[0].shape, self._hidden_size)
 
 
@@ -61,17 +64,20 @@ class DecoderStage:
         self.stack = BlockStack(model, _largest_list(model, self._side), _RETURNS)
 
     def capture(self, tokens: Tensor, encoded: Tensor | None, cache: Any) -> Captured:
+        """See `Stage.capture`; tokens are whole windows [windows, positions]."""
         assert encoded is not None
         read = self._shifted(halves(tokens)[1])
         return self.stack.capture(read.shape, lambda: self._forward(read, encoded))
 
     def finish(self, tokens: Tensor, hidden: Tensor, cache: Any) -> Tensor:
         # The blocks have read the encoder's hidden states already; here none of them runs.
+        """See `Stage.finish`; hidden: [windows, positions // 2, hidden size]."""
         encoded = torch.zeros_like(hidden)
         with self.stack.bypassed(hidden):
             return self._forward(self._shifted(halves(tokens)[1]), encoded)
 
     def hidden_shape(self, tokens: Tensor) -> tuple[int, ...]:
+        """[windows, positions // 2, hidden size], the shape for the second half of each window."""
         return (*halves(tokens)[1].shape, self._config.hidden_size)
 
     def _forward(self, read: Tensor, encoded: Tensor) -> Tensor:

@@ -220,6 +220,7 @@ class _StateFile:
         ).reshape(self.shapes[number])
 
     def write(self, number: int, hidden: Tensor) -> None:
+        """Write a batch's states. Raises OutputError if their shape or dtype doesn't fit."""
         if (
             tuple(hidden.shape) != self.shapes[number]
             or torch.promote_types(hidden.dtype, self._dtype) != self._dtype
@@ -233,6 +234,7 @@ class _StateFile:
         self._release_pages(number)
 
     def read(self, number: int) -> Tensor:
+        """A copy of a batch's states."""
         hidden = self._view(number).clone()
         self._release_pages(number)
         return hidden
@@ -243,6 +245,7 @@ class _StateFile:
             self._map.madvise(mmap.MADV_DONTNEED, start, nbytes)
 
     def close(self) -> None:
+        """Remove the file."""
         self._map.close()
         self._file.close()
         self.path.unlink(missing_ok=True)

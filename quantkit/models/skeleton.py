@@ -139,9 +139,13 @@ def pick_device(requested: str) -> str:
 class Weights(Protocol):
     """The source of a model's tensors, by the names that an unquantized checkpoint has."""
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name → shape, for all tensors."""
+        ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """One tensor by its name."""
+        ...
 
     def finish(self, model: nn.Module, prefix: str) -> None:
         """Called after the parameters under `prefix` were loaded, to replace modules there if
@@ -161,6 +165,7 @@ class StoredWeights:
         self._block = source_spec(checkpoint).granularity if self._scales else None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name → shape, without the tensors of block scales."""
         scales = set(self._scales.values())
         return {
             name: info.shape
@@ -169,6 +174,9 @@ class StoredWeights:
         }
 
     def read(self, name: str) -> Tensor:
+        """One tensor by its name; weights in FP8 blocks as float32. Raises CheckpointError for NaN
+        or infinity if `require_finite`.
+        """
         tensor = self._checkpoint.read(name)
         if self._block is not None and name in self._scales:
             scale = self._checkpoint.read(self._scales[name]).float()
@@ -190,6 +198,7 @@ class StoredWeights:
         return tensor
 
     def finish(self, model: nn.Module, prefix: str) -> None:
+        """Nothing to replace: the model's own modules use these weights."""
         pass
 
 

@@ -143,6 +143,7 @@ class _Tensor:
 
     @property
     def is_of_experts(self) -> bool:
+        """Whether it belongs to a module of experts."""
         return "experts" in self.parts
 
     @property
@@ -153,6 +154,7 @@ class _Tensor:
 
     @property
     def is_embedding(self) -> bool:
+        """Whether its module is an embedding, or a shard of one, by its name."""
         is_shard = _SHARD.fullmatch(self.leaf) and len(self.parts) > 1
         return bool(_EMBEDDING.search(self.parts[-2] if is_shard else self.leaf))
 

@@ -60,14 +60,21 @@ class _OnlineSoftmax:
         return factor.double()
 
     def add(self, exponentials: Tensor, factor: Tensor) -> None:
+        """Add a chunk to the total.
+
+        exponentials: exp(logit − top), [positions, chunk].
+        factor: from `update_top`.
+        """
         self.total = self.total * factor + exponentials.sum(-1)
 
     @property
     def log_total(self) -> Tensor:
+        """log Σ exp(logit), [positions] float64."""
         return self.top.double() + self.total.log()
 
     @property
     def nll(self) -> Tensor:
+        """Negative log-likelihood of the target, [positions] float64."""
         return self.log_total - self._target_logit.double()
 
 

@@ -152,7 +152,7 @@ def test_what_a_block_hands_on_beside_hidden_states_reaches_the_next(kind, tmp_p
 def test_a_block_does_not_run_before_the_one_that_hands_on_to_it(tmp_path):
     make_model(tmp_path, "zaya", **HANDING_ON["zaya"])
     blockwise = open_blockwise(tmp_path)
-    with pytest.raises(CheckpointError, match="that one hasn't run"):
+    with pytest.raises(CheckpointError, match="an earlier block, which hasn't run"):
         blockwise.walk(
             {0: BATCHES[0]}, HiddenStates(), lambda step: step.advance(0), restore=lambda walk: 1
         )

@@ -22,7 +22,6 @@ from quantkit.checkpoint.formats.format import (
     Format,
     QuantizationConfig,
     QuantizedLayers,
-    decode_scales,
 )
 from quantkit.checkpoint.formats.modelopt import ModelOpt
 from quantkit.errors import CheckpointError, RecipeError
@@ -37,7 +36,6 @@ __all__ = [
     "QuantizedLayers",
     "added_suffixes",
     "config_of_side_file",
-    "decode_scales",
     "kv_scale_module",
     "read_quantization_config",
     "side_files",

@@ -37,8 +37,8 @@ class QuantizedLayers:
     skipped: names of the Linears that aren't quantized.
     default: the scheme of most Linears.
     kv_cache: whether there are scales for an FP8 KV cache.
-    by_name: list each Linear even if one scheme could target the class, because the model has
-        Linears without a tensor of their own (a tied output head).
+    by_name: list each Linear even if one scheme could target the class, because a tied
+        output head has no tensor of its own.
     skipped_elsewhere: patterns for skipped Linears that a runtime has in another module.
     """
 
@@ -165,9 +165,11 @@ class Format(ABC):
 
         These are the codes, and the scales unless all rows share one.
         """
+        from quantkit.ops.packing import encode_scales
+
         tensors = {self.codes_suffix(scheme): self.encode_codes(quantized.qdata, scheme)}
         if scheme.weight.granularity != TENSOR:
-            tensors[self.scale_suffix] = encode_scales(quantized.scale, scheme.weight)
+            tensors[self.scale_suffix] = encode_scales(quantized.scale, scheme.weight.scale_format)
         return tensors
 
     def encode_constants(
@@ -252,6 +254,8 @@ class Format(ABC):
         self, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: Sequence[int], name: str
     ) -> Tensor:
         """The weight's scales [block rows, block columns], float32."""
+        from quantkit.ops.packing import decode_scales
+
         stored = required(tensors, self.scale_suffix, name)
         expected = scheme.weight.granularity.scale_shape(*shape)
         # Other tools write [O] for [O, 1] and [] for [1]. Any other difference would scale the
@@ -381,6 +385,7 @@ class QuantizationConfig:
 
     @property
     def schemes(self) -> list[QuantScheme]:
+        """The scheme of each group."""
         return [scheme for _, scheme in self.groups]
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> QuantScheme | None:
@@ -413,23 +418,8 @@ def _matches(target: str, module: str, class_name: str) -> bool:
     return any(rank(target, module, class_name) for rank in (_is_exact, _is_pattern, _is_class))
 
 
-def encode_scales(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales as they are stored: float32, or E8M0 as a byte (exponent plus 127)."""
-    import torch
-
-    if spec.scale_format != E8M0:
-        return scale
-    return (torch.log2(scale).round() + 127).to(torch.uint8)
-
-
-def decode_scales(stored: Tensor) -> Tensor:
-    """Stored scales as float32 factors."""
-    import torch
-
-    return torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
-
-
 def required(tensors: Mapping[str, Tensor], suffix: str, name: str) -> Tensor:
+    """A tensor of a Linear. Raises CheckpointError if it is missing."""
     if suffix not in tensors:
         raise CheckpointError(
             f"the tensor {name}.{suffix} is missing from the checkpoint; `quantkit verify` lists"
@@ -439,4 +429,5 @@ def required(tensors: Mapping[str, Tensor], suffix: str, name: str) -> Tensor:
 
 
 def dtype_name(tensor: Tensor) -> str:
+    """torch's name of a tensor's dtype, such as "float8_e4m3fn"."""
     return str(tensor.dtype).removeprefix("torch.")
