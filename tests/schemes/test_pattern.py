@@ -1,5 +1,6 @@
 """Patterns made for names match all of these and none of those, whatever the names are."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
