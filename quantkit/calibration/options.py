@@ -18,7 +18,7 @@ class CalibrationOptions:
     data: text sources; without any, the bundled text.
     recipe: its algorithms are run; None measures statistics only.
     num_samples: windows of text.
-    seq_len: tokens per window; None for the model's maximum, within limits.
+    seq_len: tokens per window; None for 2048, or fewer where the model has fewer positions.
     batch_size: windows per batch; None for one that suits the device.
     seed: for sampling windows and for random rotations.
     device: "auto", "cpu" or "cuda".

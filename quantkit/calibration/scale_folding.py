@@ -3,8 +3,8 @@ running the block, not by a table of architectures.
 
 - A norm feeds the Linears whose input is the very tensor that it returned.
 - A Linear feeds another if scaling its output channels scales the other's input channels by the
-  same numbers. This holds for v_proj and o_proj, whatever attention does between and however many query
-  heads share a value head. It holds for up_proj and down_proj, not for gate_proj and down_proj.
+  same numbers. This holds for v_proj and o_proj, also where query heads share a value head. It
+  holds for up_proj and down_proj, not for gate_proj and down_proj.
 
 Each folding is tried on a float32 copy of the block, with scales that are powers of two. The
 block's output must stay the same.

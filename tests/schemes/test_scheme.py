@@ -427,7 +427,7 @@ def test_settings_are_read_and_others_are_the_usual():
         and recipe.algorithm("gptq")["act_order"] is True
     )
     assert not Recipe.from_mapping({"scheme": "int8", "algorithms": ["rtn"]}, "r").quantizes_weights
-    with pytest.raises(RecipeError, match="'gptq' stands twice"):
+    with pytest.raises(RecipeError, match="'gptq' appears twice"):
         Recipe.from_mapping(
             {"scheme": "int8", "algorithms": ["gptq", {"gptq": {"damping": 0.1}}]}, "r"
         )
