@@ -62,7 +62,7 @@ def _corrected(linear: GroupLinear) -> Tensor:
     return corrected.to(bias.dtype)
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    corrected = sum(entry.get("bias_corrected", False) for entry in chosen["linears"])
+def describe(report: Mapping[str, Any]) -> Description:
+    corrected = sum(entry.get("bias_corrected", False) for entry in report["linears"])
     none = "" if corrected else "; no quantized Linear has a bias"
     return Description((f"bias_correction: biases of {counted(corrected, 'Linear')}{none}",))

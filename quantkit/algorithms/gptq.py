@@ -265,8 +265,8 @@ def _hessian(inputs: InputSums | None) -> Tensor:
     return inputs.hessian
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    return Description(tuple(_remarks(chosen["linears"])))
+def describe(report: Mapping[str, Any]) -> Description:
+    return Description(tuple(_remarks(report["linears"])))
 
 
 def _remarks(linears: list[dict[str, Any]]) -> Iterator[str]:

@@ -22,5 +22,5 @@ def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
     group.round_to_nearest()
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
+def describe(report: Mapping[str, Any]) -> Description:
     return Description()

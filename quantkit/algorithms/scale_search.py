@@ -88,5 +88,5 @@ def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
     group.scale_rule = search_scale
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    return Description((f"scale_search: scales of {counted(len(chosen['linears']), 'Linear')}",))
+def describe(report: Mapping[str, Any]) -> Description:
+    return Description((f"scale_search: scales of {counted(len(report['linears']), 'Linear')}",))

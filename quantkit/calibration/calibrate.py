@@ -540,8 +540,8 @@ class _Session:
             "token_pieces": token_pieces(plan.windows),
         }
         if self.quantized is not None:
-            description["chosen"], chosen = self.quantized.describe()
-            names, entries = [*names, *chosen], [*entries, *chosen.values()]
+            description["chosen"], weight_files = self.quantized.describe()
+            names, entries = [*names, *weight_files], [*entries, *weight_files.values()]
         description["files"] = {
             name: {"bytes": entry["bytes"], "blake3": entry["blake3"]}
             for name, entry in zip(names, entries)

@@ -149,7 +149,7 @@ def algorithm_descriptions(description: Mapping[str, Any]) -> Iterator[Descripti
     """The report of each algorithm of a calibration, in the order of their work. description:
     calibration.json.
     """
-    chosen, recipe = description.get("chosen"), description.get("recipe")
-    if chosen and recipe:
+    report, recipe = description.get("chosen"), description.get("recipe")
+    if report and recipe:
         for algorithm in Recipe.from_mapping(recipe, "recipe").algorithms_in_order:
-            yield algorithm.row.implementation().describe(chosen)
+            yield algorithm.row.implementation().describe(report)

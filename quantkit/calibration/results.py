@@ -346,17 +346,17 @@ def _require_algorithm_report(description: Mapping[str, Any]) -> None:
         algorithms = {algorithm.name for algorithm in parsed.algorithms}
     if description.get("chosen") is None:
         return
-    chosen = require_kind(description, "chosen", KINDS["object"])
+    report = require_kind(description, "chosen", KINDS["object"])
     linear: dict[str, str] = {"name": "text", "algorithm": "text", "reason": "text, or absent"}
     schema: dict[str, Any] = {"linears": [linear], "untied": "texts by name"}
     for name, row in ALGORITHMS.items():
         # Earlier versions didn't write sections of algorithms that they lacked.
-        known = [key for key in row.sections if key in chosen or name in algorithms]
+        known = [key for key in row.sections if key in report or name in algorithms]
         schema |= {key: [row.sections[key]] for key in known}
         linear |= {key: f"{kind}{OPTIONAL}" for key, kind in row.linear_fields.items()}
-    require(chosen, schema)
+    require(report, schema)
     is_file = _is_names_of(description["files"])
-    require_kind(chosen, "files", Kind("names of its files", is_file))
+    require_kind(report, "files", Kind("names of its files", is_file))
 
 
 def _is_names_of(files: Mapping[str, Any]) -> Callable[[Any], bool]:

@@ -114,8 +114,8 @@ def _entry(name: str, found: RotatedBlock | None) -> dict[str, Any]:
     }
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    rotated = chosen["rotations"]
+def describe(report: Mapping[str, Any]) -> Description:
+    rotated = report["rotations"]
     tables: tuple[Table, ...] = ()
     if rotated:
         rows = [
@@ -134,7 +134,7 @@ def describe(chosen: Mapping[str, Any]) -> Description:
             "relative change of its output",
         )
         tables = (("rotated", columns, rows, (1, 2, 3, 4)),)
-    return Description(tuple(_remarks(rotated, chosen["untied"])), tables)
+    return Description(tuple(_remarks(rotated, report["untied"])), tables)
 
 
 def _remarks(rotated: Sequence[Mapping[str, Any]], untied: Mapping[str, str]) -> Iterator[str]:

@@ -160,24 +160,24 @@ def _described(block_run: BlockRun, folding: ScaleFolding, found: Smoothing) -> 
 # ---- Remarks and tables.
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    return Description(tuple(_remarks(chosen)), tuple(_tables(chosen)))
+def describe(report: Mapping[str, Any]) -> Description:
+    return Description(tuple(_remarks(report)), tuple(_tables(report)))
 
 
-def _remarks(chosen: Mapping[str, Any]) -> Iterator[str]:
-    strengths = sorted({folding["strength"] for folding in chosen["folds"]})
+def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    strengths = sorted({folding["strength"] for folding in report["folds"]})
     span = f", strengths {strengths[0]:g} to {strengths[-1]:g}" if strengths else ""
     yield (
-        f"smoothquant: {counted(len(chosen['folds']), 'scale')} folded into norms and Linears{span}"
+        f"smoothquant: {counted(len(report['folds']), 'scale')} folded into norms and Linears{span}"
     )
-    for reason, count in Counter(entry["reason"] for entry in chosen["refused"]).items():
-        first = next(entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason)
+    for reason, count in Counter(entry["reason"] for entry in report["refused"]).items():
+        first = next(entry["linear"] for entry in report["refused"] if entry["reason"] == reason)
         others = f" and {count - 1} others" if count > 1 else ""
         yield f"smoothquant skipped the inputs of {first}{others}: {reason}"
 
 
-def _tables(chosen: Mapping[str, Any]) -> Iterator[Table]:
-    if chosen["folds"]:
+def _tables(report: Mapping[str, Any]) -> Iterator[Table]:
+    if report["folds"]:
         rows = [
             [
                 folding["into"],
@@ -186,7 +186,7 @@ def _tables(chosen: Mapping[str, Any]) -> Iterator[Table]:
                 f"{folding['plain_error']:.3g}",
                 f"{folding['error']:.3g}",
             ]
-            for folding in chosen["folds"]
+            for folding in report["folds"]
         ]
         yield (
             "scales folded by smoothquant; squared errors relative to the Linears' outputs",
@@ -194,10 +194,10 @@ def _tables(chosen: Mapping[str, Any]) -> Iterator[Table]:
             rows,
             (1, 3, 4),
         )
-    if chosen["refused"]:
+    if report["refused"]:
         yield (
             "inputs that smoothquant skipped",
             ("input of", "why"),
-            [[entry["linear"], entry["reason"]] for entry in chosen["refused"]],
+            [[entry["linear"], entry["reason"]] for entry in report["refused"]],
             (),
         )

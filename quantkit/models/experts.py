@@ -1,4 +1,4 @@
-"""Stacked experts (transformers keeps all experts of a layer in 3-D tensors): their forward, and how
+"""Stacked experts, which transformers keeps in 3-D tensors for each layer: their forward, and how
 it is replaced in a model.
 
 transformers selects the forward of most by name (`experts_implementation`). A few modules have a

@@ -6,9 +6,9 @@ A new algorithm is a row here and a module with three functions:
     needs(settings) -> Needs                        what must be measured first (layer_group.py)
     change_block(block_run, settings) -> BlockChanges    for BLOCK (calibration/block_run.py), or
     quantize_group(group, settings) -> None              for GROUP (algorithms/layer_group.py)
-    describe(chosen) -> Description                 for `calibrate` and `inspect`
+    describe(report) -> Description                 for `calibrate` and `inspect`
 
-`settings["damping"]` is a setting's value. `chosen` is the object of that name in
+`settings["damping"]` is a setting's value. `report` is the object `chosen` of
 `calibration.json`.
 """
 

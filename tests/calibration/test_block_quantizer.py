@@ -1,4 +1,4 @@
-"""Weights chosen with data: recipe, calibration, export, judged; and a model with outliers that
+"""Weights quantized with data: recipe, calibration, export, evaluated; and a model with outliers that
 plain rounding ruins.
 """
 
