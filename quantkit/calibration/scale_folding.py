@@ -1,5 +1,5 @@
-"""Which norm or Linear can take up the per-channel scales of the Linears that follow it, found by
-running the block, not by a table of architectures.
+"""Fold per-channel scales of Linears into the norm or Linear before them. Where that is possible is
+found by running the block, not by a table of architectures.
 
 - A norm feeds the Linears whose input is the very tensor that it returned.
 - A Linear feeds another if scaling its output channels scales the other's input channels by the
@@ -183,8 +183,8 @@ def folded_parameters(
 ) -> dict[str, Tensor]:
     """The parameters that a folding changes, by path, float32.
 
-    Where the producer's weight is rounded, the consumers are multiplied by the scale that the
-    rounded weight has in fact, so that the block's function stays the same.
+    Where the producer's weight is rounded, its effective scale changes a little. The consumers are
+    multiplied by that scale, so that the block computes the same.
 
     parameters: of the block, by path.
     scale: what the consumers' inputs are divided by, for each channel of the producer.

@@ -4,7 +4,7 @@ it is replaced in a model.
 transformers selects the forward of most by name (`experts_implementation`). A few modules have a
 forward of their own. It is replaced if it computes the same as the others on random numbers.
 An example is Llama 4: its experts receive every token once for each expert, multiplied by the
-router's score, which is 0 where the router doesn't send the token to the expert.
+router's score. The score is 0 where the router doesn't send the token to the expert.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@ algorithm, and names the module that implements it.
 
 A new algorithm is a row here and a module with three functions:
 
-    needs(settings) -> Needs                        what must be measured first (layer_group.py)
-    change_block(block_run, settings) -> BlockChanges    for BLOCK (calibration/block_run.py), or
-    quantize_group(group, settings) -> None              for GROUP (algorithms/layer_group.py)
-    describe(report) -> Description                 for `calibrate` and `inspect`
+    needs(settings) -> Needs                             what must be measured first
+    change_block(block_run, settings) -> BlockChanges    if it works on a BLOCK (block_run.py), or
+    quantize_group(group, settings) -> None              if it works on a GROUP (layer_group.py)
+    describe(report) -> Description                      for `calibrate` and `inspect`
 
 `settings["damping"]` is a setting's value. `report` is the object `chosen` of
 `calibration.json`.

@@ -1,5 +1,5 @@
-"""Weights quantized with data: recipe, calibration, export, evaluated; and a model with outliers that
-plain rounding ruins.
+"""Weights quantized with data, from a recipe over calibration and export to an evaluation; and a
+model with outliers that plain rounding ruins.
 """
 
 import json
@@ -146,7 +146,7 @@ def test_searched_scales_are_those_of_the_codes(options, export_to, llama):
 
 def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch):
     """What writes to the residual stream counts an error by what the next norm divides it by; what
-    reads behind a norm counts all tokens alike.
+    reads after a norm counts all tokens alike.
     """
     seen = {}
     weigh = BlockRun.weigh_tokens
