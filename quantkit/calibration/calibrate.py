@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.calibration.block_quantizer import BlockQuantizer
+    from quantkit.calibration.hooks import BlockRecorder
     from quantkit.calibration.observers import BlockStatistics
     from quantkit.calibration.weight_files import QuantizedWeightFiles
     from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
@@ -468,7 +469,7 @@ class _Session:
         )
         self.on_progress(done, self.model.block_count, text)
 
-    def _write(self, number: int, statistics: BlockStatistics, recorder: Any) -> None:
+    def _write(self, number: int, statistics: BlockStatistics, recorder: BlockRecorder) -> None:
         output, name = self._opened, block_file(number)
         path = output.partial / name
         write_tensors(path, statistics.tensors())

@@ -12,6 +12,7 @@ from quantkit.schemes.algorithms import Description
 from quantkit.schemes.recipe import Recipe
 
 if TYPE_CHECKING:
+    from quantkit.calibration.hooks import BlockRecorder
     from quantkit.calibration.observers import BlockStatistics, InputObserver
 
 # An expert with fewer tokens gets its amax from its weights and the layer's other experts.
@@ -22,10 +23,12 @@ UNSETTLED_GROWTH = 0.25
 UNSETTLED_SHARE = 1e-4
 
 
-def describe_block(statistics: BlockStatistics, recorder: Any, file: str) -> dict[str, Any]:
+def describe_block(
+    statistics: BlockStatistics, recorder: BlockRecorder, file: str
+) -> dict[str, Any]:
     """The JSON of one block: its inputs, keys and values, and experts.
 
-    recorder: the block's BlockRecorder, which knows its experts.
+    recorder: knows the block's experts.
     file: name of the file in CALIB with the block's full statistics.
     """
     inputs = {
@@ -84,7 +87,7 @@ def is_unsettled(entry: Mapping[str, Any]) -> bool:
 
 
 def _estimate_starved_experts(
-    inputs: dict[str, dict[str, Any]], recorder: Any
+    inputs: dict[str, dict[str, Any]], recorder: BlockRecorder
 ) -> dict[str, dict[str, Any]]:
     """Estimate the amax of each expert with fewer than MIN_EXPERT_TOKENS tokens, in place. Returns
     the JSON entries of these experts by module.
@@ -114,7 +117,7 @@ def _estimate_starved_experts(
 
 
 def _expert_groups(
-    inputs: Mapping[str, Any], recorder: Any
+    inputs: Mapping[str, Any], recorder: BlockRecorder
 ) -> dict[tuple[str, str], list[tuple[int, str, float]]]:
     """The inputs of a layer's experts: (experts' module, which input) → for each expert its number,
     the input's name, and the gain of its weights.

@@ -1,7 +1,8 @@
 """Schemas that check calibration.json.
 
-A schema maps each key of an object to the name of a kind (KINDS below), or to another schema. A list
-with one schema stands for a list of such objects. A kind that ends in ", or absent" may be missing.
+A schema maps each key of an object to the name of a kind (KINDS below), or to another schema. A
+list with one schema stands for a list of such objects. A kind that ends in ", or absent" may be
+missing.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class BlockRecorder:
         self.experts: dict[nn.Module, _ObservedExperts] = {}
         self._linears: dict[str, int] = {}  # name on disk → in_features, of every Linear here
         self._order: dict[str, int] = {}  # name on disk → its place in the block
-        self.heads_of: dict[int, str] = {}
+        self.heads_of = _attention_modules(model, prefix, block)
         for path, module in block.named_modules():
             name = f"{prefix}.{path}" if path else prefix
             if isinstance(module, LINEARS):
@@ -160,16 +160,6 @@ class BlockRecorder:
             self._order |= {
                 name: len(self._order) + position for position, name in enumerate(names)
             }
-        for path, module in block.named_modules():
-            index = getattr(module, "layer_idx", None)
-            linears = [
-                leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)
-            ]
-            if isinstance(index, int) and linears:
-                child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
-                self.heads_of[index] = names_on_disk(model.sources(f"{child}.weight"), child)[
-                    0
-                ].rpartition(".")[0]
 
         def observe(path: str, inputs: Tensor) -> None:
             batch = _RECORDED.get()
@@ -214,18 +204,26 @@ class BlockRecorder:
         for name, in_features in self._linears.items():
             if name not in reached:
                 statistics.input([name], in_features)
-        for part in ("inputs", "linears"):
-            setattr(
-                statistics,
-                part,
-                dict(
-                    sorted(getattr(statistics, part).items(), key=lambda item: self._order[item[0]])
-                ),
-            )
+        names = sorted(statistics.inputs, key=self._order.__getitem__)
+        statistics.inputs = {name: statistics.inputs[name] for name in names}
+        statistics.linears = {name: statistics.linears[name] for name in names}
         return statistics
 
     def close(self) -> None:
         self._hooks.close()
+
+
+def _attention_modules(model: BlockwiseModel, prefix: str, block: nn.Module) -> dict[int, str]:
+    """layer_idx of each attention module of a block → its name on disk. prefix: of the block."""
+    found = {}
+    for path, module in block.named_modules():
+        index = getattr(module, "layer_idx", None)
+        linears = [leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)]
+        if isinstance(index, int) and linears:
+            child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
+            on_disk = names_on_disk(model.sources(f"{child}.weight"), child)[0]
+            found[index] = on_disk.rpartition(".")[0]
+    return found
 
 
 def require_linears(model: BlockwiseModel) -> None:
