@@ -1,12 +1,13 @@
 """Bias correction (Nagel et al. 2019, "Data-free quantization through weight equalization and bias
-correction"; here with the mean from data).
+correction"; here with means from calibration data).
 
-Quantizing shifts the mean of a Linear's outputs, since inputs aren't centred and rounding errors
-don't cancel. Where a bias b exists it can take that back, at no cost:
+Quantization shifts the mean of a Linear's outputs: inputs aren't centred and rounding errors don't
+cancel. Where a Linear has a bias b, the shift is subtracted from it at no cost:
 
     b ← b + E[W x − Q x̂] = b + W E[x] − Q E[x̂]
 
-with x the exact inputs and x̂ those that the quantized Linear sees.
+with x the exact inputs, x̂ the inputs of the quantized Linear, W its weight, and Q the values of its
+codes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ from quantkit.schemes.recipe import Algorithm
 def corrected_bias(
     bias: Tensor, weight: Tensor, values: Tensor, exact_mean: Tensor, quantized_mean: Tensor
 ) -> Tensor:
-    """b, float32. bias: [out_features]; weight, values: W and what Q's codes stand for,
-    [out_features, in_features]; the means of x and x̂: [in_features].
+    """The new b, [out_features] float32.
+
+    bias: b, [out_features].
+    weight: W, [out_features, in_features].
+    values: Q, [out_features, in_features].
+    exact_mean: E[x], [in_features].
+    quantized_mean: E[x̂], [in_features].
     """
     return bias.float() + weight.float() @ exact_mean - values @ quantized_mean
 
@@ -37,12 +43,12 @@ def needs(settings: Algorithm) -> Needs:
 
 
 def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
-    """Correct the biases that are there, for the codes as they are now."""
+    """Correct the bias of each Linear that has one, for its present codes."""
     group.round_to_nearest()
     for linear in group.linears.values():
         is_possible = linear.bias is not None and linear.inputs is not None
         if is_possible:
-            # By rank 0 for all: the sums of another machine may round otherwise.
+            # Computed on rank 0 for all ranks: another machine may round sums differently.
             linear.set_bias(group.workers.ranks.broadcast_from_first(partial(_corrected, linear)))
         linear.described["bias_corrected"] = is_possible
 
@@ -56,7 +62,7 @@ def _corrected(linear: GroupLinear) -> Tensor:
     return corrected.to(bias.dtype)
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    corrected = sum(entry.get("bias_corrected", False) for entry in chosen["linears"])
-    none = "" if corrected else "; none here has one"
+def describe(report: Mapping[str, Any]) -> Description:
+    corrected = sum(entry.get("bias_corrected", False) for entry in report["linears"])
+    none = "" if corrected else "; no quantized Linear has a bias"
     return Description((f"bias_correction: biases of {counted(corrected, 'Linear')}{none}",))

@@ -1,14 +1,13 @@
-"""Coordinate descent on codes (QuantEase, Behdin et al. 2023): choose each code anew with all
-others fixed, until that has been done a few times.
+"""Coordinate descent on codes (QuantEase, Behdin et al. 2023): round one column again while all
+others are fixed, and repeat that for a few passes over the columns.
 
-For the codes Q of a weight W and the Gram matrix H of the quantized Linear's inputs, ‖(W − Q) X̂‖²
-is a quadratic function of one column q_j, least at
+Let W be a weight, Q the values of its codes, and H = X̂ X̂ᵀ the Gram matrix of the quantized inputs.
+The error ‖(W − Q) X̂‖² is a quadratic function of one column q_j, with its minimum at
 
     q_j − ((Q − W) H)_j / H_jj
 
-The nearest of the values that the scale allows is therefore the best of them: a pass never raises
-the error. GPTQ's codes, where it starts, were chosen when the columns behind them were not yet
-rounded; a pass sees all of them.
+The nearest value that the scale allows is therefore the best one, and no pass raises the error. The
+start is GPTQ's result. GPTQ rounds a column before the columns after it; a pass sees all of them.
 """
 
 from __future__ import annotations
@@ -18,20 +17,24 @@ from torch import Tensor
 
 from quantkit.ops.reference import QuantizedTensor, encode_codes, expand_scale
 
-# Columns beyond a block see the block's changes in one product.
+# Columns after a block receive all changes of the block in one matrix product.
 BLOCK_COLUMNS = 128
+# Rows are independent of each other; so many at a time bound the memory of a large weight.
 ROWS = 4096
 
 
 def descend(
     target: Tensor, weight: QuantizedTensor, hessian: Tensor, passes: int, damping: float = 0.0
 ) -> QuantizedTensor:
-    """Better codes for the same scales.
+    """Better codes for the same scales. Columns with the smallest inputs come first, so that the
+    others compensate for them.
 
-    target: W, [out_features, in_features] float32; weight: Q, of the same shape; hessian: H,
-    [in_features, in_features]. damping: added to H's diagonal, as a fraction of its mean, so that
-    codes don't fit the noise of a small calibration. The columns with the smallest inputs come
-    first: the others then make up for them.
+    target: W, [out_features, in_features] float32.
+    weight: Q, [out_features, in_features].
+    hessian: H, [in_features, in_features].
+    passes: how often each column is rounded again.
+    damping: added to H's diagonal, as a fraction of its mean. It keeps codes from fitting the noise
+        of a small calibration.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, stable=True)
@@ -39,10 +42,9 @@ def descend(
     gram.diagonal().add_(diagonal.mean() * damping)
     scales = expand_scale(weight.scale, weight.spec.granularity, *target.shape).expand(target.shape)
     found, values = torch.empty_like(weight.qdata), weight.dequantize()
-    # Rows know nothing of each other: so many at a time bound the memory that a large matrix takes.
     for first in range(0, len(target), ROWS):
         rows = slice(first, first + ROWS)
-        # Columns lie one after the other here: each step reads and writes whole ones.
+        # Transposed and contiguous: each step reads and writes whole columns of the weight.
         divisors, codes, rounded = (
             part[rows][:, order].T.contiguous() for part in (scales, weight.qdata, values)
         )
@@ -71,8 +73,12 @@ def _pass_block(
     difference: Tensor,
     weight: QuantizedTensor,
 ) -> None:
-    """A pass over some columns, in place. scales, codes, values, difference: [in_features,
-    out_features].
+    """One pass over the columns of a block, in place.
+
+    gram: H with damping, [in_features, in_features].
+    scales, codes, values: of Q, transposed, [in_features, out_features].
+    difference: Q − W, transposed, [in_features, out_features].
+    weight: gives the number format.
     """
     slopes = gram[block] @ difference
     for place, column in enumerate(range(block.start, block.stop)):

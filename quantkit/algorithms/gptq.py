@@ -1,26 +1,22 @@
 """GPTQ (Frantar et al. 2022): round a weight's columns one after the other, and let the columns
-still to come make up for each error.
+that follow compensate for each error.
 
-The codes Q shall minimize ‖(W − Q) X̂‖², where X̂, [in_features, tokens], are the inputs that the
-quantized Linear will see, quantized themselves. With H = X̂ X̂ᵀ, U the upper Cholesky factor of
-H⁻¹, and column j rounded to q_j,
+The codes Q minimize ‖(W − Q) X̂‖², where X̂, [in_features, tokens], are the quantized inputs of the
+quantized Linear. With H = X̂ X̂ᵀ, U the upper Cholesky factor of H⁻¹, and column j rounded to q_j,
 
     e = (w_j − q_j) / U_jj        w_k ← w_k − e U_jk  for k > j
 
-On request it works on a weight that was fitted first, by least squares, to give W X from X̂, where
-X are the inputs before they were quantized:
+With `correct_inputs`, W is first replaced by W*, the least-squares fit of W X from X̂, where X are
+the inputs before they are quantized:
 
     W* = W + W (X − X̂) X̂ᵀ H⁻¹
 
-‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² and a constant. An input that is mostly rounding noise is trusted
-less then. The fit has in_features² numbers to learn from text: where noise is small, it learns that
-text instead.
+‖W X − Q X̂‖² is ‖(W* − Q) X̂‖² plus a constant. The fit reduces the weight of inputs that are mostly
+rounding noise. It has in_features² parameters: where the noise is small, it overfits the
+calibration text.
 
-Codes that were chosen early are chosen anew at the end, when all others are known
-(coordinate_descent.py).
-
-Scales are given, or those of rounding to nearest: what is stored is codes and scales, and both are
-final here.
+Coordinate descent (coordinate_descent.py) then rounds columns again while all others are known.
+Scales are given, or absmax scales. The codes and scales are stored as they are here.
 """
 
 from __future__ import annotations
@@ -48,16 +44,20 @@ from quantkit.schemes.algorithms import Description
 from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import Algorithm
 
-# Columns beyond a block get the whole block's error in one product.
+# Columns after a block receive the errors of the whole block in one matrix product.
 BLOCK_COLUMNS = 128
-# Where the Cholesky fails, damping is raised tenfold this often.
+# If the Cholesky decomposition fails, damping is raised tenfold, at most this often.
 RETRIES = 3
 
 
 @dataclass(frozen=True)
 class Solution:
-    """error, plain_error: ‖(W − Q) X̂‖² (with W* for W where it was fitted), of these codes and of
-    rounding to nearest. fallback: why these are rounded to nearest, or "".
+    """Codes of one weight. Errors are ‖(W − Q) X̂‖², with W* for W where it was fitted.
+
+    weight: codes and scales.
+    error: of these codes.
+    plain_error: of rounding to nearest.
+    fallback: why the weight was rounded to nearest; "" where it wasn't.
     """
 
     weight: QuantizedTensor
@@ -67,9 +67,11 @@ class Solution:
 
 
 def corrected_weight(weight: Tensor, hessian: Tensor, deviation: Tensor, damping: float) -> Tensor:
-    """W*. weight: [out_features, in_features] float32; hessian: X̂ X̂ᵀ, deviation: (X − X̂) X̂ᵀ,
-    both [in_features, in_features].
+    """W*, [out_features, in_features] float32.
 
+    weight: W, [out_features, in_features] float32.
+    hessian: X̂ X̂ᵀ, [in_features, in_features].
+    deviation: (X − X̂) X̂ᵀ, [in_features, in_features].
     damping: added to the Hessian's diagonal, as a fraction of its mean; it pulls W* towards W.
     """
     factor = _cholesky(hessian, damping)
@@ -88,12 +90,18 @@ def gptq(
     scale: Tensor | None = None,
     passes: int = 3,
 ) -> Solution:
-    """Codes for a weight [out_features, in_features].
+    """Codes and scales of a weight.
 
-    target: W*, where it isn't the weight itself. damping: raise it when codes overfit a small
-    calibration. act_order: the columns with the largest inputs first, while all others can still
-    make up for their errors; no order is stored. scale: [block rows, block columns], where it isn't
-    the usual one. passes: of coordinate descent behind it.
+    weight: W, [out_features, in_features] float32.
+    spec: the number format and granularity of the codes.
+    hessian: H, [in_features, in_features].
+    target: W*, [out_features, in_features]; None for W itself.
+    damping: added to the Hessian's diagonal, as a fraction of its mean; raise it when codes overfit
+        a small calibration.
+    act_order: round columns with the largest inputs first, while the most columns can still
+        compensate. The order isn't stored.
+    scale: [block rows, block columns]; None for the absmax scale.
+    passes: of coordinate descent after GPTQ.
     """
     target = weight if target is None else target
     plain = quantize(weight, spec, scale)
@@ -104,7 +112,7 @@ def gptq(
             plain,
             plain_error,
             plain_error,
-            "its inputs' Gram matrix can't be inverted, even with more damping",
+            "the Gram matrix of its inputs can't be inverted, even with more damping",
         )
     scale = choose_scale(block_amax(target, spec.granularity), spec) if scale is None else scale
     order, upper = factor
@@ -120,12 +128,14 @@ def gptq(
 
 def _error(values: Tensor, target: Tensor, hessian: Tensor) -> float:
     difference = (values - target).double()
-    # rounding may leave a little less than nothing
+    # Floating-point rounding may give a small negative number.
     return max(0.0, float(((difference @ hessian.double()) * difference).sum()))
 
 
 def _cholesky(hessian: Tensor, damping: float) -> Tensor | None:
-    """The lower Cholesky factor of the damped Hessian, in float64."""
+    """The lower Cholesky factor of the damped Hessian, [in_features, in_features] float64; None
+    where it has none.
+    """
     damped = hessian.double()
     mean = damped.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
@@ -146,8 +156,8 @@ def _cholesky(hessian: Tensor, damping: float) -> Tensor | None:
 def _inverse_factor(
     hessian: Tensor, damping: float, act_order: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """The order of the columns, and U: the upper Cholesky factor of the inverse of the damped
-    Hessian in that order.
+    """The order of the columns, [in_features], and U in that order, [in_features, in_features]: the
+    upper Cholesky factor of the inverse of the damped Hessian. None where it can't be inverted.
     """
     diagonal = hessian.diagonal()
     order = (
@@ -165,9 +175,14 @@ def _inverse_factor(
 def _round_in_order(
     target: Tensor, spec: QuantSpec, scale: Tensor, order: Tensor, upper: Tensor
 ) -> Tensor:
-    """The paper's algorithm 1; returns codes [out_features, in_features]."""
+    """The paper's algorithm 1; returns codes, [out_features, in_features].
+
+    target: the weight to round, [out_features, in_features].
+    scale: [block rows, block columns].
+    order, upper: the order of the columns, and U in that order.
+    """
     rows, columns = target.shape
-    left = target[:, order].contiguous()
+    remaining = target[:, order].contiguous()
     scales = expand_scale(scale, spec.granularity, rows, columns).expand(rows, columns)[:, order]
     codes = torch.empty(
         rows, columns, dtype=getattr(torch, spec.format.torch_name), device=target.device
@@ -175,8 +190,8 @@ def _round_in_order(
     places = order.tolist()
     for first in range(0, columns, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, columns)
-        # Columns lie one after the other here: each step reads and writes whole ones.
-        block = left[:, first:last].T.contiguous()
+        # Transposed and contiguous: each step reads and writes whole columns of the weight.
+        block = remaining[:, first:last].T.contiguous()
         errors = torch.empty_like(block)
         factor = upper[first:last, first:last]
         for column in range(last - first):
@@ -184,13 +199,13 @@ def _round_in_order(
             rounded = encode_codes(block[column] / divisor, spec.format)
             codes[:, places[first + column]] = rounded
             errors[column] = (block[column] - rounded.float() * divisor) / factor[column, column]
-            # Only to the block's end: columns beyond it receive the whole block's error below.
+            # Only to the block's end: columns after it receive the whole block's errors below.
             block[column + 1 :] -= torch.outer(factor[column, column + 1 :], errors[column])
-        left[:, last:] -= errors.T @ upper[first:last, last:]
+        remaining[:, last:] -= errors.T @ upper[first:last, last:]
     return codes
 
 
-# ---- On a group of Linears.
+# ---- As a step of the block quantizer.
 
 
 def needs(settings: Algorithm) -> Needs:
@@ -198,7 +213,9 @@ def needs(settings: Algorithm) -> Needs:
 
 
 def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
-    """Codes for all Linears of the group, or for none where no token reached it."""
+    """Make codes for all Linears of the group. Where no token reached it, they are left to rounding
+    to nearest.
+    """
     if any(linear.inputs is None for linear in group.linears.values()):
         for linear in group.linears.values():
             linear.described |= {"error": 0.0, "plain_error": 0.0, "reason": "no token reached it"}
@@ -229,7 +246,7 @@ def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
 
 
 def _targets(group: LayerGroup, settings: Algorithm) -> dict[str, Tensor]:
-    """W* of each Linear, or W where inputs aren't to be corrected."""
+    """W* of each Linear by its path, or W without `correct_inputs`."""
     paths = list(group.linears)
 
     def correct(index: int) -> Tensor:
@@ -244,12 +261,12 @@ def _targets(group: LayerGroup, settings: Algorithm) -> dict[str, Tensor]:
 
 
 def _hessian(inputs: InputSums | None) -> Tensor:
-    assert inputs is not None and inputs.hessian is not None, "GPTQ says that it needs them"
+    assert inputs is not None and inputs.hessian is not None, "needs() asks for the Gram matrix"
     return inputs.hessian
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    return Description(tuple(_remarks(chosen["linears"])))
+def describe(report: Mapping[str, Any]) -> Description:
+    return Description(tuple(_remarks(report["linears"])))
 
 
 def _remarks(linears: list[dict[str, Any]]) -> Iterator[str]:

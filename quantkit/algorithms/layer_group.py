@@ -1,8 +1,8 @@
-"""A group of Linears that read one input, while their codes are made.
+"""A group of Linears that share an input (q, k and v; gate and up), while they are quantized.
 
-Each algorithm of the recipe in turn is given the group (`quantize_group`). It may set how scales
-follow from weights, the codes of a Linear, its bias, and what calibration.json says of it. Linears
-that still have no codes at the end are rounded to nearest.
+Each algorithm of the recipe receives the group in turn (`quantize_group`). It may set the rule for
+scales, a Linear's codes, its bias, and its entry in calibration.json. Linears without codes at the
+end are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from quantkit.schemes.scheme import QuantScheme
 
 Found = TypeVar("Found")
 
-# (weights [out_features, in_features] that share a scale, their format, the mean square of each
-# input channel [in_features] or None) → scales [block rows, block columns], None for the usual ones
+# (weights that share a scale, [out_features, in_features] each; their spec; the mean square of each
+# input channel, [in_features], or None) → scales, [block rows, block columns], or None for absmax
+# scales
 ScaleRule = Callable[[Sequence[Tensor], QuantSpec, Tensor | None], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an algorithm wants to be measured before it works.
+    """What an algorithm needs measured before it runs.
 
-    token_importance: how much an error counts at each token.
-    input_sums: the means and mean squares of each group's inputs.
-    gram: their Gram matrix X̂ X̂ᵀ too.
-    deviation: (X − X̂) X̂ᵀ too.
+    token_importance: how much an output error counts at each token.
+    input_sums: means and mean squares of each group's inputs.
+    gram: their Gram matrix X̂ X̂ᵀ as well.
+    deviation: (X − X̂) X̂ᵀ as well.
     """
 
     token_importance: bool = False
@@ -52,19 +53,19 @@ class Needs:
         )
 
 
-# What algorithms need that look at a group's inputs.
+# For algorithms that use means and mean squares of a group's inputs.
 INPUT_SUMS = Needs(token_importance=True, input_sums=True)
 
 
 @dataclass(frozen=True)
 class InputSums:
-    """What a Linear is given, over all tokens, each weighted by its importance.
+    """Sums of a Linear's inputs over all tokens, each token weighted by its importance.
 
     exact_mean: mean of X, the inputs before they are quantized, [in_features] float32.
-    quantized_mean: mean of X̂, the quantized inputs, [in_features].
-    mean_squares: mean of X̂², [in_features].
-    hessian: sum X̂ X̂ᵀ, [in_features, in_features], or None where it isn't needed.
-    deviation: sum (X − X̂) X̂ᵀ, [in_features, in_features], or None likewise.
+    quantized_mean: mean of X̂, the quantized inputs, [in_features] float32.
+    mean_squares: mean of X̂², [in_features] float32.
+    hessian: Σ X̂ X̂ᵀ, [in_features, in_features] float32; None where no algorithm needs it.
+    deviation: Σ (X − X̂) X̂ᵀ, [in_features, in_features] float32; None likewise.
     """
 
     exact_mean: Tensor
@@ -76,16 +77,16 @@ class InputSums:
 
 @dataclass
 class GroupLinear:
-    """One Linear of a group, and what was decided for it.
+    """One Linear of a group, and what algorithms made of it so far.
 
-    name: on disk.
-    scheme: of its weight and inputs.
+    name: name on disk.
+    scheme: number formats and scales of its weight and inputs.
     weight: W, [out_features, in_features] float32.
-    bias: [out_features], or None where there is none that can be stored.
-    inputs: None where no token reached it, or no algorithm looks at inputs.
-    codes: None until an algorithm has made them.
+    bias: [out_features]; None where it has none, or none that can be stored.
+    inputs: sums of its inputs; None where no token reached it, or no algorithm needs them.
+    codes: its quantized weight; None until an algorithm has made it.
     described: its entry in calibration.json.
-    bias_changed: whether an algorithm gave it another bias.
+    bias_changed: whether an algorithm changed the bias.
     """
 
     name: str
@@ -111,7 +112,9 @@ class GroupLinear:
 def absmax_scale(
     weights: Sequence[Tensor], spec: QuantSpec, squares: Tensor | None = None
 ) -> Tensor | None:
-    """Several weights that share one scale follow the largest value of all."""
+    """The absmax scale of weights that share one scale, [1, 1] float32; None for one weight, whose
+    scales follow from its own values.
+    """
     if len(weights) == 1:
         return None
     largest = torch.stack([block_amax(weight, TENSOR) for weight in weights]).amax(0)
@@ -120,8 +123,10 @@ def absmax_scale(
 
 @dataclass
 class LayerGroup:
-    """linears: by their paths in the block, in the order of their calls.
-    workers: who computes.
+    """Linears that share an input.
+
+    linears: by their paths in the block, in the order of their calls.
+    workers: threads and ranks that compute.
     scale_rule: how scales follow from weights.
     """
 
@@ -130,8 +135,9 @@ class LayerGroup:
     scale_rule: ScaleRule = absmax_scale
 
     def scales(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        """Scales [block rows, block columns] for these values of the Linears' weights, by path;
-        None for the usual ones.
+        """Scales of each Linear by its path, [block rows, block columns]; None for absmax scales.
+
+        targets: the weights to quantize, by path, [out_features, in_features].
         """
         found: dict[str, Tensor | None] = dict.fromkeys(targets)
         per_tensor = fused_layers(
@@ -154,12 +160,12 @@ class LayerGroup:
         return found
 
     def round_to_nearest(self) -> None:
-        """Give codes to those Linears that have none."""
-        left = [path for path, linear in self.linears.items() if linear.codes is None]
-        if not left:
+        """Round the Linears that have no codes yet."""
+        missing = [path for path, linear in self.linears.items() if linear.codes is None]
+        if not missing:
             return
         scales = self.scales({path: linear.weight for path, linear in self.linears.items()})
-        for path in left:
+        for path in missing:
             linear, scale = self.linears[path], scales[path]
             spec = linear.scheme.weight
             linear.codes = (
@@ -169,14 +175,15 @@ class LayerGroup:
             )
 
     def make_codes(self, solve: Callable[[str], tuple[QuantizedTensor, Found]]) -> dict[str, Found]:
-        """Codes for every Linear, each made by one rank. solve(path): the codes, and what else is
-        to be known of them, which is returned by path.
+        """Make codes for every Linear, each on one rank, and send them to the others.
+
+        solve: gets a Linear's path; returns its codes and a result, which is returned by path.
         """
         paths = list(self.linears)
 
         def sent(index: int) -> tuple[Tensor, Tensor, Found]:
-            """Codes as bytes, their scales, and no spec: neither E4M3 tensors nor formats, which
-            are compared by identity, survive being sent.
+            """Codes as bytes, scales, and the result. The spec isn't sent: number formats are
+            compared by identity. E4M3 tensors can't be sent as such.
             """
             codes, found = solve(paths[index])
             return codes.qdata.view(torch.uint8), codes.scale, found

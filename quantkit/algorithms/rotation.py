@@ -1,17 +1,17 @@
-"""Rotation (QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024), the part that leaves an
-ordinary checkpoint: no channel stays an outlier.
+"""Rotation (QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024): multiply hidden states by an
+orthogonal matrix R, which spreads outlier channels over all channels. This is the offline part,
+which leaves an ordinary checkpoint.
 
-The residual stream x, a row vector, becomes x R with an orthogonal R. A root-mean-square norm
-without weights commutes with that, so the norm's weights w go into the Linears that read it, and
+The residual stream x, a row vector, becomes x R. A root-mean-square norm without weights commutes
+with R, so the norm's weights w are multiplied into the Linears that read it:
 
     readers   W ← W diag(w) R        (y = norm(x) diag(w) Wᵀ, and norm(x R) = norm(x) R)
     writers   W ← Rᵀ W, b ← b R      (what they add to x is rotated as x is)
     embedding E ← E R
 
-Nothing else changes: what reads and writes the stream computes what it did, on inputs in which each
-channel is a sum over all former ones. Values and what reads them are rotated in the same way, each
-head by itself. R is a Hadamard matrix with random signs where the size has one, which spreads an
-outlier over all channels evenly.
+The model computes the same function. Values and the output projection are rotated in the same way,
+each head by itself. R is a Hadamard matrix with random signs where the size has one: it spreads an
+outlier evenly.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from torch import Tensor
 class Rotation:
     """The matrices of one model.
 
-    stream: R of the residual stream, [hidden size, hidden size], or None to leave it.
-    head: R of each head of values, [head size, head size], or None.
-    untied: name on disk of the output head's tensor → the embedding's, where the two were one
-        tensor and no longer are.
+    stream: R of the residual stream, [hidden size, hidden size] float32; None where it isn't
+        rotated.
+    head: R of each head of values, [head size, head size] float32; None likewise.
+    untied: name on disk of the output head's tensor → name of the embedding's, where the rotation
+        unties them.
     """
 
     stream: Tensor | None
@@ -50,8 +51,10 @@ class Rotation:
 
 
 def rotation_matrix(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal R [size, size] float32: signs on a Hadamard matrix, or on Sylvester's
-    beside a random orthogonal one for what is left of the size.
+    """A random orthogonal R, [size, size] float32.
+
+    It is a Hadamard matrix with random signs. For a size that has none here, it is the Kronecker
+    product of Sylvester's matrix and a random orthogonal matrix of the remaining odd factor.
     """
     for power in range((size & -size).bit_length() - 1, -1, -1):
         odd = _hadamard(size >> power)
@@ -59,8 +62,8 @@ def rotation_matrix(size: int, generator: torch.Generator) -> Tensor:
             break
     else:
         power = (size & -size).bit_length() - 1
-        # Of normally distributed entries, so that no direction is preferred; the sign of R's
-        # diagonal makes the decomposition unique.
+        # Normally distributed entries prefer no direction. The signs of r's diagonal make the
+        # decomposition unique.
         q, r = torch.linalg.qr(
             torch.randn(size >> power, size >> power, dtype=torch.float64, generator=generator)
         )
@@ -70,16 +73,20 @@ def rotation_matrix(size: int, generator: torch.Generator) -> Tensor:
 
 
 def rotated_reader(weight: Tensor, rotation: Tensor, norm: Tensor | None = None) -> Tensor:
-    """W diag(w) R. weight: [out_features, in_features]; rotation: of the inputs, or of each part of
-    them (a head) where it is smaller; norm: w, [in_features].
+    """W diag(w) R, [out_features, in_features] float32.
+
+    weight: W, [out_features, in_features].
+    rotation: R, [n, n]; where n < in_features, each n input channels (a head) are rotated.
+    norm: w, [in_features]; None for ones.
     """
     weight = weight.float() if norm is None else weight.float() * norm
     return (weight.unflatten(1, (-1, len(rotation))) @ rotation).flatten(1)
 
 
 def rotated_writer(tensor: Tensor, rotation: Tensor) -> Tensor:
-    """Rᵀ W of a weight [out_features, in_features], b R of a bias [out_features]; rotation: of the
-    outputs, or of each part of them where it is smaller.
+    """Rᵀ W of a weight [out_features, in_features], or b R of a bias [out_features]; float32.
+
+    rotation: R, [n, n]; where n < out_features, each n output channels (a head) are rotated.
     """
     return (rotation.T @ tensor.float().reshape(-1, len(rotation), tensor[0].numel())).reshape(
         tensor.shape
@@ -95,8 +102,9 @@ def _sylvester(power: int) -> Tensor:
 
 
 def _hadamard(order: int) -> Tensor | None:
-    """A Hadamard matrix by Paley's constructions, for an order of q + 1 (q a prime, 3 modulo 4) or
-    2·(q + 1) (1 modulo 4), or of 1; None for others.
+    """A Hadamard matrix by Paley's constructions, [order, order]; None for other orders.
+
+    They exist for order 1, q + 1 (q a prime, 3 modulo 4), and 2·(q + 1) (q a prime, 1 modulo 4).
     """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
@@ -112,8 +120,10 @@ def _hadamard(order: int) -> Tensor | None:
 
 
 def _bordered(prime: int, sign: float) -> Tensor:
-    """Paley's conference matrix: 1 or -1 where the difference of row and column is a square or
-    none, with a border of ones. sign: of the border's column.
+    """Paley's conference matrix, [prime + 1, prime + 1]: 1 where the difference of row and column
+    is a square modulo the prime, -1 elsewhere, with a border of ones.
+
+    sign: of the border's column.
     """
     squares = torch.zeros(prime, dtype=torch.float64) - 1
     squares[torch.arange(1, prime) ** 2 % prime] = 1

@@ -1,7 +1,7 @@
-"""Rounding to nearest (RTN): the nearest code for each weight, with the usual scale.
+"""Rounding to nearest (RTN): the nearest code for each weight, with the absmax scale.
 
-A group's Linears that no algorithm has given codes are rounded in any case. A recipe names `rtn` to
-say that this is all it wants.
+Linears without codes at the end are rounded in any case. A recipe names `rtn` to ask for nothing
+else.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
     group.round_to_nearest()
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
+def describe(report: Mapping[str, Any]) -> Description:
     return Description()

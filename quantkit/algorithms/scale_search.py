@@ -1,15 +1,16 @@
-"""Scale search: the weight scales with the least squared error, instead of those that map the
-largest weight to the largest code.
+"""Scale search (as in AWQ, Lin et al. 2023, for clipping): weight scales with the least squared
+error, instead of absmax scales, which map the largest weight to the largest code.
 
-For each block of a weight W that shares a scale s, over candidates around the usual one,
+For the weights w_j that share a scale s, over candidates around the absmax scale,
 
     minimize  Σ_j h_j (w_j − s·code(w_j / s))²
 
-with h_j the mean square of input channel j, or 1 where nothing is known of the inputs. Codes and
-scales are those that would be stored: a scale is rounded first, and only then used. Integers gain
-by clipping a lone large weight, so that all others get finer steps; E4M3's steps grow with the
-value, so it is where its powers of two fall among a row's weights that matters, and one octave of
-scales shows all of that.
+with h_j the mean square of input channel j, or 1 where inputs are unknown. A scale is rounded to
+the format in which it is stored before it is used.
+
+INT8 gains by clipping a single large weight, which gives all others finer steps. E4M3's steps grow
+with the value: the error depends on where powers of two fall among the weights, so candidates span
+one octave.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from quantkit.schemes.number_formats import E8M0
 from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import Algorithm
 
-# What the usual scale is multiplied by.
+# Candidates, as multiples of the absmax scale.
 INTEGER_FACTORS = (
     *(1 - step / 200 for step in range(1, 11)),
     *(1 - step / 50 for step in range(3, 21)),
@@ -41,10 +42,11 @@ POWER_OF_TWO_FACTORS = (1.0, 0.5, 2.0)
 def search_scale(
     weights: Sequence[Tensor], spec: QuantSpec, squares: Tensor | None = None
 ) -> Tensor:
-    """The scales [block rows, block columns] float32 of a weight [out_features, in_features], or of
-    several that share one scale (per tensor, they must).
+    """The best scales, [block rows, block columns] float32. They are never worse than the absmax
+    scales, which are among the candidates.
 
-    squares: h, [in_features]. Never worse than the usual scale, which is among the candidates.
+    weights: [out_features, in_features] each; several share one scale per tensor.
+    squares: h, [in_features]; None for ones.
     """
     amax = torch.stack([block_amax(weight, spec.granularity) for weight in weights]).amax(0)
     factors = (
@@ -72,7 +74,7 @@ def search_scale(
 def scale_error(
     weight: Tensor, spec: QuantSpec, scale: Tensor, squares: Tensor | None = None
 ) -> Tensor:
-    """The sum above for each block, [block rows, block columns] float32."""
+    """Σ_j h_j (w_j − s·code(w_j / s))² of each block, [block rows, block columns] float32."""
     difference = (weight.float() - quantize(weight, spec, scale).dequantize()).square()
     return block_sum(difference if squares is None else difference * squares, spec.granularity)
 
@@ -82,11 +84,9 @@ def needs(settings: Algorithm) -> Needs:
 
 
 def quantize_group(group: LayerGroup, settings: Algorithm) -> None:
-    """Scales are searched wherever they are chosen: for rounding to nearest, and by GPTQ for the
-    weights that it works on.
-    """
+    """Search the scales of this group, for rounding to nearest as well as for GPTQ."""
     group.scale_rule = search_scale
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    return Description((f"scale_search: scales of {counted(len(chosen['linears']), 'Linear')}",))
+def describe(report: Mapping[str, Any]) -> Description:
+    return Description((f"scale_search: scales of {counted(len(report['linears']), 'Linear')}",))

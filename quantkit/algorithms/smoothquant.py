@@ -1,17 +1,16 @@
-"""SmoothQuant (Xiao et al. 2022): move the difficulty of quantizing from a Linear's inputs X to its
-weight W.
+"""SmoothQuant (Xiao et al. 2022): move the difficulty of quantization from a Linear's inputs X to
+its weight W, by a scale s for each input channel.
 
-Y = X Wᵀ = (X diag(s)⁻¹) (W diag(s))ᵀ for any s > 0. A large channel of X costs all others their
-codes, because a token's scale follows its largest value; divided by s it costs less, and the
-weight's columns, multiplied by s, have room to spare. The paper's scale for a strength α is
+Y = X Wᵀ = (X diag(s)⁻¹) (W diag(s))ᵀ for any s > 0. A token's scale follows its largest value, so
+one large channel of X costs precision in all others. The paper's scale for a strength α is
 
     s_j = max|X_j|^α / max|W_j|^(1-α)
 
-It takes one α for a whole model. Here each set of Linears that read one input gets a scale of its
-own: of several the one whose quantized output is nearest to the exact one, on rows that none of
-them was computed from. Root mean squares are tried in place of the maxima, since a channel whose
-one outlier was seen once shouldn't be treated like one that is always large; for INT8 with α = ½,
-and from there the scale is fitted (`smoothquant_fit`).
+The paper uses one α for a model. Here Linears that share an input are searched on their own: the
+best candidate has the smallest error of quantized outputs, on rows that no candidate was computed
+from. Candidates also use root mean squares instead of maxima, which a single outlier doesn't
+dominate. For INT8 per channel, the scale is fitted (`smoothquant_fit`), starting from root mean
+squares with α = ½.
 """
 
 from __future__ import annotations
@@ -29,18 +28,22 @@ from quantkit.ops.reference import quantize
 from quantkit.schemes.scheme import QuantScheme
 
 STRENGTHS = tuple(step / 10 for step in range(3, 11))
-# A channel that was never or hardly used says nothing of its scale: it is taken for one this much
-# smaller than the largest.
+# A channel that was hardly used gives no scale: its magnitude is raised to this fraction of the
+# largest.
 LEAST_SHARE = 1e-5
-# Of so many rows and more a quarter is kept to choose by, and at most HELD_OUT.
+# From this many rows on, a quarter of them, at most HELD_OUT, is held out to compare candidates.
 ROWS_TO_DIVIDE, HELD_OUT = 1024, 4096
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """scale: s, [in_features] float32. strength: its α, or the one that it was fitted from. error,
-    plain_error: squared error of the quantized outputs with it and without, over that of the exact
-    outputs.
+    """A smoothing scale, and what it gains.
+
+    scale: s, [in_features] float32.
+    strength: its α, or the α that the fit started from.
+    measure: what its channel magnitudes are: "amax", "rms", or "fitted".
+    error: squared error of the quantized outputs, over the squares of the exact outputs.
+    plain_error: the same without smoothing.
     """
 
     scale: Tensor
@@ -51,8 +54,11 @@ class Smoothing:
 
 
 def smoothing_scale(inputs: Tensor, weight: Tensor, strength: float) -> Tensor:
-    """s of the formula above with a geometric mean of 1. inputs, weight: what measures each
-    channel's magnitude, [in_features].
+    """The paper's s, normalized to a geometric mean of 1, [in_features] float32.
+
+    inputs: max|X_j|, or another magnitude of each input channel, [in_features].
+    weight: max|W_j| likewise, [in_features].
+    strength: α.
     """
     x = inputs.clamp(min=max(float(inputs.max()) * LEAST_SHARE, 1e-30))
     w = weight.clamp(min=max(float(weight.max()) * LEAST_SHARE, 1e-30))
@@ -68,11 +74,15 @@ def output_error(
     exact: Sequence[Tensor],
     importance: Tensor | None = None,
 ) -> float:
-    """Squared error of what quantized Linears make of these rows [n, in_features], over the squares
-    of the exact outputs.
+    """Squared error of quantized Linears' outputs, over the squares of the exact outputs. The
+    arithmetic is that of the stored checkpoint: weight scales are rounded, inputs quantized.
 
-    In the exact stored arithmetic: weights with their rounded scales, inputs as the scheme
-    quantizes them. importance: of each row, [n, 1], or None for all alike.
+    rows: X, [n, in_features].
+    weights: W of each Linear, [out_features, in_features].
+    schemes: of each Linear.
+    scale: s, [in_features]; None for no smoothing.
+    exact: X Wᵀ of each Linear, [n, out_features].
+    importance: how much each row's error counts, [n, 1]; None for all alike.
     """
     importance = torch.ones(1, 1, device=rows.device) if importance is None else importance
     error = size = 0.0
@@ -99,12 +109,15 @@ def search_smoothing(
     tied_channels: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> Smoothing | None:
-    """The best s for Linears that read one input, or None where leaving them alone is best.
+    """The best s for Linears that share an input, or None where no smoothing is best.
 
-    rows: inputs [n, in_features]; weights: [out_features, in_features] float32 each; strength: α,
-    or None to search it. tied_channels: for each input channel the number of a group that must
-    share a scale (heads of values that several query heads read), [in_features], or None.
-    importance: of each row, [n, 1], or None.
+    rows: X, [n, in_features].
+    weights: W of each Linear, [out_features, in_features] float32.
+    schemes: of each Linear.
+    strength: α, or None to search it.
+    tied_channels: for each input channel the number of a group that shares one scale (a value head
+        that several query heads read), [in_features]; None where none are tied.
+    importance: how much each row's error counts, [n, 1]; None for all alike.
     """
     (seen, counts), (held_out, held_out_importance) = _divided(rows, importance)
     held_out = held_out.float()
@@ -126,8 +139,8 @@ def search_smoothing(
 
 
 def _divided(rows: Tensor, importance: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Rows to compute scales from and rows to choose by, each with what they count; all for both
-    where they are few.
+    """Rows to compute scales from, and held-out rows to compare candidates on, each with their
+    importance. Where rows are few, both are all rows.
     """
     if len(rows) < ROWS_TO_DIVIDE:
         return [(rows, importance)] * 2
@@ -146,7 +159,7 @@ def _candidates(
     groups: Tensor | None,
     importance: Tensor | None,
 ) -> Iterator[tuple[Tensor, float, str]]:
-    """Scales to choose from, with their strengths and what measured them."""
+    """Candidate scales, each with its strength and measure (see Smoothing)."""
     largest = (
         rows.abs().amax(0).float(),
         torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),

@@ -1,16 +1,16 @@
-"""The smoothing scale of least noise, one number for each channel, where codes are equally far
-apart (INT8).
+"""The smoothing scale s (see `smoothquant`) with the least rounding noise, for INT8 per channel and
+per token: codes are then evenly spaced, and the noise has a closed form.
 
-A token's codes are its largest value over 127 apart, those of a weight's row likewise, and rounding
-adds a noise of a twelfth of that squared. Where inputs x_t are divided by s and the weight's
-columns are multiplied by it, the noise of what comes out is, but for a factor,
+A token's codes are max|x_t| / 127 apart, those of a weight row max|W_o| / 127. Rounding adds noise
+with a variance of a twelfth of that step squared. With inputs x_t divided by s and weight columns
+multiplied by s, the noise of the outputs is, up to a constant factor,
 
-    A B + C D    A = Σ_t c_t max_j (x_tj / s_j)²    B = Σ_oj (W_oj s_j)²    C = Σ_o max_j (W_oj
-    s_j)²    D = Σ_tj c_t (x_tj / s_j)²
+    A B + C D    with    A = Σ_t c_t max_j (x_tj / s_j)²    B = Σ_oj (W_oj s_j)²
+                         C = Σ_o max_j (W_oj s_j)²          D = Σ_tj c_t (x_tj / s_j)²
 
-with c_t what token t counts. Each factor's logarithm is convex in log s, so there is one minimum
-(Boyd et al. 2007, "A tutorial on geometric programming"). It is descended to with Adam (Kingma and
-Ba 2015), held a little to where it began: a channel that few tokens say something of stays there.
+where c_t is the importance of token t. Its logarithm is convex in log s, so there is one minimum
+(Boyd et al. 2007, "A tutorial on geometric programming"). Adam (Kingma and Ba 2015) descends to it.
+A weak pull to the start keeps channels there that few tokens use.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from quantkit.schemes.quant_spec import CHANNEL, TOKEN
 from quantkit.schemes.scheme import QuantScheme
 
 STEPS = 40
-# Of log s in the first step; it falls to nothing in the last.
+# Adam's learning rate for log s in the first step; it falls linearly to zero.
 STEP_SIZE = 0.05
-# How strongly log s is held to where it began.
+# How strongly log s is pulled to its start.
 HOLD = 1e-3
-# As many rows at a time stay in a processor's cache.
+# So many rows at a time fit a processor's cache.
 ROWS_AT_ONCE = 256
 
 
 def has_uniform_steps(scheme: QuantScheme) -> bool:
-    """Whether both weights and inputs are rounded as above, or weights alone."""
+    """Whether codes are evenly spaced: INT8 weights per channel, and inputs per token or
+    unquantized.
+    """
     weight, inputs = scheme.weight, scheme.input
     return (
         weight.format is INT8
@@ -44,8 +46,10 @@ def has_uniform_steps(scheme: QuantScheme) -> bool:
 
 
 def mean_squares(rows: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Σ_t c_t x_tj² / Σ_t c_t, [in_features] float32. rows: [n, in_features]; importance: c, [n,
-    1], or None for all alike.
+    """Σ_t c_t x_tj² / Σ_t c_t, [in_features] float32.
+
+    rows: x, [n, in_features].
+    importance: c, [n, 1]; None for ones.
     """
     counts = torch.ones(len(rows), 1, device=rows.device) if importance is None else importance
     return (
@@ -62,12 +66,15 @@ def fitted_scale(
     tied_channels: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> Tensor:
-    """s, [in_features] float32 with a geometric mean of 1.
+    """s with a geometric mean of 1, [in_features] float32.
 
-    rows: inputs [n, in_features]; weights: [out_features, in_features] float32 each; begin: a scale
-    to start from; quantizes_inputs: False leaves out A B.
-    tied_channels: for each input channel the number of a group that shares a scale, [in_features],
-    or None. importance: c, [n, 1], or None.
+    rows: x, [n, in_features].
+    weights: W of each Linear that reads x, [out_features, in_features] float32.
+    begin: the scale to start from, [in_features].
+    quantizes_inputs: False drops the term A B.
+    tied_channels: for each input channel the number of a group that shares one scale,
+        [in_features]; None where none are tied.
+    importance: c, [n, 1]; None for ones.
     """
     groups = (
         torch.arange(len(begin), device=begin.device) if tied_channels is None else tied_channels
@@ -108,8 +115,10 @@ def fitted_scale(
 
 
 def _largest(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
-    """Σ_t c_t max_j (x_tj f_j)², as the sums of the channels in which each row's largest value is,
+    """Σ_t c_t max_j (x_tj f_j)², split into the parts of each channel j that holds a row's maximum,
     [in_features].
+
+    rows: x, [n, in_features]; factors: f, [in_features]; counts: c, [n, 1].
     """
     found = torch.zeros_like(factors)
     for chunk, count in _chunks(rows, counts):

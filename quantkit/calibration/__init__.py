@@ -1,1 +1,1 @@
-"""What a model's inputs look like, and weights chosen with them, block by block."""
+"""Statistics of a model's activations, and weights quantized with them, block by block."""

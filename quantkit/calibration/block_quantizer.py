@@ -1,13 +1,13 @@
-"""Quantizes one decoder block after the other, with the algorithms of a recipe.
+"""Quantize one decoder block after the other with the algorithms of a recipe.
 
-First come algorithms that change a whole block (rotation, SmoothQuant), then, group by group, those
-that make codes. A group is quantized before the inputs of the next are looked at, and a block reads
-what earlier blocks return as they are quantized: what follows an error can still make up for it.
-Codes and scales are final; they go to CALIB, and `export` copies them.
+Algorithms that change a whole block come first (rotation, SmoothQuant). Then each group of Linears
+that share an input is quantized, in the order in which they run. The inputs of a group come from
+quantized groups and blocks before it, so that it can compensate for their errors. Codes and scales
+are stored in CALIB, and `export` copies them.
 
-Where several processes share the batches, what is found by running the block on one batch is
-broadcast from rank 0, and sums over tokens are added up over all ranks. Each search, and each
-Linear's codes, are made by one rank and sent to the others: so all hold the same weights.
+Several ranks share the batches. What one batch shows about a block is broadcast from rank 0, and
+sums over tokens are added over all ranks. Each search and each Linear's codes are computed on one
+rank and sent to the others, so that all ranks hold the same weights.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ def _no_entries() -> dict[str, list[dict[str, Any]]]:
 
 @dataclass
 class QuantizedBlock:
-    """linears: codes and scales, by the Linears' names on disk.
-    tensors: other parameters that changed, by their names on disk, as they are stored.
-    described: what each algorithm did, for `chosen` in calibration.json, by its sections.
+    """What was made of a block.
+
+    linears: codes and scales of quantized Linears, by name on disk.
+    tensors: other parameters that changed, by name on disk, in the dtype that is stored.
+    described: the entries for `chosen` in calibration.json, by section.
     """
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -57,8 +59,8 @@ class QuantizedBlock:
     described: dict[str, list[dict[str, Any]]] = field(default_factory=_no_entries)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """NAME.weight and NAME.weight_scale of each Linear [block rows, block columns], and the
-        other parameters.
+        """The tensors to store: for each Linear NAME.weight, [out_features, in_features] codes, and
+        NAME.weight_scale, [block rows, block columns] float32; and the other parameters.
         """
         tensors = dict(self.tensors)
         for name, weight in self.linears.items():
@@ -75,9 +77,13 @@ class QuantizedBlock:
 
 @dataclass
 class BlockQuantizer:
-    """schemes: of the Linears to quantize, by their names on disk.
+    """Quantizes the blocks of one model.
+
+    model: whose blocks are quantized.
+    recipe: its algorithms.
+    schemes: of the Linears to quantize, by name on disk.
     threads: how many batches run at once on a CPU.
-    rotation: of the whole model, if the recipe has one.
+    rotation: matrices for the whole model; None where the recipe has no rotation.
     ranks: the processes that share the batches.
     """
 
@@ -96,8 +102,12 @@ class BlockQuantizer:
         calls: Mapping[int, Any],
         states: HiddenStates,
     ) -> QuantizedBlock:
-        """Quantize a block in place. batches: those of this rank; calls: how each calls each
-        block; states: the block's inputs.
+        """Quantize a block in place.
+
+        number: of the block.
+        batches: numbers of this rank's batches.
+        calls: for each batch, the arguments with which it calls each block.
+        states: the hidden states that the block reads.
         """
         block_run = BlockRun(
             self.model,
@@ -119,7 +129,7 @@ class BlockQuantizer:
                 block_run.weigh_tokens()
                 are_weighed = True
             if step.row.works_on == BLOCK:
-                # On one thread the result doesn't depend on how many there are; each search is
+                # One thread: results don't depend on the number of threads, and each search is
                 # small.
                 with torch.inference_mode(), one_thread():
                     changes = module.change_block(block_run, step)
@@ -132,9 +142,7 @@ class BlockQuantizer:
         return quantized
 
     def install(self, number: int, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Put in place what an earlier run made of a block: `QuantizedBlock.to_tensors`, read
-        back.
-        """
+        """Install what an earlier run made of a block. tensors: `QuantizedBlock.to_tensors`."""
         names = BlockNames.of(self.model, number, block)
         device = self.model.device
         parameters = dict(block.named_parameters())
@@ -154,13 +162,13 @@ class BlockQuantizer:
 def _quantize_group(
     block_run: BlockRun, paths: Sequence[str], steps: Sequence[Algorithm], quantized: QuantizedBlock
 ) -> None:
-    """Make codes for Linears that share their input, and put them in place."""
+    """Quantize Linears that share an input, and install them in the block. paths: in the block."""
     group = LayerGroup(_group_linears(block_run, paths, steps), block_run.workers)
     for step in steps:
         step.row.implementation().quantize_group(group, step)
     group.round_to_nearest()
     for path, linear in group.linears.items():
-        assert linear.codes is not None, "rounding to nearest leaves no Linear without codes"
+        assert linear.codes is not None, "round_to_nearest() gives codes to every Linear"
         quantized.linears[linear.name] = linear.codes
         quantized.describe({"linears": [linear.described]})
         if linear.bias is not None and linear.bias_changed:
@@ -184,7 +192,7 @@ def _group_linears(
         linears[path] = GroupLinear(
             block_run.names.linears[path],
             block_run.schemes[path],
-            block_run.weights.pop(path),  # no longer than they are needed
+            block_run.weights.pop(path),  # frees memory: this is its last use
             bias.data if bias is not None and is_stored else None,
             inputs[path],
         )
@@ -204,8 +212,8 @@ def _replace_linear(
 
 
 def _with_dynamic_inputs(scheme: QuantScheme) -> QuantScheme:
-    """The scheme with its input scales computed from each token, where they are static: those are
-    measured last, on the weights that are quantized here.
+    """The scheme with dynamic input scales in place of static ones. Static scales are measured
+    after the weights are quantized, so they aren't known yet.
     """
     if scheme.input is None or not scheme.needs_calibration:
         return scheme

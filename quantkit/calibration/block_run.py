@@ -1,5 +1,7 @@
-"""One decoder block, the batches that run through it, and what was found by running it: the order
-of its Linears, which norm feeds which, and how much each token counts.
+"""One decoder block while its weights are quantized, with the batches that run through it.
+
+Running it shows the order of its Linears, which norm feeds which Linear, and the importance of each
+token.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from quantkit.schemes.scheme import QuantScheme
 
 @dataclass(frozen=True)
 class BlockChanges:
-    """What an algorithm makes of a block.
+    """What an algorithm changes in a block.
 
-    parameters: those that change, float32, by their paths in the block.
-    described: entries for `chosen` in calibration.json, by its sections.
+    parameters: changed parameters by their paths in the block, float32.
+    described: entries for `chosen` in calibration.json, by section.
     """
 
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
@@ -38,8 +40,10 @@ class BlockChanges:
 
 @dataclass(frozen=True)
 class BlockNames:
-    """Names on disk of a block's parameters and Linears, by their paths in it. A parameter that
-    several tensors make is absent.
+    """Names on disk in a block. A parameter that several tensors on disk make up is absent.
+
+    parameters: path of a parameter in the block → its name on disk.
+    linears: path of a Linear in the block → its name on disk.
     """
 
     parameters: Mapping[str, str]
@@ -65,12 +69,13 @@ class BlockNames:
 class BlockRun:
     """A block while its weights are quantized.
 
-    schemes: of the Linears to quantize, by their paths.
-    weights: of these Linears, [out_features, in_features] float32. The block itself holds them
-        rounded to its dtype.
-    groups: the same Linears in the order in which the block computes; those that share their input
-        stand together, and those that did not run come last.
-    stored: other parameters that changed, by their names on disk, in the dtype that is stored.
+    schemes: of the Linears to quantize, by path.
+    weights: of these Linears, by path, [out_features, in_features] float32. The block itself holds
+        them rounded to its dtype.
+    groups: paths of these Linears in the order in which they run, one group for each shared input.
+        Linears that did not run come last, each in a group of its own.
+    stored: other parameters that changed, by name on disk, in the dtype that is stored.
+    trace: order of the Linears, and which norm feeds which.
     """
 
     def __init__(
@@ -85,8 +90,11 @@ class BlockRun:
         workers: Workers,
         rotation: Rotation | None,
     ) -> None:
-        """schemes: by the Linears' names on disk, of the whole model. rotation: of the whole model,
-        if there is one.
+        """batches: numbers of this rank's batches.
+        call_of: the arguments with which a batch calls the block.
+        states: the hidden states that the block reads.
+        schemes: of the whole model, by the Linears' names on disk.
+        rotation: of the whole model, if the recipe has one.
         """
         self.model, self.block, self.name = model, block, model.block_name(number)
         self.batches, self.workers, self.rotation = batches, workers, rotation
@@ -115,8 +123,10 @@ class BlockRun:
         return self.model.run_block(self.block, self._call_of(batch), hidden)
 
     def probe(self, rotation: Tensor | None = None) -> BlockProbe:
-        """A float32 copy of the block, on the first batch. rotation: that the hidden states have
-        and this block doesn't expect, [hidden size, hidden size].
+        """A float32 copy of the block with the first batch.
+
+        rotation: [hidden size, hidden size], where the hidden states are rotated already and the
+        block isn't; it is undone for the copy.
         """
         hidden = self._states.get(self.batches[0]).to(self.model.device)
         return BlockProbe(
@@ -127,7 +137,7 @@ class BlockRun:
         )
 
     def stored_dtypes(self) -> dict[str, torch.dtype]:
-        """Of the parameters that are stored unquantized, by path."""
+        """The dtypes of parameters that are stored unquantized, by path."""
         return {
             path: parameter.dtype
             for path, parameter in self.block.named_parameters()
@@ -135,7 +145,9 @@ class BlockRun:
         }
 
     def put(self, changed: Mapping[str, Tensor]) -> None:
-        """Take changed parameters, float32, into the block, and into what will be stored."""
+        """Put changed parameters into the block, and keep them for storage. changed: float32, by
+        path.
+        """
         parameters = dict(self.block.named_parameters())
         for path, tensor in changed.items():
             linear = path.removesuffix(".weight")
@@ -146,7 +158,7 @@ class BlockRun:
             else:
                 self.stored[self.names.parameters[path]] = stored
 
-    # -- What one run shows.
+    # -- Found by one run.
 
     def _trace(self) -> Trace:
         with torch.inference_mode(), one_thread():
@@ -160,10 +172,12 @@ class BlockRun:
         ran = sorted(filter(None, groups), key=lambda paths: self.trace.order.index(paths[0]))
         return [*ran, *([path] for path in self.schemes if path not in self.trace.order)]
 
-    # -- How much tokens count.
+    # -- Importance of tokens.
 
     def weigh_tokens(self) -> None:
-        """Find 1 / the mean square of what the block returns for each token, for each batch."""
+        """Compute the importance of each token of each batch: 1 / the mean square of the block's
+        output.
+        """
 
         def work(batch: int) -> Tensor:
             return 1 / self.run(batch).flatten(0, -2).float().square().mean(1, keepdim=True).clamp(
@@ -177,9 +191,9 @@ class BlockRun:
         """How much an error in a Linear's output counts at each token, [tokens, 1] float32; None
         where all tokens count alike.
 
-        A Linear that no norm feeds writes to the residual stream, and the next norm divides by the
-        stream's size: next to a hidden state ten times as large an error counts a tenth. Without
-        this, the one enormous token at the start of a window would decide for all others.
+        It applies to Linears that write to the residual stream (`o_proj`, `down_proj`), which no
+        norm feeds. The next norm divides by the size of the hidden state. Without this weighting,
+        the massive activation of a window's first token would dominate the fit.
         """
         if linear in self.trace.norm_of:
             return None

@@ -1,13 +1,13 @@
-"""`calibrate`: run text through the model, block by block, and record the statistics of every
-Linear's input and of keys and values.
+"""`calibrate`: run text through the model, block by block, and measure the inputs of Linears, keys
+and values.
 
-With a recipe whose algorithms quantize weights, each block's weights are quantized first
+If the recipe's algorithms quantize weights, each block's weights are quantized first
 (`block_quantizer.py`). The statistics are then those of the quantized block.
 
-CALIB holds `calibration.json` (what was measured, from what) and, for each decoder block, a
-`block-NNNNN.safetensors` with its statistics and a `weights-NNNNN.safetensors` with its quantized
-weights, if any. They are written when the block is finished; `--resume` continues from them.
-Statistics alone serve every scheme: calibrate once, export many.
+CALIB holds `calibration.json`, and for each decoder block a `block-NNNNN.safetensors` with its
+statistics and a `weights-NNNNN.safetensors` with its quantized weights, if any. A block's files are
+written when it is finished; `--resume` continues after them. A calibration without quantized
+weights can be exported to any scheme.
 """
 
 from __future__ import annotations
@@ -47,18 +47,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.calibration.block_quantizer import BlockQuantizer
+    from quantkit.calibration.hooks import BlockRecorder
     from quantkit.calibration.observers import BlockStatistics
     from quantkit.calibration.weight_files import QuantizedWeightFiles
     from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
 
-# A CPU runs each batch on one thread, so batches are small; a GPU wants large ones.
+# A CPU runs each batch on one thread, so batches are small; a GPU needs large ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 
 
 def calibrate(
     options: CalibrationOptions, on_progress: Progress = lambda done, total, text: None
 ) -> CalibrationSummary:
-    """Measure and write CALIB."""
+    """Calibrate a model and write CALIB. Raises CalibrationError, CheckpointError.
+
+    on_progress: called with blocks done, blocks in all, and a text.
+    """
     check_output(
         options.output, overwrite=options.overwrite or options.resume, reads=[options.model]
     )
@@ -66,8 +70,8 @@ def calibrate(
     source = read_quantization_config(checkpoint.config)
     if source is not None and not source.file_format.is_source:
         raise CheckpointError(
-            f"{options.model} is quantized already; calibrate the original model, or one in FP8"
-            " blocks"
+            f"{options.model} is quantized already; calibrate the original model, or one in"
+            " block-wise FP8"
         )
 
     from quantkit.models.skeleton import pick_device
@@ -98,7 +102,14 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What decides the bytes, made by the first rank."""
+    """What determines the bytes of CALIB; made on rank 0 and broadcast.
+
+    windows: the sampled text as token ids.
+    seq_len: tokens per window.
+    batch_size: windows per batch.
+    sources: names of the data.
+    fingerprint: an interrupted run is resumed only if this is the same.
+    """
 
     windows: Windows
     seq_len: int
@@ -108,9 +119,7 @@ class _Plan:
 
     @property
     def batches(self) -> list[list[tuple[int, ...]]]:
-        """Token windows that go through together; the windows of a batch have one length, so none
-        is padded.
-        """
+        """The windows of each batch, which all have one length: none is padded."""
         batches: list[list[tuple[int, ...]]] = []
         for window in self.windows.windows:
             if (
@@ -132,8 +141,7 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
     names = options.data or (str(BUNDLED_CALIBRATION),)
     windows = calibration_windows(names, tokenizer, options.num_samples, seq_len, options.seed)
     kind = device.split(":")[0]
-    # At least four batches where there are four windows: the data's quarters tell whether there was
-    # enough.
+    # At least four batches, if there are four windows: statistics are kept per quarter of the data.
     batch_size = options.batch_size or max(
         1, min(TOKENS_PER_BATCH[kind] // seq_len, len(windows.windows) // 4)
     )
@@ -166,7 +174,7 @@ def _prepare(
     stop: StopRequest,
     on_progress: Progress,
 ) -> _Session:
-    """Open the model and CALIB.partial on this rank; what can't be calibrated is refused here."""
+    """Open the model and CALIB.partial on this rank. Refuses a model that can't be calibrated."""
     import torch
 
     from quantkit.calibration.hooks import require_linears
@@ -202,8 +210,7 @@ def _prepare(
         threads,
         model,
         batches,
-        # Every rank takes whole batches, the same ones whatever their number: a batch of another
-        # make rounds otherwise.
+        # Batches are the same for any number of ranks: other batches would round differently.
         range(ranks.rank, len(batches), ranks.count),
         output,
         partial,
@@ -236,8 +243,8 @@ def _block_quantizer(
     threads: int,
     ranks: Ranks,
 ) -> BlockQuantizer | None:
-    """The recipe's algorithms, where they quantize weights. The schemes are those that `export`
-    will use; what it would refuse is refused here.
+    """The block quantizer, if the recipe's algorithms quantize weights. Schemes are those that
+    `export` will use, and it refuses the same recipes.
     """
     recipe = options.recipe
     if recipe is None or not recipe.quantizes_weights:
@@ -269,13 +276,13 @@ def _quantized_files(
 class _Session:
     """One calibration on one rank, ready to run.
 
-    started: time.monotonic() when the run began.
-    threads: how many batches go through a block at once on a CPU.
-    batches: token ids of all ranks, [windows, positions] each.
-    mine: the numbers of this rank's batches.
-    output: CALIB.partial, on rank 0.
-    partial: its path, on every rank.
-    quantized: the files of quantized weights, where the recipe's algorithms quantize them.
+    started: time.monotonic() at the start, seconds.
+    threads: how many batches run through a block at once on a CPU.
+    batches: token ids of all ranks' batches, [windows, positions] each.
+    mine: numbers of this rank's batches.
+    output: CALIB.partial on rank 0, None on other ranks.
+    partial: path of CALIB.partial, on every rank.
+    quantized: the files of quantized weights; None if the recipe's algorithms quantize none.
     """
 
     options: CalibrationOptions
@@ -324,7 +331,7 @@ class _Session:
         return self.output
 
     def _finished_blocks(self) -> set[int]:
-        """The blocks that an earlier run finished: all of their files are there, and whole."""
+        """The blocks that an earlier run finished: all of their files are complete."""
         numbers = range(self.model.block_count)
         whole = self._opened.finished([file(number) for number in numbers for file in self._files])
         return {number for number in numbers if all(file(number) in whole for file in self._files)}
@@ -343,7 +350,7 @@ class _Session:
         return share // self.ranks.count
 
     def _states_device(self) -> str:
-        """Hidden states stay on a GPU that has room for them as well as for blocks."""
+        """Hidden states stay on the GPU if they fill less than a quarter of its free memory."""
         import torch
 
         if not self.ranks.device.startswith("cuda"):
@@ -387,14 +394,14 @@ class _Session:
         )
 
     def _quantize(self, step: BlockStep, quantized: QuantizedWeightFiles, is_done: bool) -> None:
-        """Give a block its quantized weights: an earlier run's, or new ones."""
+        """Quantize a block's weights, or install those of an earlier run."""
         if is_done:
             quantized.install(step.number, step.block)
             return
         self.on_progress(
             step.number,
             self.model.block_count,
-            f"calibrate: choosing weights of block {step.number + 1} of {self.model.block_count}",
+            f"calibrate: quantizing block {step.number + 1} of {self.model.block_count}",
         )
         quantized.quantize(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
 
@@ -434,14 +441,14 @@ class _Session:
         whole = recorder.complete(total.reduced(self.ranks))
         if not whole.inputs:
             raise CalibrationError(
-                f"no Linear of {self.model.block_name(number)} was reached; quantkit calibrates"
+                f"no token reached a Linear of {self.model.block_name(number)}; quantkit calibrates"
                 " models made of torch.nn.Linear"
             )
         if self.ranks.is_first:
             self._write(number, whole, recorder)
 
     def _advance(self, step: BlockStep) -> None:
-        """Run a block whose statistics are there, for the hidden states after it."""
+        """Run a block that is finished, to get the hidden states after it."""
         for batch, _ in zip(self.mine, self._each(step.advance, self.mine)):
             self._report_progress(step.number, batch, "again, ")
 
@@ -462,7 +469,7 @@ class _Session:
         )
         self.on_progress(done, self.model.block_count, text)
 
-    def _write(self, number: int, statistics: BlockStatistics, recorder: Any) -> None:
+    def _write(self, number: int, statistics: BlockStatistics, recorder: BlockRecorder) -> None:
         output, name = self._opened, block_file(number)
         path = output.partial / name
         write_tensors(path, statistics.tensors())
@@ -473,8 +480,8 @@ class _Session:
         )
 
     def _restore(self, saved: SavedStates, walk: Walk) -> int:
-        """The block to begin with: the one after the hidden states that an earlier run saved, if
-        it did.
+        """The number of the first block to run: after the hidden states that an earlier run saved,
+        or 0.
         """
         # Side outputs aren't saved: blocks that are done run again.
         if any(self.ranks.all_gather(self.model.has_side_outputs)):
@@ -490,8 +497,8 @@ class _Session:
         )
 
     def _encoded(self, number: int, walk: Walk) -> dict[str, Tensor]:
-        """What the encoder made of each batch, by its name among saved hidden states, where it is
-        needed after a block.
+        """The encoder's outputs to save after a block, where later blocks read them; by the names
+        of `_encoded_name`.
         """
         if not self.model.reads_encoder(number + 1):
             return {}
@@ -534,8 +541,8 @@ class _Session:
             "token_pieces": token_pieces(plan.windows),
         }
         if self.quantized is not None:
-            description["chosen"], chosen = self.quantized.describe()
-            names, entries = [*names, *chosen], [*entries, *chosen.values()]
+            description["chosen"], weight_files = self.quantized.describe()
+            names, entries = [*names, *weight_files], [*entries, *weight_files.values()]
         description["files"] = {
             name: {"bytes": entry["bytes"], "blake3": entry["blake3"]}
             for name, entry in zip(names, entries)
@@ -549,5 +556,5 @@ class _Session:
 
 
 def _encoded_name(batch: int) -> str:
-    """Of what an encoder made of a batch, among saved hidden states."""
+    """The name of the encoder's output for a batch among saved hidden states."""
     return f"{batch}.encoded"

@@ -1,5 +1,5 @@
-"""What `calibration.json` says of a block: its inputs, keys and values, and experts, and what a
-reader should be warned of.
+"""The entries of a block in `calibration.json`: its inputs, keys and values, and experts. Experts
+with too few tokens get an estimated amax.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from quantkit.schemes.algorithms import Description
 from quantkit.schemes.recipe import Recipe
 
 if TYPE_CHECKING:
+    from quantkit.calibration.hooks import BlockRecorder
     from quantkit.calibration.observers import BlockStatistics, InputObserver
 
-# An expert that saw fewer tokens gets a scale from its weights and the layer's other experts.
+# An expert with fewer tokens gets its amax from its weights and the layer's other experts.
 MIN_EXPERT_TOKENS = 64
-# What counts as not settled: a last quarter of the data that raised an input's amax by more than
-# this, or in which more values than this exceed it.
+# An input is unsettled if the last quarter of the data raises its amax by more than this fraction,
 UNSETTLED_GROWTH = 0.25
+# or if more than this fraction of the last quarter's values exceed the amax of the others.
 UNSETTLED_SHARE = 1e-4
 
 
-def describe_block(statistics: BlockStatistics, recorder: Any, file: str) -> dict[str, Any]:
-    """The JSON of one block: its inputs, keys and values, experts. Experts that saw too few tokens
-    get their amax estimated here.
+def describe_block(
+    statistics: BlockStatistics, recorder: BlockRecorder, file: str
+) -> dict[str, Any]:
+    """The JSON of one block: its inputs, keys and values, and experts.
+
+    recorder: knows the block's experts.
+    file: name of the file in CALIB with the block's full statistics.
     """
     inputs = {
         name: _describe_input(name, statistics.linears[name], observer, file)
@@ -71,7 +76,7 @@ def _describe_input(
 
 
 def is_unsettled(entry: Mapping[str, Any]) -> bool:
-    """Whether the last quarter of the data still showed much that the others hadn't."""
+    """Whether an input's amax still grew in the last quarter of the data. entry: of `inputs`."""
     if not entry["held_out_values"] or entry["estimated"]:
         return False
     before, after = entry["amax_quarters"][-2:]
@@ -82,15 +87,15 @@ def is_unsettled(entry: Mapping[str, Any]) -> bool:
 
 
 def _estimate_starved_experts(
-    inputs: dict[str, dict[str, Any]], recorder: Any
+    inputs: dict[str, dict[str, Any]], recorder: BlockRecorder
 ) -> dict[str, dict[str, Any]]:
-    """Give each expert that saw fewer than MIN_EXPERT_TOKENS an amax that is neither zero nor NaN,
-    in place; returns the starved ones by module.
+    """Estimate the amax of each expert with fewer than MIN_EXPERT_TOKENS tokens, in place. Returns
+    the JSON entries of these experts by module.
 
-    All experts of a layer read the same hidden states (Llama 4's scaled by at most 1), so the
-    largest amax of the others serves their first input. Their second input is act(g·x)·(u·x), which
-    grows with the norms of their weights' rows: the largest of the others' amax ÷ gain, times their
-    own gain.
+    All experts of a layer read the same hidden states (Llama 4 scales them by at most 1). For the
+    first input the estimate is therefore the largest amax of the other experts. The second input,
+    act(g·x)·(u·x), grows with the row norms of the weights. Its estimate is the largest amax / gain
+    of the others, times the expert's own gain.
     """
     starved: dict[str, dict[str, Any]] = {}
     for module, members in _expert_groups(inputs, recorder).items():
@@ -112,10 +117,10 @@ def _estimate_starved_experts(
 
 
 def _expert_groups(
-    inputs: Mapping[str, Any], recorder: Any
+    inputs: Mapping[str, Any], recorder: BlockRecorder
 ) -> dict[tuple[str, str], list[tuple[int, str, float]]]:
-    """Inputs that differ only by their expert: (experts' module, which input) → (expert, input's
-    name, gain of its weights).
+    """The inputs of a layer's experts: (experts' module, which input) → for each expert its number,
+    the input's name, and the gain of its weights.
     """
     groups: dict[tuple[str, str], list[tuple[int, str, float]]] = {}
     known = set()
@@ -138,16 +143,16 @@ def _expert_groups(
 
 
 def algorithm_remarks(description: Mapping[str, Any]) -> Iterator[str]:
-    """What algorithms did, and where they couldn't, in a sentence each."""
+    """Sentences about what algorithms did and what they skipped. description: calibration.json."""
     for each in algorithm_descriptions(description):
         yield from each.remarks
 
 
 def algorithm_descriptions(description: Mapping[str, Any]) -> Iterator[Description]:
-    """What each algorithm of a calibration says of its work, in the order of work. description: of
+    """The report of each algorithm of a calibration, in the order of their work. description:
     calibration.json.
     """
-    chosen, recipe = description.get("chosen"), description.get("recipe")
-    if chosen and recipe:
+    report, recipe = description.get("chosen"), description.get("recipe")
+    if report and recipe:
         for algorithm in Recipe.from_mapping(recipe, "recipe").algorithms_in_order:
-            yield algorithm.row.implementation().describe(chosen)
+            yield algorithm.row.implementation().describe(report)

@@ -1,7 +1,7 @@
-"""Is a value of calibration.json what `calibrate` wrote? Each kind of field has one check.
+"""Schemas that check calibration.json.
 
-A schema says what an object holds: a key's value is the name of a kind (KINDS below), another
-schema, or a schema in a list, for a list of such objects. A kind that ends in "or absent" may be
+A schema maps each key of an object to the name of a kind (KINDS below), or to another schema. A
+list with one schema stands for a list of such objects. A kind that ends in ", or absent" may be
 missing.
 """
 
@@ -17,12 +17,16 @@ Schema = Mapping[str, Any]
 
 
 class Damage(Exception):
-    """What is wrong with calibration.json."""
+    """calibration.json isn't as `calibrate` wrote it; the text says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """wanted: what a value should be, as a message says it."""
+    """A kind of value.
+
+    wanted: what a value should be, for messages.
+    accepts: whether a value is of this kind.
+    """
 
     wanted: str
     accepts: Callable[[Any], bool]
@@ -33,7 +37,7 @@ def is_count(value: Any) -> bool:
 
 
 def is_magnitude(value: Any) -> bool:
-    """Finite in float32, in which it was measured; neither NaN nor a bool."""
+    """Whether a value is a number that is finite and not negative in float32."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and 0 <= value <= FLOAT32_MAX
 
@@ -91,9 +95,7 @@ OPTIONAL = ", or absent"
 
 
 def require(content: Mapping[str, Any], schema: Schema) -> None:
-    """Raise Damage unless an object is as its schema says. Keys that the schema lacks may hold
-    anything.
-    """
+    """Raise Damage unless an object matches its schema. Keys that the schema lacks are ignored."""
     for key, wanted in schema.items():
         if isinstance(wanted, str):
             if wanted.endswith(OPTIONAL) and key not in content:

@@ -1,9 +1,9 @@
-"""What is measured while a decoder block runs: the inputs of its Linears and experts, its keys and
-values, and how its tokens spread over experts.
+"""Hooks that measure a decoder block while it runs: inputs of Linears and experts, keys and values,
+and tokens per expert.
 
-A `BlockRecorder` hooks one block. Each batch is recorded by itself, in the thread that runs it,
-into a `BlockStatistics`; those merge. Linears that are handed the same tensor (q, k and v; gate and
-up) are observed once.
+A `BlockRecorder` hooks one block. Each batch is recorded by the thread that runs it into a
+`BlockStatistics` of its own, and these are merged. Linears that share an input (q, k and v; gate
+and up) are observed once.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from quantkit.models.null_cache import NullCache
 from quantkit.models.weight_map import ParameterSource, names_on_disk
 from quantkit.ops.linear import QuantizedLinear
 
-# The name under which transformers finds the experts' forward of this file.
+# The name under which transformers finds `observing_experts`.
 EXPERTS_IMPLEMENTATION = "quantkit_observing"
-# What reads an input that is measured: also where an algorithm has quantized it already.
+# Modules whose inputs are measured; an algorithm may have quantized a Linear already.
 LINEARS = (nn.Linear, QuantizedLinear)
 
 
@@ -48,7 +48,15 @@ LINEARS = (nn.Linear, QuantizedLinear)
 
 @dataclass
 class _RecordedBatch:
-    """What the hooks of one thread write to, for the batch that it runs."""
+    """A batch while a thread runs it, and the statistics that hooks write to.
+
+    statistics: of this batch.
+    recorder: of the block.
+    positions, windows: the shape of the batch.
+    quarter: which quarter of the data it belongs to, 0 to 3.
+    earlier: in the held-out quarter, each input's amax in the other quarters, by its name.
+    seen: inputs that were observed.
+    """
 
     statistics: BlockStatistics
     recorder: BlockRecorder
@@ -59,8 +67,11 @@ class _RecordedBatch:
     seen: KnownTensors = field(default_factory=KnownTensors)
 
     def observe(self, linears: Sequence[str], inputs: Tensor, first: Tensor | None = None) -> None:
-        """inputs: [windows, positions, in_features], or tokens [n, in_features] of which `first`,
-        [n] bool, are first positions.
+        """Add an input to the statistics.
+
+        linears: names on disk of the Linears that read it.
+        inputs: [windows, positions, in_features], or [n, in_features].
+        first: [n] bool, which of n rows are first positions of a window.
         """
         name = linears[0]
         observer = self.statistics.input(linears, inputs.shape[-1], inputs.device)
@@ -72,8 +83,10 @@ class _RecordedBatch:
             observer.update(inputs, self.quarter, earlier)
 
     def observe_linear(self, names: Sequence[str], inputs: Tensor) -> None:
-        """inputs: of the Linears of these names, [..., in_features]. Linears that are given one
-        tensor are observed once.
+        """Add the input of a Linear, once for all Linears that share it.
+
+        names: the Linear's names on disk.
+        inputs: [..., in_features].
         """
         if not inputs.numel():
             return
@@ -84,7 +97,7 @@ class _RecordedBatch:
             return
         self.seen.remember(names[0], inputs)
         if inputs.shape[:-1].numel() == self.windows * self.positions:
-            # also where a dimension of one head stands between
+            # Some models insert a dimension of size 1 for heads.
             inputs = inputs.reshape(self.windows, self.positions, -1)
         else:
             inputs = inputs.flatten(0, -2)
@@ -110,14 +123,17 @@ class _RecordedBatch:
         return torch.arange(count, device=hidden_states.device) % self.positions == 0
 
 
-# The batch that this thread runs, while a recorder records it: transformers calls the experts'
-# forward and the cache with no word of the recorder.
+# The batch that this thread runs and records. transformers doesn't pass the recorder on to the
+# experts' forward or to the cache.
 _RECORDED: ContextVar[_RecordedBatch | None] = ContextVar("recorded batch", default=None)
 
 
 class BlockRecorder:
-    """The hooks of one block. all_experts: show every token to every expert (its output stays the
-    router's choice).
+    """The hooks of one block.
+
+    all_experts: show every token to every expert; outputs still follow the router.
+    experts: the stacked experts in the block.
+    heads_of: layer_idx of an attention module → its name on disk.
     """
 
     def __init__(
@@ -129,7 +145,7 @@ class BlockRecorder:
         self.experts: dict[nn.Module, _ObservedExperts] = {}
         self._linears: dict[str, int] = {}  # name on disk → in_features, of every Linear here
         self._order: dict[str, int] = {}  # name on disk → its place in the block
-        self.heads_of: dict[int, str] = {}
+        self.heads_of = _attention_modules(model, prefix, block)
         for path, module in block.named_modules():
             name = f"{prefix}.{path}" if path else prefix
             if isinstance(module, LINEARS):
@@ -144,16 +160,6 @@ class BlockRecorder:
             self._order |= {
                 name: len(self._order) + position for position, name in enumerate(names)
             }
-        for path, module in block.named_modules():
-            index = getattr(module, "layer_idx", None)
-            linears = [
-                leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)
-            ]
-            if isinstance(index, int) and linears:
-                child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
-                self.heads_of[index] = names_on_disk(model.sources(f"{child}.weight"), child)[
-                    0
-                ].rpartition(".")[0]
 
         def observe(path: str, inputs: Tensor) -> None:
             batch = _RECORDED.get()
@@ -168,8 +174,11 @@ class BlockRecorder:
     def batch(
         self, shape: Sequence[int], quarter: int, earlier: Mapping[str, float]
     ) -> Iterator[BlockStatistics]:
-        """Record what this thread runs. shape: windows and positions of the batch; earlier: see
-        `InputObserver.update`.
+        """Record what this thread runs within this context.
+
+        shape: windows and positions of the batch.
+        quarter: which quarter of the data it belongs to, 0 to 3.
+        earlier: in the held-out quarter, each input's amax in the other quarters, by its name.
         """
         statistics = BlockStatistics()
         token = _RECORDED.set(
@@ -181,8 +190,8 @@ class BlockRecorder:
             _RECORDED.reset(token)
 
     def complete(self, statistics: BlockStatistics) -> BlockStatistics:
-        """The same with an empty observer for each Linear and expert that no token reached, and all
-        in the order of the block.
+        """Add an empty observer for each Linear and expert that no token reached, and sort all in
+        the order of the block.
         """
         reached = {linear for linears in statistics.linears.values() for linear in linears}
         for experts in self.experts.values():
@@ -195,24 +204,30 @@ class BlockRecorder:
         for name, in_features in self._linears.items():
             if name not in reached:
                 statistics.input([name], in_features)
-        for part in ("inputs", "linears"):
-            setattr(
-                statistics,
-                part,
-                dict(
-                    sorted(getattr(statistics, part).items(), key=lambda item: self._order[item[0]])
-                ),
-            )
+        names = sorted(statistics.inputs, key=self._order.__getitem__)
+        statistics.inputs = {name: statistics.inputs[name] for name in names}
+        statistics.linears = {name: statistics.linears[name] for name in names}
         return statistics
 
     def close(self) -> None:
         self._hooks.close()
 
 
+def _attention_modules(model: BlockwiseModel, prefix: str, block: nn.Module) -> dict[int, str]:
+    """layer_idx of each attention module of a block → its name on disk. prefix: of the block."""
+    found = {}
+    for path, module in block.named_modules():
+        index = getattr(module, "layer_idx", None)
+        linears = [leaf for leaf, child in module.named_children() if isinstance(child, LINEARS)]
+        if isinstance(index, int) and linears:
+            child = f"{prefix}.{path}.{linears[0]}" if path else f"{prefix}.{linears[0]}"
+            on_disk = names_on_disk(model.sources(f"{child}.weight"), child)[0]
+            found[index] = on_disk.rpartition(".")[0]
+    return found
+
+
 def require_linears(model: BlockwiseModel) -> None:
-    """Refuse a model in whose decoder blocks there is nothing to measure, before hours are spent on
-    it.
-    """
+    """Refuse a model whose decoder blocks hold no Linear. Raises CheckpointError."""
     modules = [module for _, module in model.model.get_submodule(model.blocks_name).named_modules()]
     if any(isinstance(module, nn.Linear) or is_experts(module) for module in modules):
         return
@@ -229,8 +244,8 @@ def require_linears(model: BlockwiseModel) -> None:
 
 
 class ObservingCache(NullCache):
-    """Stands for a KV cache: measures keys and values after rotary embedding and hands them back;
-    keeps nothing.
+    """A KV cache that stores nothing: it measures keys and values after rotary embedding and
+    returns them.
     """
 
     may_be_left_out = True
@@ -252,15 +267,21 @@ class ObservingCache(NullCache):
         return key_states, value_states
 
 
-# ---- Experts that transformers keeps in one tensor of three dimensions.
+# ---- Stacked experts: transformers keeps all experts of a layer in 3-D tensors.
 
 
 @dataclass(frozen=True)
 class _ObservedExperts:
-    """An experts' module: how many, and what their Linears are called on disk.
+    """A module of stacked experts, and the names of their Linears on disk.
 
-    first, down: for each expert the Linears that read the layer's hidden states, and those that
-    read what comes of it.
+    name: of the module on disk.
+    count: how many experts there are.
+    first: for each expert the Linears that read the layer's hidden states (gate and up).
+    down: for each expert the Linear that reads their product.
+    in_features: channels of the first input.
+    intermediate: channels of the second input.
+    gains: [experts], how large an expert's second input grows for the same hidden states, estimated
+        from its weights.
     """
 
     name: str
@@ -269,7 +290,6 @@ class _ObservedExperts:
     down: list[list[str]]
     in_features: int
     intermediate: int
-    # [experts]: how large an expert's second input grows for the same hidden states, by its weights
     gains: Tensor
 
     @classmethod
@@ -298,7 +318,7 @@ class _ObservedExperts:
         )
 
     def inputs(self) -> list[tuple[list[str], int]]:
-        """Each input's Linears and features."""
+        """For each input of each expert: the Linears that read it, and its number of channels."""
         return [
             pair
             for first, down in zip(self.first, self.down)
@@ -307,8 +327,9 @@ class _ObservedExperts:
 
 
 def _expert_linears(source: ParameterSource | None, name: str, count: int) -> list[list[str]]:
-    """For each expert the Linears on disk that make its part of a stacked parameter; named as
-    `export` names them where they are stacked on disk too.
+    """For each expert the names on disk of the Linears in its part of a stacked parameter.
+
+    Where experts are stacked on disk too, the names are those that `export` gives them.
     """
     if (
         source is not None
@@ -327,8 +348,9 @@ def _expert_linears(source: ParameterSource | None, name: str, count: int) -> li
 
 
 def _expert_gains(module: nn.Module, weight: Tensor) -> Tensor:
-    """For each expert the largest, over the features of its second input, of the product of the row
-    norms of gate and up: act(g·x)·(u·x) grows with it.
+    """For each expert the largest product of the row norms of gate and up, [experts] float32.
+
+    The second input act(g·x)·(u·x) grows with it.
     """
     # [experts, rows]
     rows = weight.float().norm(dim=1 if getattr(module, "is_transposed", False) else 2)
@@ -348,8 +370,9 @@ def observing_experts(
     """The forward of stacked experts that observes each expert's two inputs; see
     `experts.each_expert`.
 
-    hidden_states: [tokens, features]; top_k_index, top_k_weights: [tokens, experts per token]. An
-    index beyond the experts is none's.
+    hidden_states: [tokens, features].
+    top_k_index: [tokens, experts per token]; an index of `count` or more means no expert.
+    top_k_weights: [tokens, experts per token].
     """
     batch, down = _RECORDED.get(), stack_names(module)[1]
     experts = None if batch is None else batch.recorder.experts.get(module)

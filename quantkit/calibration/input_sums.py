@@ -19,8 +19,10 @@ from quantkit.schemes.quant_spec import QuantSpec
 def sum_inputs(
     block_run: BlockRun, specs: Mapping[str, QuantSpec | None], needs: Needs
 ) -> dict[str, InputSums | None]:
-    """The inputs of Linears that share one, by path; None where no token reached them. specs: how
-    each Linear quantizes its input, by path.
+    """Sums of the inputs of Linears that share an input, by path; None where no token reached it.
+    Raises CalibrationError where an input isn't finite.
+
+    specs: how each Linear quantizes its input, by path; None where it doesn't.
     """
     linear = next(iter(specs))
     known = {
@@ -82,7 +84,7 @@ def _sum_inputs_of(
 
 
 def _added_up(sums: list[Tensor] | None, workers: Workers) -> list[Tensor] | None:
-    """Over the ranks, of which some may have seen no token (None)."""
+    """The sums over all ranks; None for a rank that saw no token."""
     ranks = workers.ranks
     if ranks.count == 1:
         return sums
@@ -97,16 +99,18 @@ def _added_up(sums: list[Tensor] | None, workers: Workers) -> list[Tensor] | Non
 def sample_inputs(
     block_run: BlockRun, linears: Sequence[str], rows: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Rows of these Linears' inputs, [rows, in_features] by path, drawn from all batches; and how
-    much each counts, [rows, 1], for those Linears whose rows don't count alike.
+    """Random rows of these Linears' inputs, drawn from all batches on all ranks.
+
+    Returns the rows by path, [rows, in_features], and their importance by path, [rows, 1]. A Linear
+    whose rows count alike has no importance.
     """
     each = -(-rows // sum(block_run.ranks.all_gather(len(block_run.batches))))
 
     def drawn(batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         kept, counts = {}, {}
         for path, inputs in inputs_of(lambda: block_run.run(batch)).items():
-            # Drawn, not at equal distances: every window's first position among them would
-            # count far more than it does in any text.
+            # Random, not evenly spaced: that could take the first position of every window, which
+            # is an outlier in many models.
             places = torch.randint(
                 inputs.shape[0],
                 (min(each, inputs.shape[0]),),

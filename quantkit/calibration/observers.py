@@ -1,8 +1,8 @@
-"""Running statistics in bounded memory.
+"""Running statistics of activations in bounded memory.
 
-Two observers of the same input merge by adding counts and sums and taking maxima, so batches,
-resumed runs and processes combine to the same result. Sums are float64, counts int64. What is
-measured in one pass over the values is `torch.ops.quantkit.observe_rows`.
+Observers of the same input merge: counts and sums are added, and maxima are taken. Batches, resumed
+runs and ranks therefore combine to the same result. Sums are float64, counts int64. One pass over
+the values is `torch.ops.quantkit.observe_rows`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from quantkit.ops.reference import encode_codes
 from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import ObserverChoice
 
-# The data come in quarters, by batches. The last one is held out: how far it goes beyond the others
-# says whether there was enough.
+# Batches are split into quarters. The last one is held out: if it exceeds the others by much, there
+# was too little data.
 QUARTERS = 4
 HELD_OUT = QUARTERS - 1
 
 
-# How a field of an observer combines with another's: it adds, it is a maximum, or it ends in a
-# minimum and a maximum [..., 2].
+# How a field combines with another observer's: by addition, by the maximum, or as a pair of minimum
+# and maximum in its last dimension, [..., 2].
 SUM, MAX, EXTREMES = "sum", "max", "extremes"
 
 
@@ -38,7 +38,7 @@ def _combined(how: str) -> Any:
 
 
 class Observer:
-    """Statistics in tensors, each of whose fields says how it combines."""
+    """Statistics as tensors; each field says how it combines with another observer's."""
 
     def combined_fields(self) -> Iterator[tuple[str, str]]:
         """Name and SUM, MAX or EXTREMES of each field."""
@@ -66,19 +66,20 @@ _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass
 class InputObserver(Observer):
-    """Statistics of the inputs of one Linear, or of several that share their input.
+    """Statistics of the input x of one Linear, or of several that share it.
 
-    The first position of each window is kept apart: many models put one enormous token there, and a
-    static scale made with it would leave the others no codes.
+    First positions of windows are measured separately: many models have massive activations there,
+    and a static scale that covers them would leave too few codes for all other tokens. All fields
+    but the last two are without first positions.
 
-    channel_amax: [in_features] float32, without the first positions.
-    channel_sum_of_squares: [in_features] float64, likewise.
-    histogram: [HISTOGRAM_BINS] int64 of |x|, likewise, in the bins of `fallback.histogram_edges`.
-    token_histogram: [HISTOGRAM_BINS] int64 of each token's largest |x|, likewise.
-    extremes: [QUARTERS, 2] float32: minimum and maximum in each quarter of the data, likewise.
-    first_extremes: [2] float32: the same of the first positions.
-    counts: [4] int64: tokens without, and of, the first positions; values held out; how many of
-    these exceed every earlier magnitude.
+    channel_amax: largest |x| of each channel, [in_features] float32.
+    channel_sum_of_squares: [in_features] float64.
+    histogram: counts of |x| in the bins of `fallback.histogram_edges`, [HISTOGRAM_BINS] int64.
+    token_histogram: counts of each token's largest |x|, [HISTOGRAM_BINS] int64.
+    extremes: minimum and maximum in each quarter of the data, [QUARTERS, 2] float32.
+    first_extremes: minimum and maximum in first positions, [2] float32.
+    counts: [4] int64: tokens in other positions, tokens in first positions, held-out values, and
+        how many of these exceed all values of the other quarters.
     """
 
     channel_amax: Tensor = _combined(MAX)
@@ -103,11 +104,12 @@ class InputObserver(Observer):
         )
 
     def update(self, inputs: Tensor, quarter: int = 0, earlier_amax: float = math.inf) -> None:
-        """Add a batch. inputs: [windows, positions, in_features], or [tokens, in_features] where
-        positions are unknown.
+        """Add a batch.
 
-        quarter: which of the data this belongs to. earlier_amax: in the held-out quarter, the
-        largest magnitude of the others.
+        inputs: [windows, positions, in_features], or [tokens, in_features] where positions are
+            unknown.
+        quarter: which quarter of the data the batch belongs to, 0 to 3.
+        earlier_amax: in the held-out quarter, the largest magnitude in the other quarters.
         """
         if inputs.dim() == 2:
             self.update_rows(inputs, quarter, earlier_amax)
@@ -117,7 +119,7 @@ class InputObserver(Observer):
             self.update_rows(window, quarter, earlier_amax)
 
     def update_rows(self, rows: Tensor, quarter: int = 0, earlier_amax: float = math.inf) -> None:
-        """Add tokens that are no first positions. rows: [tokens, in_features]."""
+        """Add tokens in other than first positions. rows: [tokens, in_features]."""
         if not rows.numel():
             return
         counts = torch.zeros(2, dtype=torch.int64, device=rows.device)
@@ -150,24 +152,24 @@ class InputObserver(Observer):
         self.counts[1] += rows.shape[0]
 
     def is_finite(self) -> bool:
-        """Whether no NaN and no infinity was seen."""
+        """Whether all inputs were finite."""
         return bool(torch.isfinite(self.channel_amax).all()) and not (
             self.counts[1] and not bool(torch.isfinite(self.first_extremes).all())
         )
 
     @property
     def amax(self) -> float:
-        """Largest magnitude outside the first positions; 0 when nothing was seen."""
+        """Largest magnitude outside first positions; 0 where there were no tokens."""
         return float(self.channel_amax.max()) if self.channel_amax.numel() else 0.0
 
     @property
     def first_amax(self) -> float:
-        """Largest magnitude in the first positions."""
+        """Largest magnitude in first positions; 0 where there were none."""
         return float(self.first_extremes.abs().max()) if self.counts[1] else 0.0
 
     @property
     def quarter_amax(self) -> list[float | None]:
-        """Largest magnitude in each quarter of the data by itself; None where it had no tokens."""
+        """Largest magnitude in each quarter of the data alone; None where it had no tokens."""
         return [
             float(pair.abs().max()) if torch.isfinite(pair).all() else None
             for pair in self.extremes
@@ -183,8 +185,9 @@ class InputObserver(Observer):
 
 @dataclass
 class HeadObserver(Observer):
-    """Largest magnitudes of keys or values per head, after rotary embedding. amax: [heads]
-    float32.
+    """Statistics of keys or values after rotary embedding.
+
+    amax: largest magnitude of each head, [heads] float32.
     """
 
     amax: Tensor = _combined(MAX)
@@ -194,18 +197,16 @@ class HeadObserver(Observer):
         self.amax = torch.maximum(self.amax, states.abs().amax(dim=(0, 2, 3)).float())
 
 
-# ---- How far a static scale should reach, from what was observed.
+# ---- Static scales from statistics.
 
-# Points per bin of the histogram; and how far below the largest magnitude clipping is tried: 2^-5,
-# in steps of a bin.
+# Each bin of the histogram is represented by so many points.
 _POINTS_PER_BIN = 32
+# Clipping is tried down to 2^-5 of the amax, in steps of a bin, which is 1/16 of an octave.
 _CLIPPING_STEPS = 80
 
 
 def observed_amax(observer: InputObserver, choice: ObserverChoice, spec: QuantSpec) -> float:
-    """The magnitude that a static scale maps to the largest code, from the tokens outside the first
-    positions.
-    """
+    """The magnitude that a static scale maps to the largest code, without first positions."""
     if choice.kind == "absmax" or not observer.counts[0]:
         return observer.amax
     return (
@@ -216,8 +217,9 @@ def observed_amax(observer: InputObserver, choice: ObserverChoice, spec: QuantSp
 
 
 def percentile_amax(observer: InputObserver, percentile: float) -> float:
-    """The magnitude that this share of the values doesn't exceed, from the histogram: exact to its
-    bin, which is 1/16 of an octave.
+    """A percentile of |x| from the histogram, interpolated within a bin (1/16 of an octave).
+
+    percentile: from 50 to 100.
     """
     counts = observer.histogram.double().cumsum(0)
     wanted = counts[-1] * percentile / 100
@@ -232,8 +234,8 @@ def percentile_amax(observer: InputObserver, percentile: float) -> float:
 
 
 def least_error_amax(observer: InputObserver, spec: QuantSpec) -> float:
-    """The magnitude whose scale gives the least squared error over the histogram, clipping counted;
-    at most the amax.
+    """The clipping bound whose scale gives the least squared error over the histogram; at most the
+    amax.
     """
     filled = observer.histogram.nonzero().reshape(-1)
     amax = observer.amax
@@ -260,12 +262,12 @@ AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 @dataclass
 class BlockStatistics:
-    """All observers of one block.
+    """All observers of one block. Names are those on disk.
 
-    inputs: by the name, on disk, of the first Linear that reads the input. linears: the same name →
-    all Linears that read it.
-    heads: (attention module, "k" or "v") → observer. experts: experts' module → tokens per expert,
-    [experts] int64.
+    inputs: the first Linear that reads an input → the input's observer.
+    linears: the same Linear → all Linears that read the input.
+    heads: (attention module, "k" or "v") → observer.
+    experts: experts' module → tokens per expert, [experts] int64.
     """
 
     inputs: dict[str, InputObserver] = field(default_factory=dict)
@@ -276,7 +278,7 @@ class BlockStatistics:
     def input(
         self, linears: Sequence[str], in_features: int, device: torch.device | str = "cpu"
     ) -> InputObserver:
-        """The observer of the input that these Linears read, made when it is first asked for."""
+        """The observer of the input that these Linears share; created on the first call."""
         name = linears[0]
         if name not in self.inputs:
             self.inputs[name] = InputObserver.empty(in_features, device)
@@ -293,7 +295,7 @@ class BlockStatistics:
             self.experts[name] = self.experts[name] + counts if name in self.experts else counts
 
     def require_finite(self) -> None:
-        """Raise CalibrationError that names the first Linear whose input holds NaN or infinity."""
+        """Raise a CalibrationError that names the first Linear whose input isn't finite."""
         for name, observer in self.inputs.items():
             if not observer.is_finite():
                 raise CalibrationError(
@@ -308,8 +310,8 @@ class BlockStatistics:
                 )
 
     def reduced(self, ranks: Ranks) -> BlockStatistics:
-        """The statistics of all ranks together, on every rank: counts and maxima as one process
-        gets them, to the last bit.
+        """The statistics of all ranks, on every rank. Counts and maxima are bit-identical to those
+        of one process.
         """
         if ranks.count == 1:
             return self
@@ -321,17 +323,19 @@ class BlockStatistics:
                 key = getattr(observer, name).dtype, how
                 places.setdefault(key, []).append((observer, name))
         for (_, how), group in places.items():
-            turn = _upward if how == EXTREMES else torch.Tensor.contiguous
-            tensors = [turn(getattr(observer, name)) for observer, name in group]
+            # A maximum reduces pairs of minimum and maximum if the minimum is negated.
+            convert = _negate_minimum if how == EXTREMES else torch.Tensor.contiguous
+            tensors = [convert(getattr(observer, name)) for observer, name in group]
             reduced = ranks.reduce(tensors, SUM if how == SUM else MAX)
             for (observer, name), tensor in zip(group, reduced):
-                setattr(observer, name, turn(tensor))
+                setattr(observer, name, convert(tensor))
         whole.experts = dict(zip(whole.experts, ranks.reduce([*whole.experts.values()], SUM)))
         return whole
 
     def _structure_of_all(self, ranks: Ranks) -> BlockStatistics:
-        """Empty observers for whatever any rank has seen, in the same order everywhere: a rank may
-        have met experts that another hasn't.
+        """Empty observers for all that any rank has observed, in the same order on all ranks.
+
+        A rank may have sent tokens to experts that no other rank used.
         """
         whole = BlockStatistics()
         device = next(
@@ -355,7 +359,7 @@ class BlockStatistics:
         return whole
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything as it is stored: NAME.FIELD of inputs, MODULE.k_amax and .v_amax per head,
+        """The tensors to store: NAME.FIELD of inputs, MODULE.k_amax and MODULE.v_amax of heads, and
         MODULE.expert_tokens.
         """
         tensors: dict[str, Tensor] = {}
@@ -378,6 +382,6 @@ def _merge(ours: dict[Key, AnyObserver], theirs: Mapping[Key, AnyObserver]) -> N
             ours[key] = observer
 
 
-def _upward(extremes: Tensor) -> Tensor:
-    """Minimum and maximum as two numbers of which the larger counts; its own inverse."""
+def _negate_minimum(extremes: Tensor) -> Tensor:
+    """(minimum, maximum) → (-minimum, maximum), [..., 2]; its own inverse."""
     return extremes * torch.tensor([-1.0, 1.0], device=extremes.device)

@@ -1,4 +1,4 @@
-"""What to calibrate, and how."""
+"""Options of a calibration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,21 @@ from quantkit.schemes.recipe import Recipe
 class CalibrationOptions:
     """What to calibrate and how.
 
-    memory: bytes that hidden states may hold before they go to a file; None is half of what the
-    machine has to spare.
+    model: directory of the checkpoint.
+    output: the CALIB directory to write.
+    data: text sources; without any, the bundled text.
+    recipe: its algorithms are run; None measures statistics only.
+    num_samples: windows of text.
+    seq_len: tokens per window; None for 2048, or fewer where the model has fewer positions.
+    batch_size: windows per batch; None for one that suits the device.
+    seed: for sampling windows and for random rotations.
+    device: "auto", "cpu" or "cuda".
+    memory: bytes of hidden states kept in memory, the rest goes to a file; None for half of the
+        available memory.
     all_experts: show every token to every expert.
+    resume: continue an interrupted run.
+    overwrite: replace an existing output.
+    trust_remote_code: run the model's own Python code.
     """
 
     model: Path
@@ -34,5 +46,5 @@ class CalibrationOptions:
     trust_remote_code: bool = False
 
 
-# on_progress(done, in all, what is being done)
+# on_progress(blocks done, blocks in all, text)
 Progress = Callable[[float, float, str], None]

@@ -1,8 +1,8 @@
-"""A CALIB directory, read: what it says is checked before it is believed, and its files against the
-sizes and hashes that were recorded with them.
+"""Read a CALIB directory. `calibration.json` is checked against its schema, and every file against
+its recorded size and hash.
 
-`calibration.json` holds what most readers want; the `block-NNNNN.safetensors` beside it hold the
-full statistics, which `Calibration.observer` reads.
+`calibration.json` holds what most readers need. The full statistics are in
+`block-NNNNN.safetensors`, which `Calibration.observer` reads.
 """
 
 from __future__ import annotations
@@ -44,11 +44,17 @@ SCHEMA_VERSION = 4
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What was seen at one input: which Linears read it, and its largest magnitudes.
+    """Statistics of one input.
 
-    amax: outside the first positions; estimated where an expert saw too few tokens. quarters: amax
-    after each quarter of the data.
-    file: the block's, in CALIB.
+    name: of the first Linear that reads it, on disk.
+    linears: names on disk of all Linears that read it.
+    in_features: its number of channels.
+    tokens: how many were measured.
+    amax: largest magnitude outside first positions; estimated where an expert had too few tokens.
+    first_position_amax: largest magnitude in first positions of windows.
+    quarters: amax after each quarter of the data.
+    is_estimated: whether amax is estimated.
+    file: name of the file in CALIB with its full statistics.
     """
 
     name: str
@@ -64,18 +70,22 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A CALIB directory, opened."""
+    """A CALIB directory, opened.
+
+    path: of the directory.
+    description: calibration.json.
+    inputs: each Linear's name on disk → statistics of its input.
+    kv_amax: attention module → largest magnitude of its keys, and of its values.
+    """
 
     path: Path
     description: dict[str, Any]
-    inputs: dict[str, InputStatistics]  # by each Linear's name
-    kv_amax: dict[str, tuple[float, float]]  # attention module → largest key, largest value
+    inputs: dict[str, InputStatistics]
+    kv_amax: dict[str, tuple[float, float]]
 
     @classmethod
     def open(cls, path: str | Path) -> Calibration:
-        """Read a CALIB whose every value is of its kind and whose every file is as it was written;
-        anything else is a CalibrationError.
-        """
+        """Open a CALIB and check it. Raises CalibrationError where it is damaged or too old."""
         path = Path(path)
         if not (path / CALIBRATION_FILE).is_file():
             raise CalibrationError(
@@ -122,15 +132,17 @@ class Calibration:
             )
 
     def require_same_recipe(self, recipe: Recipe) -> None:
-        """A calibration made for a recipe serves that one only; one made without serves all."""
+        """Refuse a recipe that this calibration isn't valid for. One that was made with a recipe is
+        valid for that recipe only; one made without is valid for all that only round to nearest.
+        """
         earlier = self.description.get("recipe")
         if earlier is None and recipe.quantizes_weights:
             names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
             raise CalibrationError(
-                f"{self.path} holds statistics alone, and {names} choose weights with data;"
-                " calibrate again, with --recipe"
+                f"{self.path} holds statistics alone, but the recipe's algorithms ({names}) run"
+                " during calibration; calibrate again with --recipe"
             )
-        neutral = ObserverChoice()  # the statistics serve every observer
+        neutral = ObserverChoice()  # any observer can be computed from the statistics
         if (
             earlier is not None
             and replace(Recipe.from_mapping(earlier, str(self.path)), observer=neutral).canonical()
@@ -138,12 +150,12 @@ class Calibration:
         ):
             raise CalibrationError(
                 f"{self.path} was made for another recipe; export with the same recipe, or"
-                " calibrate without one, which serves every scheme"
+                " calibrate without one, for any scheme"
             )
 
     def require_recoverable(self) -> None:
-        """Refuse algorithms that changed weights in another way than by rotating them or scaling
-        their rows and columns: only that is undone from codes.
+        """Refuse a calibration whose algorithms changed weights in another way than by rotating
+        them or scaling rows and columns: only these changes can be undone from codes.
         """
         recipe = self.description.get("recipe")
         if recipe is None:
@@ -158,8 +170,8 @@ class Calibration:
 
     @cached_property
     def weights(self) -> dict[str, TensorInfo]:
-        """What algorithms chose: NAME.weight (codes) and NAME.weight_scale [block rows, block
-        columns] of Linears, and other parameters that changed.
+        """The tensors that algorithms made: NAME.weight (codes) and NAME.weight_scale, [block rows,
+        block columns], of Linears, and other parameters that changed.
         """
         names = (self.description.get("chosen") or {"files": []})["files"]
         return {
@@ -168,13 +180,13 @@ class Calibration:
 
     @property
     def untied(self) -> dict[str, str]:
-        """The output head's tensor and the embedding's, where an algorithm gave them values of
-        their own.
+        """Name of the output head's tensor → name of the embedding's, where an algorithm untied
+        them.
         """
         return (self.description.get("chosen") or {}).get("untied") or {}
 
     def quantized_weight(self, linear: str, spec: QuantSpec) -> QuantizedTensor | None:
-        """The codes and scales that were chosen for a Linear, if any were."""
+        """A Linear's codes and scales, if an algorithm made them; else None."""
         from quantkit.ops.reference import QuantizedTensor
 
         if f"{linear}.weight_scale" not in self.weights:
@@ -188,8 +200,9 @@ class Calibration:
     def require_weights(
         self, linears: Mapping[str, tuple[tuple[int, ...], QuantSpec]], checkpoint: Checkpoint
     ) -> None:
-        """Refuse chosen weights that aren't of these Linears' shapes and formats (name → shape,
-        spec), or of the checkpoint's other tensors.
+        """Refuse weights that fit neither these Linears nor the checkpoint's other tensors.
+
+        linears: name on disk → shape [out_features, in_features] and spec.
         """
         expected: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, (shape, spec) in linears.items():
@@ -207,8 +220,8 @@ class Calibration:
         for name, info in self.weights.items():
             if (info.dtype, info.shape) != (expected.get(name) or others.get(name)):
                 raise CalibrationError(
-                    f"{self.path} holds {name} as {info.dtype} {list(info.shape)}, which the recipe"
-                    " and the model have no place for; calibrate again"
+                    f"{self.path} holds {name} as {info.dtype} {list(info.shape)}, which doesn't"
+                    " fit the recipe and the model; calibrate again"
                 )
 
     @cached_property
@@ -236,8 +249,8 @@ class Calibration:
     def static_amax(self, linear: str, spec: QuantSpec, observer: ObserverChoice) -> float:
         """The magnitude that a static input scale maps to the largest code.
 
-        INT8 leaves the first positions out: one enormous token there would take the codes from all
-        others. A float format has range to spare and clipping that token costs more.
+        INT8 leaves first positions out: a massive activation there would leave too few codes for
+        all other tokens. FP8 has range to spare, and clipping that token costs more.
         """
         statistics = self.inputs[linear]
         amax = statistics.amax
@@ -250,11 +263,11 @@ class Calibration:
         )
 
 
-# ---- Is it what `calibrate` wrote?
+# ---- Checks of what is read.
 
 
 def _require_as_written(path: Path, entry: Mapping[str, Any]) -> None:
-    """A file with the size and the hash that were recorded when it was written."""
+    """Refuse a file that hasn't the recorded size and hash."""
     if not path.is_file():
         what = "it is missing"
     elif path.stat().st_size != entry["bytes"]:
@@ -270,7 +283,7 @@ def _checked_files(description: Mapping[str, Any]) -> dict[str, Mapping[str, Any
     files = require_kind(description, "files", KINDS["object"])
     for name, entry in files.items():
         if Path(name).name != name or "\0" in name or not isinstance(entry, dict):
-            raise Damage(f"it names the file {name[:100]!r}, which is not beside it")
+            raise Damage(f"it names the file {name[:100]!r}, which is not in its directory")
         require(entry, {"bytes": "count", "blake3": "text"})
     return files
 
@@ -291,7 +304,7 @@ def _input_statistics(entry: Mapping[str, Any], files: Mapping[str, Any]) -> Inp
     )
 
 
-# What readers of calibration.json rely on.
+# The fields of calibration.json that are read.
 _SCHEMA: Schema = {
     "inputs": [
         {
@@ -322,7 +335,7 @@ _SCHEMA: Schema = {
 
 
 def _require_algorithm_report(description: Mapping[str, Any]) -> None:
-    """What algorithms wrote, and the recipe that asked for them."""
+    """Check `chosen` of calibration.json, by the sections of the recipe's algorithms."""
     algorithms: set[str] = set()
     if description.get("recipe") is not None:
         recipe = require_kind(description, "recipe", KINDS["object"])
@@ -333,17 +346,17 @@ def _require_algorithm_report(description: Mapping[str, Any]) -> None:
         algorithms = {algorithm.name for algorithm in parsed.algorithms}
     if description.get("chosen") is None:
         return
-    chosen = require_kind(description, "chosen", KINDS["object"])
+    report = require_kind(description, "chosen", KINDS["object"])
     linear: dict[str, str] = {"name": "text", "algorithm": "text", "reason": "text, or absent"}
     schema: dict[str, Any] = {"linears": [linear], "untied": "texts by name"}
     for name, row in ALGORITHMS.items():
-        # Earlier versions didn't write the sections of algorithms that they didn't have.
-        known = [key for key in row.sections if key in chosen or name in algorithms]
+        # Earlier versions didn't write sections of algorithms that they lacked.
+        known = [key for key in row.sections if key in report or name in algorithms]
         schema |= {key: [row.sections[key]] for key in known}
         linear |= {key: f"{kind}{OPTIONAL}" for key, kind in row.linear_fields.items()}
-    require(chosen, schema)
+    require(report, schema)
     is_file = _is_names_of(description["files"])
-    require_kind(chosen, "files", Kind("names of its files", is_file))
+    require_kind(report, "files", Kind("names of its files", is_file))
 
 
 def _is_names_of(files: Mapping[str, Any]) -> Callable[[Any], bool]:

@@ -39,8 +39,10 @@ from quantkit.schemes.recipe import Algorithm
 
 
 def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rotation:
-    """The matrices that a recipe's entry asks for. Raises RecipeError where embeddings would have
-    to be untied and the recipe doesn't accept that.
+    """The matrices that a recipe's `rotation` entry asks for.
+
+    Raises RecipeError where input and output embeddings are tied and the recipe doesn't say
+    `untie: true`: after a rotation they differ.
     """
     config = model.model.config.get_text_config()
     untied: dict[str, str] = {}
@@ -55,9 +57,9 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
                 weight = model.model.get_input_embeddings().weight
                 extra = format_bytes(weight.numel() * weight.element_size())
                 raise RecipeError(
-                    f"rotation gives {embedding} and {output}, which are one tensor here, values of"
-                    f" their own: {extra} more; accept that with rotation: {{untie: true}}, or"
-                    " rotate only heads with rotation: {residual: false}"
+                    f"rotation unties {embedding} and {output}, which share one tensor here: the"
+                    f" checkpoint grows, {extra} more; accept that with rotation: {{untie: true}},"
+                    " or rotate only heads with rotation: {residual: false}"
                 )
             untied = {
                 name_on_disk(model, f"{output}.weight"): name_on_disk(model, f"{embedding}.weight")
@@ -75,7 +77,7 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
     return Rotation(stream, head, untied)
 
 
-# ---- As a step of the block quantizer.
+# ---- One block.
 
 
 def needs(settings: Algorithm) -> Needs:
@@ -83,7 +85,7 @@ def needs(settings: Algorithm) -> Needs:
 
 
 def change_block(block_run: BlockRun, settings: Algorithm) -> BlockChanges:
-    """Rotate a block as the whole model is rotated; rank 0 does it for all."""
+    """Rotate a block with the model's matrices, on rank 0 for all ranks."""
     rotation = block_run.rotation
     assert rotation is not None, "a recipe with rotation has its matrices"
 
@@ -112,8 +114,8 @@ def _entry(name: str, found: RotatedBlock | None) -> dict[str, Any]:
     }
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    rotated = chosen["rotations"]
+def describe(report: Mapping[str, Any]) -> Description:
+    rotated = report["rotations"]
     tables: tuple[Table, ...] = ()
     if rotated:
         rows = [
@@ -128,29 +130,29 @@ def describe(chosen: Mapping[str, Any]) -> Description:
             "block",
             "norms that read the stream",
             "Linears that write to it",
-            "projections of values",
-            "change of what it adds",
+            "value projections",
+            "relative change of its output",
         )
         tables = (("rotated", columns, rows, (1, 2, 3, 4)),)
-    return Description(tuple(_remarks(rotated, chosen["untied"])), tables)
+    return Description(tuple(_remarks(rotated, report["untied"])), tables)
 
 
 def _remarks(rotated: Sequence[Mapping[str, Any]], untied: Mapping[str, str]) -> Iterator[str]:
     heads = sum(len(entry["heads"]) for entry in rotated)
     what = [
         *(["the residual stream"] if any(entry["norms"] for entry in rotated) else []),
-        *([f"{counted(heads, 'projection')} of values"] if heads else []),
+        *([counted(heads, "value projection")] if heads else []),
     ]
     worst = max((entry["change"] for entry in rotated), default=0.0)
     yield (
-        f"rotation: {' and '.join(what) or 'nothing'} rotated; every block returns what it did,"
-        f" up to {worst:.1e} of what it adds to its input"
+        f"rotation: rotated {' and '.join(what) or 'nothing'}; the output of every block is the"
+        f" same up to {worst:.1e} of what it adds to its input"
     )
     for name, source in untied.items():
-        yield f"rotation: {name} is no longer {source}, so the checkpoint grows by one of them"
+        yield f"rotation: {name} is untied from {source}, so the checkpoint grows by one tensor"
 
 
-# ---- Before hours are spent.
+# ---- A trial of all blocks.
 
 
 def try_rotation(
@@ -160,11 +162,12 @@ def try_rotation(
     shapes: Mapping[str, tuple[int, ...]],
     on_block: Callable[[int], None],
 ) -> None:
-    """Rotate every block on one short window and throw the result away: what can't be rotated is
-    refused now. The model can't be used afterwards.
+    """Rotate every block on one short window and throw the result away, so that a model that can't
+    be rotated is refused early. The model can't be used afterwards. Raises CalibrationError.
 
-    tokens: [windows, positions]. shapes: of the checkpoint's tensors. on_block(number) is called
-    before each block.
+    tokens: [windows, positions].
+    shapes: of the checkpoint's tensors, by name.
+    on_block: called with each block's number before it is rotated.
     """
     tokens = tokens[:1, :TRIAL_POSITIONS]
     if rotation.stream is not None:
@@ -193,12 +196,16 @@ def _try_outer(
     stream: Tensor,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Refuse what can't be rotated outside of the blocks. stream: [hidden size, hidden size]."""
+    """Refuse a model whose layers outside the blocks can't be rotated. stream: [hidden size, hidden
+    size].
+    """
     unknown = [
         name for name in model.unexpected if len(shapes[name]) > 1 and len(stream) in shapes[name]
     ]
     if unknown:
-        reason = "transformers doesn't run it, so nobody knows whether it reads what is rotated"
+        reason = (
+            "transformers doesn't run it, so it is unknown whether it reads rotated hidden states"
+        )
         raise RotationRefusal(reason).error(unknown[0])
     model.load_outer(with_head=True)
     rotated_outer(model, tokens, rotation)

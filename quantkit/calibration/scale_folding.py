@@ -1,14 +1,13 @@
-"""Where a scale per channel can be folded into what comes before a Linear, found by running the
-block and not by a table of architectures.
+"""Fold per-channel scales of Linears into the norm or Linear before them. Where that is possible is
+found by running the block, not by a table of architectures.
 
-A norm feeds the Linears that are handed the very tensor that it returned. A Linear feeds another
-where scaling its outputs, each channel by a number of its own, scales the other's inputs, each by
-one of these numbers: so it is with values and the output projection (whatever attention does
-between, and however many query heads read one head of values), and with up and down, but not with
-gate and down.
+- A norm feeds the Linears whose input is the very tensor that it returned.
+- A Linear feeds another if scaling its output channels scales the other's input channels by the
+  same numbers. This holds for v_proj and o_proj, also where query heads share a value head. It
+  holds for up_proj and down_proj, not for gate_proj and down_proj.
 
-Whatever is folded is tried on a float32 copy of the block, with scales that are powers of two, and
-must leave its output as it was.
+Each folding is tried on a float32 copy of the block, with scales that are powers of two. The
+block's output must stay the same.
 """
 
 from __future__ import annotations
@@ -27,21 +26,22 @@ from quantkit.models.blockwise import BlockwiseModel
 from quantkit.models.dataflow import Trace, trace
 from quantkit.models.hooks import capture
 
-# How much of what a block adds to its input may change when only float32's rounding differs:
-# algebra that doesn't hold changes a tenth and more.
+# The largest change of a block's output, relative to what the block adds to its input, that float32
+# rounding may cause. A folding that doesn't hold changes a tenth or more.
 TOLERANCE = 1e-3
-# The same for scales as they are stored, where a norm or a Linear that isn't quantized is rounded
-# to bfloat16.
+# The same where unquantized parameters (norms) are rounded to the dtype that is stored, bfloat16.
 STORED_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
 class ScaleFolding:
-    """producer: a norm, or the Linear whose outputs are scaled. consumers: the Linears whose inputs
-    are. All are paths inside of the block.
+    """A norm or Linear that can take up the input scales of Linears. Names are paths in the block.
 
-    adds_one: the norm multiplies by 1 + weight. channels: of a Linear, its output channel that
-    scales each of the consumer's input channels, [in_features].
+    producer: the norm or Linear whose outputs are divided by the scales.
+    consumers: the Linears whose input channels are multiplied by them.
+    adds_one: the producer is a norm that multiplies by 1 + weight.
+    channels: for each input channel of the consumer, the producer's output channel that it follows,
+        [in_features]; None where the producer is a norm.
     """
 
     producer: str
@@ -51,8 +51,11 @@ class ScaleFolding:
 
 
 class BlockProbe:
-    """A float32 copy of a block with one batch of its inputs. hidden: [windows, positions, hidden
-    size].
+    """A float32 copy of a block with one batch of its inputs.
+
+    block: the copy.
+    hidden: the hidden states that the block reads, [windows, positions, hidden size] float32.
+    output: what the unchanged block returns for them, of the same shape.
     """
 
     def __init__(
@@ -76,11 +79,11 @@ class BlockProbe:
         ).float()
 
     def change(self, rotation: Tensor | None = None) -> float:
-        """How far the block's output now is from what it was, over what the block adds to its
-        input: of nine tokens in ten it is less.
+        """How far the block's output is from the original's, relative to what the block adds to its
+        input: the 90th percentile over tokens; infinity where it isn't finite.
 
-        rotation: of the hidden states, where the parameters that the copy has now expect and return
-        them rotated, [hidden size, hidden size].
+        rotation: [hidden size, hidden size], where the present parameters expect and return rotated
+        hidden states.
         """
         output = self.run() if rotation is None else self.run(self.hidden @ rotation) @ rotation.T
         moved = (output - self.output).norm(dim=-1) / (self.output - self.hidden).norm(
@@ -90,7 +93,7 @@ class BlockProbe:
 
     @contextmanager
     def changed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """The copy with these parameters in place of its own for a while."""
+        """Replace parameters of the copy within this context. tensors: by path."""
         parameters = dict(self.block.named_parameters())
         before = {name: parameters[name].data for name in tensors}
         try:
@@ -103,7 +106,7 @@ class BlockProbe:
 
 
 def find_foldings(probe: BlockProbe) -> tuple[list[ScaleFolding], dict[str, str]]:
-    """All foldings of a block, and for each Linear whose inputs can't be scaled the reason."""
+    """All foldings of a block, and for each Linear whose inputs can't be scaled the reason why."""
     found = trace(probe.block, probe.run)
     foldings, reasons = _norm_foldings(probe, found)
     into_linears, without = _linear_foldings(probe, found)
@@ -111,12 +114,12 @@ def find_foldings(probe: BlockProbe) -> tuple[list[ScaleFolding], dict[str, str]
 
 
 def find_norm_foldings(probe: BlockProbe) -> tuple[list[ScaleFolding], dict[str, str]]:
-    """Those into norms alone, and the reasons of Linears behind a norm that takes no scale."""
+    """The foldings into norms, and for each Linear after a norm that takes no scale the reason."""
     return _norm_foldings(probe, trace(probe.block, probe.run))
 
 
 def find_linear_foldings(probe: BlockProbe) -> list[ScaleFolding]:
-    """Those into Linears alone."""
+    """The foldings of Linears into Linears."""
     return _linear_foldings(probe, trace(probe.block, probe.run))[0]
 
 
@@ -138,7 +141,7 @@ def _norm_foldings(probe: BlockProbe, found: Trace) -> tuple[list[ScaleFolding],
         else:
             reasons |= dict.fromkeys(
                 consumers,
-                f"more than Linears reads what {norm} returns, or it isn't scaled by its weight",
+                f"not only Linears read what {norm} returns, or it isn't scaled by its weight",
             )
     return foldings, reasons
 
@@ -160,8 +163,8 @@ def _linear_foldings(probe: BlockProbe, found: Trace) -> tuple[list[ScaleFolding
 
 
 def keeps_output(probe: BlockProbe, folding: ScaleFolding) -> bool:
-    """Whether the folding leaves the output as it was, tried with scales ½, 1 and 2, which round
-    nothing.
+    """Whether the folding leaves the block's output the same, tried with scales ½, 1 and 2, which
+    cause no rounding.
     """
     parameters = dict(probe.block.named_parameters())
     size = parameters[f"{folding.producer}.weight"].shape[0]
@@ -178,11 +181,14 @@ def folded_parameters(
     scale: Tensor,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters that a folding changes: float32, or rounded to `dtypes` where a parameter is
-    stored so.
+    """The parameters that a folding changes, by path, float32.
 
-    scale: what the consumers' inputs are divided by, for each channel of the producer. Where the
-    producer is rounded, the consumers take up just what it became, so that nothing is lost.
+    Where the producer's weight is rounded, its effective scale changes a little. The consumers are
+    multiplied by that scale, so that the block computes the same.
+
+    parameters: of the block, by path.
+    scale: what the consumers' inputs are divided by, for each channel of the producer.
+    dtypes: parameters that are stored unquantized are rounded to these, by path.
     """
     dtypes = dtypes or {}
     weight = parameters[f"{folding.producer}.weight"].float()
@@ -219,12 +225,12 @@ def _linear_folding(probe: BlockProbe, producer: str, consumer: str) -> ScaleFol
     if second.in_features % first.out_features:
         return None
     size = first.out_features
-    # all different, between 1 and 2
+    # All different, between 1 and 2, so that a channel is found again by its scale.
     scale = 1 + torch.arange(1, size + 1, device=first.weight.device) / size
     before = _inputs(probe, consumer)
     with capture({producer: first}, after=lambda _, output: output * scale):
         after = _inputs(probe, consumer)
-    # Over the tokens, the ratio that fits best, and how well it does.
+    # The least-squares ratio over the tokens for each channel, and its relative error.
     signal = before.square().sum(0).clamp(min=1e-30)
     ratio = (before * after).sum(0) / signal
     misfit = (after - before * ratio).square().sum(0) / signal
@@ -243,7 +249,7 @@ def _linear(probe: BlockProbe, path: str) -> nn.Linear:
 
 
 def _inputs(probe: BlockProbe, linear: str) -> Tensor:
-    """What a Linear is given, over all its calls, [rows, in_features]."""
+    """The inputs of a Linear over all its calls, [rows, in_features]."""
     seen: list[Tensor] = []
     with capture(
         {linear: probe.block.get_submodule(linear)},

@@ -1,7 +1,7 @@
-"""SmoothQuant on a decoder block: which scales are folded into which norm or Linear.
+"""SmoothQuant on a decoder block: search scales and fold them into norms and Linears.
 
-`algorithms/smoothquant.py` finds a scale for the Linears that read one input; `scale_folding.py`
-finds what can take it up. Here both are put together, and the block must return what it did.
+`algorithms/smoothquant.py` finds the scale of Linears that share an input. `scale_folding.py` finds
+the norm or Linear that can take it up. The block's output must stay the same.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from quantkit.checkpoint.units import counted
 from quantkit.schemes.algorithms import Description, Table
 from quantkit.schemes.recipe import Algorithm
 
-# Rows of each input on which a scale is searched, drawn from all batches, and how many numbers they
-# may be.
+# A scale is searched on so many rows of each input, drawn from all batches, and at most so many
+# values.
 SEARCH_ROWS, SEARCH_NUMBERS = 16384, 1 << 28
 
 
@@ -38,7 +38,7 @@ def needs(settings: Algorithm) -> Needs:
 
 
 def change_block(block_run: BlockRun, settings: Algorithm) -> BlockChanges:
-    """Search a scale for each folding of the block, on every rank the same."""
+    """Search a scale for each folding of the block; every rank gets the same scales."""
     probe = block_run.probe() if block_run.ranks.is_first else None
     foldings, reasons = block_run.ranks.broadcast_from_first(
         lambda: find_foldings(_on_first(probe))
@@ -71,7 +71,9 @@ def change_block(block_run: BlockRun, settings: Algorithm) -> BlockChanges:
     changed = {path: tensor for path, tensor in after.items() if tensor is not before[path]}
     change = block_run.ranks.broadcast_from_first(lambda: _change(_on_first(probe), changed))
     if not change < STORED_TOLERANCE:
-        reason = f"with the scales as they are stored the block's output changes by {change:.1%}"
+        reason = (
+            f"with scales rounded as they are stored, the block's output changes by {change:.1%}"
+        )
         return BlockChanges(described={"refused": refused + _refused(block_run, foldings, reason)})
     return BlockChanges(changed, {"folds": entries, "refused": refused})
 
@@ -87,10 +89,11 @@ def _searched(
     weights: Mapping[str, Tensor],
     strength: float | None,
 ) -> list[Smoothing | None]:
-    """A scale for each folding, or None where none helps.
+    """A scale for each folding, or None where none helps. Foldings scale different columns, so that
+    each is searched on the original weights.
 
-    weights: the block's, float32 by path. Each folding scales other columns, so that none changes
-    what another is searched on.
+    weights: the block's parameters by path, float32.
+    strength: α, or None to search it.
     """
     first = [folding.consumers[0] for folding in foldings]
     width = max(block_run.linear(path).in_features for path in first)
@@ -120,8 +123,9 @@ def _change(probe: BlockProbe, changed: Mapping[str, Tensor]) -> float:
 
 
 def _of_producer(folding: ScaleFolding, scale: Tensor) -> Tensor:
-    """A scale of the consumers' inputs as one of the producer's channels; equal where several read
-    one channel.
+    """The scale of the consumers' input channels as a scale of the producer's output channels.
+
+    Input channels that follow one output channel have equal scales.
     """
     if folding.channels is None:
         return scale
@@ -153,27 +157,27 @@ def _described(block_run: BlockRun, folding: ScaleFolding, found: Smoothing) -> 
     }
 
 
-# ---- For people.
+# ---- Remarks and tables.
 
 
-def describe(chosen: Mapping[str, Any]) -> Description:
-    return Description(tuple(_remarks(chosen)), tuple(_tables(chosen)))
+def describe(report: Mapping[str, Any]) -> Description:
+    return Description(tuple(_remarks(report)), tuple(_tables(report)))
 
 
-def _remarks(chosen: Mapping[str, Any]) -> Iterator[str]:
-    strengths = sorted({folding["strength"] for folding in chosen["folds"]})
+def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    strengths = sorted({folding["strength"] for folding in report["folds"]})
     span = f", strengths {strengths[0]:g} to {strengths[-1]:g}" if strengths else ""
     yield (
-        f"smoothquant: {counted(len(chosen['folds']), 'scale')} folded into what comes before{span}"
+        f"smoothquant: {counted(len(report['folds']), 'scale')} folded into norms and Linears{span}"
     )
-    for reason, count in Counter(entry["reason"] for entry in chosen["refused"]).items():
-        first = next(entry["linear"] for entry in chosen["refused"] if entry["reason"] == reason)
+    for reason, count in Counter(entry["reason"] for entry in report["refused"]).items():
+        first = next(entry["linear"] for entry in report["refused"] if entry["reason"] == reason)
         others = f" and {count - 1} others" if count > 1 else ""
-        yield f"smoothquant left the inputs of {first}{others} alone: {reason}"
+        yield f"smoothquant skipped the inputs of {first}{others}: {reason}"
 
 
-def _tables(chosen: Mapping[str, Any]) -> Iterator[Table]:
-    if chosen["folds"]:
+def _tables(report: Mapping[str, Any]) -> Iterator[Table]:
+    if report["folds"]:
         rows = [
             [
                 folding["into"],
@@ -182,18 +186,18 @@ def _tables(chosen: Mapping[str, Any]) -> Iterator[Table]:
                 f"{folding['plain_error']:.3g}",
                 f"{folding['error']:.3g}",
             ]
-            for folding in chosen["folds"]
+            for folding in report["folds"]
         ]
         yield (
-            "scales folded by smoothquant; errors of the Linears' outputs, over their squares",
+            "scales folded by smoothquant; squared errors relative to the Linears' outputs",
             ("folded into", "Linears", "strength", "squared error without", "with"),
             rows,
             (1, 3, 4),
         )
-    if chosen["refused"]:
+    if report["refused"]:
         yield (
-            "inputs that smoothquant left alone",
+            "inputs that smoothquant skipped",
             ("input of", "why"),
-            [[entry["linear"], entry["reason"]] for entry in chosen["refused"]],
+            [[entry["linear"], entry["reason"]] for entry in report["refused"]],
             (),
         )

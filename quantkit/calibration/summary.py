@@ -1,4 +1,4 @@
-"""What a calibration did, for the terminal: counts, speed, and what deserves a remark."""
+"""The summary of a calibration for the terminal: counts, speed, and warnings."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ from quantkit.schemes.pattern import covering_patterns
 class CalibrationSummary:
     """What a run did.
 
-    unsettled: inputs whose amax still grew.
+    path: of CALIB.
+    windows: windows of text that were used.
+    seq_len: tokens per window.
+    requested: windows that were asked for.
+    inputs: measured inputs.
+    linears: Linears that read them.
+    seconds: wall time.
+    tokens_per_second: tokens over wall time.
+    peak_memory_bytes: of this process.
+    unsettled: inputs whose amax still grew in the last quarter of the data.
     starved: experts with too few tokens.
-    unread: other Linears that no token reached, which have no static scale.
+    unread: other Linears that no token reached; they have no static scale.
     refused: parameters that `export` can't quantize.
-    ignore: patterns that match just these, by "unread" and "refused".
+    ignore: patterns that match exactly these, under "unread" and "refused".
+    was_finished: an earlier run had finished, nothing was measured.
     chosen: what algorithms did, in sentences.
     """
 

@@ -1,8 +1,8 @@
-"""What algorithms chose, as files of CALIB: `weights-NNNNN.safetensors` for each block, and
-`weights-outer.safetensors` for what a rotation changes around them.
+"""The files of quantized weights in CALIB: `weights-NNNNN.safetensors` for each block, and
+`weights-outer.safetensors` for layers outside the blocks that a rotation changes.
 
-A file is written when what it holds is final, and recorded with its hash; a later run puts in place
-what an earlier one wrote.
+A file is written once its block is finished, and recorded with its hash. A resumed run installs the
+weights of files that are complete.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def weights_file(number: int) -> str:
 class QuantizedWeightFiles:
     """The files of one run.
 
-    quantizer: whose work they hold.
-    output: CALIB.partial on rank 0, which reads and writes them for all ranks.
+    quantizer: makes their contents.
+    output: CALIB.partial on rank 0, which reads and writes for all ranks; None on other ranks.
     """
 
     quantizer: BlockQuantizer
@@ -64,8 +64,12 @@ class QuantizedWeightFiles:
         shapes: Mapping[str, tuple[int, ...]],
         on_block: Callable[[int], None],
     ) -> None:
-        """Refuse now a rotation that couldn't be finished. build: makes a model of its own for
-        that. tokens: [windows, positions].
+        """Refuse a model that can't be rotated before the first block is worked on.
+
+        build: makes a second model, for the trial.
+        tokens: [windows, positions].
+        shapes: of the checkpoint's tensors, by name.
+        on_block: called with each block's number before it is tried.
         """
         rotation = self.quantizer.rotation
         if rotation is None:
@@ -81,8 +85,9 @@ class QuantizedWeightFiles:
         self.ranks.on_first(attempt)
 
     def load_outer(self, tokens: Tensor) -> None:
-        """Bring in what stands around the blocks, as it will be. tokens: [windows, positions], on
-        which a rotation is checked.
+        """Load the layers outside the blocks, rotated if the recipe rotates the residual stream.
+
+        tokens: [windows, positions], on which the rotation is checked.
         """
         model, rotation = self.quantizer.model, self.quantizer.rotation
         if rotation is None or rotation.stream is None:
@@ -101,7 +106,7 @@ class QuantizedWeightFiles:
         put_outer(model, self.ranks.broadcast_tensors(found))
 
     def install(self, number: int, block: nn.Module) -> None:
-        """Make a block what an earlier run chose."""
+        """Install the weights that an earlier run quantized for a block."""
         self.quantizer.install(
             number,
             block,
@@ -118,10 +123,10 @@ class QuantizedWeightFiles:
         calls: Mapping[int, Any],
         states: HiddenStates,
     ) -> None:
-        """Choose a block's weights, put them in place and write them."""
-        chosen = self.quantizer.quantize(number, block, batches, calls, states)
+        """Quantize a block in place and write its weights; see `BlockQuantizer.quantize`."""
+        quantized = self.quantizer.quantize(number, block, batches, calls, states)
         if self.ranks.is_first:
-            self._write(weights_file(number), chosen.to_tensors(), chosen.described)
+            self._write(weights_file(number), quantized.to_tensors(), quantized.described)
 
     def _read(self, name: str) -> dict[str, Tensor]:
         return {
@@ -138,7 +143,7 @@ class QuantizedWeightFiles:
         )
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What CALIB says of it, and the record of each file."""
+        """`chosen` of calibration.json, and the size and hash of each file."""
         names = [weights_file(number) for number in range(self.quantizer.model.block_count)]
         described = [self._opened.done[name]["description"] for name in names]
         found: dict[str, Any] = {

@@ -384,8 +384,8 @@ def _calibration_for(
         if options.recipe.quantizes_weights:
             names = " and ".join(algorithm.name for algorithm in options.recipe.algorithms)
             raise CalibrationError(
-                f"{names} choose weights with data; first: quantkit calibrate"
-                f" {shlex.quote(str(options.model))} -o CALIB --recipe RECIPE, then pass"
+                f"the recipe's algorithms ({names}) run during calibration; first: quantkit"
+                f" calibrate {shlex.quote(str(options.model))} -o CALIB --recipe RECIPE, then pass"
                 " --calibration CALIB"
             )
         if static or options.recipe.kv_cache:

@@ -1,10 +1,10 @@
-"""Experts that transformers keeps in tensors of three dimensions: what they compute, and how they
-are made to compute it in a way of ours.
+"""Stacked experts, which transformers keeps in 3-D tensors for each layer: their forward, and how
+it is replaced in a model.
 
-transformers lets the forward of most be chosen by name. A few have one that it doesn't ask about;
-where that one computes the same as the others', which is tried on random numbers, it is replaced.
-Llama 4's is such: it is given every token once for each expert, times the router's score, which is
-0 where the router sends the token elsewhere.
+transformers selects the forward of most by name (`experts_implementation`). A few modules have a
+forward of their own. It is replaced if it computes the same as the others on random numbers.
+An example is Llama 4: its experts receive every token once for each expert, multiplied by the
+router's score. The score is 0 where the router doesn't send the token to the expert.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from quantkit.models.linear_views import DOWN, GATE_UP, find_stacks
 from quantkit.models.weight_map import WeightMap
 
-# (module, hidden states [tokens, features], the experts of each token [tokens, per token], their
-# weights [tokens, per token]) → [tokens, features]
+# (module, hidden states [tokens, features], top_k_index [tokens, experts per token], top_k_weights
+# [tokens, experts per token]) → [tokens, features]
 ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -55,8 +55,8 @@ def _declared(module: nn.Module) -> _Declared:
     return cast(_Declared, module)
 
 
-# Of a trial: features between an expert's Linears, and how large they are: some beyond any bound
-# that a gate has, some near zero.
+# The shapes of a trial, and the standard deviation of its hidden states: some values exceed the
+# clamping bounds of gates, some are near zero.
 _TRIAL_EXPERTS, _TRIAL_TOKENS, _TRIAL_WIDTH, _TRIAL_SIZE = 3, 4, 16, 12.0
 
 
@@ -69,18 +69,16 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def stack_names(module: nn.Module) -> tuple[str, str]:
-    """What its stacks are called: that of the matrices which read the hidden states (gate and up as
-    one, or up alone), and that of those which make the output.
-    """
+    """The names of its two stacks: gate and up as one (or up alone), and down."""
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
 def has_selectable_forward(module: nn.Module) -> bool:
-    """Whether the forward of such experts can be chosen."""
+    """Whether transformers selects the forward of these stacked experts by name."""
     return hasattr(module, "is_concatenated")
 
 
-# ---- What they compute.
+# ---- Their forward.
 
 
 def each_expert(
@@ -90,15 +88,19 @@ def each_expert(
     top_k_weights: Tensor,
     output_of: Callable[[int, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The forward of stacked experts, one after the other, as transformers' `eager` computes it.
+    """The forward of stacked experts, one expert after the other, as transformers' `eager` does it.
+    Returns [tokens, features].
 
-    output_of(expert, token, states): what an expert makes of the states [n, features] of the tokens
-    [n] that the router sends to it.
+    hidden_states: [tokens, features].
+    top_k_index: [tokens, experts per token]; a number that is no expert's is skipped.
+    top_k_weights: [tokens, experts per token].
+    output_of: gets an expert's number, the tokens that the router sends to it, [n], and their
+        hidden states, [n, features]; returns the expert's output, [n, features].
     """
     output = torch.zeros_like(hidden_states)
     experts = _declared(module)
     for expert in range(experts.num_experts):
-        # in the order of the eager forward
+        # The order of tokens is that of transformers' eager forward.
         position, token = torch.where((top_k_index == expert).T)
         if not len(token):
             continue
@@ -111,7 +113,7 @@ def each_expert(
 
 
 def expert_linear(module: nn.Module, leaf: str, expert: int, states: Tensor) -> Tensor:
-    """One expert's part of a stacked parameter as a Linear."""
+    """One expert's Linear. leaf: name of the stack; states: [n, in_features]."""
     experts = _declared(module)
     weight = getattr(module, leaf)[expert]
     bias = getattr(module, f"{leaf}_bias")[expert] if experts.has_bias else None
@@ -121,7 +123,9 @@ def expert_linear(module: nn.Module, leaf: str, expert: int, states: Tensor) -> 
 
 
 def gated(module: nn.Module, projected: Tensor) -> Tensor:
-    """What stands between an expert's Linears: gate times up, or an activation alone."""
+    """act(gate)·up from the first Linear's output, [n, gate and up features]; act(up) without a
+    gate.
+    """
     experts = _declared(module)
     if not experts.has_gate:
         return experts.act_fn(projected)
@@ -132,7 +136,7 @@ def gated(module: nn.Module, projected: Tensor) -> Tensor:
 
 
 def intermediate(module: nn.Module, expert: int, states: Tensor) -> Tensor:
-    """What the expert's last Linear reads."""
+    """The input of the expert's down Linear. states: [n, features]."""
     return gated(module, expert_linear(module, stack_names(module)[0], expert, states))
 
 
@@ -149,19 +153,20 @@ def plain_experts(
     return each_expert(module, hidden_states, top_k_index, top_k_weights, output_of)
 
 
-# ---- Whose forward transformers doesn't ask about.
+# ---- Experts with a forward of their own.
 
 
 def register_experts(name: str, forward: ExpertsForward) -> None:
-    """Let transformers find a forward by name, as `experts_implementation`."""
+    """Register a forward with transformers under a name, for `experts_implementation`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, forward)
 
 
 def adopt_experts(model: nn.Module, name: str) -> None:
-    """Let a registered forward run those experts of a model too that transformers doesn't ask which
-    one they have. What isn't theirs by trial stays as it is.
+    """Replace the forward of a model's experts that have one of their own by a registered one.
+
+    Experts that compute something else, by trial, are skipped.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -174,9 +179,7 @@ def adopt_experts(model: nn.Module, name: str) -> None:
 
 
 def _adopt(module: nn.Module, forward: ExpertsForward) -> None:
-    """Give experts what transformers' decorator gives to others: what they say of themselves, and a
-    forward.
-    """
+    """Give experts the attributes and the forward that transformers' decorator gives to others."""
     (count, rows, columns), (_, down_rows, down_columns) = (
         getattr(module, leaf).shape for leaf in stack_names(module)
     )
@@ -199,7 +202,10 @@ def _adopt(module: nn.Module, forward: ExpertsForward) -> None:
 
 
 def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int) -> bool:
-    """Whether a few small experts of the kind return what others so described would."""
+    """Whether small experts of this class return the same as `plain_experts` with these attributes.
+
+    described: the attributes. takes: how many arguments their forward has.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -225,7 +231,7 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
         torch.tensor([[0, 1], [1, 2], [1, 0], [0, 1]]),
         random(_TRIAL_TOKENS, 2).abs(),
     )
-    if takes == 1:  # as the router of such hands them over
+    if takes == 1:  # Tokens arrive sorted by expert and scaled by the router.
         scores = torch.zeros(_TRIAL_TOKENS, _TRIAL_EXPERTS).scatter(1, *arguments[1:])
         arguments = ((arguments[0] * scores.T[..., None]).flatten(0, 1),)
     try:
@@ -247,11 +253,11 @@ def _computes_alike(module: nn.Module, described: Mapping[str, bool], takes: int
 
 
 def _of_routed(forward: ExpertsForward) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A forward for experts that are given [experts · tokens, features], zero where the router
-    sends a token elsewhere: each row that isn't is a token of its own.
+    """A forward for experts that receive [experts · tokens, features], with zero rows where the
+    router doesn't send a token to the expert. Each other row counts as a token.
 
-    Only these are multiplied, so that the result is that of all rows up to the order of sums in a
-    product.
+    Only these rows are multiplied. The result is that of all rows, up to the order of sums in a
+    matrix product.
     """
 
     def run(module: nn.Module, routed: Tensor) -> Tensor:
@@ -264,8 +270,8 @@ def _of_routed(forward: ExpertsForward) -> Callable[[nn.Module, Tensor], Tensor]
     return run
 
 
-# By how many arguments experts of a forward of their own take: those of others, or rows that the
-# router has sorted and scaled.
+# By the number of arguments of their own forward: 3 as ExpertsForward, 1 for rows that the router
+# has sorted and scaled.
 _WAYS: dict[int, Callable[[ExpertsForward], Callable[..., Tensor]]] = {
     3: lambda forward: forward,
     1: _of_routed,
@@ -274,12 +280,11 @@ _WAYS: dict[int, Callable[[ExpertsForward], Callable[..., Tensor]]] = {
 
 @dataclass(frozen=True)
 class Restacked:
-    """Experts that are quantized one by one though the model was published with stacks, which is
-    all that transformers looks for.
+    """Experts that are quantized as single Linears, where transformers finds only stacks.
 
-    linears: stack, by its name on disk → the Linears of each expert. shapes: of the stacks as
-    transformers expects them. transposed: those whose matrices lie as [in_features, out_features],
-    which a square one doesn't tell of itself.
+    linears: name of a stack on disk → names of the Linears of each expert.
+    shapes: name of a stack → the shape that transformers expects.
+    transposed: stacks of [in_features, out_features] matrices; a square one doesn't show it.
     """
 
     linears: dict[str, list[list[str]]]
@@ -288,7 +293,7 @@ class Restacked:
 
     @classmethod
     def of(cls, model: nn.Module, linears: Iterable[str]) -> Restacked:
-        """linears: the quantized ones, by their names on disk."""
+        """linears: names on disk of the quantized Linears."""
         counts: dict[str, int] = {}
         for name in linears:
             found = re.match(rf"(.*\.experts)\.(\d+)\.({'|'.join(GATE_UP + DOWN)})$", name)
@@ -323,19 +328,20 @@ class Restacked:
         )
 
     def parts(self) -> set[str]:
+        """The Linears of all experts, by their names on disk."""
         return {
             linear for experts in self.linears.values() for linears in experts for linear in linears
         }
 
     def read(self, stack: str, weight: Callable[[str], Tensor]) -> Tensor:
-        """weight: of a Linear, dequantized."""
-        upright = torch.stack(
+        """A stack as transformers expects it. weight: reads a Linear's dequantized weight."""
+        stacked = torch.stack(
             [torch.cat([weight(linear) for linear in linears]) for linears in self.linears[stack]]
         )
-        return upright.transpose(1, 2).contiguous() if stack in self.transposed else upright
+        return stacked.transpose(1, 2).contiguous() if stack in self.transposed else stacked
 
     def names(self, tensor: str) -> list[str]:
-        """The Linears that a tensor on disk stands for."""
+        """The Linears in a stack; for another tensor, its own Linear."""
         return (
             [linear for linears in self.linears[tensor] for linear in linears]
             if tensor in self.linears

@@ -1,14 +1,15 @@
-"""The table of algorithms. One row says all that a recipe and `calibration.json` need to know of an
-algorithm; the module that it names does the work.
+"""The table of algorithms. A row says what recipes and `calibration.json` need to know about an
+algorithm, and names the module that implements it.
 
-A new algorithm is a row here and a module there. The module has three functions:
+A new algorithm is a row here and a module with three functions:
 
-    needs(settings) -> Needs                     what has to be measured first (layer_group.py)
-    change_block(block, settings) -> BlockChanges     (calibration/block_run.py), or
-    quantize_group(group, settings) -> None           (algorithms/layer_group.py)
-    describe(chosen) -> Description              for `calibrate` and `inspect`
+    needs(settings) -> Needs                             what must be measured first
+    change_block(block_run, settings) -> BlockChanges    if it works on a BLOCK (block_run.py), or
+    quantize_group(group, settings) -> None              if it works on a GROUP (layer_group.py)
+    describe(report) -> Description                      for `calibrate` and `inspect`
 
-`settings["damping"]` is a setting's value. `chosen` is that part of `calibration.json`.
+`settings["damping"]` is a setting's value. `report` is the object `chosen` of
+`calibration.json`.
 """
 
 from __future__ import annotations
@@ -21,21 +22,20 @@ from typing import Any
 
 from quantkit.errors import RecipeError
 
-# What an algorithm works on: a whole block, before codes are made, or the Linears that share an
-# input.
+# What an algorithm works on: a whole block before its Linears are quantized, or a group of Linears
+# that share an input.
 BLOCK, GROUP = "block", "group"
-# What it does to weights, beyond that they are rounded to codes. `sensitivity` recovers weights
-# that were rotated or whose rows and columns were scaled, and refuses CHANGES_WEIGHTS.
+# How it changes weights before they are rounded to codes. `sensitivity` recovers weights from codes
+# if they were rotated or their rows and columns scaled, and refuses CHANGES_WEIGHTS.
 CHANGES_NOTHING, ROTATES, SCALES, CHANGES_WEIGHTS = "nothing", "rotates", "scales", "weights"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A number, a whole one where the default is one, or true and false, that a recipe may give an
-    algorithm.
+    """A setting of an algorithm: a number, or true and false where the default is one of these.
 
-    default: None if the algorithm finds the value itself.
-    low, high: the smallest and the largest value allowed.
+    default: an int allows only whole numbers; None if the algorithm finds the value itself.
+    low, high: the smallest and the largest number allowed.
     """
 
     default: float | int | bool | None
@@ -58,16 +58,16 @@ class Setting:
             raise RecipeError(f"{where} is {value!r}, not a whole number")
 
 
-# (title, columns, rows, which columns are numbers)
+# (title, column names, rows, indices of columns with numbers)
 Table = tuple[str, tuple[str, ...], list[list[str]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What an algorithm did, for people.
+    """A report of what an algorithm did.
 
-    remarks: sentences, for `calibrate`.
-    tables: for `inspect`.
+    remarks: sentences that `calibrate` prints.
+    tables: that `inspect` prints.
     """
 
     remarks: tuple[str, ...] = ()
@@ -76,13 +76,15 @@ class Description:
 
 @dataclass(frozen=True)
 class AlgorithmRow:
-    """module: its implementation, by its full name.
+    """What is known about an algorithm.
+
+    module: full name of the module that implements it.
     works_on: BLOCK or GROUP.
-    changes: what it does to weights, see above.
-    settings: what a recipe may set.
-    sections: the lists that it adds to `chosen` in calibration.json, and the kind of each entry's
-        fields, as `calibration/fields.py` names them.
-    linear_fields: what it adds to each Linear's entry, likewise. Other Linears lack these.
+    changes: how it changes weights, see above.
+    settings: what a recipe may set, by name.
+    sections: the lists that it adds to `chosen` in calibration.json, by name: the kind of each
+        field of an entry (`calibration/fields.py`).
+    linear_fields: the fields that it may add to a Linear's entry, with their kinds.
     """
 
     module: str
@@ -96,8 +98,8 @@ class AlgorithmRow:
         return import_module(self.module)
 
 
-# In the order in which they work, whatever the order in a recipe. `rtn`, rounding to nearest, is
-# what `export` does without any.
+# In the order in which they run, whatever their order in a recipe. `rtn`, rounding to nearest, is
+# what `export` does without an algorithm.
 ALGORITHMS: dict[str, AlgorithmRow] = {
     "rotation": AlgorithmRow(
         "quantkit.calibration.rotate",

@@ -1,5 +1,5 @@
-"""Recipes: a scheme with exceptions, the algorithms that choose weights, and how static scales
-follow from statistics.
+"""Recipes: a scheme with exceptions, the algorithms that quantize weights, and the observer that
+sets static scales.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from quantkit.schemes.scheme import QuantScheme
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One entry of a recipe's `algorithms`: a name, and what its settings are where they aren't the
-    usual.
+    """One entry of a recipe's `algorithms`. Raises RecipeError for unknown names and settings.
+
+    name: of the algorithm, as in ALGORITHMS.
+    settings: (key, value) of settings that differ from the defaults.
     """
 
     name: str
@@ -61,19 +63,17 @@ class Algorithm:
         return {self.name: dict(self.settings)} if self.settings else self.name
 
     def __getitem__(self, key: str) -> Any:
-        """A setting's value: the given one, or the usual one."""
+        """A setting's value, given or default."""
         return dict(self.settings).get(key, self.row.settings[key].default)
 
     @property
     def row(self) -> AlgorithmRow:
-        """What this version knows of the algorithm."""
+        """The algorithm's row in ALGORITHMS."""
         return ALGORITHMS[self.name]
 
 
 def _strict_loader() -> type:
-    """YAML's safe loader, which refuses a key that stands twice: the first would be dropped in
-    silence.
-    """
+    """YAML's safe loader, but it refuses duplicate keys: YAML drops the first without a word."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -81,7 +81,7 @@ def _strict_loader() -> type:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
             if twice is not None:
-                raise yaml.YAMLError(f"the key '{twice}' stands twice")
+                raise yaml.YAMLError(f"the key '{twice}' appears twice")
             return super().construct_mapping(node, deep)
 
     return Loader
@@ -93,8 +93,10 @@ DEFAULT_PERCENTILE = 99.99
 
 @dataclass(frozen=True)
 class ObserverChoice:
-    """How a static input scale follows from what calibration saw: `absmax`, `percentile` (or
-    `percentile:99.9`), `mse` (the least squared error).
+    """How a static input scale is computed from statistics.
+
+    kind: `absmax`, `percentile` (or `percentile:99.9` in a recipe), or `mse` (least squared error).
+    percentile: of |x|, 50 to 100.
     """
 
     kind: str = "absmax"
@@ -127,12 +129,13 @@ class ObserverChoice:
 class Recipe:
     """A scheme, with algorithms and exceptions.
 
-    scheme: of every Linear that no rule, `ignore` or `layers` entry names otherwise.
-    ignore: Linears left as they are.
-    layers: exceptions, first match wins; an entry also reaches what is otherwise left by rule
-    (`lm_head`, routers).
-    kv_cache: "fp8", or None to leave the cache as it is.
-    observer: how static input scales follow from the calibration.
+    scheme: of every Linear without an exception.
+    algorithms: how weights are quantized; without any, they are rounded to nearest.
+    ignore: patterns of Linears that are skipped.
+    layers: (pattern, scheme) of exceptions; the first match wins. An entry also applies to Linears
+        that are skipped by default (`lm_head`, routers).
+    kv_cache: "fp8", or None for an unquantized cache.
+    observer: how static input scales are computed from the calibration.
     """
 
     scheme: QuantScheme
@@ -146,7 +149,7 @@ class Recipe:
         names = [algorithm.name for algorithm in self.algorithms]
         twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
         if twice is not None:
-            raise RecipeError(f"the algorithm '{twice}' stands twice; leave one out")
+            raise RecipeError(f"the algorithm '{twice}' appears twice; leave one out")
         if self.kv_cache not in (None, "fp8"):
             raise RecipeError(f"unknown kv_cache '{self.kv_cache}'; choose fp8 or leave it out")
 
@@ -225,7 +228,7 @@ class Recipe:
         }
 
     def canonical(self) -> str:
-        """One text per meaning, for fingerprints."""
+        """Text for fingerprints: equal for recipes that mean the same."""
         # The order of the exceptions is kept: the first match wins.
         layers = [[pattern.text, scheme.to_description()] for pattern, scheme in self.layers]
         return json.dumps(self.to_mapping() | {"layers": layers}, sort_keys=True)
@@ -249,14 +252,14 @@ class Recipe:
 
     @property
     def algorithms_in_order(self) -> list[Algorithm]:
-        """The algorithms in the order in which they work."""
+        """The algorithms in the order in which they run, whatever their order in the recipe."""
         names = list(ALGORITHMS)
         return sorted(self.algorithms, key=lambda algorithm: names.index(algorithm.name))
 
     @property
     def quantizes_weights(self) -> bool:
-        """Whether `calibrate` has to choose weights with data: all algorithms but rounding to
-        nearest do.
+        """Whether weights are quantized during calibration: by all algorithms but rounding to
+        nearest.
         """
         return any(algorithm.name != "rtn" for algorithm in self.algorithms)
 

@@ -1,5 +1,5 @@
-"""Weights chosen with data: recipe, calibration, export, judged; and a model with outliers that
-plain rounding ruins.
+"""Weights quantized with data, from a recipe over calibration and export to an evaluation; and a
+model with outliers that plain rounding ruins.
 """
 
 import json
@@ -147,7 +147,7 @@ def test_searched_scales_are_those_of_the_codes(options, export_to, llama):
 
 def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch):
     """What writes to the residual stream counts an error by what the next norm divides it by; what
-    reads behind a norm counts all tokens alike.
+    reads after a norm counts all tokens alike.
     """
     seen = {}
     weigh = BlockRun.weigh_tokens
@@ -216,9 +216,7 @@ def test_threads_change_no_byte(options, tmp_path):
 
 
 def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, options, tmp_path):
-    with pytest.raises(
-        CalibrationError, match="choose weights with data; first: quantkit calibrate"
-    ):
+    with pytest.raises(CalibrationError, match="run during calibration; first: quantkit calibrate"):
         plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(BEST)))
     with pytest.raises(CalibrationError, match="holds statistics alone"):
         plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(BEST), calib))

@@ -1,4 +1,4 @@
-"""Weights chosen by several processes: what one process chooses, up to the order in which float32
+"""Weights quantized by several processes: those of one process, up to the order in which float32
 sums are added up, and resumed to the same bytes.
 """
 

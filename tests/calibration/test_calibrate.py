@@ -151,7 +151,7 @@ def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
 def test_a_calibration_whose_blocks_hand_on_more_than_hidden_states_resumes_to_the_same_bytes(
     options, tmp_path, monkeypatch
 ):
-    """What they hand on isn't saved, so blocks that are done run again, though hidden states behind
+    """Side outputs aren't saved, so blocks that are done run again, though hidden states after
     them are there.
     """
     vocabulary = make_tokenizer(tmp_path / "zaya")

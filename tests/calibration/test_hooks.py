@@ -32,7 +32,7 @@ from quantkit.models.threads import each_batch, one_thread
 BATCHES = make_batches((2, 24), (1, 17), (2, 24))
 # The dtype of what adds up or is a maximum to the last bit, whatever the order.
 EXACT = ("channel_amax", "histogram", "token_histogram", "extremes", "first_extremes", "counts")
-TOLD = ("mixtral", "qwen3_moe", "gpt_oss")  # whose forward transformers lets be chosen
+TOLD = ("mixtral", "qwen3_moe", "gpt_oss")  # whose forward transformers selects by name
 EXPERT_KINDS = (*TOLD, "llama4_text")
 
 
@@ -533,8 +533,8 @@ def test_threads_record_what_one_records(stored):
     directory, _ = stored("mixtral")
     one, many = Recorded(directory), Recorded(directory, threads=4)
     for number in range(2):
-        for alone, beside in zip(one.by_batch[number], many.by_batch[number]):
-            assert_same(alone, beside)
+        for alone, among in zip(one.by_batch[number], many.by_batch[number]):
+            assert_same(alone, among)
 
 
 class _ProcessesOfOneTest:
@@ -611,7 +611,7 @@ def test_what_is_not_finite_names_block_and_linear(stored, position, value):
     blockwise.load_outer(with_head=False)
     captured = blockwise.capture(BATCHES[0], ObservingCache())
     with blockwise.block(1) as block, torch.inference_mode():
-        # What comes behind the activation, so that the other inputs of the block are finite.
+        # What follows the activation, so that the other inputs of the block are finite.
         block.mlp.act_fn.register_forward_hook(
             lambda _, __, output: output.index_fill(1, torch.tensor(position), value)
         )

@@ -310,7 +310,7 @@ def test_killed_run_resumes_to_the_same_bytes(at, options, tmp_path):
         pass
 
     def die(done: float, total: float, text: str) -> None:
-        if "choosing" in text and done >= at:
+        if "quantizing" in text and done >= at:
             raise Killed
 
     algorithms = [*ROTATED["algorithms"], "smoothquant", "gptq"]

@@ -124,7 +124,7 @@ def test_settings_are_read_and_others_are_the_usual():
         "recipe.yaml",
     )
     assert (
-        recipe.chooses_weights
+        recipe.quantizes_weights
         and recipe.needs_calibration
         and Recipe.from_mapping(recipe.to_mapping(), "again") == recipe
     )
@@ -132,8 +132,8 @@ def test_settings_are_read_and_others_are_the_usual():
         recipe.algorithm("smoothquant")["strength"] == 0.5
         and recipe.algorithm("gptq")["act_order"] is True
     )
-    assert not Recipe.from_mapping({"scheme": "int8", "algorithms": ["rtn"]}, "r").chooses_weights
-    with pytest.raises(RecipeError, match="'gptq' stands twice"):
+    assert not Recipe.from_mapping({"scheme": "int8", "algorithms": ["rtn"]}, "r").quantizes_weights
+    with pytest.raises(RecipeError, match="'gptq' appears twice"):
         Recipe.from_mapping(
             {"scheme": "int8", "algorithms": ["gptq", {"gptq": {"damping": 0.1}}]}, "r"
         )

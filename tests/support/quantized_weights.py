@@ -1,5 +1,5 @@
-"""Weights chosen with data, for the tests of each algorithm: made, judged, and a model that needs
-them.
+"""Checkpoints quantized with calibration data, their KL divergence, and a model with outliers, for
+the tests of the algorithms.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def kld(base: Path, quant: Path, text: Path) -> float:
 
 
 def with_outliers(model: Path, down: bool = True) -> Path:
-    """Some channels of every norm 256-fold, and the Linears behind it as much smaller: the same
+    """Some channels of every norm 256-fold, and the Linears after it as much smaller: the same
     function, to the last bit. down: the same between up and down.
     """
     path = model / "model.safetensors"
