@@ -153,7 +153,7 @@ def run_export(out: Output, plan: Any) -> tuple[Any, float]:
     schemes = {linear.scheme.name for linear in plan.linears.values()}
     out.note(
         f"{summary.path}: {counted(summary.quantized, 'Linear')} in"
-        f" {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, {summary.left} left;"
+        f" {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, {summary.skipped} left;"
         f" {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)}"
         f" ({100 * ratio:.0f} %), {seconds:.1f} s"
     )

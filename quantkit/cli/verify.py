@@ -50,8 +50,8 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
             title,
             right=(1,),
         )
-    if not out.as_json and out.verbose and found.left:
-        print_table(("left unquantized", "why"), list(found.left.items()))
+    if not out.as_json and out.verbose and found.skipped:
+        print_table(("left unquantized", "why"), list(found.skipped.items()))
     raise_faults(found)
 
 
@@ -79,7 +79,7 @@ def verified(out: Output, path: Path, base: Path | None, runtime: str | None) ->
         )
         out.note(
             f"{path}: sound; {counted(found.tensors, 'tensor')},"
-            f" {counted(found.quantized, 'Linear')} quantized, {len(found.left)} left{worst},"
+            f" {counted(found.quantized, 'Linear')} quantized, {len(found.skipped)} left{worst},"
             f" {time.monotonic() - started:.1f} s"
         )
     return found

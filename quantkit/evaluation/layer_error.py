@@ -169,14 +169,12 @@ class LayerProbe:
         for name, suffixes in self._stored.items():
             if name in self._errors or not self._comparable(name):
                 continue
-            scheme = self._config.scheme_of(name) if self._config else None
+            assert self._config is not None, "only a quantized checkpoint has stored Linears"
+            scheme = self._config.scheme_of(name)
             assert scheme is not None, name
             tensors = {suffix: self._candidate.read(f"{name}.{suffix}") for suffix in suffixes}
-            self._add(
-                self._compare(
-                    name, self._config.file_format.decode(tensors, scheme, name)[0], None, None
-                )
-            )
+            weight, _ = self._config.file_format.decode(tensors, scheme, name)
+            self._add(self._compare(name, weight, None, None))
         self._base.close()
         return worst_first(list(self._errors.values()))
 
