@@ -5,8 +5,8 @@ Logits are float32, because bfloat16 logits would add a KL of 1e-4, and ties for
 token at some percent of the positions. There are three ways, the fastest first:
 
 1. If logits are the output of `lm_head` and everything is bfloat16, one kernel computes the scores.
-2. If logits of a part of the vocabulary can be computed alone, they come a part at a time, of both
-   models at once, and are reduced to a few sums per position (ops/score_logits.py).
+2. If the logits of a part of the vocabulary can be computed alone, both models compute a part at a
+   time. The logits are reduced to a few sums per position (ops/score_logits.py).
 3. Otherwise the logits of some positions are computed for the whole vocabulary.
 """
 
@@ -89,6 +89,7 @@ class OutputHead:
 
     @property
     def parts(self) -> Sequence[slice | None]:
+        """The parts of the vocabulary, as in `HeadPlan`."""
         return self.plan.parts
 
     def packed(self, hidden: Tensor) -> PackedHead | None:

@@ -55,6 +55,7 @@ class QuantizedModel:
     not_in_model: tuple[str, ...] = ()
 
     def new_cache(self) -> DynamicCache | None:
+        """A KV cache for one window; None if keys and values aren't quantized."""
         return QuantizedCache(self.kv_scales) if self.kv_scales else None
 
 

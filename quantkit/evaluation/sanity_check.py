@@ -66,6 +66,7 @@ class LayerDamage:
         return cls(layer.name, layer.output_sqnr_db, layer.weight_sqnr_db, inputs, blame)
 
     def sentence(self) -> str:
+        """The layer and its errors, in words."""
         decibels = self.weight_sqnr_db if self.blame == "weights" else self.input_sqnr_db
         return (
             f"{self.name} (output {self.output_sqnr_db:.1f} dB, by its {self.blame}:"

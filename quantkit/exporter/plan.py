@@ -175,10 +175,12 @@ class ExportPlan:
 
     @property
     def bytes_before(self) -> int:
+        """Size of the model's tensors."""
         return sum(row.bytes_before for row in self.parameters)
 
     @property
     def bytes_after(self) -> int:
+        """Size of the output's tensors."""
         return sum(row.bytes_after for row in self.parameters)
 
 
@@ -190,9 +192,11 @@ def plan_export(
     calibration_follows: plan without a calibration, because it will be made afterwards.
     checkpoint: the opened model, if it is open already.
 
-    Raises CheckpointError if the model can't be quantized, RecipeError if the recipe doesn't fit
-    it, CalibrationError if the calibration is missing or doesn't fit, and RuntimeLimitError if
-    `options.runtime` can't load the output.
+    Raises:
+        CheckpointError: the model can't be quantized.
+        RecipeError: the recipe doesn't fit the model.
+        CalibrationError: the calibration is missing, or belongs to another model or recipe.
+        RuntimeLimitError: `options.runtime` can't load the output.
     """
     checkpoint = checkpoint or Checkpoint.open(options.model)
     recipe, file_format = options.recipe, FORMATS[options.file_format]

@@ -55,6 +55,18 @@ class ExportSummary:
     warnings: tuple[str, ...]
     was_finished: bool = False
 
+    @classmethod
+    def of(cls, plan: ExportPlan) -> ExportSummary:
+        quantized = sum(row.status == "quantized" for row in plan.parameters)
+        return cls(
+            plan.options.output,
+            quantized,
+            len(plan.skipped),
+            plan.bytes_before,
+            plan.bytes_after,
+            plan.warnings,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "path": str(self.path),
@@ -74,19 +86,13 @@ def export(
     on_progress: called with the bytes read and the bytes to read, in this thread, several times a
         second.
 
-    Raises OutputError if the output can't be written, CheckpointError if a weight has NaN or
-    infinity or the model changes during the export, and Interrupted on a signal.
+    Raises:
+        OutputError: the output can't be written.
+        CheckpointError: a weight has NaN or infinity, or the model changed during the export.
+        Interrupted: a signal stopped the export.
     """
     options, checkpoint = plan.options, plan.checkpoint
-    quantized = sum(row.status == "quantized" for row in plan.parameters)
-    summary = ExportSummary(
-        options.output,
-        quantized,
-        len(plan.skipped),
-        plan.bytes_before,
-        plan.bytes_after,
-        plan.warnings,
-    )
+    summary = ExportSummary.of(plan)
     if options.resume and finished_already(options.output, plan.fingerprint, options.overwrite):
         return replace(summary, was_finished=True)
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
@@ -105,11 +111,7 @@ def export(
     finished = output.finished(names)
     try:
         _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
-        if file_times(checkpoint) != plan.fingerprint["model files"]:
-            raise CheckpointError(
-                f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of"
-                f" {checkpoint.path} changed while it was read; export again without changing it"
-            )
+        _require_unchanged(plan)
         if checkpoint.source is not None:
             checkpoint.source.clean()
         write_index(output.partial, names, shards)
@@ -126,6 +128,16 @@ def export(
         ) from None
     output.commit()
     return summary
+
+
+def _require_unchanged(plan: ExportPlan) -> None:
+    """Raise CheckpointError if the model's files were changed after the plan was made."""
+    checkpoint = plan.checkpoint
+    if file_times(checkpoint) != plan.fingerprint["model files"]:
+        raise CheckpointError(
+            f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of"
+            f" {checkpoint.path} changed while it was read; export again without changing it"
+        )
 
 
 def _inputs(plan: ExportPlan) -> list[Path]:

@@ -277,8 +277,8 @@ def test_many_left_tensors_that_differ_are_one_warning(export_to, change, llama)
     nudged = change(export_to("fp8-dynamic", name="nudged"), nudge)
     (warning,) = [warning for warning in verify(nudged, llama).warnings if "differs" in warning]
     assert (
-        warning == "model.layers.0.input_layernorm.weight differs from the base's, though it isn't"
-        " quantized (and 3 more)"
+        warning == "model.layers.0.input_layernorm.weight isn't quantized, but differs from the"
+        " base's (and 3 more)"
     )
 
 
