@@ -1,8 +1,8 @@
-"""What quantkit refuses or fails at: one sentence for the user, and an exit code.
+"""The errors of quantkit. Each has a message of one sentence for the user, and an exit code.
 
-    QuantkitError            1   anything below, or a fault of the machine
+    QuantkitError            1   any of the following, or a fault of the machine
     ├── CheckpointError      1   a model directory can't be read or isn't supported
-    ├── DownloadError        1   the hub didn't give a shard; finished work is kept
+    ├── DownloadError        1   the hub didn't deliver a shard; finished work is kept
     ├── RecipeError          1   a scheme, recipe or pattern makes no sense for this model
     ├── CalibrationError     1   statistics are missing, or belong to another model or recipe
     ├── DataError            1   a text can't be read or is too short
@@ -16,8 +16,8 @@
     ├── FollowerStopped      n   another process of the same run has failed and says why
     └── Interrupted         75   a signal stopped the run; `--resume` continues it
 
-The command line prints these as one line, in one place (`cli/console.py`). Every other exception is
-a bug and keeps its traceback.
+The command line prints them as one line (`cli/console.py`). Any other exception is a bug and keeps
+its traceback.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import re
 
 
 class QuantkitError(Exception):
-    """A sentence that says what was given, what is allowed and what to do.
+    """The base class. A message says what was given, what is allowed and what to do.
 
-    exit_code: of the command that ends with it.
+    exit_code: exit code of a command that ends with this error.
     """
 
     exit_code = 1
@@ -39,7 +39,7 @@ class CheckpointError(QuantkitError):
 
 
 class DownloadError(QuantkitError):
-    """The hub didn't give a shard after the work had begun. `--resume` continues it."""
+    """The hub didn't deliver a shard after the work had begun. `--resume` continues it."""
 
 
 class RecipeError(QuantkitError):
@@ -63,7 +63,10 @@ class EvaluationError(QuantkitError):
 
 
 class NonFiniteError(EvaluationError):
-    """A model computes NaN or infinity. path: the model's directory."""
+    """A model computes NaN or infinity.
+
+    path: directory of the model.
+    """
 
     def __init__(self, message: str, path: str) -> None:
         super().__init__(message)
@@ -93,8 +96,10 @@ class NotComparableError(QuantkitError):
 
 
 class FollowerStopped(QuantkitError):
-    """Ends a process of a distributed run after another has failed; that one prints its error, this
-    one nothing. exit_code: the other's.
+    """Ends a process of a distributed run after another process has failed. Only the failed process
+    prints its error.
+
+    exit_code: exit code of the failed process.
     """
 
     def __init__(self, exit_code: int) -> None:
@@ -109,8 +114,8 @@ class Interrupted(QuantkitError):
 
 
 def brief(error: Exception, limit: int = 200) -> str:
-    """Another library's message as part of a sentence: on one line, at most `limit` characters;
-    whole sentences where one fits, else whole words.
+    """Another library's message, shortened to be part of a sentence: one line of at most `limit`
+    characters, cut after a sentence if one fits, else after a word.
     """
     text = " ".join(str(error).split())
     if len(text) <= limit:

@@ -184,8 +184,8 @@ def _verify(model: Path, exported: Path, scheme: str, note: Callable[[str], None
     if found.faults:
         raise FaultsFound(f"{exported} has faults: {found.faults[0][0]} {found.faults[0][1]}")
     note(
-        f"    no faults; {found.quantized} Linears quantized, {len(found.left)} skipped"
-        f" ({', '.join(found.left)}); lowest weight SQNR {min(found.sqnr_db.values()):.1f} dB"
+        f"    no faults; {found.quantized} Linears quantized, {len(found.skipped)} skipped"
+        f" ({', '.join(found.skipped)}); lowest weight SQNR {min(found.sqnr_db.values()):.1f} dB"
     )
 
 

@@ -107,7 +107,7 @@ def run_export(out: Output, plan: ExportPlan) -> tuple[ExportSummary, float]:
     schemes = {linear.scheme.name for linear in plan.linears.values()}
     out.note(
         f"{summary.path}: {counted(summary.quantized, 'Linear')} quantized to"
-        f" {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, {summary.left} skipped;"
+        f" {schemes.pop() if len(schemes) == 1 else 'mixed schemes'}, {summary.skipped} skipped;"
         f" {format_bytes(summary.bytes_before)} → {format_bytes(summary.bytes_after)}"
         f" ({100 * ratio:.0f} %), {seconds:.1f} s"
     )

@@ -59,7 +59,7 @@ def run_verify(out: Output, path: Path, base: Path | None, runtime: str | None) 
     if not found.faults:
         out.note(
             f"{path}: no faults; {counted(found.tensors, 'tensor')},"
-            f" {counted(found.quantized, 'Linear')} quantized, {len(found.left)}"
+            f" {counted(found.quantized, 'Linear')} quantized, {len(found.skipped)}"
             f" skipped{_compared(found, base)}, {time.monotonic() - started:.1f} s"
         )
     return found
@@ -89,8 +89,8 @@ def _print_verification(out: Output, found: Verification) -> None:
             (name, f"{value:.1f}" if math.isfinite(value) else "exact") for name, value in shown
         ]
         print_table(("Linear", "weight SQNR, dB"), rows, f"lowest SQNR first{part}", right=(1,))
-    if out.verbose and found.left:
-        print_table(("skipped Linear", "reason"), list(found.left.items()))
+    if out.verbose and found.skipped:
+        print_table(("skipped Linear", "reason"), list(found.skipped.items()))
 
 
 def raise_faults(found: Verification) -> None:

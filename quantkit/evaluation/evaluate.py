@@ -3,7 +3,7 @@
 1. Each model runs block by block over all windows. Only its final hidden states are stored: tokens
    × hidden size, never tokens × vocabulary. Those of the base model may come from the cache.
 2. The logits of both models are computed from these states in float32, a part of the vocabulary at
-   a time, reduced to scores per token, and dropped.
+   a time. They are reduced to scores per token and dropped.
 3. The metrics are computed from the scores.
 
 With torchrun, the windows are split over the processes.
@@ -71,9 +71,11 @@ def evaluate(
     """Compare the quantized models with the base model. With torchrun, every rank returns the
     result.
 
-    Raises EvaluationError for unusable options or a model that can't be evaluated, CheckpointError
-    for a damaged model, NotComparableError for models that differ in more than quantization, and
-    DataError for text that can't be read or is too short.
+    Raises:
+        EvaluationError: the options are unusable, or a model can't be evaluated.
+        CheckpointError: a model is damaged.
+        NotComparableError: the models differ in more than quantization.
+        DataError: the text can't be read or is too short.
     """
     gates = [Gate.parse(expr) for expr in options.gates]
     if gates and not options.quants:

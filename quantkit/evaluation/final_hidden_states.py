@@ -8,7 +8,7 @@ size, never tokens × vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,6 +61,7 @@ class FinalHiddenStates:
         return self.states.get(number)[0, window.first_scored - 1 : len(window.tokens) - 1]
 
     def close(self) -> None:
+        """Free the memory or the file of computed hidden states."""
         if isinstance(self.states, HiddenStates):
             self.states.close()
 
@@ -103,53 +104,57 @@ def make_final_hidden_states(
     infinity.
     """
     started, watched, blocks = time.perf_counter(), 0.0, model.blocks
-    watch = watch or Watch()
-    numbers = list(windows)
+    _require_head(blocks.model)
     # Windows of the protocol lmeval have one token more, which is predicted but not an input.
-    batches = {
+    inputs = {
         number: (
             torch.tensor([window.tokens[:seq_len]]) if masking is None else masking.inputs(window)
         )
         for number, window in windows.items()
     }
-    _require_head(blocks.model)
     states = HiddenStates(device=blocks.device)
 
     def on_block(step: BlockStep) -> None:
         nonlocal watched
-        finish = watch.block(step.number, step.block)
-
-        def work(number: int) -> None:
-            with nullcontext() if watch.batch is None else watch.batch(number):
-                output = step.run(number)
-            name = blocks.block_name(step.number)
-            _require_finite(output, model, number, f"first after {name}")
-            if watch.change is not None:
-                output = watch.change(step.number, number, output)
-            step.put(number, output)
-
-        for done, _ in enumerate(
-            each_batch(work, numbers, blocks.device, torch.get_num_threads()), 1
-        ):
-            on_progress(step.number + done / len(numbers), blocks.block_count)
-        ran = time.perf_counter()
-        finish()
-        watched += time.perf_counter() - ran
+        watched += _run_block(step, model, list(windows), on_progress, watch or Watch())
 
     try:
-        walk = blocks.walk(batches, states, on_block, cache=model.new_cache())
+        walk = blocks.walk(inputs, states, on_block, cache=model.new_cache())
         for number, final in walk.finish():
             _require_finite(final, model, number, "after its last norm")
     except BaseException:
         states.close()
         raise
-    return FinalHiddenStates(
-        dict(windows),
-        states,
-        time.perf_counter() - started - watched,
-        masking=masking,
-        task=blocks.task,
-    )
+    seconds = time.perf_counter() - started - watched
+    return FinalHiddenStates(dict(windows), states, seconds, masking=masking, task=blocks.task)
+
+
+def _run_block(
+    step: BlockStep,
+    model: QuantizedModel,
+    numbers: Sequence[int],
+    on_progress: Callable[[float, float], None],
+    watch: Watch,
+) -> float:
+    """Run one block over all windows. Returns the seconds that the watch took after the last."""
+    finish = watch.block(step.number, step.block)
+    blocks = model.blocks
+
+    def run_window(number: int) -> None:
+        with nullcontext() if watch.batch is None else watch.batch(number):
+            output = step.run(number)
+        name = blocks.block_name(step.number)
+        _require_finite(output, model, number, f"first after {name}")
+        if watch.change is not None:
+            output = watch.change(step.number, number, output)
+        step.put(number, output)
+
+    ran = each_batch(run_window, numbers, blocks.device, torch.get_num_threads())
+    for done, _ in enumerate(ran, 1):
+        on_progress(step.number + done / len(numbers), blocks.block_count)
+    started = time.perf_counter()
+    finish()
+    return time.perf_counter() - started
 
 
 def cached_or_made(

@@ -1,9 +1,15 @@
-"""`eval --html` and `sensitivity --html`: a result as one page that needs no network, drawn as SVG
-by matplotlib (extra `report`).
+"""`eval --html`, and the parts of pages that `sensitivity --html` shares: a result as one page that
+needs no network. Plots are SVG, drawn by matplotlib (extra `report`).
 
-Of `eval` five plots: the difference window by window with its band, the estimate as the text grows,
-the distribution of KL with the noise floor, KL against size, and layers. They are narrow, and
-stand one below the other on a telephone. Everything that is drawn stands in the JSON too.
+The page of `eval` has five plots:
+
+1. the difference to the base model in each window, with the interval of the mean
+2. ΔPPL as the text grows
+3. the distribution of KL, with the noise floor
+4. KL against size
+5. the error of each layer
+
+Everything in the plots is in the JSON too.
 """
 
 from __future__ import annotations
@@ -32,9 +38,9 @@ from quantkit.evaluation.token_statistics import Divergence, Histogram, running_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT = 5.2, 3.3  # inches: at a telephone's width letters keep three quarters of their size
+WIDTH, HEIGHT = 5.2, 3.3  # inches: on a telephone, letters shrink to three quarters of their size
 COLORS = ("#1f6feb", "#d1541b", "#1a7f4b", "#8a3fc0", "#b8860b", "#c2255c", "#0b7285", "#5c5f66")
-# Which row of the heat map a Linear belongs to.
+# Rows of the heat map: name → names of Linears.
 GROUPS = {
     "qkv": (
         "q_proj",
@@ -76,7 +82,7 @@ ul{padding-left:1.2rem}li{overflow-wrap:anywhere;margin:.2rem 0}
 
 
 def evaluation_html(evaluation: Evaluation) -> str:
-    """The page."""
+    """The page of an evaluation. Raises EvaluationError without matplotlib."""
     require_matplotlib()
     parts = [
         f"<h1>What quantization cost</h1><p>{escape(evaluation_title(evaluation))};"
@@ -110,6 +116,7 @@ def evaluation_html(evaluation: Evaluation) -> str:
 
 
 def remarks_html(remarks: Iterable[str]) -> str:
+    """The list of remarks, with its heading."""
     return (
         "<h2>Remarks</h2><ul>"
         + "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
@@ -118,6 +125,7 @@ def remarks_html(remarks: Iterable[str]) -> str:
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:
+    """A whole page. parts: its HTML, piece by piece."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
         ' content="width=device-width,initial-scale=1"><link rel="icon"'
@@ -128,16 +136,17 @@ def html_page(title: str, parts: Iterable[str]) -> str:
 
 
 def _summary(quant: QuantResult) -> str:
-    """One sentence for each candidate."""
+    """One sentence about a quantized model, as HTML."""
     agreement = 100 * quant.metrics[TOP1_AGREEMENT]
     return (
         f"<b>{escape(quant.path)}</b> ({escape(quant.scheme)}) has {100 * quant.size_ratio:.0f} %"
         f" of the base's size; its perplexity is <b>{escape(quant.metrics[PPL_DELTA].text())}</b>,"
-        f" and it finds the same next token likeliest in {agreement:.1f} % of places."
+        f" and its most likely token is the base's at {agreement:.1f} % of positions."
     )
 
 
 def table_html(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table. kind: its CSS class."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -153,7 +162,7 @@ def table_html(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str 
 
 
 def require_matplotlib() -> None:
-    """Refuse without it: better before the models have run for an hour."""
+    """Raise EvaluationError if matplotlib is missing, before the models run."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -163,13 +172,13 @@ def require_matplotlib() -> None:
 
 
 def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(SVG, caption) of each plot that this result has."""
+    """(SVG, caption) of each plot."""
     plots = [
         (
             drawn_as_svg("windows", lambda axes: _draw_windows(axes, evaluation)),
             (
-                "Difference to the base in each window, nats per token; the band is the mean's 95 %"
-                " interval."
+                "Difference to the base in each window, nats per token. The band is the 95 %"
+                " interval of the mean."
             ),
         ),
         (
@@ -178,10 +187,7 @@ def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
         ),
     ]
     if len(evaluation.window_tokens) > 2:
-        caption = (
-            "The estimate as the text grows: what is inside the band can't be told apart with so"
-            " much text."
-        )
+        caption = "The estimate of ΔPPL as the text grows, with its 95 % interval."
         plots.insert(
             1, (drawn_as_svg("running", lambda axes: _draw_running(axes, evaluation)), caption)
         )
@@ -197,8 +203,8 @@ def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
         if grid:
             what = "output" if key == "output_sqnr_db" else "weight"
             caption = (
-                f"{_label(quant)}: signal to noise of each layer's {what} in dB, the worst of each"
-                " kind; darker is worse."
+                f"{_label(quant)}: signal-to-noise ratio of each layer's {what} in dB, the lowest"
+                " of each kind. Darker is worse."
             )
             plots.append(
                 (
@@ -212,12 +218,16 @@ def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def _divergence_caption(evaluation: Evaluation) -> str:
-    floor = " Grey: rounding noise of bfloat16 alone." if evaluation.noise_floor else ""
-    return f"How the KL of single tokens is distributed; dashed: the mean.{floor}"
+    floor = " Grey: the noise floor of bfloat16." if evaluation.noise_floor else ""
+    return f"Distribution of KL over tokens. Dashed: the mean.{floor}"
 
 
 def drawn_as_svg(name: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
-    """An SVG whose names don't meet those of the page's others, and which is the same each time."""
+    """Draw a plot as SVG. The same data give the same SVG.
+
+    name: prefix of its ids, so that they differ from those of other plots on the page.
+    height: in inches.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -249,7 +259,7 @@ def drawn_as_svg(name: str, draw: Callable[[Axes], None], height: float = HEIGHT
 
 
 def _label(quant: QuantResult) -> str:
-    """A candidate's directory and scheme, short enough for a legend."""
+    """A quantized model's directory and scheme, short enough for a legend."""
     name = quant.path.rstrip("/").rpartition("/")[2]
     name = name if len(name) <= 24 else name[:23] + "…"
     return name if quant.scheme in name else f"{name} ({quant.scheme})"
@@ -260,13 +270,14 @@ def _colored(evaluation: Evaluation) -> Iterable[tuple[str, QuantResult]]:
 
 
 def _differences(evaluation: Evaluation, quant: QuantResult) -> list[float]:
+    """Σ nll_quant − Σ nll_base of each window, nats."""
     return [
         ours - base for ours, base in zip(quant.window_sums[PPL_DELTA], evaluation.base.window_nll)
     ]
 
 
 def _whole_numbers(axes: Axes) -> None:
-    """On the x axis."""
+    """Show only whole numbers on the x axis."""
     from matplotlib.ticker import MaxNLocator
 
     locator = axes.xaxis.get_major_locator()
@@ -318,7 +329,7 @@ def _draw_running(axes: Axes, evaluation: Evaluation) -> None:
         axes.fill_between(places, lows, highs, color=color, alpha=0.18, linewidth=0)
         settled = len(points) // 4
         shown += [*lows[settled:], *highs[settled:]]
-    # The first intervals, of two and three windows, would flatten all others.
+    # Scale to the later intervals: those of two and three windows are too wide.
     low, high = min(0.0, *shown), max(0.0, *shown)
     axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
     axes.set_xlabel("windows")
@@ -381,8 +392,8 @@ def _draw_size(axes: Axes, evaluation: Evaluation) -> None:
 
 
 def _layer_grid(layers: Sequence[LayerError]) -> tuple[dict[str, list[float]], str]:
-    """Rows of the heat map by kind: for each block the least signal-to-noise ratio of its Linears
-    of that kind, NaN where it has none.
+    """The heat map: kind of Linear → for each block, the lowest signal-to-noise ratio of its
+    Linears of that kind in dB, NaN if it has none. Also returns the key of the plotted ratio.
     """
     key = (
         "output_sqnr_db"
@@ -402,7 +413,7 @@ def _layer_grid(layers: Sequence[LayerError]) -> tuple[dict[str, list[float]], s
     if not found:
         return {}, key
     blocks = range(max(number for _, number in found) + 1)
-    # What is exact has no colour of its own; 60 dB is as good as exact.
+    # The colour scale ends at 60 dB, which is as good as exact.
     return {
         kind: [min(found.get((kind, block), math.nan), 60.0) for block in blocks]
         for kind in GROUPS

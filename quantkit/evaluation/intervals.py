@@ -1,8 +1,8 @@
-"""Paired intervals: how much of a difference between two models on the same text is real.
+"""Paired confidence intervals for the difference of two models on the same text.
 
-The same tokens go through both models, so each window gives one difference d_w = Σ nll_quant − Σ
-nll_base; most of the noise (which text it happens to be) cancels. Windows, not tokens, are
-resampled, because tokens of one window depend on each other.
+Both models run over the same tokens, so each window w gives one difference d_w = Σ nll_quant −
+Σ nll_base. Most of the variance, which comes from the choice of the text, cancels. The bootstrap
+resamples windows, not tokens, because the tokens of a window are correlated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from quantkit.evaluation.json_values import fields_to_json
 
 BOOTSTRAP_RESAMPLES = 2000
-# Below this many windows a bootstrap's intervals come out too narrow; Student's t takes over.
+# With fewer windows, bootstrap intervals are too narrow, and Student's t is used instead.
 MIN_BOOTSTRAP_WINDOWS = 20
 # Two-sided 95 % quantiles of Student's t for 1 … 18 degrees of freedom.
 _T_975 = (
@@ -46,9 +46,9 @@ class Interval:
     """A value with its 95 % interval.
 
     value: the estimate.
-    low: the lower bound, None where one window allows no interval.
-    high: the upper bound, None likewise.
-    method: "bootstrap", "t" or "none".
+    low: lower bound; None if there is only one window.
+    high: upper bound; None if there is only one window.
+    method: "bootstrap", "t" or "none"; "exact" for a value without uncertainty.
     """
 
     value: float
@@ -58,7 +58,7 @@ class Interval:
 
     @property
     def half_width(self) -> float | None:
-        """Half the interval: about the smallest true effect that this much text tells from zero."""
+        """Half the width: about the smallest true effect that this text distinguishes from zero."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def to_json(self) -> dict[str, float | str | None]:
@@ -72,7 +72,7 @@ class Interval:
         return Interval(float(function(self.value)), low, high, self.method)
 
     def text(self, digits: int = 2, unit: str = " %") -> str:
-        """+1.23 % [+1.10, +1.36]"""
+        """The value and its interval, such as "+1.23 % [+1.10, +1.36]"."""
         value = f"{self.value:+.{digits}f}{unit}"
         if self.low is None:
             return value
@@ -81,9 +81,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """An interval that can be compared with zero.
+    """A difference with its 95 % interval.
 
-    smallest_resolvable: about the smallest true difference that this much text tells from zero.
+    smallest_resolvable: about the smallest true difference that this text distinguishes from zero;
+        None if there is only one window.
     """
 
     smallest_resolvable: float | None = None
@@ -98,8 +99,11 @@ class Difference(Interval):
 def paired_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Interval:
     """The mean per token, Σ sums / Σ counts, with its 95 % interval over windows.
 
-    sums, counts: one entry per window, float64 and int. Source: Efron & Tibshirani 1993, percentile
-    bootstrap of a ratio.
+    sums: sums over the tokens of each window, [windows].
+    counts: tokens of each window, [windows].
+    seed: seed of the bootstrap.
+
+    Source: Efron & Tibshirani 1993, percentile bootstrap of a ratio.
     """
     sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     value = float(sums.sum() / counts.sum())
@@ -107,7 +111,7 @@ def paired_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Inte
     if windows < 2:
         return Interval(value, None, None, "none")
     if windows < MIN_BOOTSTRAP_WINDOWS:
-        # The ratio's residuals, so that windows of different lengths weigh by their tokens.
+        # Residuals of the ratio weight windows of different lengths by their tokens.
         residuals = (sums - value * counts) / counts.mean()
         error = float(residuals.std(ddof=1) / np.sqrt(windows)) * _T_975[windows - 2]
         return Interval(value, value - error, value + error, "t")
@@ -121,10 +125,11 @@ def paired_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Inte
 def perplexity_change_pct(
     differences: np.ndarray, counts: np.ndarray, tokens_per_unit: float = 1.0
 ) -> Interval:
-    """100·(ppl_quant / ppl_base − 1) with its interval. differences: Σ nll_quant − Σ nll_base per
-    window.
+    """100·(ppl_quant / ppl_base − 1) with its 95 % interval, %.
 
-    tokens_per_unit: tokens per word where perplexity is per word.
+    differences: Σ nll_quant − Σ nll_base of each window, [windows], nats.
+    counts: tokens of each window, [windows].
+    tokens_per_unit: tokens per word if perplexity is per word, else 1.
     """
     return paired_interval(differences, counts).mapped(
         lambda mean: 100.0 * np.expm1(mean * tokens_per_unit)
@@ -132,16 +137,17 @@ def perplexity_change_pct(
 
 
 def mcnemar_p(first: int, second: int) -> float:
-    """The two-sided p of McNemar's exact test: are so unequal counts of disagreement, one way and
-    the other, chance?
+    """The two-sided p-value of McNemar's exact test.
 
-    Under the hypothesis that neither way is likelier, the smaller count is binomial(n, ½). Tokens
-    of one text lean on each other, so a p close to the limit says little.
+    first, second: numbers of tokens that only the first, and only the second, model predicts.
+
+    If both models were equally good, the smaller count would be binomial(first + second, ½). Tokens
+    of a text are correlated, so a p-value near the significance level says little.
     """
     total, smaller = first + second, min(first, second)
     if total == 0:
         return 1.0
-    # log C(n, k), k = 0 … smaller, from the ratios of neighbours: n of 10⁵ overflow nothing.
+    # log C(n, k) for k = 0 … smaller, from ratios of neighbours, so that n = 10⁵ doesn't overflow.
     chosen = np.arange(1, smaller + 1)
     logs = np.concatenate(
         [[0.0], np.cumsum(np.log((total - chosen + 1) / chosen))]

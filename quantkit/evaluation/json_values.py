@@ -1,7 +1,10 @@
-"""Frozen dataclasses as JSON and back: keys are the names of fields, in their order.
+"""Convert frozen dataclasses to JSON and back. Keys are the names of fields, in order.
 
-Metadata of a field: OMIT_NONE leaves its key out while the value is None; INLINE puts the items of
-its value among the keys of the dataclass itself; key(name) stores it under another name.
+Metadata of a field changes how it is stored:
+
+    OMIT_NONE   without its key if the value is None
+    INLINE      its items are merged into the keys of the dataclass
+    key(name)   under another name
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ INLINE = {"inline": True}
 
 
 def key(name: str) -> dict[str, str]:
-    """For a key that can't be the name of a field, such as "from"."""
+    """Metadata for a key that can't be the name of a field, such as "from"."""
     return {"key": name}
 
 
 def to_json(value: Any) -> Any:
-    """value: a dataclass, a mapping, a sequence, or what JSON holds as it is."""
+    """The JSON of a dataclass, a mapping, a sequence, or a plain JSON value."""
     if hasattr(value, "to_json"):
         return value.to_json()
     if dataclasses.is_dataclass(value):
@@ -37,7 +40,7 @@ def to_json(value: Any) -> Any:
 
 
 def fields_to_json(value: Any) -> dict[str, Any]:
-    """A dataclass field by field; a to_json of its own is not called."""
+    """The JSON of a dataclass, field by field. Its own `to_json` is not called."""
     content: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
@@ -49,8 +52,8 @@ def fields_to_json(value: Any) -> dict[str, Any]:
 
 
 def from_json(kind: Any, content: Any) -> Any:
-    """A value of type `kind` from what `to_json` made of one. A key that is missing needs a default
-    in the dataclass. Null for a float stands for a number that is not finite.
+    """The value of type `kind` that `to_json` converted. A missing key takes its field's default. A
+    float that is null becomes NaN, because JSON can't store numbers that aren't finite.
 
     Raises KeyError, TypeError or ValueError for other content.
     """
@@ -72,7 +75,7 @@ def from_json(kind: Any, content: Any) -> Any:
 
 
 def fields_from_json(kind: Any, content: Any) -> Any:
-    """A dataclass field by field; a from_json of its own is not called."""
+    """A dataclass, field by field. Its own `from_json` is not called."""
     content, hints = _checked(dict, content), _hints(kind)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):

@@ -1,11 +1,13 @@
-"""A model's last step: from final hidden states to the scores of each token, without ever holding
+"""The last step of a model: from final hidden states to scores per token, without a tensor of
 tokens × vocabulary.
 
-`lm_head` gives float32 (bfloat16 logits alone would add a KL of 1e-4, and ties at the top in some
-percent of positions): through a kernel that multiplies bfloat16 and loses nothing, where hidden
-states and weights are of that type and there is one. The vocabulary comes in parts; base and
-candidate make the same part at the same time, and a few sums for each position are all that stays
-of it (ops/score_logits.py); where nothing comes after `lm_head`, a kernel makes those at once.
+Logits are float32, because bfloat16 logits would add a KL of 1e-4, and ties for the most likely
+token at some percent of the positions. There are three ways, the fastest first:
+
+1. If logits are the output of `lm_head` and everything is bfloat16, one kernel computes the scores.
+2. If the logits of a part of the vocabulary can be computed alone, both models compute a part at a
+   time. The logits are reduced to a few sums per position (ops/score_logits.py).
+3. Otherwise the logits of some positions are computed for the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -29,17 +31,16 @@ from quantkit.ops.native import cpu_kernels
 from quantkit.ops.score_logits import VOCABULARY_PER_CHUNK, score_parts
 
 POSITIONS_PER_CHUNK = 512
-ROWS_PACKED = 16  # of a packed weight, side by side
+ROWS_PACKED = 16  # rows that `pack_weight` interleaves
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How a model makes logits of its last hidden states, as probing it showed.
+    """How a model computes logits from its final hidden states, as probing it showed.
 
-    parts: slices of the vocabulary, or [None] where it only comes as a whole.
-    is_plain: whether logits are `lm_head`'s own.
-    prepares: whether something comes between the body and `lm_head`: a transform (BERT's), or a
-    scaling.
+    parts: slices of the vocabulary; [None] if logits must be computed for the whole vocabulary.
+    is_plain: whether the output of `lm_head` are the logits.
+    prepares: whether hidden states change before `lm_head`, by a transform (BERT's) or a scaling.
     """
 
     parts: Sequence[slice | None] = (None,)
@@ -49,12 +50,12 @@ class HeadPlan:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """Hidden states to float32 logits, a part of the vocabulary at a time, without the model's
-    body.
+    """A model's output head: final hidden states → float32 logits, a part of the vocabulary at a
+    time.
 
-    linear: `lm_head`, or None where a model has something else.
+    linear: `lm_head`; None if it isn't an nn.Linear.
     shell: the model without its body and `lm_head`.
-    plan: how the shell is used.
+    plan: how logits are computed with the two.
     """
 
     linear: PartialLinear | None
@@ -69,11 +70,16 @@ class OutputHead:
         like: OutputHead | None = None,
         part_size: int = VOCABULARY_PER_CHUNK,
     ) -> OutputHead:
-        """The model loses its body and `lm_head` to this: their memory is freed. like: another
-        model's head, whose packed weight is shared if it is the same. part_size: rows of `lm_head`
-        at a time.
+        """Take the head from a model. The model's body and `lm_head` are replaced by stand-ins, so
+        that their memory is freed.
+
+        use_kernel: compute with kernels where there are any.
+        like: another model's head, whose packed weight is shared if it is equal.
+        part_size: tokens of the vocabulary at a time.
+
+        Raises EvaluationError if logits depend on more than the final hidden states.
         """
-        # asked first: without a body transformers finds none
+        # Before the body is replaced: transformers looks for the embeddings in it.
         lm_head = output_embeddings(model)
         if not isinstance(lm_head, nn.Linear):
             return cls(None, ModelShell.of(model, None), HeadPlan())
@@ -83,11 +89,14 @@ class OutputHead:
 
     @property
     def parts(self) -> Sequence[slice | None]:
+        """The parts of the vocabulary, as in `HeadPlan`."""
         return self.plan.parts
 
     def packed(self, hidden: Tensor) -> PackedHead | None:
-        """What a kernel takes that makes scores of these hidden states at once: where logits are
-        `lm_head`'s own, and bfloat16 holds them.
+        """`lm_head` for the kernel that computes scores from hidden states; None if that kernel
+        can't be used for these.
+
+        hidden: [positions, hidden size].
         """
         linear = self.linear
         if (
@@ -101,26 +110,28 @@ class OutputHead:
         return PackedHead(linear.packed, linear.bias, linear.vocabulary)
 
     def logits_of(self, hidden: Tensor) -> Callable[[slice | None], Tensor]:
-        """hidden: [positions, hidden size]. Returns what makes logits of a part of the vocabulary,
-        or of all of it: [positions, size of the part] float32, for the caller to change.
+        """A function that computes the logits of one part of the vocabulary, or of all if it is
+        None: [positions, size of the part] float32. The caller may change them in place.
+
+        hidden: [positions, hidden size].
         """
         linear, shell, plan = self.linear, self.shell, self.plan
         if linear is None:
             return lambda part: shell.logits(hidden.float(), None).logits
-        arriving = shell.arriving(hidden) if plan.prepares else hidden
+        prepared = shell.prepare(hidden) if plan.prepares else hidden
 
         def logits(part: slice | None) -> Tensor:
             if part is None:
-                whole = torch.cat([linear(arriving, piece) for piece in linear.parts], dim=-1)
+                whole = torch.cat([linear(prepared, piece) for piece in linear.parts], dim=-1)
                 return shell.logits(hidden, whole).logits
-            raw = linear(arriving, part)
+            raw = linear(prepared, part)
             return raw if plan.is_plain else shell.logits(hidden, raw).logits
 
         return logits
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """What transformers calls the model's output embeddings: `lm_head`."""
+    """The model's `lm_head`, or what is in its place."""
     get: Any = model.get_output_embeddings
     return get()
 
@@ -129,28 +140,32 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _probe(shell: ModelShell, linear: PartialLinear, weight: Tensor) -> HeadPlan:
-    """Does the model change logits after `lm_head`, and if so, each by itself? weight: `lm_head`'s,
-    [vocabulary, width].
+    """Find out, with random hidden states, what the model does before and after `lm_head`: whether
+    it changes the hidden states, the logits, and each logit independently of the others.
+
+    weight: that of `lm_head`, [vocabulary, width].
     """
-    hidden, arrived = _accepted_states(shell, weight)
-    prepares = arrived is not None and not torch.equal(arrived, hidden)
-    arriving = shell.arriving(hidden) if prepares else hidden
-    raw = torch.cat([linear(arriving, part) for part in linear.parts], dim=-1)
+    hidden, head_input = _accepted_states(shell, weight)
+    prepares = head_input is not None and not torch.equal(head_input, hidden)
+    prepared = shell.prepare(hidden) if prepares else hidden
+    raw = torch.cat([linear(prepared, part) for part in linear.parts], dim=-1)
     whole = shell.logits(hidden, raw).logits
     if whole.shape == raw.shape and torch.equal(whole, raw):
         return HeadPlan(linear.parts, True, prepares)
     by_parts = torch.cat(
         [shell.logits(hidden, raw[:, part]).logits for part in linear.parts], dim=-1
     )
-    each_by_itself = by_parts.shape == whole.shape and torch.allclose(
+    is_elementwise = by_parts.shape == whole.shape and torch.allclose(
         by_parts, whole, rtol=1e-5, atol=1e-6
     )
-    return HeadPlan(linear.parts if each_by_itself else (None,), False, prepares)
+    return HeadPlan(linear.parts if is_elementwise else (None,), False, prepares)
 
 
 def _accepted_states(shell: ModelShell, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Two random hidden states that the model takes, and what of them arrives at `lm_head`: as wide
-    as its input, or (RemBERT) as what a transform before it reads.
+    """Two random hidden states of a width that the model accepts, and the input of `lm_head` for
+    them. The width is that of `lm_head`'s input, or (RemBERT) of a transform before it.
+
+    Returns hidden states [2, width] and the input of `lm_head` [2, width]; None if it isn't called.
     """
     generator = torch.Generator().manual_seed(0)
     reason = ""
@@ -161,11 +176,11 @@ def _accepted_states(shell: ModelShell, weight: Tensor) -> tuple[Tensor, Tensor 
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
             continue
-        if call.arrived is None:
+        if call.head_input is None:
             return hidden, None
-        return hidden, call.arrived.reshape(2, -1).to(hidden.dtype)
+        return hidden, call.head_input.reshape(2, -1).to(hidden.dtype)
     raise EvaluationError(
-        f"{type(shell.model).__name__} can't be evaluated: its logits come from more than the last"
+        f"{type(shell.model).__name__} can't be evaluated: its logits depend on more than the final"
         f" hidden states of its body ({reason})"
     )
 
@@ -175,16 +190,16 @@ def _accepted_states(shell: ModelShell, weight: Tensor) -> tuple[Tensor, Tensor 
 
 @dataclass
 class _Call:
-    """One run of a shell.
+    """One forward pass of a shell.
 
-    hidden: what the body returns, [1, positions, hidden size].
-    given: what `lm_head` returns, [1, positions, size of the part].
-    arrived: what reached `lm_head`.
+    hidden: the output of the body's stand-in, [1, positions, hidden size].
+    head_output: the output of `lm_head`'s stand-in, [1, positions, size of the part].
+    head_input: the input of `lm_head`'s stand-in, written by it.
     """
 
     hidden: Tensor
-    given: Tensor | None
-    arrived: Tensor | None = None
+    head_output: Tensor | None
+    head_input: Tensor | None = None
 
 
 _call: ContextVar[_Call] = ContextVar("call of a model shell")
@@ -192,7 +207,7 @@ _call: ContextVar[_Call] = ContextVar("call of a model shell")
 
 @contextmanager
 def _calling(call: _Call) -> Iterator[None]:
-    """The call that stand-ins see, on this thread."""
+    """Make this the call that the stand-ins see on this thread."""
     token = _call.set(call)
     try:
         yield
@@ -202,19 +217,23 @@ def _calling(call: _Call) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ShellOutput:
-    """logits: [positions, size of the part] float32; arrived: what reached `lm_head`, or None."""
+    """The result of a shell's forward pass.
+
+    logits: [positions, size of the part] float32.
+    head_input: the input of `lm_head`; None if it wasn't called.
+    """
 
     logits: Tensor
-    arrived: Tensor | None
+    head_input: Tensor | None
 
 
 @dataclass(frozen=True)
 class ModelShell:
-    """A model with stand-ins for its body and `lm_head`: its own forward does what comes after them
-    (scaling, soft-capping). Several threads may call it.
+    """A model whose body and `lm_head` are replaced by stand-ins. Its own forward then runs only
+    the rest, such as scaling or soft-capping of logits. Several threads may call it.
 
-    model: with the stand-ins.
-    takes_cache: whether its forward has an argument use_cache.
+    model: the model with the stand-ins.
+    takes_cache: whether its forward has an argument `use_cache`.
     """
 
     model: nn.Module
@@ -238,9 +257,11 @@ class ModelShell:
     def config(self) -> Any:
         return self.model.config
 
-    def logits(self, hidden: Tensor, given: Tensor | None) -> ShellOutput:
-        """What the model makes of hidden states [positions, hidden size] whose `lm_head` returns
-        `given` [positions, size of the part]; None where it has no `lm_head`.
+    def logits(self, hidden: Tensor, head_output: Tensor | None) -> ShellOutput:
+        """The model's logits, given the outputs of its body and of `lm_head`.
+
+        hidden: [positions, hidden size].
+        head_output: [positions, size of the part]; None if the model has no `lm_head`.
         """
         tokens = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
         inputs: dict[str, Any] = (
@@ -250,43 +271,47 @@ class ModelShell:
         )
         if self.takes_cache:
             inputs["use_cache"] = False
-        call = _Call(hidden[None], None if given is None else given[None])
+        call = _Call(hidden[None], None if head_output is None else head_output[None])
         with _calling(call):
             logits = self.model(**inputs).logits[0].float()
-        return ShellOutput(logits, call.arrived)
+        return ShellOutput(logits, call.head_input)
 
-    def arriving(self, hidden: Tensor) -> Tensor:
-        """What the model makes of hidden states before they arrive at `lm_head`, [positions,
-        width].
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """The input of `lm_head` for these hidden states, [positions, width].
+
+        hidden: [positions, hidden size].
         """
-        given = torch.zeros(hidden.shape[0], 1, device=hidden.device)
-        arrived = self.logits(hidden, given).arrived
-        assert arrived is not None
-        return arrived.reshape(hidden.shape[0], -1)
+        head_output = torch.zeros(hidden.shape[0], 1, device=hidden.device)
+        head_input = self.logits(hidden, head_output).head_input
+        assert head_input is not None
+        return head_input.reshape(hidden.shape[0], -1)
 
 
 class _StandInHead(nn.Module):
-    """In place of `lm_head`. weight: asked for by models that look at its dtype."""
+    """Replaces `lm_head`: records its input and returns the given output.
+
+    weight: empty; some models read its dtype.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def forward(self, arrived: Tensor) -> Tensor | None:
+    def forward(self, head_input: Tensor) -> Tensor | None:
         call = _call.get()
-        call.arrived = arrived
-        return call.given
+        call.head_input = head_input
+        return call.head_output
 
 
 def _stand_in_body(body: nn.Module) -> nn.Module:
-    """A module that returns the hidden states of the call; models ask it for the body's own
-    numbers.
+    """A module that replaces the body and returns the hidden states of the call. It has the body's
+    numeric attributes, because some models read them.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     class Output(BaseModelOutputWithPast):
         def __getattr__(self, name: str) -> None:
-            """Router logits, cross attentions and the like, which some architectures pass on."""
+            """None for all other outputs, such as router logits, which some models pass on."""
             return
 
     class StandIn(nn.Module):
@@ -302,7 +327,7 @@ def _stand_in_body(body: nn.Module) -> nn.Module:
 
         @property
         def decoder(self) -> nn.Module:
-            return self  # OPT calls model.decoder
+            return self  # OPT's forward calls model.decoder
 
         def forward(self, *_: Any, **__: Any) -> Output:
             return Output(last_hidden_state=_call.get().hidden)
@@ -312,8 +337,11 @@ def _stand_in_body(body: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class PackedHead:
-    """`lm_head` as kernels multiply it. weight: as ops.pack_weight arranges bfloat16; bias:
-    [vocabulary] float32 or None.
+    """`lm_head` in the format of the kernels.
+
+    weight: bfloat16, as ops.pack_weight arranges it.
+    bias: [vocabulary] float32, or None.
+    vocabulary: number of tokens in the vocabulary.
     """
 
     weight: Tensor
@@ -322,8 +350,13 @@ class PackedHead:
 
 
 class PartialLinear:
-    """Rows of `lm_head`, with a float32 result: from a kernel where its operands are bfloat16, else
-    converted a part at a time.
+    """`lm_head`, computed for a part of the vocabulary, with a float32 result. A kernel multiplies
+    bfloat16 exactly; otherwise a part of the weight is converted to float32 at a time.
+
+    vocabulary: number of tokens in the vocabulary.
+    parts: slices of the vocabulary.
+    bias: [vocabulary] float32, or None.
+    packed: the weight, packed for kernels; None if they aren't used.
     """
 
     def __init__(
@@ -342,7 +375,7 @@ class PartialLinear:
             and weight.device.type == "cpu"
             and weight.dtype == torch.bfloat16
         )
-        # One of the two: lm_head is the largest tensor of many a model.
+        # Only one of the two is kept, because lm_head is often the largest tensor of a model.
         self.packed = torch.ops.quantkit.pack_weight(weight, "bf16") if ready else None
         self._weight = None if ready else weight
         if (
@@ -351,9 +384,10 @@ class PartialLinear:
             and like.packed is not None
             and torch.equal(self.packed, like.packed)
         ):
-            self.packed = like.packed  # most schemes leave it alone: read once for both models
+            self.packed = like.packed  # most schemes don't quantize it: both models share it
 
     def __call__(self, hidden: Tensor, part: slice) -> Tensor:
+        """[positions, size of the part] float32. hidden: [positions, width]."""
         bias = None if self.bias is None else self.bias[part]
         if self.packed is None:
             assert self._weight is not None
@@ -372,6 +406,7 @@ class PartialLinear:
 
 
 def is_exact_in_bfloat16(values: Tensor) -> bool:
+    """Whether converting to bfloat16 changes no value."""
     return values.dtype == torch.bfloat16 or torch.equal(values.bfloat16().float(), values.float())
 
 
@@ -379,8 +414,10 @@ def is_exact_in_bfloat16(values: Tensor) -> bool:
 
 
 def score(head: OutputHead, hidden: Tensor, targets: Tensor) -> TokenScores:
-    """The base's scores of some positions. hidden: [positions, hidden size]; targets: [positions],
-    the tokens that came next.
+    """The base model's scores of some positions.
+
+    hidden: final hidden states, [positions, hidden size].
+    targets: the true tokens, [positions].
     """
     fused = head.packed(hidden)
     if fused is not None:
@@ -397,8 +434,11 @@ def score(head: OutputHead, hidden: Tensor, targets: Tensor) -> TokenScores:
 def score_pair(
     base_head: OutputHead, base_hidden: Tensor, targets: Tensor, head: OutputHead, hidden: Tensor
 ) -> PairedScores:
-    """The scores of some positions by base and candidate. base_hidden, hidden: [positions, hidden
-    size]; targets: [positions], the tokens that came next.
+    """The scores of some positions by a base and a quantized model.
+
+    base_head, head: output heads of the base and the quantized model.
+    base_hidden, hidden: their final hidden states, [positions, hidden size].
+    targets: the true tokens, [positions].
     """
     fused, own = base_head.packed(base_hidden), head.packed(hidden)
     if fused is not None and own is not None and own.vocabulary == fused.vocabulary:
@@ -413,7 +453,7 @@ def score_pair(
             own.bias,
         )
     else:
-        # Logits of heads that don't come in the same parts can only be compared whole.
+        # Heads with different parts are compared over the whole vocabulary.
         parts = base_head.parts if list(head.parts) == list(base_head.parts) else [None]
         base_logits, logits = base_head.logits_of(base_hidden), head.logits_of(hidden)
         found = score_parts(
@@ -430,7 +470,7 @@ def score_pair(
         confidence,
         quant_nll,
         quant_index == targets,
-        # A divergence is never negative; its rounding, about 1e-7, may be.
+        # KL is never negative, but its rounding error of about 1e-7 may make it so.
         kld.clamp(min=0),
         index == quant_index,
     )
@@ -438,14 +478,20 @@ def score_pair(
 
 
 def _start(part: slice | None) -> int:
+    """The first token of a part of the vocabulary."""
     return 0 if part is None else part.start
 
 
 def score_variants(
     head: OutputHead, base_hidden: Tensor, targets: Tensor, variants: Sequence[Tensor]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """KL(base‖variant) and nll of each variant's positions. All share one head. base_hidden and
-    each variant: [positions, hidden size].
+    """KL(base‖variant) and NLL of several variants of a model, which share the output head.
+
+    base_hidden: final hidden states of the base model, [positions, hidden size].
+    targets: the true tokens, [positions].
+    variants: final hidden states of each variant, [positions, hidden size].
+
+    Returns for each variant its KL and its NLL, each [positions], nats.
     """
     found = [score_pair(head, base_hidden, targets, head, hidden) for hidden in variants]
     return [(scores.kld, scores.quant_nll) for scores in found]

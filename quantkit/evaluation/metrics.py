@@ -1,4 +1,4 @@
-"""The metrics of `eval`. Each is a row of METRICS, which says how the metric is computed from the
+"""The metrics of `eval`. Each is a row of METRICS. The row says how the metric is computed from the
 scores per token, how it is shown, whether a gate may test it, and how `compare` pairs it.
 
 To add a metric, add a row. If a gate may test it, also name it in the help of `--gate`.

@@ -1,6 +1,4 @@
-"""What `eval` and `compare` tell their user: tables of a result, remarks on it, and Markdown for a
-model card.
-"""
+"""The reports of `eval` and `compare`: tables, remarks, and Markdown for a model card."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from quantkit.evaluation.result import (
     QuantResult,
 )
 
-WORST_SHOWN = 5  # layers of each candidate
+WORST_SHOWN = 5  # layers of each quantized model
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class Table:
     """A table of text.
 
     columns: headings.
-    rows: cells, one for each column.
-    right: numbers of the columns that hold numbers, to be aligned to the right.
+    rows: rows of cells, one for each column.
+    right: indices of the columns that are aligned to the right, because they contain numbers.
     """
 
     columns: Sequence[str]
@@ -41,6 +39,7 @@ class Table:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, with a newline at its end."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -52,7 +51,7 @@ _ACTIVATIONS: dict[bool | str, str] = {True: "yes", False: "no"}
 
 
 def model_table(evaluation: Evaluation) -> Table:
-    """One row for the base, one for each candidate."""
+    """One row for the base model, one for each quantized model."""
     shown = [(metric, column) for metric in metrics.METRICS for column in metric.columns]
     names = ("size", "bits/weight", "Linears", "inputs quantized", "tokens/s")
     columns = ("model", "scheme", *(column.heading for _, column in shown), *names)
@@ -83,14 +82,14 @@ def _quant_cells(quant: QuantResult, shown: Sequence[tuple[Metric[Any], Shown[An
         *(column.text(quant.metrics[metric]) for metric, column in shown),
         format_bytes(quant.bytes),
         f"{quant.bits_per_weight:.2f}",
-        f"{quant.linears_quantized} ({len(quant.linears_left)} left)",
+        f"{quant.linears_quantized} ({len(quant.linears_left)} skipped)",
         _ACTIVATIONS.get(quant.activations_quantized, "in part"),
         f"{quant.tokens_per_second:.0f}",
     ]
 
 
 def metric_table(evaluation: Evaluation) -> Table:
-    """All other metrics: one column for each candidate, and for the noise floor where it was
+    """All metrics: one column for each quantized model, and one for the noise floor if it was
     measured.
     """
     quants, noise = evaluation.quants, evaluation.noise_floor
@@ -108,7 +107,7 @@ def metric_table(evaluation: Evaluation) -> Table:
     return Table(columns, rows, range(1, len(columns)))
 
 
-# Rows of the same table that tokens don't give.
+# Rows of the same table that are no metrics of tokens.
 _MODEL_ROWS: tuple[tuple[str, Callable[[QuantResult], str]], ...] = (
     ("KV cache quantized", lambda quant: "yes" if quant.kv_cache_quantized else "no"),
     ("peak memory so far", lambda quant: format_bytes(quant.peak_memory_bytes)),
@@ -116,7 +115,7 @@ _MODEL_ROWS: tuple[tuple[str, Callable[[QuantResult], str]], ...] = (
 
 
 def layer_table(evaluation: Evaluation, shown: int = WORST_SHOWN) -> Table:
-    """The worst layers of each candidate, as its `layers` ranks them."""
+    """The worst layers of each quantized model, in the order of `QuantResult.layers`."""
     columns = (
         "model",
         "worst layers",
@@ -145,7 +144,7 @@ def layer_table(evaluation: Evaluation, shown: int = WORST_SHOWN) -> Table:
 
 
 def decibels_text(value: float | None) -> str:
-    """Empty for what isn't known."""
+    """A level in dB; "exact" for infinity, empty for None and NaN."""
     if value is None or math.isnan(value):
         return ""
     return "exact" if math.isinf(value) and value > 0 else f"{value:.1f}"
@@ -163,6 +162,7 @@ def _share(value: float | None) -> str:
 
 
 def evaluation_title(evaluation: Evaluation) -> str:
+    """The text, the protocol and the arithmetic of an evaluation, in one line."""
     hardware = f", as {evaluation.hardware} computes" if evaluation.hardware else ""
     text = _text_described(evaluation.protocol, evaluation.tokens_scored, evaluation.windows)
     return f"{text}, {_arithmetic(evaluation)}{hardware}"
@@ -184,26 +184,26 @@ def _arithmetic(evaluation: Evaluation) -> str:
 
 
 def evaluation_remarks(evaluation: Evaluation) -> list[str]:
-    """What a reader of the tables must know."""
+    """Sentences to read with the tables."""
     remarks = [*evaluation.remarks]
     if evaluation.base.from_cache:
         remarks.append(
-            f"{evaluation.base.path}: its hidden states were made by an earlier run, and so was its"
-            " tokens/s; --no-cache makes them again"
+            f"{evaluation.base.path}: its hidden states and its tokens/s are from an earlier run;"
+            " --no-cache computes them again"
         )
     for quant in evaluation.quants:
         remarks += _quant_remarks(evaluation, quant)
     if evaluation.noise_floor:
         remarks.append(
-            "one more rounding to bfloat16 after each block of the base alone gives a KL of"
-            f" {evaluation.noise_floor.kld.mean:.2g}: what is about that small is noise"
+            "noise floor: one more rounding to bfloat16 after each block of the base model gives a"
+            f" KL of {evaluation.noise_floor.kld.mean:.2g}; a KL of about that size is noise"
         )
     remarks += [f"gate {gate.expr} on {gate.path}: {gate_text(gate)}" for gate in evaluation.gates]
     return remarks
 
 
 def gate_text(gate: GateResult) -> str:
-    """pass (0.812)"""
+    """The outcome with the value, such as "pass (0.812)"."""
     more = (
         f"; it needs about {gate.more_tokens_needed} more tokens" if gate.more_tokens_needed else ""
     )
@@ -243,7 +243,7 @@ def _interval_remarks(evaluation: Evaluation, quant: QuantResult) -> list[str]:
     delta, remarks = quant.metrics[PPL_DELTA], []
     if delta.method == "t":
         remarks.append(
-            f"Student's t interval, since {evaluation.windows} windows are too few for a bootstrap"
+            f"Student's t interval: {evaluation.windows} windows are too few for a bootstrap"
         )
     elif delta.method == "none":
         remarks.append("one window gives no interval; give more text or a smaller --seq-len")
@@ -269,12 +269,12 @@ def _calibration_remarks(evaluation: Evaluation, quant: QuantResult) -> list[str
     if quant.windows_calibrated_on:
         return [
             f"Warning: {quant.path} was calibrated on text of {quant.windows_calibrated_on} of"
-            f" these {evaluation.windows} windows; evaluate it on text that it hasn't seen"
+            f" these {evaluation.windows} windows; evaluate it on other text"
         ]
     if quant.sources_calibrated_on:
         return [
             f"Warning: {quant.path} was calibrated on {', '.join(quant.sources_calibrated_on)};"
-            " evaluate it on text that it hasn't seen"
+            " evaluate it on other text"
         ]
     return []
 
@@ -286,7 +286,7 @@ def _worst_weight(layers: Sequence[LayerError]) -> str:
 
 
 def evaluation_markdown(evaluation: Evaluation) -> str:
-    """The tables and the remarks, for a model card."""
+    """The tables and the remarks in Markdown, for a model card."""
     sources = ", ".join(evaluation.data.sources)
     lines = [f"## Quality\n\n{evaluation_title(evaluation)}; {sources}.\n"]
     tables = [model_table(evaluation)]
@@ -302,6 +302,7 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
+    """One row for each pair."""
     paired = list(metrics.paired_metrics())
     columns = (
         "A",
@@ -326,11 +327,13 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def comparison_title(comparison: Comparison) -> str:
+    """The text, the protocol and the base model of a comparison, in one line."""
     text = _text_described(comparison.protocol, comparison.tokens_scored, comparison.windows)
     return f"{text}, base {comparison.base.path}"
 
 
 def comparison_remarks(comparison: Comparison) -> list[str]:
+    """Sentences to read with the table."""
     return [*comparison.remarks, *(_pair_remark(pair) for pair in comparison.pairs)]
 
 
@@ -340,8 +343,8 @@ def _pair_remark(pair: Pair) -> str:
         return f"{names}: one window gives no interval; evaluate both on more text"
     if delta.low <= 0 <= delta.high:
         return (
-            f"{names}: no difference that this text can show; it resolves about"
+            f"{names}: no significant difference; this text resolves about"
             f" {delta.smallest_resolvable:.2f} %"
         )
     better = pair.b.path if delta.value < 0 else pair.a.path
-    return f"{names}: {better} is better, by more than chance"
+    return f"{names}: {better} is significantly better"

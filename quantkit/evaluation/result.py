@@ -1,6 +1,6 @@
-"""What `eval` found: a tree of values that becomes the JSON of `eval -o` and is read back from it.
+"""The result of `eval`, as dataclasses. They are written as the JSON of `eval -o` and read back.
 
-The fields' names are the JSON's keys, in its order. A field with a default may be missing in a
+The names of fields are the keys of the JSON, in order. A field with a default may be missing in a
 file.
 """
 
@@ -21,11 +21,11 @@ SCHEMA_VERSION = 1
 class EvaluationProtocol:
     """How windows are cut and scored.
 
-    name: "gptq", "llamacpp" or "lmeval"; of other than causal models the task's.
+    name: "gptq", "llamacpp" or "lmeval"; the task's name if the model isn't causal.
     seq_len: tokens per window.
-    bos: where the first token of a text stands, in words.
-    unit: "word" where perplexity is per word.
-    hash: of the fields above; equal hashes mean the same protocol.
+    bos: where the tokenizer's special tokens are, in words.
+    unit: "word" if perplexity is per word.
+    hash: hash of the fields above; results with equal hashes have the same protocol.
     """
 
     name: str | None = None
@@ -37,11 +37,11 @@ class EvaluationProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSources:
-    """The text.
+    """The text of an evaluation.
 
-    sources: as the user named them.
-    sha256: of the one source, or of all sources' hashes.
-    tokens_sha256: of the windows' tokens.
+    sources: files or sources, as the user named them.
+    sha256: hash of the source, or of the hashes of several.
+    tokens_sha256: hash of the windows' tokens.
     """
 
     sources: tuple[str, ...] = ("?",)
@@ -51,19 +51,19 @@ class TextSources:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseResult:
-    """The base alone.
+    """Results of the base model.
 
     path: its directory.
-    fingerprint: of its files.
-    perplexity: per token, or per word under lmeval.
-    top1_accuracy: the share of tokens that it finds likeliest.
-    bytes: of its tensors.
-    bits_per_weight: bytes by elements of all tensors.
-    bits_per_byte: of the scored text, None without any.
-    tokens_per_second: of the whole run, or of the earlier one where from_cache.
-    from_cache: whether its hidden states are an earlier run's.
-    window_nll: sums over each window's tokens, nats, [windows].
-    token_perplexity: per token, where perplexity is per word.
+    fingerprint: hash of samples of its files.
+    perplexity: per token, or per word with the protocol lmeval.
+    top1_accuracy: share of tokens that it predicts as the most likely.
+    bytes: size of its tensors.
+    bits_per_weight: size of its tensors in bits / number of elements.
+    bits_per_byte: NLL in bits / bytes of the scored text; None if the text is empty.
+    tokens_per_second: throughput; with `from_cache`, that of the earlier run.
+    from_cache: whether its hidden states were computed by an earlier run.
+    window_nll: NLL summed over the tokens of each window, nats, [windows].
+    token_perplexity: per token; None unless `perplexity` is per word.
     """
 
     path: str
@@ -81,7 +81,11 @@ class BaseResult:
 
 @dataclass(frozen=True)
 class ChannelSqnr:
-    """Signal to noise over output channels, dB: the median channel and the worst."""
+    """Signal-to-quantization-noise ratio of channels.
+
+    median: that of the median channel, dB.
+    min: that of the worst channel, dB.
+    """
 
     median: float
     min: float
@@ -89,14 +93,20 @@ class ChannelSqnr:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """What quantization did to one Linear. Values that weren't measured are None.
+    """The quantization error of one Linear. Values that weren't measured are None.
 
-    name: in the checkpoint.
-    weight_sqnr_db, weight_channel_sqnr_db: of its weight against the base's, dB.
-    weight_clipped, weight_underflowed: shares of the weight's values.
-    output_sqnr_db, output_channel_sqnr_db: of its output for the inputs that reach it, dB.
-    input_sqnr_db, input_channel_sqnr_db: of these inputs, quantized, dB.
-    input_clipped, input_underflowed: shares of the inputs' values.
+    name: its name in the checkpoint.
+    weight_sqnr_db: signal-to-quantization-noise ratio of its weight, dB.
+    weight_channel_sqnr_db: the same over output channels.
+    weight_clipped: share of the weight's values beyond the number format's range.
+    weight_underflowed: share of the weight's values that were rounded to zero.
+    output_sqnr_db: signal-to-quantization-noise ratio of its output, for the inputs that it gets in
+        the quantized model, dB.
+    output_channel_sqnr_db: the same over output channels.
+    input_sqnr_db: signal-to-quantization-noise ratio of its quantized inputs, dB.
+    input_channel_sqnr_db: the same over input channels.
+    input_clipped: share of the inputs' values beyond the number format's range.
+    input_underflowed: share of the inputs' values that were rounded to zero.
     """
 
     name: str
@@ -114,28 +124,29 @@ class LayerError:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantResult:
-    """A candidate compared with the base.
+    """Results of a quantized model, compared with the base model.
 
     path: its directory.
-    scheme: its name, "mixed" with several, or the dtype of an unquantized model.
-    metrics: the rows of metrics.METRICS.
-    bytes: of its tensors.
-    bits_per_weight: bytes by elements of the base's tensors.
-    size_ratio: its bytes by the base's.
-    tokens_per_second: with half of the time that comparing logits took.
-    peak_memory_bytes: of the process so far, the largest of all ranks.
-    exec: "kernel", "reference" or "mixed".
-    kernels: how many Linears ran through each kernel.
-    activations_quantized: True, False or "partial".
-    kv_cache_quantized: whether keys and values went through FP8.
-    windows_calibrated_on: how many windows hold text that its scales were made with.
-    sources_calibrated_on: which sources, likewise.
-    linears_quantized: how many were evaluated quantized.
-    linears_left: Linears of the decoder blocks, and lm_head, that are not quantized.
-    weights_only_linears: those that ran with unquantized inputs against the scheme.
-    unjudged_linears: those that transformers leaves out of the model.
+    scheme: name of its scheme; "mixed" with several, or the dtype of an unquantized model.
+    metrics: its values of the metrics in metrics.METRICS.
+    bytes: size of its tensors.
+    bits_per_weight: size of its tensors in bits / number of elements of the base model.
+    size_ratio: its bytes / bytes of the base model.
+    tokens_per_second: throughput, with half of the time for scoring both models.
+    peak_memory_bytes: peak memory of the process so far, the largest of all ranks.
+    exec: arithmetic that ran: "kernel", "reference" or "mixed".
+    kernels: kernel, or "reference" → number of Linears that ran through it.
+    activations_quantized: whether Linears quantized their inputs: True, False or "partial".
+    kv_cache_quantized: whether keys and values were quantized to FP8.
+    windows_calibrated_on: number of windows with text that it was calibrated on.
+    sources_calibrated_on: names of sources that it was calibrated on.
+    linears_quantized: number of Linears that ran quantized.
+    linears_left: the skipped Linears: those of the decoder blocks, and lm_head, that aren't
+        quantized.
+    weights_only_linears: Linears whose inputs stayed unquantized, against their scheme.
+    unjudged_linears: Linears that aren't evaluated, because transformers doesn't build them.
     layers: error of each Linear, the worst first.
-    window_sums: for `compare`.
+    window_sums: sums over the tokens of each window, for `compare`.
     """
 
     path: str
@@ -162,13 +173,15 @@ class QuantResult:
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """What became of a gate.
+    """The outcome of a gate on one quantized model.
 
-    expr: as the user wrote it.
-    path: the candidate's directory.
-    value, low, high: of the metric, with its interval.
+    expr: the gate's expression, as the user wrote it.
+    path: directory of the quantized model.
+    value: value of the metric.
+    low, high: its 95 % interval; None if there is only one window.
     result: "pass", "fail" or "inconclusive".
-    more_tokens_needed: an estimate for an inconclusive gate; None where one window gives none.
+    more_tokens_needed: about how many more tokens would decide an inconclusive gate; None if that
+        can't be estimated.
     """
 
     expr: str
@@ -190,23 +203,24 @@ class GateResult:
 class Evaluation:
     """The result of `eval`.
 
-    schema_version: of the JSON.
-    quantkit_version: that made it.
+    schema_version: version of the JSON.
+    quantkit_version: version of quantkit that wrote it.
     protocol: how windows are cut and scored.
     data: the text.
-    tokens_scored, windows: how many.
-    tokens_per_unit: tokens per word where perplexity is per word, else 1.
+    tokens_scored: number of scored tokens.
+    windows: number of windows.
+    tokens_per_unit: tokens per word if perplexity is per word, else 1.
     device: "cpu" or "cuda".
-    processes: ranks that shared the windows.
-    hardware: whose arithmetic was computed, None for the scheme's own.
+    processes: number of processes that shared the windows.
+    hardware: the hardware whose arithmetic was computed; None for the schemes' own.
     kernel_level: the CPU's instruction set, the GPU's architecture, or "reference".
-    base: the base alone.
-    quants: each candidate compared with the base.
-    noise_floor: None where it wasn't measured.
-    window_tokens: scored tokens of each window.
-    gates: one for each gate and candidate.
-    peak_memory_bytes: of the largest process.
-    remarks: sentences that a reader must know.
+    base: results of the base model.
+    quants: results of each quantized model.
+    noise_floor: effect of rounding noise on the base model; None if it wasn't measured.
+    window_tokens: scored tokens of each window, [windows].
+    gates: the outcome of each gate on each quantized model.
+    peak_memory_bytes: peak memory of the largest process.
+    remarks: sentences for the reader of the result.
     """
 
     schema_version: int
@@ -233,5 +247,5 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, content: Any) -> Evaluation:
-        """Raises KeyError, TypeError or ValueError where `content` is no result."""
+        """Raises KeyError, TypeError or ValueError if `content` isn't the JSON of a result."""
         return json_values.fields_from_json(cls, content)

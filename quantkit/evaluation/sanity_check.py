@@ -1,8 +1,8 @@
-"""The check that `quantize` ends with: is this still the model? A few thousand tokens run through
-base and result, and a bound that only a ruined result exceeds.
+"""The sanity check at the end of `quantize`: a short evaluation of the quantized model, with bounds
+that only a ruined model exceeds.
 
-It does not measure quality: `eval` on text of your own does. Where the bound is exceeded, the check
-names the layers that caused it, and whether by their weights or by their inputs.
+It doesn't measure quality; use `eval` with your own text for that. If a bound is exceeded, the
+check names the layers with the largest error, and whether it is in their weights or their inputs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from quantkit.evaluation.metrics import KLD, PPL_DELTA, TOP1_AGREEMENT
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.result import Evaluation, LayerError, QuantResult
 
-# Beyond these a result is ruined. On SmolLM2-135M, which shows every mistake, the worst of the
-# sound recipes loses 5 % of perplexity at a mean KL of 0.038 (README), and static INT8, which its
-# outliers ruin, 106 to 143 % at 0.9, depending on the text. Larger models lose less. Each bound
-# lies between, nearer to the sound: a user may want what loses 8 %, nobody what loses 12. KL is
-# asked too because perplexity may fall by chance where the model has become another one.
+# A model beyond one of these bounds is ruined. They were chosen on SmolLM2-135M, which is more
+# sensitive than larger models. The worst sound recipe loses 5 % of perplexity there, at a mean KL
+# of 0.038 (README); static INT8, which outliers ruin, loses 106 to 143 %, at a mean KL of 0.9. KL
+# is checked too, because the perplexity of a ruined model may fall by chance.
 MOST_PPL_DELTA_PCT = 10.0
 MOST_KLD = 0.15
 CHECK_TOKENS = 4096
-CHECK_LENGTH = 512  # tokens of a window: eight windows give an interval
+CHECK_LENGTH = 512  # tokens per window: eight windows are enough for an interval
 WORST_SHOWN = 3
-# What the JSON repeats of the candidate's own result.
+# Keys that the check's JSON repeats from the quantized model's result.
 _REPEATED = (
     "perplexity",
     "ppl_delta_pct",
@@ -45,9 +44,13 @@ _REPEATED = (
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """One of the layers whose outputs changed most; fields as of LayerError.
+    """One of the layers with the largest output error.
 
-    blame: "inputs" where their rounding is the larger error, else "weights".
+    name: its name in the checkpoint.
+    output_sqnr_db: signal-to-quantization-noise ratio of its output, dB.
+    weight_sqnr_db: that of its weight, dB.
+    input_sqnr_db: that of its inputs, dB; None if they aren't quantized.
+    blame: the larger error: "inputs" or "weights".
     """
 
     name: str
@@ -63,6 +66,7 @@ class LayerDamage:
         return cls(layer.name, layer.output_sqnr_db, layer.weight_sqnr_db, inputs, blame)
 
     def sentence(self) -> str:
+        """The layer and its errors, in words."""
         decibels = self.weight_sqnr_db if self.blame == "weights" else self.input_sqnr_db
         return (
             f"{self.name} (output {self.output_sqnr_db:.1f} dB, by its {self.blame}:"
@@ -72,10 +76,10 @@ class LayerDamage:
 
 @dataclass(frozen=True)
 class SanityCheck:
-    """The outcome of the check.
+    """The outcome of the sanity check.
 
-    evaluation: of base and result, or None where the result gives no finite numbers.
-    problem: why the result is ruined, or "".
+    evaluation: the evaluation; None if the quantized model computes NaN or infinity.
+    problem: why the quantized model is ruined; "" if it isn't.
     """
 
     evaluation: Evaluation | None
@@ -107,7 +111,7 @@ class SanityCheck:
         )
 
     def sentence(self) -> str:
-        """What was measured, in a line."""
+        """The measured values, in one line."""
         if self.evaluation is None:
             return self.problem
         (quant,) = self.evaluation.quants
@@ -130,8 +134,14 @@ def check_sanity(
     trust_remote_code: bool = False,
     on_progress: Callable[[str, float, float], None] = lambda name, done, total: None,
 ) -> SanityCheck:
-    """data: sources, or none for a bundled text that no calibration has seen. Raises what
-    `evaluate` raises where the two can't be compared.
+    """Compare a quantized model with its base model on a few thousand tokens.
+
+    data: text files or sources; the bundled evaluation text if empty.
+    tokens: limit on tokens.
+    hardware, device, trust_remote_code: as in `EvaluationOptions`.
+
+    Raises the errors of `evaluate`, except that a quantized model with NaN or infinity is a problem
+    in the result.
     """
     config = Checkpoint.open(base).config
     positions = (config.get("text_config") or config).get("max_position_embeddings")
@@ -159,26 +169,24 @@ def check_sanity(
 
 def _problem(quant: QuantResult) -> str:
     delta, kld = quant.metrics[PPL_DELTA], quant.metrics[KLD]
-    # The whole interval must lie beyond: too little text is no reason to refuse.
+    # The whole interval must be beyond the bound: too little text is no reason to refuse.
     least_delta = delta.value if delta.low is None else delta.low
     least_kld = kld.mean if kld.mean_low is None else kld.mean_low
     exceeded = []
     if least_delta > MOST_PPL_DELTA_PCT:
         exceeded.append(
-            f"perplexity is {delta.text()}, and +{MOST_PPL_DELTA_PCT:g} % is more than a sound"
-            " result loses"
+            f"perplexity changed by {delta.text()}; more than +{MOST_PPL_DELTA_PCT:g} % means a"
+            " ruined model"
         )
     if least_kld > MOST_KLD:
         exceeded.append(
-            f"the mean KL is {kld.mean:.3f}, and {MOST_KLD:g} is more than a sound result has"
+            f"the mean KL is {kld.mean:.3f}; more than {MOST_KLD:g} means a ruined model"
         )
     return "; ".join([*exceeded, _where(quant), _remedy(quant)]) if exceeded else ""
 
 
 def worst_outputs(layers: Sequence[LayerError], shown: int = WORST_SHOWN) -> list[LayerDamage]:
-    """The layers whose outputs are furthest from what the base's weight and unquantized inputs
-    give.
-    """
+    """The layers whose output has the lowest signal-to-quantization-noise ratio."""
     known = [(layer.output_sqnr_db, layer) for layer in layers if layer.output_sqnr_db is not None]
     worst = sorted(known, key=lambda each: each[0])[:shown]
     return [LayerDamage.of(layer) for _, layer in worst]
@@ -188,22 +196,23 @@ def _where(quant: QuantResult) -> str:
     worst = worst_outputs(quant.layers)
     if not worst:
         return (
-            "no layer can be compared with the base's, because algorithms changed them or none is"
-            " quantized"
+            "no layer can be compared with the base model's, because algorithms changed all of them"
+            " or none is quantized"
         )
-    return f"the damage is worst in {', '.join(layer.sentence() for layer in worst)}"
+    return f"the error is largest in {', '.join(layer.sentence() for layer in worst)}"
 
 
 def _remedy(quant: QuantResult) -> str:
     worst = worst_outputs(quant.layers)
     by_inputs = sum(layer.blame == "inputs" for layer in worst) * 2 > len(worst)
     if by_inputs and "static" in quant.scheme:
-        return "a dynamic scheme measures inputs anew for each token"
+        return "try a dynamic scheme, which computes input scales for each token"
     if by_inputs:
         return (
-            "FP8 minds outliers in inputs less than INT8, and smoothquant moves them into weights"
+            "try FP8, which suffers less from outliers in inputs than INT8, or smoothquant, which"
+            " moves them into weights"
         )
-    return "leave these layers with --ignore, or let gptq choose their codes"
+    return "skip these layers with --ignore, or quantize their weights with gptq"
 
 
 def _sources(evaluation: Evaluation) -> str:

@@ -1,5 +1,5 @@
-"""The text of an evaluation as metrics see it: which tokens are scored, where they stand, and in
-which units losses are reported.
+"""The text of an evaluation, as metrics need it: which tokens are scored, where they are, and in
+which units perplexity is reported.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from quantkit.data.windows import Window, Windows
 
 @dataclass(frozen=True)
 class Place:
-    """Where a token stands.
+    """The place of a token in the text.
 
-    window: its number, from 0.
-    position: in the window, from 0.
-    context: the text before it, of at most 16 tokens.
+    window: number of its window, from 0.
+    position: its position in the window, from 0.
+    context: text of up to 16 tokens before it.
     token: its own text.
     """
 
@@ -32,10 +32,10 @@ class Place:
 class ScoredText:
     """The scored tokens of all windows, in order.
 
-    windows: of all ranks.
-    tokenizer: the base's.
+    windows: the windows of all ranks.
+    tokenizer: the base model's tokenizer.
     counts: scored tokens of each window, [windows], none of them 0.
-    units: words under the protocol lmeval, else scored tokens; perplexity is per unit.
+    units: the number that perplexity is divided by: words with the protocol lmeval, else tokens.
     utf8_bytes: bytes of the scored text.
     """
 
@@ -57,21 +57,23 @@ class ScoredText:
 
     @property
     def tokens_per_unit(self) -> float:
+        """Tokens per word if perplexity is per word, else 1."""
         return self.windows.tokens_scored / self.units
 
     @property
     def longest_window(self) -> int:
+        """Tokens of the longest window."""
         return max(len(window.tokens) for window in self.windows.windows)
 
     @property
     def positions(self) -> np.ndarray:
-        """Of each scored token in its window, [tokens]."""
+        """The position of each scored token in its window, [tokens]."""
         return np.concatenate(
             [np.arange(window.first_scored, len(window.tokens)) for window in self.windows.windows]
         )
 
     def place(self, token: int) -> Place:
-        """token: its number among the scored ones."""
+        """Where a token is. token: its index among all scored tokens."""
         ends = np.cumsum(self.counts)
         number = int(np.searchsorted(ends, token, side="right"))
         window = self.windows.windows[number]
@@ -84,8 +86,8 @@ class ScoredText:
 
 
 def _scored_bytes(windows: Windows, tokenizer: Any, protocol: str) -> int:
-    """UTF-8 bytes of the text whose tokens are scored. Where windows cut it, from the tokens' own
-    text: a character that is cut in two counts as it is shown.
+    """UTF-8 bytes of the scored text. Unless the protocol knows them, they are counted in the
+    decoded windows, where a character that is split between windows counts as its replacement.
     """
     if protocol == "lmeval":
         return windows.utf8_bytes

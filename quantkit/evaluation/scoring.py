@@ -1,5 +1,5 @@
-"""Scores of all tokens from final hidden states: on each rank its own windows, a few positions at a
-time on each thread, then gathered.
+"""Compute the scores of all tokens from final hidden states: each rank scores its windows, a few
+positions at a time on each thread; then the scores of all ranks are gathered.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Progress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What scoring needs of a model.
+    """The parts of a model that scoring needs.
 
     head: its output head.
     states: its final hidden states over this rank's windows.
@@ -41,8 +41,8 @@ class ModelOutput:
 class Scored(Generic[Scores]):
     """Scores of the windows of all ranks.
 
-    tokens: in the windows' order.
-    seconds: that the slowest rank needed.
+    tokens: the scores, in the order of the windows.
+    seconds: time of the slowest rank.
     """
 
     tokens: Scores
@@ -51,12 +51,12 @@ class Scored(Generic[Scores]):
 
 @dataclass(frozen=True)
 class Scoring:
-    """Where scoring runs.
+    """Scores this rank's windows and gathers the scores of all ranks.
 
-    ranks: that share the windows.
-    windows: of this rank, by number.
-    on_progress: told after each step.
-    step: positions at a time.
+    ranks: the processes that share the windows.
+    windows: this rank's windows, by number.
+    on_progress: called after each step.
+    step: positions that are scored at a time.
     """
 
     ranks: Ranks
@@ -65,6 +65,7 @@ class Scoring:
     step: int = POSITIONS_PER_CHUNK
 
     def base(self, base: ModelOutput) -> Scored[TokenScores]:
+        """Score the base model alone. Raises EvaluationError if a score isn't finite."""
         return self._all(
             lambda number, part, targets: score(
                 base.head, self._hidden(base, number, part), targets
@@ -72,6 +73,7 @@ class Scoring:
         )
 
     def pair(self, base: ModelOutput, quant: ModelOutput) -> Scored[PairedScores]:
+        """Score base and quantized model. Raises EvaluationError if a score isn't finite."""
         return self._all(
             lambda number, part, targets: score_pair(
                 base.head,
@@ -86,8 +88,8 @@ class Scoring:
         return model.states.scored(number)[part].to(self.ranks.device)
 
     def _all(self, score_part: Callable[[int, slice, Tensor], Scores]) -> Scored[Scores]:
-        """score_part: the scores of a window's positions, from its number, the positions, and
-        the tokens that came next, [positions].
+        """score_part: scores some positions, from the window's number, a slice of its scored
+        positions, and their true tokens, [positions].
         """
         started, device = time.perf_counter(), torch.device(self.ranks.device)
         pieces = [
@@ -115,13 +117,13 @@ class Scoring:
         return Scored(tokens, self.largest(time.perf_counter() - started))
 
     def largest(self, value: Number) -> Number:
-        """Of all ranks' values."""
+        """The largest of all ranks' values."""
         return max(self.ranks.all_gather(value))
 
 
 def _finite(work: Callable[[], Scores], number: int) -> Scores:
-    """work(), refused where a score of this window is not finite."""
-    # Probabilities below 1e-38 count nothing, and arithmetic with them is a hundred times as slow.
+    """work(); raises EvaluationError if a score of this window isn't finite."""
+    # Probabilities below 1e-38 don't matter, but denormal arithmetic is a hundred times slower.
     torch.set_flush_denormal(True)
     try:
         scores = work()
@@ -130,6 +132,6 @@ def _finite(work: Callable[[], Scores], number: int) -> Scores:
     if scores.nonfinite:
         raise EvaluationError(
             f"the logits of window {number + 1} are not finite, first after the output head;"
-            " `quantkit verify` tells whether the files are sound"
+            " `quantkit verify` checks the files"
         )
     return scores

@@ -1,1 +1,1 @@
-"""From a checkpoint and a recipe to a quantized checkpoint: planned, written, and verified."""
+"""Export a quantized checkpoint: plan it from a model and a recipe, write it, and verify it."""

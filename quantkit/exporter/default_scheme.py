@@ -1,10 +1,14 @@
-"""The scheme that `quantize` takes where none is named: the one that can be served in the most
-places, by the catalogue, the runtimes' rules and this model's shapes.
+"""The scheme that `quantize` uses if the user names none: the one with the widest support for this
+model, by the catalogue, the rules of runtimes and the model's shapes.
 
-Only schemes with a `default_rank` are asked, since the others need data. Without a runtime or
-hardware in mind, what counts is how many runtimes load the checkpoint, then on how much hardware it
-is served, then on how much of that natively; with hardware in mind, whether that is native comes
-first.
+Candidates are the schemes with a `default_rank`, which need no calibration. They are compared by:
+
+1. with --hardware: whether that runs the scheme natively
+2. Linears whose shapes the scheme fits
+3. number of runtimes that load the checkpoint
+4. number of kinds of hardware that run it
+5. number of these that run it natively
+6. `default_rank`
 """
 
 from __future__ import annotations
@@ -25,15 +29,26 @@ from quantkit.schemes.serving import HARDWARE, NATIVE, RUNTIMES, WEIGHTS
 
 @dataclass(frozen=True)
 class DefaultChoice:
-    """scheme, and why in a few words."""
+    """The chosen scheme.
+
+    scheme: the scheme.
+    reason: why it was chosen, for the user.
+    """
 
     scheme: QuantScheme
     reason: str
 
 
 @dataclass(frozen=True)
-class _Reach:
-    """Where a scheme can be served. unfit: Linears whose shape it doesn't fit."""
+class _SchemeSupport:
+    """Where a scheme can serve this model.
+
+    scheme: the scheme.
+    runtimes: runtimes that load the checkpoint.
+    native: hardware that runs the scheme natively.
+    weights_only: hardware that runs it as W8A16.
+    unfit: number of Linears whose shape the scheme doesn't fit.
+    """
 
     scheme: QuantScheme
     runtimes: tuple[str, ...]
@@ -42,15 +57,18 @@ class _Reach:
     unfit: int
 
     def key(self, hardware: str | None) -> tuple[int, ...]:
-        wide = (
+        """The sort key: greater is better."""
+        width = (
             -self.unfit,
             len(self.runtimes),
             len(self.native) + len(self.weights_only),
             len(self.native),
         )
-        # Weights alone save memory and no time, so that being native makes them no better.
+        # A weight-only scheme saves memory but no time, so running it natively is no advantage.
         return (
-            (hardware in self.native and self.scheme.input is not None, *wide) if hardware else wide
+            (hardware in self.native and self.scheme.input is not None, *width)
+            if hardware
+            else width
         )
 
 
@@ -60,13 +78,20 @@ def default_scheme(
     hardware: str | None = None,
     file_format: str = DEFAULT_FORMAT,
 ) -> DefaultChoice:
-    """Raises RecipeError where nothing that needs no data can be served so."""
+    """Choose a scheme for a model.
+
+    runtime: a runtime that must load the checkpoint, or None.
+    hardware: hardware that must run it, or None.
+    file_format: name of the checkpoint format.
+
+    Raises RecipeError if no scheme without calibration has that support.
+    """
     form = FORMATS[file_format]
     if form.only_scheme is not None:
         return DefaultChoice(form.only_scheme, f"the one scheme that --format {form.name} holds")
     if block_scales(checkpoint):
         return DefaultChoice(
-            SCHEMES["fp8-block"], "the model is in FP8 blocks already, whose codes stay as they are"
+            SCHEMES["fp8-block"], "the model is already in FP8 blocks, and their codes are copied"
         )
     tensors = linears_of(checkpoint)
     linears = {
@@ -76,32 +101,33 @@ def default_scheme(
     ranked = [
         (row.default_rank, row.scheme) for row in CATALOGUE.values() if row.default_rank is not None
     ]
-    reaches = [
-        _reach(scheme, linears, form)
+    supports = [
+        _support(scheme, linears, form)
         for _, scheme in sorted(ranked, key=lambda pair: pair[0])
         if form.obstacle([scheme], False) is None
     ]
     fitting = [
-        reach
-        for reach in reaches
-        if (runtime is None or runtime in reach.runtimes)
-        and (hardware is None or hardware in (*reach.native, *reach.weights_only))
-        and reach.unfit < len(linears)
+        support
+        for support in supports
+        if (runtime is None or runtime in support.runtimes)
+        and (hardware is None or hardware in (*support.native, *support.weights_only))
+        and support.unfit < len(linears)
     ]
     if not fitting:
         where = " on ".join(name for name in (runtime, hardware) if name)
         raise RecipeError(
-            "no scheme that needs no calibration is known to serve this"
+            "no scheme without calibration is known to work for this"
             f" model{f' with {where}' if where else ''}; name one with --scheme"
         )
-    best = max(fitting, key=lambda reach: reach.key(hardware))  # of equals the first
+    # Of equal schemes, max returns the first, which has the lowest rank.
+    best = max(fitting, key=lambda support: support.key(hardware))
     return DefaultChoice(best.scheme, _reason(best, hardware))
 
 
-def _reach(
+def _support(
     scheme: QuantScheme, shapes: dict[str, tuple[tuple[int, ...], bool]], file_format: Format
-) -> _Reach:
-    """shapes: Linear → its shape, and whether it is stored transposed."""
+) -> _SchemeSupport:
+    """shapes: Linear → its weight's shape, and whether that is stored transposed."""
     linears = [
         QuantizedLinearInfo(name, (shape[0], shape[1]), scheme, is_transposed)
         for name, (shape, is_transposed) in shapes.items()
@@ -117,23 +143,22 @@ def _reach(
         tuple(hardware for hardware, mode in modes.items() if mode == wanted)
         for wanted in (NATIVE, WEIGHTS)
     )
-    return _Reach(scheme, runtimes, native, weights_only, len(shapes) - len(linears))
+    return _SchemeSupport(scheme, runtimes, native, weights_only, len(shapes) - len(linears))
 
 
-def _reason(reach: _Reach, hardware: str | None) -> str:
-    loads = (
-        f"{_listed(reach.runtimes)} {'loads' if len(reach.runtimes) == 1 else 'load'} it with these"
-        " shapes"
-    )
+def _reason(support: _SchemeSupport, hardware: str | None) -> str:
+    """Why a scheme was chosen, for the user."""
+    verb = "loads" if len(support.runtimes) == 1 else "load"
+    loads = f"{_listed(support.runtimes)} {verb} it with these shapes"
     if hardware:
-        is_native = hardware in reach.native
-        how = "it natively" if is_native else "with its weights, inputs as they are"
-        return f"{loads}; {hardware} computes {how}; it needs no calibration"
-    rest = f", {_listed(reach.weights_only)} as W8A16" if reach.weights_only else ""
-    return f"{loads}; {_listed(reach.native)} compute it natively{rest}; it needs no calibration"
+        how = "natively" if hardware in support.native else "as W8A16, with unquantized inputs"
+        return f"{loads}; {hardware} runs it {how}; it needs no calibration"
+    rest = f", {_listed(support.weights_only)} as W8A16" if support.weights_only else ""
+    return f"{loads}; {_listed(support.native)} run it natively{rest}; it needs no calibration"
 
 
 def _listed(names: Sequence[str]) -> str:
+    """ "a, b and c", or "no runtime"."""
     return (
         " and ".join((", ".join(names[:-1]), names[-1]))
         if len(names) > 1

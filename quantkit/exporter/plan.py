@@ -1,16 +1,13 @@
-"""The plan of an export: what becomes of every parameter, decided and checked before a byte is
-written.
+"""The plan of an export: what happens to each parameter. It is checked against the recipe, the
+calibration, the checkpoint format and the runtime before a byte is written.
 
-It is made from names, shapes and dtypes alone, and against the recipe, the calibration, the format
-and the runtime.
+Planning needs only names, shapes and dtypes of the tensors, not their values.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,35 +21,35 @@ from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, KV_SUFFIXES, Format
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.shard_plan import TensorPlan
-from quantkit.errors import CalibrationError, RuntimeLimitError
-from quantkit.exporter.runtimes import runtime_problems
+from quantkit.exporter.plan_calibration import open_calibration
+from quantkit.exporter.plan_warnings import plan_warnings
+from quantkit.exporter.skipped_linears import patterns_outside_blocks, skipped_linears
 from quantkit.models.assignment import (
     IGNORED,
-    SHAPE,
     Assignment,
     QuantizedLinearInfo,
     assign_layers,
-    more,
     refuse_taken_names,
 )
-from quantkit.models.linear_views import experts_module
-from quantkit.models.tensor_roles import fused_layers, is_of_other_tower
-from quantkit.schemes.pattern import BLOCK
+from quantkit.models.tensor_roles import fused_layers
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
-from quantkit.schemes.serving import RUNTIMES
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `export` is asked for.
+    """The options of `export`.
 
-    model, output: directories.
-    calibration: the CALIB directory, where the recipe needs one.
-    runtime: refuse what this runtime can't load.
-    file_format: one of `checkpoint.formats.FORMATS`, by its name.
-    max_shard_bytes: a shard that would grow beyond it starts a new file.
-    allow_unreached: skip what should be quantized but can't be, instead of refusing the model.
+    model: directory of the original model.
+    output: directory to write.
+    recipe: the recipe to apply.
+    calibration: output directory of `calibrate`; None if the recipe needs none.
+    runtime: a runtime that must be able to load the output, one of `serving.RUNTIMES`, or None.
+    file_format: name of the checkpoint format, one of `checkpoint.formats.FORMATS`.
+    max_shard_bytes: size limit of a shard, unless a single tensor is larger.
+    resume: continue an interrupted export.
+    overwrite: replace an existing output.
+    allow_unreached: skip Linears that can't be quantized, instead of refusing the model.
     """
 
     model: Path
@@ -69,13 +66,15 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What becomes of one parameter: a row of `export --dry-run`.
+    """What happens to one parameter: a row of `export --dry-run`.
 
-    name: the tensor's.
-    status: "quantized"; "left", if it is skipped; or "unreached", if it should be quantized but
-        can't be.
-    reason: how, or why not.
-    bytes_before, bytes_after: with its scales.
+    name: name of the tensor.
+    status: "quantized"; "left" if it is skipped; "unreached" if it should be quantized but can't
+        be.
+    reason: how it is quantized, or why it isn't.
+    scheme: the scheme; None if it isn't quantized.
+    bytes_before: its size in the model, with its scales.
+    bytes_after: its size in the output, with its scales.
     """
 
     name: str
@@ -98,16 +97,18 @@ class ParameterPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that decides the output, before its first byte.
+    """Everything that determines the output of an export.
 
-    checkpoint: with a view of each quantized weight (`linear_views`).
-    fingerprint: everything that the output's bytes depend on, as text, for `--resume`.
-    parameters: a row for each parameter.
+    options: the user's options.
+    checkpoint: the model, with each weight as [out_features, in_features] (`linear_views`).
+    calibration: the opened calibration, or None.
+    fingerprint: everything that the output's bytes depend on, by name, for `--resume`.
+    parameters: what happens to each parameter.
     linears: module name → quantized Linear.
-    left: names of the Linears that are skipped, lm_head among them.
+    skipped: names of the skipped Linears, including a tied lm_head, and patterns for experts.
     warnings: one sentence each.
-    block_scales: weight → the tensor of its block scales, where the input is in FP8 blocks already.
-    dense_dtype: the safetensors dtype that such weights get if they are skipped.
+    block_scales: weight → tensor of its block scales, if the model is already in FP8 blocks.
+    dense_dtype: safetensors dtype that such weights are dequantized to if they are skipped.
     """
 
     options: ExportOptions
@@ -116,7 +117,7 @@ class ExportPlan:
     fingerprint: dict[str, str]
     parameters: tuple[ParameterPlan, ...]
     linears: dict[str, QuantizedLinearInfo]
-    left: tuple[str, ...]
+    skipped: tuple[str, ...]
     warnings: tuple[str, ...]
     block_scales: Mapping[str, str]
     dense_dtype: str
@@ -140,8 +141,8 @@ class ExportPlan:
 
     @property
     def added(self) -> dict[str, str]:
-        """Tensors that the checkpoint doesn't have, and whose dtype and shape they get: an output
-        head that was tied to the embedding.
+        """Tensors that the model doesn't have, such as an untied lm_head → the tensor that they
+        were tied to, whose dtype and shape they get.
         """
         return (
             {
@@ -155,28 +156,12 @@ class ExportPlan:
 
     @property
     def skipped_elsewhere(self) -> list[str]:
-        """Patterns for skipped Linears outside the decoder blocks: a runtime may have them in
-        another module (vLLM keeps Gemma 3n's projections in its `self_decoder`).
-        """
-        block = next(filter(None, map(BLOCK.match, self.linears)), None)
-        if block is None:
-            return []
-        parent = block["prefix"][: block["prefix"].rfind(".") + 1]
-        outside = [
-            name
-            for name in self.left
-            if name.startswith(parent)
-            and not name.startswith((f"{block['prefix']}.", "re:", "lm_head"))
-        ]
-        return [
-            rf"re:.*\.{re.escape(name.removeprefix(parent))}$"
-            for name in outside
-            if not is_of_other_tower(name)
-        ]
+        """Patterns for skipped Linears next to the decoder blocks (`patterns_outside_blocks`)."""
+        return patterns_outside_blocks(self.linears, self.skipped)
 
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
-        """Quantized Linear → the Linears that runtimes fuse it with, itself among them."""
+        """Quantized Linear → the Linears that runtimes fuse it with, including itself."""
         return {member: members for members in fused_layers(self.linears) for member in members}
 
     def to_json(self) -> dict[str, Any]:
@@ -190,75 +175,84 @@ class ExportPlan:
 
     @property
     def bytes_before(self) -> int:
+        """Size of the model's tensors."""
         return sum(row.bytes_before for row in self.parameters)
 
     @property
     def bytes_after(self) -> int:
+        """Size of the output's tensors."""
         return sum(row.bytes_after for row in self.parameters)
 
 
 def plan_export(
     options: ExportOptions, calibration_follows: bool = False, checkpoint: Checkpoint | None = None
 ) -> ExportPlan:
-    """Decide what becomes of every parameter, and refuse what can't be done.
+    """Plan an export.
 
-    calibration_follows: plan before the calibration that the export will need is made.
-    checkpoint: options.model where it is open already. Raises CheckpointError, RecipeError,
-    CalibrationError or RuntimeLimitError with one sentence.
+    calibration_follows: plan without a calibration, because it will be made afterwards.
+    checkpoint: the opened model, if it is open already.
+
+    Raises:
+        CheckpointError: the model can't be quantized.
+        RecipeError: the recipe doesn't fit the model.
+        CalibrationError: the calibration is missing, or belongs to another model or recipe.
+        RuntimeLimitError: `options.runtime` can't load the output.
     """
-    checkpoint, file_format = (
-        checkpoint or Checkpoint.open(options.model),
-        FORMATS[options.file_format],
-    )
-    assignment = assign_layers(
-        checkpoint, options.recipe, options.file_format, options.allow_unreached
-    )
-    linears, left = assignment.linears, _skipped_linears(assignment)
-    warnings = (
-        _shape_warnings(assignment.reasons)
-        + _runtime_warnings(options, assignment, left)
-        + _observer_warnings(options.recipe, linears)
-    )
-    model = checkpoint.fingerprint()
-    calibration = (
-        None
-        if calibration_follows
-        else _calibration_for(options, assignment.checkpoint, model, linears)
-    )
-    if options.recipe.kv_cache and calibration:
-        made = {
-            file_format.kv_scale_name(module, suffix)
-            for module in calibration.kv_amax
-            for suffix in KV_SUFFIXES
-        }
-        refuse_taken_names(assignment, made)
+    checkpoint = checkpoint or Checkpoint.open(options.model)
+    recipe, file_format = options.recipe, FORMATS[options.file_format]
+    assignment = assign_layers(checkpoint, recipe, options.file_format, options.allow_unreached)
+    skipped = skipped_linears(assignment)
+    warnings = plan_warnings(recipe, assignment, skipped, options.file_format, options.runtime)
+    fingerprint, calibration = checkpoint.fingerprint(), None
+    if not calibration_follows:
+        calibration = open_calibration(
+            options.calibration,
+            recipe,
+            options.model,
+            assignment.checkpoint,
+            fingerprint,
+            assignment.linears,
+        )
+    if recipe.kv_cache and calibration:
+        refuse_taken_names(assignment, _kv_scale_names(calibration, file_format))
     dense_dtype = _dense_dtype(checkpoint)
-    parameters = _parameter_plans(assignment, file_format, dense_dtype)
     plan = ExportPlan(
         options,
         assignment.checkpoint,
         calibration,
-        _fingerprint(options, assignment.checkpoint, model, calibration),
-        tuple(parameters),
-        dict(linears),
-        tuple(left),
+        _fingerprint(options, assignment.checkpoint, fingerprint, calibration),
+        tuple(_parameter_plans(assignment, file_format, dense_dtype)),
+        dict(assignment.linears),
+        tuple(skipped),
         tuple(warnings),
         assignment.block_scales,
         dense_dtype,
     )
-    untied = [
-        ParameterPlan(
-            name, "left", f"no longer {source}", None, 0, plan.checkpoint.tensors[source].nbytes
-        )
+    return replace(plan, parameters=(*plan.parameters, *_untied_parameters(plan)))
+
+
+def _kv_scale_names(calibration: Calibration, file_format: Format) -> set[str]:
+    """The tensors that an FP8 KV cache adds to the checkpoint."""
+    return {
+        file_format.kv_scale_name(module, suffix)
+        for module in calibration.kv_amax
+        for suffix in KV_SUFFIXES
+    }
+
+
+def _untied_parameters(plan: ExportPlan) -> list[ParameterPlan]:
+    """Rows for tensors that were tied to another one, and that algorithms changed."""
+    tensors = plan.checkpoint.tensors
+    return [
+        ParameterPlan(name, "left", f"no longer {source}", None, 0, tensors[source].nbytes)
         for name, source in plan.added.items()
     ]
-    return replace(plan, parameters=(*plan.parameters, *untied))
 
 
 def _fingerprint(
     options: ExportOptions, checkpoint: Checkpoint, model: str, calibration: Calibration | None
 ) -> dict[str, str]:
-    """model: the fingerprint of the checkpoint's contents."""
+    """Everything that the output's bytes depend on. model: fingerprint of the model's contents."""
     return {
         "model": model,
         "model files": file_times(checkpoint),
@@ -272,8 +266,8 @@ def _fingerprint(
 
 
 def file_times(checkpoint: Checkpoint) -> str:
-    """Sizes and times of the shards. The fingerprint of their contents is taken from samples, and
-    an edit in place may fall between two samples.
+    """A hash of the shards' sizes and modification times. It finds edits that the fingerprint may
+    miss, because that reads only samples of the contents.
     """
     if checkpoint.identity is not None:
         return ""
@@ -284,6 +278,7 @@ def file_times(checkpoint: Checkpoint) -> str:
 
 
 def _dense_dtype(checkpoint: Checkpoint) -> str:
+    """The safetensors dtype of the model's unquantized weights, by its config."""
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     return names.get(
         str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix(
@@ -293,141 +288,10 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
     )
 
 
-def _shape_warnings(reasons: Mapping[str, str]) -> list[str]:
-    """One sentence for all Linears that are skipped because of their shape."""
-    left = [tensor for tensor, reason in reasons.items() if reason.startswith(SHAPE)]
-    return [f"{left[0]}{more(len(left))} stays unquantized, {reasons[left[0]]}"] if left else []
-
-
-def _skipped_linears(assignment: Assignment) -> list[str]:
-    """Names for the config's `ignore`: everything that may be a Linear in a runtime and is not
-    quantized.
-    """
-    roles, linears = assignment.roles.values(), assignment.linears
-    kinds = (
-        "linear",
-        "lm_head",
-        "router",
-        "outside the blocks",
-        "other tower",
-        "used directly",
-        "unreached",
-    )
-    left = [
-        role.name
-        for role in roles
-        if role.kind in kinds
-        and len(role.shape) >= 2
-        and role.tensor.endswith(".weight")
-        and role.name not in linears
-    ]
-    # Runtimes have experts as modules, whatever they are stored in: one pattern for all of a
-    # layer's.
-    stacks = dict.fromkeys(
-        experts_module(role.tensor)
-        for role in roles
-        if len(role.shape) == 3 and role.kind in ("linear", "unreached")
-    )
-    left += [
-        rf"re:{re.escape(module)}\..*"
-        for module in stacks
-        if not any(name.startswith(f"{module}.") for name in linears)
-    ]
-    # A tied lm_head has no tensor, yet runtimes have the module.
-    return left if "lm_head" in left or "lm_head" in linears else [*left, "lm_head"]
-
-
-def _runtime_warnings(
-    options: ExportOptions, assignment: Assignment, left: Sequence[str]
-) -> list[str]:
-    linears, file_format = assignment.linears.values(), options.file_format
-    if options.runtime is not None:
-        problems = runtime_problems(
-            options.runtime, linears, left, file_format, assignment.checkpoint
-        )
-        if problems:
-            raise RuntimeLimitError(problems[0] + more(len(problems)))
-        return []
-    return [
-        problem
-        for name in RUNTIMES
-        for problem in runtime_problems(name, linears, left, file_format)
-    ]
-
-
-def _observer_warnings(recipe: Recipe, linears: Mapping[str, QuantizedLinearInfo]) -> list[str]:
-    if recipe.observer.kind == "absmax":
-        return []
-    inputs = [linear.scheme.input for linear in linears.values()]
-    static = [spec for spec in inputs if spec is not None and not spec.dynamic]
-    if not static:
-        return [
-            f"the observer {recipe.observer} changes nothing: no scheme here has static input"
-            " scales"
-        ]
-    if recipe.observer.kind == "percentile" and any(spec.format.kind == "float" for spec in static):
-        return [
-            f"the observer {recipe.observer} clips inputs that FP8 has range for; absmax or mse"
-            " usually loses less"
-        ]
-    return []
-
-
-def _calibration_for(
-    options: ExportOptions,
-    checkpoint: Checkpoint,
-    model: str,
-    linears: Mapping[str, QuantizedLinearInfo],
-) -> Calibration | None:
-    static = [linear for linear in linears.values() if linear.scheme.needs_calibration]
-    if options.calibration is None:
-        if options.recipe.quantizes_weights:
-            names = " and ".join(algorithm.name for algorithm in options.recipe.algorithms)
-            raise CalibrationError(
-                f"the recipe's algorithms ({names}) run during calibration; first: quantkit"
-                f" calibrate {shlex.quote(str(options.model))} -o CALIB --recipe RECIPE, then pass"
-                " --calibration CALIB"
-            )
-        if static or options.recipe.kv_cache:
-            what = (
-                f"{static[0].scheme.name} has static input scales, which"
-                if static
-                else "an FP8 KV cache has scales, which"
-            )
-            raise CalibrationError(
-                f"{what} have to be measured; first: quantkit calibrate"
-                f" {shlex.quote(str(options.model))} -o CALIB, then pass --calibration CALIB"
-            )
-        return None
-    calibration = Calibration.open(options.calibration)
-    calibration.require_same_model(checkpoint, model)
-    calibration.require_same_recipe(options.recipe)
-    calibration.require_weights(
-        {name: (linear.shape, linear.scheme.weight) for name, linear in linears.items()}, checkpoint
-    )
-    for linear in static:
-        statistics = calibration.inputs.get(linear.name)
-        if statistics is None or not (statistics.tokens or statistics.amax):
-            raise CalibrationError(
-                f"{calibration.path} has no statistics of {linear.name}'s input; leave it with"
-                " --ignore, or give it a dynamic scheme"
-            )
-        if statistics.in_features != linear.shape[1]:
-            raise CalibrationError(
-                f"{calibration.path} saw {statistics.in_features} input features at {linear.name},"
-                f" which has {linear.shape[1]}; calibrate again"
-            )
-    if options.recipe.kv_cache and not calibration.kv_amax:
-        raise CalibrationError(
-            f"{calibration.path} has no statistics of keys and values; this model keeps no ordinary"
-            " KV cache, so leave out --kv-cache"
-        )
-    return calibration
-
-
 def _parameter_plans(
     assignment: Assignment, file_format: Format, dense_dtype: str
 ) -> list[ParameterPlan]:
+    """A row for each parameter of the model."""
     rows, tensors, scales = [], assignment.checkpoint.tensors, assignment.block_scales
     for tensor, role in assignment.roles.items():
         before = after = tensors[tensor].nbytes

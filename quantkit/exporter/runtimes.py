@@ -1,8 +1,10 @@
-"""Why a runtime would refuse or misread a checkpoint, and what hardware computes of a scheme.
+"""Which runtimes can load a checkpoint, and how hardware runs a scheme.
 
-What a runtime does with each scheme is told by `schemes.scheme.CATALOGUE`, and with each file
-format by `checkpoint.formats`. Everything else is a rule: a function of a `Deployment` in RULES. A
-new rule is one function in that list.
+`schemes.scheme.CATALOGUE` says which runtimes support a scheme, and `checkpoint.formats` which
+support a format. All other limits of runtimes are rules in RULES: functions that find problems in a
+`Deployment`.
+
+To add a rule, write a function and add it to RULES.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from quantkit.schemes.serving import NATIVE, WEIGHTS
 
 @dataclass(frozen=True)
 class Deployment:
-    """A checkpoint in a runtime: what a rule looks at.
+    """A checkpoint that is to be loaded by a runtime.
 
     runtime: one of `serving.RUNTIMES`.
     linears: the quantized Linears.
-    skipped: names of the Linears that stay unquantized.
-    file_format: how they are stored.
-    checkpoint: their files, for rules that build the model's skeleton; None skips such rules.
+    skipped: names of the Linears that aren't quantized.
+    file_format: the checkpoint format.
+    checkpoint: the files, for rules that build the model's skeleton; None disables those rules.
     by_name: module name → quantized Linear.
     """
 
@@ -45,6 +47,7 @@ class Deployment:
 
     @property
     def schemes(self) -> list[QuantScheme]:
+        """The schemes of all Linears, without duplicates."""
         return list(dict.fromkeys(linear.scheme for linear in self.linears))
 
 
@@ -58,8 +61,9 @@ def runtime_problems(
     file_format: str = DEFAULT_FORMAT,
     checkpoint: Checkpoint | None = None,
 ) -> list[str]:
-    """Why this runtime would refuse or misread such a checkpoint, each in one sentence; empty where
-    it loads. Arguments are those of `Deployment`, the format by its name.
+    """Why a runtime would refuse or misread a checkpoint, one sentence each; empty if it loads.
+
+    The arguments are the fields of `Deployment`, with the format by name.
     """
     deployment = Deployment(
         runtime, tuple(quantized), tuple(skipped), FORMATS[file_format], checkpoint
@@ -67,10 +71,11 @@ def runtime_problems(
     return [problem for rule in RULES for problem in rule(deployment)]
 
 
-# ---- What each scheme needs.
+# ---- Schemes.
 
 
 def scheme_is_loaded(deployment: Deployment) -> Iterator[str]:
+    """The runtime supports each scheme, in this checkpoint format."""
     runtime, file_format = deployment.runtime, deployment.file_format
     for scheme in deployment.schemes:
         row = scheme.row
@@ -89,8 +94,8 @@ def scheme_is_loaded(deployment: Deployment) -> Iterator[str]:
 
 # ---- How weights are stored.
 
-# vLLM transposes every `weight` of such a model as it loads it, codes too: an INT8 GPT-2 gives its
-# CPU build the probabilities that eval computes.
+# vLLM is missing here because it transposes each `weight` of such a model when it loads it, codes
+# too: its CPU build computes the same probabilities for an INT8 GPT-2 as eval.
 _TRANSPOSED = {
     "sglang": (
         "is not known to load quantized weights that are stored as [in_features, out_features]"
@@ -99,13 +104,14 @@ _TRANSPOSED = {
         "is not known to load quantized weights that are stored as [in_features, out_features]"
     ),
     "transformers": (
-        "reads the codes of weights that are stored as [in_features, out_features] as weights, in"
-        " silence"
+        "silently uses the codes of weights that are stored as [in_features, out_features] as"
+        " weights"
     ),
 }
 
 
 def no_transposed_weights(deployment: Deployment) -> Iterator[str]:
+    """No quantized weight is stored transposed, as GPT-2's Conv1D is."""
     transposed = [linear for linear in deployment.linears if linear.is_transposed]
     if transposed and deployment.runtime in _TRANSPOSED:
         yield (
@@ -118,6 +124,7 @@ def no_transposed_weights(deployment: Deployment) -> Iterator[str]:
 
 
 def no_mamba_mixers_in_vllm(deployment: Deployment) -> Iterator[str]:
+    """vLLM doesn't quantize the Linears of Mamba 1 mixers."""
     if deployment.runtime != "vllm":
         return
     mixers = [
@@ -128,12 +135,13 @@ def no_mamba_mixers_in_vllm(deployment: Deployment) -> Iterator[str]:
     ]
     if mixers:
         yield (
-            f"vllm keeps Mamba's first kind of mixer unquantized ({mixers[0].rpartition('.')[0]}"
-            " and its like); leave them with --ignore"
+            f"vllm has no quantized Mamba 1 mixers ({mixers[0].rpartition('.')[0]} and others);"
+            " skip them with --ignore"
         )
 
 
 def scheme_is_loaded_for_experts(deployment: Deployment) -> Iterator[str]:
+    """The runtime supports the schemes of experts for experts."""
     refused = {
         scheme
         for scheme in deployment.schemes
@@ -154,6 +162,7 @@ _MERGING = ("vllm", "sglang")
 
 
 def one_scheme_per_fused_layer(deployment: Deployment) -> Iterator[str]:
+    """Fused layers have the same scheme, or are all unquantized."""
     if deployment.runtime not in _MERGING:
         return
     by_name = deployment.by_name
@@ -166,15 +175,16 @@ def one_scheme_per_fused_layer(deployment: Deployment) -> Iterator[str]:
                 for member, scheme in zip(members, schemes)
             )
             yield (
-                f"{deployment.runtime} merges {members[0].rpartition('.')[0]}: {named}; give them"
-                " one scheme, or leave all of them"
+                f"{deployment.runtime} merges Linears of {members[0].rpartition('.')[0]}: {named};"
+                " give them one scheme, or skip all of them"
             )
 
 
 def whole_blocks_in_fused_layers(deployment: Deployment) -> Iterator[str]:
+    """No scale block reaches over the boundary of fused layers."""
     if deployment.runtime not in _MERGING:
         return
-    # vLLM lets the last member end within a block; SGLang's check takes every member.
+    # In vLLM, the last member may end within a block; SGLang requires whole blocks of all.
     end = -1 if deployment.runtime == "vllm" else None
     members = [
         deployment.by_name[member]
@@ -185,6 +195,7 @@ def whole_blocks_in_fused_layers(deployment: Deployment) -> Iterator[str]:
 
 
 def whole_blocks_in_transformers(deployment: Deployment) -> Iterator[str]:
+    """In transformers, in_features is a multiple of the block size."""
     if deployment.runtime == "transformers":
         yield from _uneven_blocks(deployment.runtime, deployment.linears, 1)
 
@@ -192,7 +203,9 @@ def whole_blocks_in_transformers(deployment: Deployment) -> Iterator[str]:
 def _uneven_blocks(
     runtime: str, linears: Iterable[QuantizedLinearInfo], axis: int
 ) -> Iterator[str]:
-    """One sentence for all Linears whose rows (axis 0) or columns are no whole blocks."""
+    """One sentence for all Linears whose out_features (axis 0) or in_features (axis 1) aren't a
+    multiple of the block size.
+    """
     uneven = []
     for linear in linears:
         granularity = linear.scheme.weight.granularity
@@ -205,7 +218,7 @@ def _uneven_blocks(
         yield (
             f"{runtime} can't load {first.scheme.name} here:"
             f" {('out_features', 'in_features')[axis]} {first.shape[axis]} of {first.name}{more} is"
-            f" no multiple of {size}; use fp8-dynamic instead"
+            f" not a multiple of {size}; use fp8-dynamic instead"
         )
 
 
@@ -213,6 +226,7 @@ def _uneven_blocks(
 
 
 def experts_are_found_by_transformers(deployment: Deployment) -> Iterator[str]:
+    """transformers finds the experts' tensors under their names."""
     if deployment.runtime == "transformers" and deployment.checkpoint is not None:
         problem = not_found_by_transformers(deployment.checkpoint, deployment.by_name)
         if problem:
@@ -220,8 +234,9 @@ def experts_are_found_by_transformers(deployment: Deployment) -> Iterator[str]:
 
 
 def not_found_by_transformers(checkpoint: Checkpoint, linears: Iterable[str]) -> str:
-    """Why transformers' loader would leave a checkpoint's experts random, or "". linears: the
-    quantized ones, by their names on disk.
+    """Why transformers' loader wouldn't find a checkpoint's experts; "" if it finds them.
+
+    linears: names of the quantized Linears on disk.
     """
     linears = list(linears)
     if not any(".experts." in name for name in linears):
@@ -231,22 +246,21 @@ def not_found_by_transformers(checkpoint: Checkpoint, linears: Iterable[str]) ->
     try:
         model = build_skeleton(checkpoint)
     except CheckpointError:
-        # a model of remote code, or one that transformers doesn't know and so doesn't load
-        return ""
+        return ""  # a model with code of its own, or one that transformers doesn't know
     if any(
         type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules()
     ):
-        return ""  # it takes these apart itself where a checkpoint is quantized (Llama 4's)
+        return ""  # transformers splits these itself in a quantized checkpoint (Llama 4)
     dropped = sorted(Restacked.of(model, linears).parts())
     if not dropped:
         return ""
     return (
-        f"transformers looks for these experts stacked and gives them random weights ({dropped[0]}"
-        f" and {len(dropped) - 1} more); leave them with --ignore"
+        f"transformers expects these experts as a stack and would give them random weights"
+        f" ({dropped[0]} and {len(dropped) - 1} more); skip them with --ignore"
     )
 
 
-# Problems are reported in this order, and `export --runtime` names the first.
+# Problems are reported in this order. `export --runtime` reports only the first.
 RULES: list[Rule] = [
     scheme_is_loaded,
     no_transposed_weights,
@@ -263,7 +277,7 @@ RULES: list[Rule] = [
 
 
 def hardware_mode(scheme: QuantScheme, hardware: str) -> str:
-    """NATIVE, WEIGHTS, or the reason why this hardware can't serve the scheme."""
+    """NATIVE, WEIGHTS, or the reason why vLLM can't run the scheme on this hardware."""
     row = scheme.row
     if row is None:
         return f"it is not known how vLLM serves {scheme.weight} there"
@@ -271,8 +285,10 @@ def hardware_mode(scheme: QuantScheme, hardware: str) -> str:
 
 
 def as_computed(scheme: QuantScheme, hardware: str | None) -> QuantScheme:
-    """The scheme whose arithmetic this hardware runs: without input quantization where it has no
-    such kernel.
+    """The scheme that vLLM computes on this hardware: without input quantization if the hardware
+    runs it as W8A16. None for `hardware` returns the scheme itself.
+
+    Raises RuntimeLimitError if the hardware can't run the scheme.
     """
     if hardware is None:
         return scheme
@@ -282,6 +298,5 @@ def as_computed(scheme: QuantScheme, hardware: str | None) -> QuantScheme:
     if mode == WEIGHTS:
         return replace(scheme, input=None)
     raise RuntimeLimitError(
-        f"{scheme.name} can't be computed as on {hardware}: {mode}; choose another --hardware or"
-        " leave it out"
+        f"{hardware} can't run {scheme.name}: {mode}; choose another --hardware or leave it out"
     )

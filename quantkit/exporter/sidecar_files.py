@@ -1,5 +1,5 @@
-"""The files next to the shards: the index, the configuration, the model card, the manifest, and the
-model's other files.
+"""Write the files next to the shards: the index, the config, the model card, the manifest, and
+copies of the model's other files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from quantkit.models.task import MASKED, task_of
 def write_index(
     partial: Path, names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]
 ) -> None:
+    """Write the index of a checkpoint with more than one shard.
+
+    partial: the output directory while it is incomplete.
+    names: file names of the shards.
+    shards: tensors of each shard.
+    """
     if len(names) == 1:
         return
     weight_map = {tensor.name: name for name, tensors in zip(names, shards) for tensor in tensors}
@@ -33,14 +39,15 @@ def write_index(
 
 
 def write_config(partial: Path, plan: ExportPlan) -> None:
+    """Write config.json with a `quantization_config`, and the format's side file, if any."""
     recipe, file_format = plan.options.recipe, plan.file_format
     schemes = {name: linear.scheme for name, linear in plan.linears.items()}
-    # The output head of a masked model has no tensor where it is tied, and a name of its own in
-    # every architecture.
+    # The output head of a masked model may have no tensor, and its name depends on the
+    # architecture, so it can't be listed in `ignore`.
     by_name = task_of(plan.checkpoint.config, plan.checkpoint.path) == MASKED
     layers = QuantizedLayers(
         schemes,
-        plan.left,
+        plan.skipped,
         recipe.scheme,
         recipe.kv_cache is not None,
         by_name,
@@ -57,18 +64,20 @@ def write_config(partial: Path, plan: ExportPlan) -> None:
 
 
 def copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None:
+    """Copy the model's other files, and write its model card with a section on quantization."""
     for path in others:
         target = partial / path.relative_to(plan.checkpoint.path)
         if target.parent.is_symlink():
             raise OutputError(
-                f"{target.parent} is a link; nothing is written through it, so remove it"
+                f"{target.parent} is a symbolic link, and export doesn't write through links;"
+                " remove it"
             )
         target.parent.mkdir(exist_ok=True)
         if path.name != "README.md":
             write_bytes(target, path.read_bytes())
     card = plan.checkpoint.path / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card in others else ""
-    # What an earlier export says of its own files is not true of these.
+    # Remove the section of an earlier export.
     text = re.sub(
         r"(?ms)^## Quantization\n\nQuantized with quantkit .*?(?=^#|\Z)", "", text
     ).rstrip()
@@ -77,8 +86,8 @@ def copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None
 
 
 def write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
-    """The files of the output and what it was made from, for `verify` and for `--resume` of a run
-    that was finished already.
+    """Write the manifest: hashes of the output's files, and what they were made from. `verify`
+    reads it, and `--resume` recognizes a finished output by it.
     """
     files = {name: entry for name, entry in output.done.items() if name.endswith(".safetensors")}
     for path in sorted(output.partial.rglob("*")):
@@ -97,17 +106,17 @@ def write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
         "files": dict(sorted(files.items())),
     }
     if plan.calibration:
-        # So that `eval` can say when it judges on the text that the scales were made with.
+        # For `eval`, which warns if the model is evaluated on its calibration text.
         described = plan.calibration.description
-        kept = {key: described["data"][key] for key in ("sources", "source_sha256")}
+        sources = {key: described["data"][key] for key in ("sources", "source_sha256")}
         if plan.changed:
             content["changed"] = plan.changed
-        content["calibrated_on"] = kept | {"token_pieces": described["token_pieces"]}
+        content["calibrated_on"] = sources | {"token_pieces": described["token_pieces"]}
     write_json(output.partial / MANIFEST_FILE, content)
 
 
 def model_card_section(plan: ExportPlan) -> str:
-    """What was done to the model, for its card."""
+    """The section of the model card on quantization, in Markdown."""
     counts = Counter(linear.scheme for linear in plan.linears.values())
     lines = [
         f"- {counted(count, 'Linear')} in {scheme.name} (weights {scheme.weight}, inputs"
@@ -124,7 +133,7 @@ def model_card_section(plan: ExportPlan) -> str:
         what = "static scales measured"
         if described.get("chosen"):
             what = (
-                "weights chosen by"
+                "weights quantized by"
                 f" {' and '.join(algorithm.name for algorithm in plan.options.recipe.algorithms)}"
             )
         lines.append(
@@ -133,7 +142,7 @@ def model_card_section(plan: ExportPlan) -> str:
     if plan.options.recipe.kv_cache:
         lines.append("- scales for an FP8 KV cache")
     unchanged = (
-        "; embeddings, norms and lm_head are not quantized" if "lm_head" in plan.left else ""
+        "; embeddings, norms and lm_head are not quantized" if "lm_head" in plan.skipped else ""
     )
     lines.append(
         f"- {format_bytes(plan.bytes_before)} of weights became"

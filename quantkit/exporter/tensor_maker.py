@@ -1,4 +1,4 @@
-"""The contents of an export's tensors: copied, or quantized a few rows at a time."""
+"""Compute the contents of an export's tensors: copied, or quantized a few rows at a time."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.ops.reference import QuantizedTensor, choose_scale, kv_scale
 from quantkit.schemes.quant_spec import TENSOR
 
-Part = tuple[str, Tensor, int]  # a tensor's name, some rows of it, and their place in bytes
+Part = tuple[str, Tensor, int]  # a tensor's name, some of its rows, and their offset in bytes
 
 
 @dataclass(frozen=True)
 class CopyJob:
-    """A tensor that stays as it is, or that an algorithm changed.
+    """Write a tensor that isn't quantized: a copy, or what an algorithm changed it to.
 
-    source: the parameter.
-    bytes_read: of the original checkpoint.
+    source: name of the parameter.
+    tensors: the one tensor to write.
+    bytes_read: bytes of the model that the job reads.
     """
 
     source: str
@@ -39,7 +40,13 @@ class CopyJob:
 
 @dataclass(frozen=True)
 class LinearJob:
-    """The tensors of a quantized Linear, which are made together from its weight."""
+    """Write the tensors of a quantized Linear, which are computed together from its weight.
+
+    source: name of the weight.
+    linear: the Linear.
+    tensors: the tensors to write: codes and scales.
+    bytes_read: bytes of the model that the job reads.
+    """
 
     source: str
     linear: QuantizedLinearInfo
@@ -49,7 +56,13 @@ class LinearJob:
 
 @dataclass(frozen=True)
 class KVScaleJob:
-    """The scale of an attention module's keys or values. suffix: one of `KV_SUFFIXES`."""
+    """Write the scale of an attention module's keys or values.
+
+    module: name of the attention module.
+    suffix: one of `KV_SUFFIXES`.
+    tensors: the one tensor to write.
+    bytes_read: 0, because the scale comes from the calibration.
+    """
 
     module: str
     suffix: str
@@ -84,15 +97,15 @@ def plan_jobs(plan: ExportPlan) -> list[Job]:
 
 
 class TensorMaker:
-    """Makes the tensors of a job, in parts. Several threads may do so at once."""
+    """Computes the tensors of a job, in parts. Several threads may use it at once."""
 
     def __init__(self, plan: ExportPlan, stream: WeightStream) -> None:
         self._plan, self._stream = plan, stream
         self._amax = _SharedAmax(plan, stream)
 
     def touched(self, job: Job) -> list[str]:
-        """The tensors that making this one reads: its own, and with one scale for fused layers the
-        other members'.
+        """The model's tensors that a job reads: its own, and those of fused layers that share one
+        scale with it.
         """
         if isinstance(job, KVScaleJob) or job.source in self._plan.added:
             return []
@@ -104,6 +117,7 @@ class TensorMaker:
         return [job.source]
 
     def parts(self, job: Job) -> Iterator[Part]:
+        """The contents of a job's tensors. Raises CheckpointError for NaN or infinity."""
         if isinstance(job, KVScaleJob):
             yield job.tensors[0].name, self._kv_scale(job), 0
         elif isinstance(job, CopyJob):
@@ -111,12 +125,12 @@ class TensorMaker:
         elif (quantized := self._quantized_by_calibration(job)) is not None:
             yield from self._as_calibrated(job, quantized)
         elif self._stream.source_spec == job.linear.scheme.weight:
-            yield from self._codes_as_they_are(job)
+            yield from self._copied_codes(job)
         else:
             yield from self._quantized(job)
 
     def _quantized_by_calibration(self, job: LinearJob) -> QuantizedTensor | None:
-        """A Linear's quantized weight, where algorithms made it with data."""
+        """A Linear's weight as an algorithm quantized it; None if none did."""
         calibration = self._plan.calibration
         return (
             calibration.quantized_weight(job.linear.name, job.linear.scheme.weight)
@@ -125,7 +139,7 @@ class TensorMaker:
         )
 
     def _as_calibrated(self, job: LinearJob, quantized: QuantizedTensor) -> Iterator[Part]:
-        """Codes and scales of an algorithm, as they are: rounding again would undo its work."""
+        """The codes and scales that an algorithm computed, without rounding them again."""
         linear = job.linear
         if not torch.isfinite(quantized.scale).all():
             raise _not_finite(job.source)
@@ -137,6 +151,7 @@ class TensorMaker:
     def _constants(
         self, linear: QuantizedLinearInfo, places: Mapping[str, TensorPlan], weight_scale: Tensor
     ) -> Iterator[Part]:
+        """The tensors that a Linear has once: a per-tensor scale, a static input scale."""
         shared = weight_scale if linear.scheme.weight.granularity == TENSOR else None
         input_scale = (
             input_scale_of(linear, self._plan) if linear.scheme.needs_calibration else None
@@ -147,6 +162,7 @@ class TensorMaker:
             yield places[suffix].name, constant, 0
 
     def _copied(self, name: str, tensor: TensorPlan) -> Iterator[Part]:
+        """A tensor that isn't quantized."""
         changed = self._plan.calibration.weights.get(name) if self._plan.calibration else None
         if changed is not None:
             yield name, read_tensor(changed), 0
@@ -159,8 +175,10 @@ class TensorMaker:
                     raise _not_finite(name)
                 yield name, rows.to(dtype), first * row_bytes
 
-    def _codes_as_they_are(self, job: LinearJob) -> Iterator[Part]:
-        """The source's blocks are the scheme's: rounding them again would only lose."""
+    def _copied_codes(self, job: LinearJob) -> Iterator[Part]:
+        """The codes and scales of a model that is in FP8 blocks already, if the scheme has the same
+        blocks.
+        """
         weight, scale = job.tensors
         with self._stream.stored_rows(
             self._plan.block_scales[job.source], 0, scale.shape[0]
@@ -175,6 +193,7 @@ class TensorMaker:
                 yield weight.name, codes, first * weight.shape[1]
 
     def _quantized(self, job: LinearJob) -> Iterator[Part]:
+        """A weight rounded to the scheme's codes."""
         linear = job.linear
         spec = linear.scheme.weight
         amax = self._amax.of(linear.name) if spec.granularity == TENSOR else None
@@ -209,7 +228,7 @@ class TensorMaker:
 
 
 def _as_stored(part: Tensor, suffix: str, linear: QuantizedLinearInfo) -> Tensor:
-    """Codes as the weight was stored; a transposed weight comes as a whole."""
+    """Codes, transposed like the stored weight. A transposed weight is quantized as a whole."""
     return part.T.contiguous() if linear.is_transposed and suffix == "weight" else part
 
 
@@ -221,8 +240,8 @@ def _is_finite(rows: Tensor) -> bool:
 
 
 class _SharedAmax:
-    """The largest weight of each Linear that has one scale, over all layers that it is fused with.
-    It is measured when the first of them is quantized.
+    """The largest magnitude of per-tensor weights, over all layers that are fused, because they
+    share one scale. It is computed when the first of them is quantized.
     """
 
     def __init__(self, plan: ExportPlan, stream: WeightStream) -> None:
@@ -233,7 +252,7 @@ class _SharedAmax:
         self._lock = threading.Lock()
 
     def of(self, name: str) -> Tensor:
-        """[1, 1] float32."""
+        """The largest magnitude for a Linear, [1, 1] float32."""
         members = self._fused_with.get(name, (name,))
         with self._lock:
             lock = self._locks.setdefault(members, threading.Lock())
@@ -257,14 +276,14 @@ class _SharedAmax:
 
 def _not_finite(tensor: str) -> CheckpointError:
     return CheckpointError(
-        f"the weight {tensor} holds NaN or infinity; a model with it is ruined, so fetch it again"
-        " or mend it"
+        f"the weight {tensor} holds NaN or infinity, which ruins the model; download the model"
+        " again or repair it"
     )
 
 
 def input_scale_of(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
-    """The static scale of a Linear's input, [1, 1]: from the largest magnitude over all fused
-    layers, because runtimes keep one scale for them.
+    """The static scale of a Linear's input, [1, 1]. Fused layers share the scale of the largest
+    magnitude, because runtimes use one scale for them.
     """
     calibration, spec = plan.calibration, linear.scheme.input
     assert calibration is not None and spec is not None, "static scales come from a calibration"

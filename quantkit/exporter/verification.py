@@ -1,4 +1,4 @@
-"""What `verify` found in a checkpoint."""
+"""The result of `verify`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ QuantizedLinears = dict[str, tuple[QuantScheme, tuple[int, int]]]
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """The result of `verify`, which adds to it check by check.
 
-    tensors, quantized: how many tensors, and how many quantized Linears.
-    left: Linear that isn't quantized → why.
-    faults: (tensor, message).
-    unequal: fused layers with several scales, as faults are written.
-    sqnr_db: Linear → weight SQNR against the base in dB, where one was given.
-    changed: tensors that algorithms changed, by the manifest; they differ from the base's on
-        purpose and aren't compared with it.
+    path: directory of the checkpoint.
+    tensors: number of tensors.
+    quantized: number of quantized Linears.
+    skipped: Linear that isn't quantized → why.
+    faults: (tensor, message), where a tensor of "" means the whole checkpoint.
+    warnings: one sentence each.
+    unequal: fused layers with different scales, as (tensor, message).
+    sqnr_db: Linear → signal-to-quantization-noise ratio of its weight in dB, if there is a base.
+    changed: tensors that algorithms changed, according to the manifest. They aren't compared with
+        the base model.
     """
 
     path: Path
     tensors: int = 0
     quantized: int = 0
-    left: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     faults: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unequal: list[tuple[str, str]] = field(default_factory=list)
@@ -36,6 +39,7 @@ class Verification:
     changed: frozenset[str] = frozenset()
 
     def fault(self, tensor: str, message: str) -> None:
+        """Add a fault."""
         self.faults.append((tensor, message))
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +51,7 @@ class Verification:
             "tensors": self.tensors,
             "quantized": self.quantized,
             "changed": len(self.changed),
-            "left": [{"name": name, "reason": reason} for name, reason in self.left.items()],
+            "left": [{"name": name, "reason": reason} for name, reason in self.skipped.items()],
             "layers": [{"name": name, "weight_sqnr_db": value} for name, value in self.worst_first],
         }
 
@@ -57,4 +61,5 @@ class Verification:
 
     @property
     def worst_first(self) -> list[tuple[str, float]]:
+        """(Linear, SQNR in dB), the lowest first."""
         return sorted(self.sqnr_db.items(), key=lambda item: item[1])

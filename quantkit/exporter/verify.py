@@ -1,8 +1,7 @@
-"""`verify`: is a checkpoint whole, finite and consistent, and will a runtime load it?
+"""`verify`: check that a checkpoint is complete, finite and consistent, and which runtimes load it.
 
-A fault is something that a runtime would refuse or, worse, wouldn't notice: a missing scale, a NaN
-code, two scales in fused layers. A warning names a runtime that can't load a checkpoint which is
-sound in itself.
+A fault is something that a runtime would refuse or, worse, not notice: a missing scale, a NaN code,
+different scales in fused layers. A runtime that can't load a sound checkpoint is only a warning.
 """
 
 from __future__ import annotations
@@ -46,16 +45,22 @@ def verify(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     as_stored: bool = False,
 ) -> Verification:
-    """Check every tensor of a checkpoint. on_progress(tensors done, tensors in all).
+    """Check a checkpoint, quantized or not.
 
-    as_stored: ask only whether it can be computed as it is stored; that its files were changed
-    since they were exported, or that fused layers have several scales, is no fault then.
+    path: directory of the checkpoint.
+    base: directory of the model that it was made from, to compare with.
+    runtime: the runtime that must load it; None warns of each that can't.
+    on_progress: called with the tensors that are done, and all tensors.
+    as_stored: check only whether it can be run as it is stored. Files that were changed after the
+        export, and fused layers with different scales, are no faults then.
+
+    Raises CheckpointError if there is no checkpoint at `path`, or `base` can't be compared with it.
     """
     try:
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
         if not (path / "config.json").is_file():
-            raise  # no checkpoint to find faults in
+            raise  # this is no checkpoint at all
         return Verification(path, faults=[("", f"can't be opened: {error}")])
     tensors = linears_of(checkpoint)
     checkpoint, base_checkpoint = tensors.checkpoint, _open_base(base)
@@ -67,7 +72,7 @@ def verify(
         _check_unquantized(found, stored)
     else:
         linears = _check_linears(found, checkpoint, config, stored)
-        found.left = _check_skipped(found, tensors, config, stored)
+        found.skipped = _check_skipped(found, tensors, config, stored)
         stored_config = checkpoint.config["quantization_config"]
         found.faults += config.file_format.config_faults(stored_config)
     found.quantized = len(linears)
@@ -88,6 +93,7 @@ def verify(
 
 
 def _open_base(base: Path | None) -> Checkpoint | None:
+    """The base model. Raises CheckpointError if it is quantized, unless exports dequantize it."""
     if base is None:
         return None
     checkpoint = as_linear_views(Checkpoint.open(base))
@@ -114,8 +120,8 @@ def _check_linears(
     config: QuantizationConfig,
     stored: Mapping[str, list[str]],
 ) -> QuantizedLinears:
-    """Every quantized Linear has all its tensors, as its format and scheme have them. Returns those
-    that do.
+    """Check that each quantized Linear has the tensors of its format and scheme. Returns those that
+    do.
     """
     linears: QuantizedLinears = {}
     for module, suffixes in stored.items():
@@ -153,7 +159,7 @@ def _check_skipped(
     config: QuantizationConfig,
     stored: Mapping[str, list[str]],
 ) -> dict[str, str]:
-    """Every other Linear is ignored by the config. Returns why, for each that is."""
+    """Check that the config ignores all other Linears. Returns Linear → why it is skipped."""
     skipped: dict[str, str] = {}
     for info in tensors.modules("linear", "lm_head", "router", "used directly").values():
         if info.name in stored:
@@ -179,7 +185,7 @@ def _check_skipped(
         and tensors.stored.config.get("tie_word_embeddings")
         and config.scheme_of("lm_head") is None
     ):
-        skipped["lm_head"] = "tied to the embedding"  # the module is there, the tensor is not
+        skipped["lm_head"] = "tied to the embedding"  # a module without a tensor of its own
     return skipped
 
 
@@ -190,18 +196,18 @@ def _check_runtimes(
     linears: QuantizedLinears,
     runtime: str | None,
 ) -> None:
-    """What a runtime can't load is a fault where it was named, and a warning otherwise."""
+    """Check what runtimes can load: a fault for the named one, else warnings for all of them."""
     infos = [
         QuantizedLinearInfo(name, shape, scheme, _is_transposed(checkpoint, name))
         for name, (scheme, shape) in linears.items()
     ]
     file_format = config.file_format.name if config else DEFAULT_FORMAT
     if runtime is not None:
-        for problem in runtime_problems(runtime, infos, found.left, file_format, checkpoint):
+        for problem in runtime_problems(runtime, infos, found.skipped, file_format, checkpoint):
             found.fault("", problem)
         return
     for name in RUNTIMES:
-        found.warnings += runtime_problems(name, infos, found.left, file_format)
+        found.warnings += runtime_problems(name, infos, found.skipped, file_format)
 
 
 def _is_transposed(checkpoint: Checkpoint, module: str) -> bool:
@@ -210,8 +216,8 @@ def _is_transposed(checkpoint: Checkpoint, module: str) -> bool:
 
 
 def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
-    """Files that quantkit wrote are the ones that are here now. Weights must be; a config,
-    tokenizer or card may have been edited since.
+    """Check the hashes of the files that quantkit wrote. A changed shard is a fault; a changed
+    config, tokenizer or model card is only a warning.
     """
     path = checkpoint.path / MANIFEST_FILE
     if not path.is_file():
@@ -238,7 +244,7 @@ def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
         message = (
             "is not the file that was exported"
             if name in digests
-            else "was exported but is not here"
+            else "was exported but is missing"
         )
         if name.endswith((".safetensors", ".index.json")):
             found.fault(
@@ -249,6 +255,7 @@ def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
 
 
 def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
+    """Check that each attention module has the scales of an FP8 KV cache."""
     by_suffix: dict[str, set[str]] = {suffix: set() for suffix in KV_SUFFIXES}
     for name in checkpoint.tensors:
         module = kv_scale_module(name)
@@ -275,9 +282,7 @@ def _check_fused_layers(
     config: QuantizationConfig,
     linears: QuantizedLinears,
 ) -> None:
-    """Where a runtime merges Linears and a scale is per tensor, all members must carry the same
-    one.
-    """
+    """Check that Linears that a runtime merges have the same per-tensor scales."""
     for members in fused_layers(linears):
         schemes = [linears[member][0] for member in members]
         suffixes = []
@@ -303,10 +308,16 @@ def _check_fused_layers(
 def _check_config_against_base(
     found: Verification, checkpoint: Checkpoint, base: Checkpoint
 ) -> None:
-    """The model is the base's: what decides its shapes is the same, and what else differs is
-    said.
+    """Compare the config with the base's. Keys that determine shapes must be equal; other
+    differences are warnings.
     """
-    quiet = {"quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+    expected = {
+        "quantization_config",
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+    }
     shaping = (
         "model_type",
         "hidden_size",
@@ -316,7 +327,7 @@ def _check_config_against_base(
         "num_key_value_heads",
         "vocab_size",
     )
-    for key in sorted((checkpoint.config.keys() | base.config.keys()) - quiet):
+    for key in sorted((checkpoint.config.keys() | base.config.keys()) - expected):
         ours, theirs = checkpoint.config.get(key), base.config.get(key)
         # An output head that an algorithm changed is no longer the embedding.
         if ours == theirs or (
@@ -339,7 +350,7 @@ def _check_config_against_base(
 def _check_names_against_base(
     found: Verification, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]
 ) -> None:
-    """Every tensor of the base is here, as it was or quantized, and nothing else is."""
+    """Check that the checkpoint has all tensors of the base, quantized or not, and no others."""
     base_scales = {scale.rpartition(".")[2] for scale in block_scales(base).values()}
     for name in base.tensors:
         module, _, suffix = name.rpartition(".")

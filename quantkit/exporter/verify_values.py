@@ -1,5 +1,5 @@
-"""The part of `verify` that reads every value: nothing is NaN, infinite or a scale that ruins a
-layer, and every tensor is the base's, as it was or rounded.
+"""The part of `verify` that reads every value: it finds NaN, infinity and scales that ruin a layer,
+and compares each tensor with the base model's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.number_formats import holds_codes
 from quantkit.schemes.quant_spec import TENSOR
 
-# Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
+# Rounding to 8 bits gives 30 dB or more. A weight below this is not a rounded one, but another one.
 LEAST_PLAUSIBLE_SQNR_DB = 15.0
-# Scales that some checkpoint has next to those of weights.
+# Names of other scales than those of weights.
 _OTHER_SCALES = {
     "input_scale",
     "activation_scale",
@@ -44,8 +44,15 @@ def check_values(
     linears: QuantizedLinears,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """No NaN, no infinity, no scale that is zero or negative, and what the base has; some rows in
-    memory for each of as many threads as there are cores.
+    """Check the values of all tensors, and add what is found to `found`.
+
+    base: the model that the checkpoint was made from, or None.
+    config: the checkpoint's quantization config, or None.
+    stored: module with quantized tensors → suffixes of its tensors.
+    linears: the quantized Linears whose tensors are complete.
+    on_progress: called with the tensors that are done, and all tensors.
+
+    Each thread, one for each core, has a few rows in memory.
     """
     reader = _ValueReader(
         found,
@@ -72,20 +79,27 @@ def check_values(
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads_before)
-    # Threads finish in any order; what is reported doesn't depend on it.
+    # Sorted, because threads finish in any order.
     order = {name: number for number, name in enumerate(checkpoint.tensors)}
     found.faults.sort(key=lambda fault: order.get(fault[0], -1))
     if reader.differing:
         others = f" (and {len(reader.differing) - 1} more)" if len(reader.differing) > 1 else ""
         first = min(reader.differing, key=order.__getitem__)
-        found.warnings.append(f"{first} differs from the base's, though it isn't quantized{others}")
+        found.warnings.append(f"{first} isn't quantized, but differs from the base's{others}")
     found.warnings.sort()
 
 
 @dataclass
 class _ValueReader:
-    """Checks the values of a Linear's tensors, or of one tensor, against rules and against the
-    base.
+    """Checks the values of a Linear's tensors, or of one tensor.
+
+    found: the result of `verify`; only `sqnr_db` is changed.
+    stream: the checkpoint's tensors, as they are stored.
+    base: the base model's tensors, or None.
+    config: the checkpoint's quantization config, or None.
+    stored: module with quantized tensors → suffixes of its tensors.
+    linears: the quantized Linears whose tensors are complete.
+    differing: tensors that aren't quantized and differ a little from the base's; filled here.
     """
 
     found: Verification
@@ -94,10 +108,10 @@ class _ValueReader:
     config: QuantizationConfig | None
     stored: Mapping[str, list[str]]
     linears: QuantizedLinears
-    # tensors that aren't quantized, and differ a little from the base's
     differing: list[str] = field(default_factory=list)
 
     def check(self, names: list[str]) -> list[tuple[str, str]]:
+        """Faults of a Linear's tensors, or of one tensor: (tensor, message)."""
         faults = []
         for name in names:
             message = self._values_fault(name)
@@ -115,9 +129,9 @@ class _ValueReader:
         return faults
 
     def _values_fault(self, name: str) -> str | None:
-        """What is wrong with the values of one tensor, if anything."""
+        """The fault in a tensor's values; None if there is none."""
         suffix = name.rpartition(".")[2]
-        # A model may have scales of its own, negative ones too.
+        # Only these: a model may have parameters named scale, which may be negative.
         is_scale = suffix in _OTHER_SCALES or suffix in weight_scale_suffixes()
         for first, last in self.stream.steps(name):
             with self.stream.stored_rows(name, first, last) as rows:
@@ -137,15 +151,14 @@ class _ValueReader:
         return None
 
     def _unquantized_against_base(self, name: str, base: WeightStream) -> list[tuple[str, str]]:
-        """A tensor that isn't quantized is the base's; one that some algorithm has changed a little
-        is worth a warning.
+        """Compare a tensor that isn't quantized with the base's. A small difference, as algorithms
+        cause, is only a warning.
         """
         ours, theirs = self.stream.checkpoint.tensors[name], base.checkpoint.tensors[name]
         if ours.shape != theirs.shape:
             return [(name, f"has the shape {list(ours.shape)}; the base has {list(theirs.shape)}")]
         if holds_codes(ours.dtype) or name in self.found.changed:
-            # codes without their scales are a fault already; what algorithms changed is no longer
-            # the base's
+            # Codes without scales are a fault already, and algorithms change tensors on purpose.
             return []
         signal = noise = 0.0
         for first, last in base.steps(name):
@@ -194,12 +207,12 @@ class _ValueReader:
         return []
 
     def _sqnr_db(self, module: str, name: str, base: WeightStream) -> float:
-        """Signal to noise of a quantized weight against the base's weight `name`."""
+        """Signal-to-quantization-noise ratio of a weight, dB. name: the base's weight."""
         assert self.config is not None, "a quantized Linear comes with a config"
         (scheme, shape), file_format = self.linears[module], self.config.file_format
         signal = noise = 0.0
         block_rows = scheme.weight.granularity.rows or 1
-        # The scales are a few kilobytes to a megabyte; the codes come in steps.
+        # Scales are a megabyte at most and are read at once; codes are read in steps.
         stored_scales = self.stream.checkpoint.read(f"{module}.{file_format.scale_suffix}")
         scales = decode_scales(stored_scales).reshape(scheme.weight.granularity.scale_shape(*shape))
         codes_name = f"{module}.{file_format.codes_suffix(scheme)}"
@@ -216,7 +229,7 @@ class _ValueReader:
                 codes = file_format.decode_codes(stored, scheme, shape[1])
                 values = expected.float()
                 rounded = ops.dequantize(QuantizedTensor(codes, scale, scheme.weight))
-                # float32 within a step, float64 over the steps: good to 0.001 dB.
+                # float32 within a step and float64 over the steps are accurate to 0.001 dB.
                 signal += float(torch.dot(values.flatten(), values.flatten()))
                 difference = (
                     values.sub_(rounded).flatten()
@@ -229,5 +242,5 @@ class _ValueReader:
 
 def _has_nonfinite_codes(tensor: Tensor) -> bool:
     magnitude = tensor.view(torch.uint8) & 0x7F
-    # E4M3 has NaN at 0x7F alone; E5M2 has infinity at 0x7C and NaN above.
+    # Without the sign bit, E4M3 has NaN at 0x7F; E5M2 has infinity at 0x7C and NaN above.
     return bool((magnitude >= (0x7F if tensor.dtype == torch.float8_e4m3fn else 0x7C)).any())

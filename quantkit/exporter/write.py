@@ -1,10 +1,13 @@
-"""`export`: safetensors in, safetensors out, a few rows at a time; the model is never built.
+"""`export`: write a quantized checkpoint from a model's safetensors files, a few rows at a time,
+without building the model.
 
-The output's headers are known from the plan, so as many threads as there are cores take one tensor
-after the other, make its codes (`tensor_maker`) and write them to their place, while a thread for
-each shard follows, reads back what has been written and hashes it. Source rows are read from the
-page cache and codes go from a core's own cache to the file: memory holds a few megabytes for each
-thread, whatever the model's size.
+The plan determines the headers of the output, so each tensor's place in its file is known.
+
+- Maker threads, one for each core, take one tensor after the other, compute its codes
+  (`tensor_maker`) and write them to their place.
+- A follower thread for each shard reads back what has been written, and hashes it.
+
+Each thread needs a few megabytes of memory, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -33,19 +36,42 @@ from quantkit.exporter.tensor_maker import Job, TensorMaker, plan_jobs
 
 @dataclass(frozen=True)
 class ExportSummary:
+    """The result of an export.
+
+    path: output directory.
+    quantized: number of quantized Linears.
+    skipped: number of skipped Linears.
+    bytes_before: size of the model's tensors.
+    bytes_after: size of the output's tensors.
+    warnings: one sentence each.
+    was_finished: whether an earlier run had finished the output, so that nothing was written.
+    """
+
     path: Path
     quantized: int
-    left: int
+    skipped: int
     bytes_before: int
     bytes_after: int
     warnings: tuple[str, ...]
-    was_finished: bool = False  # by an earlier run; nothing was written
+    was_finished: bool = False
+
+    @classmethod
+    def of(cls, plan: ExportPlan) -> ExportSummary:
+        quantized = sum(row.status == "quantized" for row in plan.parameters)
+        return cls(
+            plan.options.output,
+            quantized,
+            len(plan.skipped),
+            plan.bytes_before,
+            plan.bytes_after,
+            plan.warnings,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
             "path": str(self.path),
             "quantized": self.quantized,
-            "left": self.left,
+            "left": self.skipped,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "warnings": list(self.warnings),
@@ -55,19 +81,18 @@ class ExportSummary:
 def export(
     plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> ExportSummary:
-    """Write the checkpoint. on_progress(bytes read, bytes in all) is called in this thread, several
-    times a second.
+    """Write a planned checkpoint.
+
+    on_progress: called with the bytes read and the bytes to read, in this thread, several times a
+        second.
+
+    Raises:
+        OutputError: the output can't be written.
+        CheckpointError: a weight has NaN or infinity, or the model changed during the export.
+        Interrupted: a signal stopped the export.
     """
     options, checkpoint = plan.options, plan.checkpoint
-    quantized = sum(row.status == "quantized" for row in plan.parameters)
-    summary = ExportSummary(
-        options.output,
-        quantized,
-        len(plan.left),
-        plan.bytes_before,
-        plan.bytes_after,
-        plan.warnings,
-    )
+    summary = ExportSummary.of(plan)
     if options.resume and finished_already(options.output, plan.fingerprint, options.overwrite):
         return replace(summary, was_finished=True)
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
@@ -86,11 +111,7 @@ def export(
     finished = output.finished(names)
     try:
         _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
-        if file_times(checkpoint) != plan.fingerprint["model files"]:
-            raise CheckpointError(
-                f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of"
-                f" {checkpoint.path} changed while it was read; leave it alone and export again"
-            )
+        _require_unchanged(plan)
         if checkpoint.source is not None:
             checkpoint.source.clean()
         write_index(output.partial, names, shards)
@@ -98,32 +119,44 @@ def export(
         copy_others(output.partial, plan, others)
         write_manifest(output, plan)
     except CheckpointError:
-        output.discard()  # this model can't be finished, so there is nothing to resume
+        output.discard()  # an export of this model can't be finished, so it can't be resumed
         raise
     except OSError as error:
         raise OutputError(
-            f"can't write {output.partial} to its end: {error.strerror}; finished shards are kept:"
-            " mend that and go on with --resume"
+            f"can't finish writing {output.partial}: {error.strerror}; finished shards are kept:"
+            " fix that and continue with --resume"
         ) from None
     output.commit()
     return summary
 
 
+def _require_unchanged(plan: ExportPlan) -> None:
+    """Raise CheckpointError if the model's files were changed after the plan was made."""
+    checkpoint = plan.checkpoint
+    if file_times(checkpoint) != plan.fingerprint["model files"]:
+        raise CheckpointError(
+            f"{', '.join(path.name for path in checkpoint.shard_paths[:3])} or another shard of"
+            f" {checkpoint.path} changed while it was read; export again without changing it"
+        )
+
+
 def _inputs(plan: ExportPlan) -> list[Path]:
+    """The directories that an export reads, which its output must not replace."""
     return [plan.checkpoint.path, *([plan.calibration.path] if plan.calibration else [])]
 
 
 class _Run:
-    """The threads of one export, and what they share.
+    """The threads of one export, and their shared state.
 
-    Makers take jobs in order; the first job of a shard opens its file and starts the thread that
-    follows it. A maker waits where too many shards are unfinished, so that the disk sets the pace.
+    Makers take jobs in order. The first job of a shard opens its file and starts its follower. A
+    maker waits if too many shards are unfinished, so that makers don't outrun the disk.
     """
 
     @staticmethod
     def by_shard(
         jobs: Sequence[Job], names: Sequence[str], shards: Sequence[Sequence[TensorPlan]]
     ) -> dict[str, list[Job]]:
+        """Name of a shard → its jobs. A job's tensors are all in the shard of its first tensor."""
         by_first = {job.tensors[0].name: job for job in jobs}
         return {
             name: [by_first[tensor.name] for tensor in tensors if tensor.name in by_first]
@@ -152,6 +185,7 @@ class _Run:
         self._error: BaseException | None = None
 
     def run(self, on_progress: Callable[[int, int], None]) -> None:
+        """Run all jobs. Raises the first error of a thread, or Interrupted on a signal."""
         for jobs in self._todo.values():
             for job in jobs:
                 self._stream.expect(self._maker.touched(job))
@@ -179,8 +213,8 @@ class _Run:
                     stop.check("between two tensors; finished shards are kept")
                 on_progress(self._read, self._plan.bytes_before)
         finally:
-            # Also where this thread is torn out of its loop, by a second signal: no follower may
-            # wait for what nobody will make, and no maker may look at a shard that is closed.
+            # A second signal may have ended the loop above while threads still run: no follower may
+            # wait for tensors that no maker will write, and no maker may use a closed shard.
             self._stopping.set()
             with self._lock:
                 for writer in self._writers.values():
@@ -192,7 +226,7 @@ class _Run:
             self._stream.close()
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Run a thread's work; the first error stops all and is raised where `run` was called."""
+        """Run a thread's work. The first error stops all threads, and `run` raises it."""
         try:
             work(*arguments)
         except BaseException as error:
@@ -201,7 +235,7 @@ class _Run:
             self._stopping.set()
             self._abandon_incomplete()
             for _ in range(cores()):
-                self._unfinished.release()  # nobody waits for a shard that won't be finished
+                self._unfinished.release()  # for makers that wait for a shard to be finished
 
     def _abandon_incomplete(self) -> None:
         with self._lock:
@@ -212,7 +246,7 @@ class _Run:
     # ---- Makers.
 
     def _make(self) -> None:
-        torch.set_num_threads(1)  # for this thread: the parallelism is over tensors
+        torch.set_num_threads(1)  # in this thread, because tensors are processed in parallel
         while not self._stopping.is_set():
             with self._lock:
                 shard_and_job = next(self._jobs, None)
@@ -231,8 +265,8 @@ class _Run:
                 self._read += job.bytes_read
 
     def _writer(self, name: str) -> ShardWriter | None:
-        """The shard's writer, opened with its follower where this is its first job; None when
-        everything stops.
+        """The shard's writer. The first job opens it and starts its follower. None if the export
+        is being stopped.
         """
         with self._lock:
             if name in self._writers:

@@ -1,5 +1,5 @@
-"""A recipe in which some Linears have another scheme than the rest, written as few patterns, which
-match those Linears and no others.
+"""Change a recipe so that some Linears are skipped and others get another scheme, with as few
+patterns as possible. `sensitivity` writes such recipes.
 """
 
 from __future__ import annotations
@@ -15,33 +15,41 @@ from quantkit.schemes.scheme import QuantScheme
 
 
 def mixed_recipe(
-    recipe: Recipe, kept: Iterable[str], moved: Mapping[str, QuantScheme], modules: Iterable[str]
+    recipe: Recipe,
+    skipped: Iterable[str],
+    schemes: Mapping[str, QuantScheme],
+    modules: Iterable[str],
 ) -> Recipe:
-    """The recipe with some Linears left as they are and others in another scheme. modules: all
-    names that patterns may meet.
+    """The recipe with changes for some Linears.
+
+    recipe: the recipe to change.
+    skipped: names of the Linears that stay unquantized.
+    schemes: Linear → the scheme that it gets instead of the recipe's.
+    modules: names of all modules, so that patterns match no others.
     """
-    kept, modules = list(kept), list(modules)
+    skipped, modules = list(skipped), list(modules)
     by_scheme: dict[QuantScheme, list[str]] = defaultdict(list)
-    for name, scheme in moved.items():
+    for name, scheme in schemes.items():
         by_scheme[scheme].append(name)
-    ignore = (*recipe.ignore, *(patterns_for(kept, set(modules) - set(kept)) if kept else ()))
+    skipping = patterns_for(skipped, set(modules) - set(skipped)) if skipped else ()
+    ignore = (*recipe.ignore, *skipping)
     layers = [
         (pattern, scheme)
         for scheme, names in by_scheme.items()
         for pattern in patterns_for(names, set(modules) - set(names))
     ]
-    open_names = {name for name in modules if not any(pattern.matches(name) for pattern in ignore)}
+    unassigned = {name for name in modules if not any(pattern.matches(name) for pattern in ignore)}
     applying = []
     for pattern, scheme in (*layers, *recipe.layers):
-        matched = {name for name in open_names if pattern.matches(name)}
-        open_names -= matched
-        if matched:  # one that never applies would be refused
+        matched = {name for name in unassigned if pattern.matches(name)}
+        unassigned -= matched
+        if matched:  # a recipe with a pattern that never applies would be refused
             applying.append((pattern, scheme))
     return replace(recipe, ignore=ignore, layers=tuple(applying))
 
 
 def recipe_text(recipe: Recipe, comments: Iterable[str]) -> str:
-    """A recipe file."""
+    """The recipe as a YAML file. comments: lines at its top, without the `#`."""
     import yaml
 
     content: dict[str, Any] = {

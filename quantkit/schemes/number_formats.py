@@ -1,12 +1,15 @@
-"""The number formats of codes and of scales, as values.
+"""The number formats of codes and of scales.
 
-FP8 E4M3 is a *floating-point* format: one sign bit, 4 exponent bits (bias 7), 3 mantissa bits. It
-has 253 distinct finite values up to ±448, subnormals down to 2⁻⁹, no infinity and two NaN codes
-(Micikevicius et al. 2022, "FP8 Formats for Deep Learning"; OCP 8-bit Floating Point Specification).
-INT8 is 256 equally spaced integers. E8M0 is a format for scales only: one byte, a power of two (OCP
-Microscaling Formats Specification 1.0).
+FP8 E4M3   a floating-point format with 1 sign bit, 4 exponent bits (bias 7) and 3 mantissa bits.
+           It has 253 distinct finite values up to ±448, subnormals down to 2⁻⁹, no infinity and two
+           NaN codes. Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning"; OCP 8-bit
+           Floating Point Specification.
+FP8 E5M2   the same with 5 exponent bits (bias 15) and 2 mantissa bits: values up to ±57344.
+INT8       256 equally spaced integers.
+E8M0       a format for scales only: one byte, a power of two. Source: OCP Microscaling Formats
+           Specification 1.0.
 
-A new format is one value here, in NUMBER_FORMATS, and in CODE_FORMATS if recipes may name it.
+To add a format, add a value to NUMBER_FORMATS, and to CODE_FORMATS if recipes may name it.
 """
 
 from __future__ import annotations
@@ -15,21 +18,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-WORD_BITS = 32  # of the integers in which pack-quantized checkpoints store codes
+WORD_BITS = 32  # size of the integers that pack-quantized checkpoints store codes in
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """What a number format can represent, and how its codes are stored.
+    """The range of a number format, and how its codes are stored.
 
-    name: "INT8"; ops and kernels know the format by it.
+    name: name in ops and kernels, such as "INT8".
     kind: "int", "float", or "exponent" for powers of two.
-    min, max: the least and the greatest code's value; values beyond are clipped to them.
-    torch_name: the torch dtype that holds one code.
-    safetensors_name: the same dtype in a safetensors header.
-    label: the short name in tables.
-    bits: of one code.
-    exponent_bits, mantissa_bits: of a float format.
+    min: value of the least code; smaller values are clipped to it.
+    max: value of the greatest code; greater values are clipped to it.
+    torch_name: name of the torch dtype of a code.
+    safetensors_name: name of that dtype in a safetensors header.
+    label: short name in tables.
+    bits: size of a code.
+    exponent_bits: number of exponent bits of a float format.
+    mantissa_bits: number of mantissa bits of a float format.
     """
 
     name: str
@@ -45,20 +50,20 @@ class NumberFormat:
 
     @property
     def codes_per_word(self) -> int:
-        """How many codes one 32-bit word holds, where a file format packs them."""
+        """Codes per 32-bit word, in checkpoint formats that pack codes."""
         return WORD_BITS // self.bits
 
     @property
     def clips_above(self) -> float:
-        """The magnitude above which a value is clipped, not rounded to the greatest code: half a
-        step above it.
+        """Magnitudes above this are clipped, not just rounded to the greatest code: half a step
+        above the greatest code.
         """
         if self.kind == "int":
             return self.max + 0.5
         return self.max + 2.0 ** (math.floor(math.log2(self.max)) - self.mantissa_bits - 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A format of the table is pickled by its name: it is one object in every process."""
+        """Pickle a known format by its name, so that each process has one object for it."""
         if NUMBER_FORMATS.get(self.name) == self:
             return _format_named, (self.name,)
         return NumberFormat, tuple(vars(self).values())
@@ -97,12 +102,12 @@ E8M0 = NumberFormat("E8M0", "exponent", 2.0**-127, 2.0**127, "uint8", "U8", "E8M
 NUMBER_FORMATS: dict[str, NumberFormat] = {
     number_format.name: number_format for number_format in (INT8, FP8_E4M3, FP8_E5M2, E8M0)
 }
-# What a recipe or a `quantization_config` may ask for, by (num_bits, type).
+# The formats of codes in recipes and in `quantization_config`: (num_bits, type) → format.
 CODE_FORMATS: dict[tuple[int, str], NumberFormat] = {
     (number_format.bits, number_format.kind): number_format for number_format in (INT8, FP8_E4M3)
 }
 
 
 def holds_codes(safetensors_name: str) -> bool:
-    """Whether a safetensors dtype is one of codes or of scales: no model's weights have it."""
+    """Whether a safetensors dtype is that of codes or scales. Unquantized weights never have it."""
     return any(safetensors_name == known.safetensors_name for known in NUMBER_FORMATS.values())

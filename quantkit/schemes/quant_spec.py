@@ -15,6 +15,7 @@ from quantkit.schemes.number_formats import CODE_FORMATS, E8M0, NumberFormat
 
 
 def _size(value: Any, where: str) -> int:
+    """A positive whole number. where: names the value in errors."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RecipeError(f"{where} is {value!r}, not a positive whole number")
     return value
@@ -22,8 +23,11 @@ def _size(value: Any, where: str) -> int:
 
 @dataclass(frozen=True)
 class Granularity:
-    """Who shares one scale, as the shape of a block of a `[rows, columns]` matrix; None spans the
-    whole dimension.
+    """Which values share one scale, as the size of a block of a [rows, columns] matrix.
+
+    name: "tensor", "channel", "token", "group" or "block", as in compressed-tensors.
+    rows: rows of a block; None for all rows.
+    columns: columns of a block; None for all columns.
     """
 
     name: str
@@ -36,13 +40,11 @@ class Granularity:
                 _size(size, f"the {self.name} size")
 
     def block_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """The block's shape for a matrix of this size; at least 1 × 1 so that empty matrices have a
-        shape too.
-        """
+        """The shape of a block in a matrix of this size; at least 1 × 1, even if that is empty."""
         return max(1, self.rows or rows), max(1, self.columns or columns)
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many blocks there are down and across: the shape of the scales."""
+        """The shape of the scales of a matrix of this size: [block rows, block columns]."""
         block_rows, block_columns = self.block_shape(rows, columns)
         return -(-rows // block_rows), -(-columns // block_columns)
 
@@ -58,19 +60,23 @@ TOKEN = Granularity("token", 1, None)
 
 
 def group(size: int) -> Granularity:
+    """One scale for each `size` consecutive values of a row."""
     return Granularity("group", 1, size)
 
 
 def block(rows: int, columns: int) -> Granularity:
+    """One scale for each block of rows × columns values."""
     return Granularity("block", rows, columns)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is quantized. `dynamic`: its scales are computed from each input as it
-    arrives.
+    """How one tensor is quantized.
 
-    `scale_format`: None for ordinary floating-point scales, E8M0 for powers of two.
+    format: number format of the codes.
+    granularity: which values share a scale.
+    dynamic: whether scales are computed from each input at run time.
+    scale_format: E8M0 for scales that are powers of two; None for floating-point scales.
     """
 
     format: NumberFormat
@@ -80,7 +86,12 @@ class QuantSpec:
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any], where: str) -> QuantSpec:
-        """Read compressed-tensors' arguments of one tensor; `where` names them in errors."""
+        """Read the arguments of one tensor, as compressed-tensors writes them.
+
+        where: names the arguments in errors.
+
+        Raises RecipeError for arguments that quantkit doesn't support.
+        """
         if not isinstance(arguments, Mapping):
             raise RecipeError(
                 f"{where} must be a mapping with num_bits, type and strategy, not {arguments!r}"
@@ -94,7 +105,7 @@ class QuantSpec:
             "block_structure",
             "dynamic",
         }
-        # Written by compressed-tensors itself; they don't change what the codes mean.
+        # compressed-tensors writes these too; they don't change the meaning of codes.
         known |= {"observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype"}
         unknown = set(arguments) - known
         if unknown:
@@ -124,7 +135,7 @@ class QuantSpec:
         return cls(number_format, granularity, dynamic, E8M0 if power_of_two else None)
 
     def to_arguments(self) -> dict[str, Any]:
-        """The same in compressed-tensors' words, with no key that its version 0.17 doesn't know."""
+        """The arguments of compressed-tensors, with no key that its version 0.17 doesn't know."""
         arguments: dict[str, Any] = {
             "num_bits": self.format.bits,
             "type": self.format.kind,
@@ -184,4 +195,5 @@ def _granularity(arguments: Mapping[str, Any], where: str) -> Granularity:
 
 
 def quoted(words: Iterable[str]) -> str:
+    """The words in quotes, sorted and separated by commas."""
     return ", ".join(f"'{word}'" for word in sorted(map(str, words)))

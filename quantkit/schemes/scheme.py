@@ -19,8 +19,13 @@ from quantkit.schemes.serving import HARDWARE, MULTIPLES_OF_128, NATIVE, WEIGHTS
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How one layer is quantized: its weight, and its input activations unless they stay as they
-    are.
+    """How one layer is quantized.
+
+    name: name of the scheme; it has no effect on arithmetic.
+    weight: how the weight is quantized.
+    input: how the input activations are quantized; None if they stay unquantized.
+
+    Raises RecipeError for combinations that no kernel computes.
     """
 
     name: str
@@ -30,7 +35,7 @@ class QuantScheme:
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.granularity.name == "token":
             raise RecipeError(
-                f"scheme {self.name}: weights are fixed, so they can be neither dynamic nor per"
+                f"scheme {self.name}: weights are constant, so they can be neither dynamic nor per"
                 " token"
             )
         if self.input is None:
@@ -53,13 +58,13 @@ class QuantScheme:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a static input scale has to be measured first."""
+        """Whether it has a static input scale, which calibration measures."""
         return self.input is not None and not self.input.dynamic
 
     @property
     def row(self) -> CatalogueRow | None:
-        """The catalogue's row that says how this scheme is served, whatever it is called; None
-        where no row speaks of it.
+        """The row of the catalogue with the same arithmetic, or one that covers this scheme; None
+        if there is none.
         """
         rows = CATALOGUE.values()
         same = (row for row in rows if row.scheme.same_arithmetic == self.same_arithmetic)
@@ -67,19 +72,23 @@ class QuantScheme:
 
     @property
     def family(self) -> str:
-        """The name of the scheme that runtimes treat this one as, or "unknown"."""
+        """The name of the catalogue's scheme that runtimes treat this one like, or "unknown"."""
         row = self.row
         return row.scheme.name if row is not None else UNKNOWN
 
     @property
     def same_arithmetic(self) -> tuple[QuantSpec, QuantSpec | None]:
-        """What decides codes and results; the name does not."""
+        """The parts that determine codes and results: all but the name."""
         return self.weight, self.input
 
     @classmethod
     def parse(cls, description: Any, where: str = "scheme") -> QuantScheme:
-        """A scheme from its name or alias, or from a mapping {weights: ..., input_activations:
-        ...}.
+        """Read a scheme from a recipe.
+
+        description: a name, an alias, or a mapping {weights: ..., input_activations: ...}.
+        where: names the description in errors.
+
+        Raises RecipeError for an unknown name or arguments that quantkit doesn't support.
         """
         if isinstance(description, QuantScheme):
             return description
@@ -106,7 +115,7 @@ class QuantScheme:
 
     @classmethod
     def of(cls, weight: QuantSpec, input_spec: QuantSpec | None) -> QuantScheme:
-        """The scheme with this arithmetic, under its usual name where it has one."""
+        """The scheme with these specs: the catalogue's if it has one, else one with a new name."""
         for row in CATALOGUE.values():
             if row.scheme.same_arithmetic == (weight, input_spec):
                 return row.scheme
@@ -120,7 +129,7 @@ class QuantScheme:
         return cls(f"{kind}-{shape}-{mode}", weight, input_spec)
 
     def to_description(self) -> Any:
-        """What `parse` reads back: the name where it says everything."""
+        """The name if the catalogue has this scheme, else a mapping; `parse` reads both."""
         row = CATALOGUE.get(self.name)
         if row is not None and row.scheme == self:
             return self.name
@@ -130,7 +139,7 @@ class QuantScheme:
         }
 
 
-UNKNOWN = "unknown"  # the family of a scheme that no row of the catalogue speaks of
+UNKNOWN = "unknown"  # the family of a scheme without a row in the catalogue
 
 
 def _nothing_else(scheme: QuantScheme) -> bool:
@@ -139,17 +148,16 @@ def _nothing_else(scheme: QuantScheme) -> bool:
 
 @dataclass(frozen=True)
 class CatalogueRow:
-    """One scheme: what it computes, what it is called, and where it is served.
+    """A scheme of the catalogue.
 
-    scheme: name, weight and input.
-    runtimes: runtime → whether it loads the scheme.
-    hardware: hardware → NATIVE, WEIGHTS, or the reason why vLLM can't serve the scheme there.
-    aliases: other names that recipes and `--scheme` may use.
+    scheme: its name and arithmetic.
+    runtimes: runtime → whether it supports the scheme.
+    hardware: hardware → NATIVE, WEIGHTS, or the reason why vLLM can't run the scheme there.
+    aliases: other names in recipes and for `--scheme`.
     refuses_experts: runtimes that load the scheme for Linears, but not for experts.
-    covers: schemes that are no row of their own, and are served as this one is.
-    default_rank: the place among schemes that are served equally widely, for `quantize` without a
-        scheme. Speed and size come first, then loss. None: never a default, because its static
-        scales need calibration.
+    covers: whether a scheme without a row is supported like this one.
+    default_rank: rank among schemes with equal support, when `quantize` chooses one: first by speed
+        and size, then by loss. None: never chosen, because static scales need calibration.
     """
 
     scheme: QuantScheme
@@ -162,13 +170,13 @@ class CatalogueRow:
 
 
 def _on_runtimes(**others: Support) -> dict[str, Support]:
-    """Every runtime loads it, except `others`."""
+    """Runtime → support: YES, except for `others`, whose `_` stands for `-`."""
     loads = {"vllm": YES, "sglang": YES, "tensorrt-llm": YES, "transformers": YES}
     return loads | {name.replace("_", "-"): support for name, support in others.items()}
 
 
 def _on_hardware(**others: str) -> dict[str, str]:
-    """All hardware computes it natively, except `others`."""
+    """Hardware → NATIVE, except for `others`."""
     return dict.fromkeys(HARDWARE, NATIVE) | others
 
 
@@ -188,14 +196,14 @@ _E4M3_TOKEN, _INT8_TOKEN = (
     QuantSpec(FP8_E4M3, TOKEN, dynamic=True),
     QuantSpec(INT8, TOKEN, dynamic=True),
 )
-# FP8 products need Ada or later; before it, vLLM keeps FP8 weights and leaves inputs alone.
+# FP8 matrix products need Ada or later; on older hardware, vLLM runs FP8 weights as W8A16.
 _FP8_HARDWARE = _on_hardware(ampere=WEIGHTS, turing=WEIGHTS, cpu=WEIGHTS)
 _STATIC_FP8_HARDWARE = _FP8_HARDWARE | {
     "cpu": "vLLM's CPU build does not start with static FP8 inputs"
 }
 _INT8_HARDWARE = _on_hardware(blackwell="vLLM has no INT8 kernel for Blackwell")
 _TRT_NEEDS_INPUTS = Support(False, "needs quantized inputs")
-_TRT_MISREADS_INT8 = Support(False, "reads INT8 as FP8 in silence")
+_TRT_MISREADS_INT8 = Support(False, "silently reads INT8 as FP8")
 
 CATALOGUE: dict[str, CatalogueRow] = {
     row.scheme.name: row
@@ -293,6 +301,7 @@ SCHEMES: dict[str, QuantScheme] = {name: row.scheme for name, row in CATALOGUE.i
 
 
 def _scheme_named(name: str) -> QuantScheme:
+    """The scheme of a name or alias, in any case. Raises RecipeError for an unknown name."""
     spelled = name.strip().lower()
     names = {key: row.scheme for key, row in CATALOGUE.items()}
     names |= {alias.lower(): row.scheme for row in CATALOGUE.values() for alias in row.aliases}

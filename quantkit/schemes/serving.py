@@ -1,6 +1,6 @@
-"""Where quantized checkpoints are served: the runtimes, the hardware, and how tables describe them.
+"""The runtimes and the hardware that serve quantized checkpoints.
 
-Read from the sources of vLLM 0.32, SGLang 0.5.23, TensorRT-LLM and transformers 5.23.
+Source: the code of vLLM 0.32, SGLang 0.5.23, TensorRT-LLM and transformers 5.23.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 RUNTIMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 HARDWARE = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
 
-# What vLLM does on a kind of hardware, where it serves the scheme at all.
-NATIVE = "native"  # computes what the scheme says
-WEIGHTS = "weights"  # stores the codes and leaves inputs in bfloat16
+# How vLLM runs a scheme on some hardware, if it can.
+NATIVE = "native"  # with the scheme's arithmetic
+WEIGHTS = "weights"  # W8A16: with quantized weights, and inputs in bfloat16
 
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a runtime loads a scheme or a file format.
+    """Whether a runtime supports a scheme or a checkpoint format.
 
-    loads: the runtime loads it and computes what it says.
-    note: the condition, or why not; it follows the runtime's name in a sentence.
+    loads: whether the runtime loads it and runs it correctly.
+    note: a condition, or the reason why not; it follows the runtime's name in a sentence.
     """
 
     loads: bool

@@ -254,7 +254,7 @@ def test_the_table_says_what_transformers_cannot_load(tiny):
     plan = tiny.plan("fp8-dynamic")
     has_experts = any(".experts." in name for name in plan.linears) or tiny.kind in OPTIONS
     assert has_experts == ("experts" in TRANSFORMERS.get(tiny.kind, ""))
-    assert bool(runtime_problems("transformers", plan.linears.values(), plan.left)) == (
+    assert bool(runtime_problems("transformers", plan.linears.values(), plan.skipped)) == (
         "refused" in TRANSFORMERS.get(tiny.kind, "")
     )
     loses = "random" in TRANSFORMERS.get(tiny.kind, "")
@@ -323,7 +323,7 @@ def test_experts_that_stay_are_ignored_by_the_configuration(tiny):
         "experts." in name for name in plan.linears
     )
     module = "mlp" if tiny.kind == "gpt_oss" else "block_sparse_moe"
-    assert rf"re:model\.layers\.1\.{module}\.experts\..*" in plan.left
+    assert rf"re:model\.layers\.1\.{module}\.experts\..*" in plan.skipped
 
 
 @of_kinds(*MULTIMODAL)

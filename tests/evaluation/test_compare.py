@@ -137,7 +137,7 @@ def test_another_place_of_the_same_base_is_comparable(stored, copy, llama):
     "edit, what",
     [
         (lambda result: result.update(schema_version=99), "schema version 99"),
-        (lambda result: result.update(quants=[]), "base alone"),
+        (lambda result: result.update(quants=[]), "base model only"),
         (lambda result: result["quants"][0].pop("window_kld"), "damaged"),
         (lambda result: result["quants"][0]["window_nll"].pop(), "damaged"),
         (lambda result: result["quants"][0]["window_nll"].__setitem__(0, None), "damaged"),

@@ -177,7 +177,7 @@ def test_logits_of_more_than_hidden_states_are_refused(tmp_path, monkeypatch):
     with pytest.raises(
         EvaluationError,
         match=(
-            "LlamaForCausalLM can't be evaluated: its logits come from more than the last hidden"
+            "LlamaForCausalLM can't be evaluated: its logits depend on more than the final hidden"
             " states"
         ),
     ):

@@ -31,7 +31,7 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_export_writes_is_sound(scheme, export_to, llama):
     found = verify(export_to(scheme), llama)
-    assert found.faults == [] and found.quantized == 14 and set(found.left) == {"lm_head"}
+    assert found.faults == [] and found.quantized == 14 and set(found.skipped) == {"lm_head"}
     assert min(found.sqnr_db.values()) > 25
 
 
@@ -48,15 +48,15 @@ def test_file_that_changed_since_the_export_is_found(export_to):
     assert "not the file that was exported" in faults(out)["model.safetensors"]
     (out / "tokenizer.json").unlink()
     assert any(
-        "tokenizer.json was exported but is not here" in warning for warning in verify(out).warnings
+        "tokenizer.json was exported but is missing" in warning for warning in verify(out).warnings
     )
 
 
 def test_left_linears_come_with_the_reason(export_to):
     found = verify(export_to(Recipe(SCHEMES["fp8-dynamic"], ignore=(Pattern("re:.*o_proj"),))))
     assert (
-        found.left["lm_head"] == "lm_head is skipped by rule"
-        and "ignored" in found.left["model.layers.0.self_attn.o_proj"]
+        found.skipped["lm_head"] == "lm_head is skipped by rule"
+        and "ignored" in found.skipped["model.layers.0.self_attn.o_proj"]
     )
 
 
@@ -265,7 +265,8 @@ def test_left_tensor_that_is_another_is_a_fault_against_the_base(export_to, chan
         lambda tensors: tensors["model.norm.weight"].mul_(1.01),
     )
     assert faults(nudged, base=llama) == {} and any(
-        "model.norm.weight differs" in warning for warning in verify(nudged, llama).warnings
+        "model.norm.weight isn't quantized, but differs" in warning
+        for warning in verify(nudged, llama).warnings
     )
 
 
@@ -277,8 +278,8 @@ def test_many_left_tensors_that_differ_are_one_warning(export_to, change, llama)
     nudged = change(export_to("fp8-dynamic", name="nudged"), nudge)
     (warning,) = [warning for warning in verify(nudged, llama).warnings if "differs" in warning]
     assert (
-        warning == "model.layers.0.input_layernorm.weight differs from the base's, though it isn't"
-        " quantized (and 3 more)"
+        warning == "model.layers.0.input_layernorm.weight isn't quantized, but differs from the"
+        " base's (and 3 more)"
     )
 
 

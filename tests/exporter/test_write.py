@@ -152,7 +152,7 @@ def test_ignore_and_layers_decide_and_the_config_says_so(llama, export_to):
 
 
 def test_lm_head_is_left_by_rule_and_quantized_when_a_layers_entry_says_so(llama, export_to):
-    assert "lm_head" in planned(llama, ignore=()).left
+    assert "lm_head" in planned(llama, ignore=()).skipped
     out = export_to(
         Recipe(
             QuantScheme.parse("fp8-dynamic"),
@@ -168,7 +168,7 @@ def test_lm_head_is_left_by_rule_and_quantized_when_a_layers_entry_says_so(llama
 
 def test_tied_lm_head_may_be_named_in_ignore_but_not_quantized(tmp_path):
     tied = make_llama(tmp_path / "tied", tie=True)
-    assert "lm_head" in planned(tied, ignore=(Pattern("lm_head"),)).left
+    assert "lm_head" in planned(tied, ignore=(Pattern("lm_head"),)).skipped
     with pytest.raises(RecipeError, match="tied to the embedding"):
         planned(tied, layers=((Pattern("lm_head"), QuantScheme.parse("int8-dynamic")),))
 
@@ -190,7 +190,8 @@ def test_shape_that_does_not_fit_the_groups_is_left_with_its_reason(tmp_path):
     reasons = {row.name: row.reason for row in plan.parameters}
     assert "200 is no multiple" in reasons["model.layers.0.mlp.down_proj.weight"]
     assert (
-        "model.layers.0.mlp.down_proj" in plan.left and "model.layers.0.mlp.up_proj" in plan.linears
+        "model.layers.0.mlp.down_proj" in plan.skipped
+        and "model.layers.0.mlp.up_proj" in plan.linears
     )
 
 
