@@ -51,7 +51,10 @@ class Job:
 
 
 class Streams:
-    """The streams before each block, and the block's jobs. A stream has its first variant's number."""
+    """The streams before each block, and the block's jobs.
+
+    A stream has the number of its first variant.
+    """
 
     def __init__(
         self, variants: Sequence[Variant], block_of: Sequence[int], block_count: int
