@@ -41,17 +41,17 @@ from safetensors.torch import load_file, save_file
 from served import VLLM_START
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in (".", "support")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 from architecture_kinds import KINDS, MORE_SCHEMES, OPTIONS, SCHEMES, TRANSFORMERS  # noqa: E402
-from conftest import make_text, make_tokenizer, whole_model  # noqa: E402
-from tiny_models import MASKED, TARGET, make_model  # noqa: E402
+from tiny_llama import make_text, make_tokenizer  # noqa: E402
+from tiny_models import MASKED, TARGET, make_model, whole_model  # noqa: E402
 
 from quantkit.calibration.calibrate import calibrate  # noqa: E402
 from quantkit.calibration.options import CalibrationOptions  # noqa: E402
 from quantkit.checkpoint.files import write_json  # noqa: E402
 from quantkit.errors import QuantkitError  # noqa: E402
-from quantkit.evaluation.quantized_model import load_served  # noqa: E402
+from quantkit.evaluation.quantized_model import load_quantized_model  # noqa: E402
 from quantkit.evaluation.report import markdown_table  # noqa: E402
 from quantkit.exporter.plan import ExportOptions, plan_export  # noqa: E402
 from quantkit.exporter.write import export  # noqa: E402
@@ -220,7 +220,7 @@ def log_probabilities(checkpoint: Path, hardware: str | None = None) -> Tensor:
     """quantkit's, of the whole vocabulary behind each position but the last: [prompts, positions −
     1, vocabulary] float32.
     """
-    model = whole_model(load_served(checkpoint, "cpu", hardware))
+    model = whole_model(load_quantized_model(checkpoint, "cpu", hardware))
     with torch.inference_mode():
         logits = torch.cat(
             [model(input_ids=prompt[None], use_cache=False).logits for prompt in PROMPTS]

@@ -27,14 +27,7 @@ from export import machine
 from quality import CONFIGS, LENGTH, make, opened_model
 
 from quantkit.checkpoint.files import write_json
-from quantkit.checkpoint.formats import (
-    QuantizationLayout,
-    compressed_tensors_config,
-    decode_linear,
-    encode_constants,
-    encode_rows,
-    stored_linears,
-)
+from quantkit.checkpoint.formats import QuantizedLayers, read_quantization_config, stored_linears
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.evaluation.evaluate import evaluate
@@ -52,7 +45,9 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
     unquantized.
     """
     source = Checkpoint.open(checkpoint)
-    layout = QuantizationLayout.read(source.config)
+    quantization = read_quantization_config(source.config)
+    assert quantization is not None, f"{checkpoint} is not quantized"
+    file_format = quantization.file_format
     tensors: dict[str, Any] = {}
     schemes: dict[str, QuantScheme] = {}
     stored = stored_linears(source.tensors)
@@ -60,14 +55,16 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
         f"{module}.{suffix}" for module, suffixes in stored.items() for suffix in suffixes
     }
     for module, suffixes in stored.items():
-        scheme = layout.scheme_of(module)
-        weight, _ = decode_linear(
+        scheme = quantization.scheme_of(module)
+        assert scheme is not None, f"{module} has codes, but no scheme"
+        weight, _ = file_format.decode(
             {suffix: source.read(f"{module}.{suffix}") for suffix in suffixes}, scheme, module
         )
         if re.search(pattern, module):
             scheme = replace(scheme, input=None)
         schemes[module] = scheme
-        parts = encode_rows(weight, scheme) | encode_constants(scheme, tuple(weight.qdata.shape))
+        parts = file_format.encode_rows(weight, scheme)
+        parts |= file_format.encode_constants(scheme, tuple(weight.qdata.shape))
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in parts.items()}
     tensors |= {name: source.read(name) for name in source.tensors if name not in of_linears}
     output.mkdir()
@@ -77,11 +74,8 @@ def without_inputs(checkpoint: Path, output: Path, pattern: str) -> Path:
     )
     for path in source.other_files():
         shutil.copy(path, output / path.name)
-    config = source.config | {
-        "quantization_config": compressed_tensors_config(
-            schemes, layout.ignore, next(iter(schemes.values())), kv_cache=False
-        )
-    }
+    layers = QuantizedLayers(schemes, quantization.ignore, next(iter(schemes.values())))
+    config = source.config | {"quantization_config": file_format.config(layers)}
     (output / "config.json").write_text(json.dumps(config))
     return output
 

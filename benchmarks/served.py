@@ -26,7 +26,7 @@ import torch
 from export import RESULTS, machine
 
 from quantkit.checkpoint.files import write_json
-from quantkit.checkpoint.formats import QuantizationLayout, decode_linear, stored_linears
+from quantkit.checkpoint.formats import read_quantization_config, stored_linears
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.cli.demo import smollm2
@@ -133,14 +133,14 @@ def _transformers_perplexities(checkpoint: Path, windows: list[list[int]]) -> tu
 def dequantized(checkpoint: Path, base: Path, output: Path) -> Path:
     """A bfloat16 checkpoint of the values that a quantized one's codes stand for."""
     quantized, original = Checkpoint.open(checkpoint), Checkpoint.open(base)
-    layout, stored = QuantizationLayout.read(quantized.config), stored_linears(quantized.tensors)
+    config, stored = read_quantization_config(quantized.config), stored_linears(quantized.tensors)
+    assert config is not None, f"{checkpoint} is not quantized"
     tensors = {name: original.read(name) for name in original.tensors}
     for module, suffixes in stored.items():
-        weight, _ = decode_linear(
-            {suffix: quantized.read(f"{module}.{suffix}") for suffix in suffixes},
-            layout.scheme_of(module),
-            module,
-        )
+        scheme = config.scheme_of(module)
+        assert scheme is not None, f"{module} has codes, but no scheme"
+        parts = {suffix: quantized.read(f"{module}.{suffix}") for suffix in suffixes}
+        weight, _ = config.file_format.decode(parts, scheme, module)
         tensors[f"{module}.weight"] = weight.dequantize().bfloat16()
     output.mkdir()
     write_tensors(output / "model.safetensors", tensors)

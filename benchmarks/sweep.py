@@ -41,7 +41,7 @@ from quantkit.data.tokenizer import load_tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
-from quantkit.evaluation.quantized_model import load_served
+from quantkit.evaluation.quantized_model import load_quantized_model
 from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.exporter.verify import verify
 from quantkit.exporter.write import export
@@ -403,7 +403,10 @@ def require_all_arrived(model_path: Path, output: Path) -> None:
     """Each parameter of the blocks is what it was, but for the rounding: what is lost, left random
     or in another order isn't. Raises Failed.
     """
-    base, candidate = load_served(model_path, "cpu").blocks, load_served(output, "cpu").blocks
+    base, candidate = (
+        load_quantized_model(model_path, "cpu").blocks,
+        load_quantized_model(output, "cpu").blocks,
+    )
     for number in range(base.block_count if base.task != SEQ2SEQ else 0):
         with base.block(number) as block, candidate.block(number) as other:
             linears = {

@@ -30,7 +30,8 @@ from quantkit.schemes.algorithms import (
     Setting,
 )
 from quantkit.schemes.number_formats import FP8_E4M3
-from quantkit.schemes.scheme import CATALOGUE, SCHEMES, CatalogueRow, QuantScheme, QuantSpec, group
+from quantkit.schemes.quant_spec import QuantSpec, group
+from quantkit.schemes.scheme import CATALOGUE, SCHEMES, CatalogueRow, QuantScheme
 from quantkit.schemes.serving import HARDWARE, NATIVE, RUNTIMES, WEIGHTS, YES, Support
 
 DOWN = "model.layers.1.mlp.down_proj"

@@ -100,7 +100,7 @@ class Campaign:
         )
         self.folder = Path(tempfile.mkdtemp(prefix="quantkit-gpu-"))
         self.site = self.folder / "site"
-        paths = [str(self.site), str(TESTS), str(TESTS / "kernels")]
+        paths = [str(self.site), str(TESTS / "support")]
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
             "HF_HUB_OFFLINE": "1",

@@ -32,7 +32,7 @@ BOUND = {"int8-dynamic": 1e-6, "fp8-dynamic": 2e-3, "fp8-block": 2e-3}
 
 def make_model(directory: Path, layers: int) -> None:
     import torch
-    from conftest import make_text, make_tokenizer
+    from tiny_llama import make_text, make_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     directory.mkdir(parents=True)

@@ -27,7 +27,7 @@ from quantkit.cli.bench import processor
 from quantkit.evaluation.report import markdown_table
 from quantkit.ops import native, reference
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8, NumberFormat
-from quantkit.schemes.scheme import CHANNEL, TENSOR, QuantSpec, block, group
+from quantkit.schemes.quant_spec import CHANNEL, TENSOR, QuantSpec, block, group
 
 ROWS, COLUMNS = 8192, 4096
 REFERENCE_ROUNDS = 3

@@ -45,8 +45,8 @@ from quantkit.ops.reference import (
     quantize,
 )
 from quantkit.schemes.algorithms import Description
+from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import Algorithm
-from quantkit.schemes.scheme import QuantSpec
 
 # Columns beyond a block get the whole block's error in one product.
 BLOCK_COLUMNS = 128

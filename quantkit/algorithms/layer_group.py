@@ -18,7 +18,8 @@ from quantkit.models.tensor_roles import fused_layers
 from quantkit.models.workers import Workers
 from quantkit.ops.reference import QuantizedTensor, block_amax, choose_scale, quantize
 from quantkit.ops.torch_ops import quantize as quantize_weight
-from quantkit.schemes.scheme import TENSOR, QuantScheme, QuantSpec
+from quantkit.schemes.quant_spec import TENSOR, QuantSpec
+from quantkit.schemes.scheme import QuantScheme
 
 Found = TypeVar("Found")
 

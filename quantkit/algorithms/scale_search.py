@@ -25,8 +25,8 @@ from quantkit.checkpoint.units import counted
 from quantkit.ops.reference import block_amax, block_sum, choose_scale, quantize
 from quantkit.schemes.algorithms import Description
 from quantkit.schemes.number_formats import E8M0
+from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import Algorithm
-from quantkit.schemes.scheme import QuantSpec
 
 # What the usual scale is multiplied by.
 INTEGER_FACTORS = (

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from quantkit.schemes.number_formats import INT8
-from quantkit.schemes.scheme import CHANNEL, TOKEN, QuantScheme
+from quantkit.schemes.quant_spec import CHANNEL, TOKEN
+from quantkit.schemes.scheme import QuantScheme
 
 STEPS = 40
 # Of log s in the first step; it falls to nothing in the last.

@@ -33,8 +33,9 @@ from quantkit.models.workers import Workers
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor
 from quantkit.schemes.algorithms import ALGORITHMS, BLOCK, GROUP
+from quantkit.schemes.quant_spec import TOKEN
 from quantkit.schemes.recipe import Algorithm, Recipe
-from quantkit.schemes.scheme import TOKEN, QuantScheme
+from quantkit.schemes.scheme import QuantScheme
 
 
 def _no_entries() -> dict[str, list[dict[str, Any]]]:

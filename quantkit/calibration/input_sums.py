@@ -13,7 +13,7 @@ from quantkit.errors import CalibrationError
 from quantkit.models.hooks import capture_inputs
 from quantkit.models.workers import Workers
 from quantkit.ops.reference import quantize
-from quantkit.schemes.scheme import QuantSpec
+from quantkit.schemes.quant_spec import QuantSpec
 
 
 def sum_inputs(

@@ -19,8 +19,8 @@ from quantkit.errors import CalibrationError
 from quantkit.models.distributed import Ranks
 from quantkit.ops.fallback import HISTOGRAM_BINS, histogram_edges
 from quantkit.ops.reference import encode_codes
+from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import ObserverChoice
-from quantkit.schemes.scheme import QuantSpec
 
 # The data come in quarters, by batches. The last one is held out: how far it goes beyond the others
 # says whether there was enough.

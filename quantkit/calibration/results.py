@@ -32,8 +32,8 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError
 from quantkit.schemes.algorithms import ALGORITHMS, CHANGES_WEIGHTS
+from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import ObserverChoice, Recipe
-from quantkit.schemes.scheme import QuantSpec
 
 if TYPE_CHECKING:
     from quantkit.calibration.observers import InputObserver

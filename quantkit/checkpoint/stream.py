@@ -19,7 +19,7 @@ from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.header import row_count
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tensor_reader import MappedShard
-from quantkit.schemes.scheme import QuantSpec
+from quantkit.schemes.quant_spec import QuantSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,6 +24,7 @@ from quantkit.data.windows import Window, Windows
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.checkpoint_facts import calibrated_on, elements, skipped_linears
 from quantkit.evaluation.gates import Gate, gate_results
+from quantkit.evaluation.hidden_state_cache import HiddenStateCache
 from quantkit.evaluation.metrics import (
     MetricValues,
     NoiseFloor,
@@ -43,7 +44,6 @@ from quantkit.evaluation.result import (
     TextSources,
 )
 from quantkit.evaluation.scored_text import ScoredText
-from quantkit.evaluation.state_cache import StateCache
 from quantkit.evaluation.token_scores import PairedScores, TokenScores
 from quantkit.evaluation.token_statistics import per_window
 from quantkit.models.distributed import Ranks, joined_ranks
@@ -54,9 +54,9 @@ from quantkit.ops.native import cpu_level
 from quantkit.schemes.serving import HARDWARE
 
 if TYPE_CHECKING:
-    from quantkit.evaluation.final_states import FinalStates, Watch
+    from quantkit.evaluation.final_hidden_states import FinalHiddenStates, Watch
     from quantkit.evaluation.masked_lm import Masking
-    from quantkit.evaluation.quantized_model import ServedModel
+    from quantkit.evaluation.quantized_model import QuantizedModel
     from quantkit.evaluation.scoring import ModelOutput, Progress, Scored, Scoring
 
 # What changes the hidden states that a version of this file makes of the same model and tokens.
@@ -251,23 +251,23 @@ def _bos_described(run: _Run) -> str:
 # ---- Running a model.
 
 
-def _load(run: _Run, path: Path) -> ServedModel:
-    from quantkit.evaluation.quantized_model import load_served
+def _load(run: _Run, path: Path) -> QuantizedModel:
+    from quantkit.evaluation.quantized_model import load_quantized_model
 
     options = run.options
-    return load_served(
+    return load_quantized_model(
         path, run.ranks.device, options.hardware, options.trust_remote_code, options.exec
     )
 
 
 def _run_blocks(
-    run: _Run, model: ServedModel, watch: Watch | None = None, name: str = ""
-) -> FinalStates:
+    run: _Run, model: QuantizedModel, watch: Watch | None = None, name: str = ""
+) -> FinalHiddenStates:
     """The final hidden states of this rank's windows."""
-    from quantkit.evaluation.final_states import make_final_states
+    from quantkit.evaluation.final_hidden_states import make_final_hidden_states
 
     name = name or model.checkpoint.path.name
-    return make_final_states(
+    return make_final_hidden_states(
         model,
         run.windows,
         run.seq_len,
@@ -281,15 +281,15 @@ def _run_blocks(
 
 
 def _base_output(run: _Run) -> ModelOutput:
-    from quantkit.evaluation.final_states import kept_or_made
+    from quantkit.evaluation.final_hidden_states import cached_or_made
     from quantkit.evaluation.logits import OutputHead
     from quantkit.evaluation.scoring import ModelOutput
 
     model = _load(run, run.options.base)
     # Of a masked model there are as many hidden states as tokens squared; what is cached is read as
     # a decoder's.
-    states = kept_or_made(
-        StateCache() if run.options.cache and run.task == CAUSAL else None,
+    states = cached_or_made(
+        HiddenStateCache() if run.options.cache and run.task == CAUSAL else None,
         _made_from(run, model),
         run.windows,
         lambda: _run_blocks(run, model),
@@ -300,7 +300,7 @@ def _base_output(run: _Run) -> ModelOutput:
     return ModelOutput(head, states)
 
 
-def _made_from(run: _Run, model: ServedModel) -> dict[str, Any]:
+def _made_from(run: _Run, model: QuantizedModel) -> dict[str, Any]:
     """All that decides the base's hidden states."""
     options, device = run.options, run.ranks.device
     return {
@@ -321,7 +321,7 @@ def _made_from(run: _Run, model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _base_result(run: _Run, scored: Scored[TokenScores], states: FinalStates) -> BaseResult:
+def _base_result(run: _Run, scored: Scored[TokenScores], states: FinalHiddenStates) -> BaseResult:
     nll, text = scored.tokens.nll, run.text
     by_word = run.options.protocol == "lmeval"
     return BaseResult(
@@ -340,7 +340,7 @@ def _base_result(run: _Run, scored: Scored[TokenScores], states: FinalStates) ->
 
 
 def _noise_floor(run: _Run, base: ModelOutput) -> NoiseFloor:
-    from quantkit.evaluation.final_states import rounding_noise
+    from quantkit.evaluation.final_hidden_states import rounding_noise
     from quantkit.evaluation.scoring import ModelOutput
 
     model = _load(run, run.options.base)
@@ -394,7 +394,7 @@ def _evaluate_candidate(
 
 def _quant_result(
     run: _Run,
-    model: ServedModel,
+    model: QuantizedModel,
     scores: PairedScores,
     layers: Sequence[LayerError],
     seconds: float,
@@ -419,7 +419,7 @@ def _quant_result(
         linears_quantized=model.quantized_linears,
         linears_left=skipped_linears(checkpoint),
         weights_only_linears=tuple(model.weights_only),
-        unjudged_linears=tuple(model.beyond),
+        unjudged_linears=tuple(model.not_in_model),
         layers=tuple(layers),
         window_sums=WindowSums.of(scores, run.text),
     )

@@ -23,8 +23,8 @@ from quantkit.checkpoint.finished_output import changed_tensors
 from quantkit.checkpoint.formats import read_quantization_config, stored_linears
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.evaluation.final_states import Watch
-from quantkit.evaluation.quantized_model import ServedModel
+from quantkit.evaluation.final_hidden_states import Watch
+from quantkit.evaluation.quantized_model import QuantizedModel
 from quantkit.evaluation.result import ChannelSqnr, LayerError
 from quantkit.models.linear_views import as_linear_views
 from quantkit.models.threads import each_batch
@@ -84,9 +84,9 @@ class LayerProbe:
     that this process runs.
     """
 
-    def __init__(self, served: ServedModel, base: Checkpoint, numbers: Sequence[int]) -> None:
+    def __init__(self, model: QuantizedModel, base: Checkpoint, numbers: Sequence[int]) -> None:
         base = as_linear_views(base)
-        self._served, self._candidate = served, as_linear_views(served.checkpoint)
+        self._model, self._candidate = model, as_linear_views(model.checkpoint)
         self._base = WeightStream(base)
         self._is_quantized = {module for module in stored_linears(base.tensors)} - {
             name.rpartition(".")[0] for name in self._base.block_scales
@@ -104,14 +104,14 @@ class LayerProbe:
         return Watch(self._watch_block, _running)
 
     def _watch_block(self, number: int, block: nn.Module) -> Callable[[], None]:
-        prefix = self._served.blocks.block_name(number)
+        prefix = self._model.blocks.block_name(number)
         paths = {
             f"{prefix}.{path}": module
             for path, module in block.named_modules()
             if isinstance(module, QuantizedLinear)
         }
         linears = {
-            names_on_disk(self._served.blocks.sources(f"{path}.weight"), path)[0]: module
+            names_on_disk(self._model.blocks.sources(f"{path}.weight"), path)[0]: module
             for path, module in paths.items()
         }
         self._inputs = {name: {} for name in linears}
@@ -122,7 +122,7 @@ class LayerProbe:
         def finish() -> None:
             for hook in hooks:
                 hook.remove()
-            names, device = list(linears), self._served.blocks.device
+            names, device = list(linears), self._model.blocks.device
             for error in each_batch(
                 lambda index: self._error_of(names[index], linears[names[index]]),
                 range(len(names)),

@@ -24,7 +24,8 @@ from quantkit.models.experts import (
     runs_as_told,
 )
 from quantkit.ops.reference import quantize
-from quantkit.schemes.scheme import QuantScheme, QuantSpec
+from quantkit.schemes.quant_spec import QuantSpec
+from quantkit.schemes.scheme import QuantScheme
 
 # The name under which transformers finds the experts' forward of this file.
 EXPERTS_IMPLEMENTATION = "quantkit_serving"

@@ -72,7 +72,7 @@ def _through_fp8(states: Tensor, scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class QuantizedModel:
     """A model ready to be evaluated, its decoder blocks still on disk.
 
     blocks: the model.
@@ -86,7 +86,7 @@ class ServedModel:
     kv_scales: layer → scales of keys and values, or None.
     kernels: how many quantized Linears run through each kernel, and under "reference" those that
     don't.
-    beyond: quantized Linears that transformers leaves out of the model: they aren't evaluated.
+    not_in_model: quantized Linears that transformers doesn't build; they aren't evaluated.
     """
 
     blocks: BlockwiseModel
@@ -97,19 +97,19 @@ class ServedModel:
     weights_only: tuple[str, ...]
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None
     kernels: dict[str, int]
-    beyond: tuple[str, ...] = ()
+    not_in_model: tuple[str, ...] = ()
 
     def new_cache(self) -> DynamicCache | None:
         return QuantizedCache(self.kv_scales) if self.kv_scales else None
 
 
-def load_served(
+def load_quantized_model(
     path: Path,
     device: str,
     hardware: str | None = None,
     trust_remote_code: bool = False,
     exec: str = "auto",
-) -> ServedModel:
+) -> QuantizedModel:
     """Open a checkpoint, quantized or not, for evaluation. exec: "auto" runs kernels where there
     are any, "kernel" refuses Linears that have none.
     """
@@ -137,7 +137,7 @@ def load_served(
         weights.restacked.names,
     )
     scheme_names = list(dict.fromkeys(scheme.name for scheme in config.schemes))
-    return ServedModel(
+    return QuantizedModel(
         blocks,
         checkpoint,
         scheme_names[0] if len(scheme_names) == 1 else "mixed",
@@ -152,11 +152,11 @@ def load_served(
     )
 
 
-def _unquantized(checkpoint: Checkpoint, skeleton: nn.Module, device: str) -> ServedModel:
+def _unquantized(checkpoint: Checkpoint, skeleton: nn.Module, device: str) -> QuantizedModel:
     config = checkpoint.config
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     blocks = BlockwiseModel(skeleton, StoredWeights(checkpoint), str(checkpoint.path), device)
-    return ServedModel(blocks, checkpoint, dtype, 0, False, (), None, {})
+    return QuantizedModel(blocks, checkpoint, dtype, 0, False, (), None, {})
 
 
 def _require_known(linears: Iterable[StoredLinear], blocks: BlockwiseModel) -> None:

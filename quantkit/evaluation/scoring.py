@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.data.windows import Window
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.final_states import FinalStates
+from quantkit.evaluation.final_hidden_states import FinalHiddenStates
 from quantkit.evaluation.logits import POSITIONS_PER_CHUNK, OutputHead, score, score_pair
 from quantkit.evaluation.token_scores import PairedScores, Scores, TokenScores, joined
 from quantkit.models.distributed import Ranks
@@ -34,7 +34,7 @@ class ModelOutput:
     """
 
     head: OutputHead
-    states: FinalStates
+    states: FinalHiddenStates
 
 
 @dataclass(frozen=True)

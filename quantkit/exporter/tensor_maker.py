@@ -19,7 +19,7 @@ from quantkit.errors import CheckpointError
 from quantkit.exporter.plan import ExportPlan
 from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.ops.reference import QuantizedTensor, choose_scale, kv_scale
-from quantkit.schemes.scheme import TENSOR
+from quantkit.schemes.quant_spec import TENSOR
 
 Part = tuple[str, Tensor, int]  # a tensor's name, some rows of it, and their place in bytes
 

@@ -35,7 +35,7 @@ from quantkit.models.assignment import FLOATS, QuantizedLinearInfo
 from quantkit.models.linear_views import as_linear_views
 from quantkit.models.tensor_roles import ModelTensors, fused_layers, linears_of
 from quantkit.schemes.number_formats import holds_codes
-from quantkit.schemes.scheme import TENSOR
+from quantkit.schemes.quant_spec import TENSOR
 from quantkit.schemes.serving import RUNTIMES
 
 

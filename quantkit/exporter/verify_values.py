@@ -24,7 +24,7 @@ from quantkit.checkpoint.stream import WeightStream
 from quantkit.exporter.verification import QuantizedLinears, Verification
 from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.number_formats import holds_codes
-from quantkit.schemes.scheme import TENSOR
+from quantkit.schemes.quant_spec import TENSOR
 
 # Rounding to 8 bits keeps 30 dB or more; below this a weight was not rounded but changed.
 LEAST_PLAUSIBLE_SQNR_DB = 15.0

@@ -19,8 +19,9 @@ from quantkit.models.linear_views import as_stored_where_skipped, find_stacks
 from quantkit.models.task import task_of
 from quantkit.models.tensor_roles import ModelTensors, ModuleInfo, fused_layers, linears_of
 from quantkit.schemes.pattern import Pattern
+from quantkit.schemes.quant_spec import TENSOR
 from quantkit.schemes.recipe import Recipe
-from quantkit.schemes.scheme import TENSOR, QuantScheme
+from quantkit.schemes.scheme import QuantScheme
 
 FLOATS = ("BF16", "F16", "F32")
 IGNORED = "ignored by"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.schemes.scheme import block
+from quantkit.schemes.quant_spec import block
 
 # The order of the enums in kernels/cpu/quantize_blocks.h and kernels/cuda/numbers.h.
 FLOAT_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}

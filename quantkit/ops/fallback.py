@@ -24,7 +24,7 @@ from quantkit.ops.arguments import (
 )
 from quantkit.ops.score_logits import VOCABULARY_PER_CHUNK, LogitsChunk, TokenScores, score_parts
 from quantkit.schemes.number_formats import E8M0, NUMBER_FORMATS
-from quantkit.schemes.scheme import QuantSpec, block
+from quantkit.schemes.quant_spec import QuantSpec, block
 
 # What observe_rows adds to, and its dtypes.
 STATISTICS = {

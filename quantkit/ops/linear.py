@@ -16,7 +16,8 @@ from quantkit.ops import cuda, fallback, native, torch_ops
 from quantkit.ops.arguments import LEAST_UNSAFE_INNER, SCALE_BLOCK
 from quantkit.ops.reference import QuantizedTensor, quantized_linear
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
-from quantkit.schemes.scheme import QuantScheme, QuantSpec
+from quantkit.schemes.quant_spec import QuantSpec
+from quantkit.schemes.scheme import QuantScheme
 
 OPS = torch.ops.quantkit
 

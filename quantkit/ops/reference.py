@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, NumberFormat
-from quantkit.schemes.scheme import Granularity, QuantSpec
+from quantkit.schemes.quant_spec import Granularity, QuantSpec
 
 # Floors of dynamic per-token scales, as vLLM has them; eval must compute what is served.
 FP8_DYNAMIC_FLOOR = 1.0 / (448.0 * 512.0)

@@ -67,7 +67,7 @@ from quantkit.ops.arguments import (
 from quantkit.ops.reference import QuantizedTensor, code_dtype
 from quantkit.ops.score_logits import TokenScores
 from quantkit.schemes.number_formats import E8M0, NUMBER_FORMATS
-from quantkit.schemes.scheme import QuantSpec
+from quantkit.schemes.quant_spec import QuantSpec
 
 
 def quantize(values: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> QuantizedTensor:

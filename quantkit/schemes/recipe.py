@@ -13,7 +13,8 @@ from typing import Any
 from quantkit.errors import RecipeError
 from quantkit.schemes.algorithms import ALGORITHMS, AlgorithmRow
 from quantkit.schemes.pattern import Pattern
-from quantkit.schemes.scheme import QuantScheme, quoted
+from quantkit.schemes.quant_spec import quoted
+from quantkit.schemes.scheme import QuantScheme
 
 
 @dataclass(frozen=True)

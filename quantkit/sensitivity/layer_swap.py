@@ -22,7 +22,7 @@ from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.models.experts import first_and_down, is_experts
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor
-from quantkit.schemes.scheme import TENSOR
+from quantkit.schemes.quant_spec import TENSOR
 from quantkit.sensitivity.base_model import BaseModel
 from quantkit.sensitivity.choices import KEEP_NUMBER, RECIPE_NUMBER, Choices
 from quantkit.sensitivity.layer_groups import LayerGroup

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chosen_weights import kld, quantized, recipe_of
-from conftest import make_llama
+from tiny_llama import make_llama
 
 from quantkit.algorithms.bias_correction import corrected_bias
 from quantkit.calibration.options import CalibrationOptions

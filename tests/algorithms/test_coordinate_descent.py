@@ -9,7 +9,7 @@ from quantkit.algorithms.coordinate_descent import descend
 from quantkit.algorithms.gptq import gptq
 from quantkit.ops.reference import QuantizedTensor, quantize
 from quantkit.schemes.number_formats import FP8_E4M3, INT8
-from quantkit.schemes.scheme import CHANNEL, TENSOR, QuantSpec, block, group
+from quantkit.schemes.quant_spec import CHANNEL, TENSOR, QuantSpec, block, group
 
 SPECS = [
     QuantSpec(INT8, CHANNEL),

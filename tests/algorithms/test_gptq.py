@@ -4,7 +4,7 @@ import torch
 from quantkit.algorithms.gptq import corrected_weight, gptq
 from quantkit.ops.reference import dequantize, quantize
 from quantkit.schemes.number_formats import FP8_E4M3, INT8
-from quantkit.schemes.scheme import CHANNEL, TOKEN, QuantSpec, group
+from quantkit.schemes.quant_spec import CHANNEL, TOKEN, QuantSpec, group
 
 SPECS = [QuantSpec(INT8, CHANNEL), QuantSpec(FP8_E4M3, CHANNEL), QuantSpec(INT8, group(16))]
 

@@ -5,7 +5,7 @@ from quantkit.algorithms.gptq import gptq
 from quantkit.algorithms.scale_search import scale_error, search_scale
 from quantkit.ops.reference import block_amax, block_sum, choose_scale, quantize
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
-from quantkit.schemes.scheme import CHANNEL, TENSOR, QuantSpec, block, group
+from quantkit.schemes.quant_spec import CHANNEL, TENSOR, QuantSpec, block, group
 
 SPECS = [
     QuantSpec(INT8, CHANNEL),

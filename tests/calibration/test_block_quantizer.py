@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from chosen_weights import kld, quantized, recipe_of, with_outliers
-from conftest import make_llama
 from safetensors.torch import load_file
+from tiny_llama import make_llama
 from tiny_models import make_model
 
 from quantkit.calibration.block_run import BlockRun
@@ -304,7 +304,7 @@ def test_grouped_heads_and_biases_are_folded(text, tmp_path, options):
 
 
 def test_norms_that_add_one_are_folded_as_such(tmp_path, text, options):
-    from conftest import make_tokenizer
+    from tiny_llama import make_tokenizer
 
     make_model(tmp_path / "gemma", "gemma2", vocab_size=384)
     make_tokenizer(tmp_path / "gemma")
@@ -319,7 +319,7 @@ def test_norms_that_add_one_are_folded_as_such(tmp_path, text, options):
 
 def test_what_cannot_be_folded_is_left_and_said(tmp_path, text, options):
     """A router reads what the norm returns, and no scale reaches the stacked experts."""
-    from conftest import make_tokenizer
+    from tiny_llama import make_tokenizer
 
     make_model(tmp_path / "moe", "qwen3_moe", vocab_size=384)
     make_tokenizer(tmp_path / "moe")
@@ -336,7 +336,7 @@ def test_what_cannot_be_folded_is_left_and_said(tmp_path, text, options):
 
 
 def test_a_norm_of_each_head_is_not_taken_for_one_of_the_whole_input(tmp_path, text, options):
-    from conftest import make_tokenizer
+    from tiny_llama import make_tokenizer
 
     make_model(tmp_path / "next", "qwen3_next", vocab_size=384)
     make_tokenizer(tmp_path / "next")

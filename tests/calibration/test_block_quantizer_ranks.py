@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from chosen_weights import kld
-from conftest import make_llama
 from processes import DYING, command, contents, quantkit, ranks, torchrun
 from safetensors.torch import load_file
+from tiny_llama import make_llama
 
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
@@ -101,7 +101,7 @@ def test_processes_that_died_go_on_to_the_same_bytes(model, recipe, text, tmp_pa
 
 
 def test_a_rotation_that_cannot_be_done_is_refused_once(text, recipe, tmp_path):
-    from conftest import make_tokenizer
+    from tiny_llama import make_tokenizer
     from tiny_models import make_model
 
     make_model(tmp_path / "opt", "gpt_neox", vocab_size=384)

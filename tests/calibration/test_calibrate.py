@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_llama, make_text, make_tokenizer
+from tiny_llama import make_llama, make_text, make_tokenizer
 from tiny_models import HANDING_ON, make_model
 from transformers import AutoModelForCausalLM
 

@@ -17,8 +17,8 @@ from quantkit.calibration.observers import (
 from quantkit.ops.fallback import HISTOGRAM_BINS, histogram_edges
 from quantkit.ops.reference import quantize
 from quantkit.schemes.number_formats import FP8_E4M3, INT8
+from quantkit.schemes.quant_spec import TENSOR, QuantSpec
 from quantkit.schemes.recipe import ObserverChoice
-from quantkit.schemes.scheme import TENSOR, QuantSpec
 
 
 def observed(*batches: torch.Tensor) -> InputObserver:

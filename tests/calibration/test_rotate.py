@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from chosen_weights import kld, quantized, recipe_of, with_outliers
-from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file
+from tiny_llama import make_llama, make_tokenizer
 from tiny_models import make_model
 
 from quantkit.algorithms.rotation import rotated_reader, rotated_writer, rotation_matrix
@@ -20,7 +20,8 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.exporter.verify import verify
 from quantkit.ops.reference import quantize
-from quantkit.schemes.scheme import TOKEN, QuantScheme, QuantSpec
+from quantkit.schemes.quant_spec import TOKEN, QuantSpec
+from quantkit.schemes.scheme import QuantScheme
 
 ROTATED = {"scheme": "int8-dynamic", "algorithms": [{"rotation": {"untie": True}}]}
 INT8 = QuantScheme.parse("int8-dynamic")

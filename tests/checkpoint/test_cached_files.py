@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from quantkit.checkpoint.cache import cache_directory
-from quantkit.evaluation.state_cache import StateCache
+from quantkit.evaluation.hidden_state_cache import HiddenStateCache
 
 STATES = {0: torch.arange(12.0).reshape(1, 3, 4).bfloat16(), 5: torch.ones(1, 2, 4)}
 MADE_FROM = {"model": "a", "tokens": [1, 2]}
 
 
-def keep(cache: StateCache, made_from=MADE_FROM, states=STATES):
+def keep(cache: HiddenStateCache, made_from=MADE_FROM, states=STATES):
     return cache.keep(made_from, list(states), states.__getitem__, {"seconds": 1.5})
 
 
 @pytest.fixture
 def cache(tmp_path):
-    return StateCache(tmp_path / "c", 10_000)
+    return HiddenStateCache(tmp_path / "c", 10_000)
 
 
 def test_what_was_kept_is_found_again(cache):
@@ -57,7 +57,7 @@ def test_damage_is_noticed(cache, damage):
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path):
-    cache = StateCache(tmp_path, 1700)
+    cache = HiddenStateCache(tmp_path, 1700)
     states = {0: torch.zeros(1, 50, 2)}  # 400 bytes and a header
     for number in range(3):
         assert keep(cache, {"n": number}, states) is None
@@ -71,9 +71,9 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
 
 
 def test_what_is_too_large_or_has_no_place_is_only_said(tmp_path):
-    assert "larger" in keep(StateCache(tmp_path / "small", 10))
+    assert "larger" in keep(HiddenStateCache(tmp_path / "small", 10))
     (tmp_path / "file").write_text("")
-    assert "can't be written" in keep(StateCache(tmp_path / "file" / "c"))
+    assert "can't be written" in keep(HiddenStateCache(tmp_path / "file" / "c"))
 
 
 def test_the_place_is_the_users(monkeypatch, tmp_path):
@@ -81,4 +81,4 @@ def test_the_place_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "quantkit"
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "here"))
-    assert StateCache().directory == tmp_path / "here" / "hidden-states"
+    assert HiddenStateCache().directory == tmp_path / "here" / "hidden-states"

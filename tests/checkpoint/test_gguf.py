@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
 from safetensors.torch import load_file
+from tiny_llama import make_llama
 
 from quantkit.checkpoint import gguf as gguf_files
 from quantkit.checkpoint.gguf import checkpoint_of_gguf, is_gguf

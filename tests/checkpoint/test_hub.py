@@ -3,10 +3,10 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import make_llama
 from hub_server import serve
 from processes import quantkit
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama
 
 from quantkit.checkpoint.hub import is_hub_id, resolve_model
 from quantkit.errors import CheckpointError

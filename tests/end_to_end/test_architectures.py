@@ -23,9 +23,9 @@ from architecture_kinds import (
     of_kinds,
     parameters,
 )
-from conftest import make_text, make_tokenizer, whole_model
 from safetensors.torch import load_file, save_file
-from tiny_models import MASKED, MULTIMODAL, TARGET, make_model
+from tiny_llama import make_text, make_tokenizer
+from tiny_models import MASKED, MULTIMODAL, TARGET, make_model, whole_model
 from transformers import AutoConfig
 
 from quantkit.calibration.calibrate import calibrate
@@ -36,7 +36,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RuntimeLimitError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
-from quantkit.evaluation.quantized_model import load_served
+from quantkit.evaluation.quantized_model import load_quantized_model
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.runtimes import not_found_by_transformers, runtime_problems
 from quantkit.exporter.verify import verify
@@ -244,7 +244,7 @@ def test_what_runs_is_what_the_file_says(tiny, tmp_path):
         .from_pretrained(dense, dtype=torch.float32, experts_implementation="eager")
         .eval()
     )
-    ours = whole_model(load_served(out, "cpu", hardware="ampere", exec="reference"))
+    ours = whole_model(load_quantized_model(out, "cpu", hardware="ampere", exec="reference"))
     with torch.inference_mode():
         expected, found = reference(**inputs_of(tiny)).logits, ours(**inputs_of(tiny)).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
@@ -278,7 +278,7 @@ def test_transformers_loads_the_rest(tiny):
     theirs = (
         auto_class(AutoConfig.from_pretrained(out)).from_pretrained(out, dtype=torch.float32).eval()
     )
-    ours = whole_model(load_served(out, "cpu", exec="reference"))
+    ours = whole_model(load_quantized_model(out, "cpu", exec="reference"))
     with torch.inference_mode():
         first, second = theirs(**inputs_of(tiny)).logits, ours(**inputs_of(tiny)).logits
     distances = (first - second).norm(dim=-1) / second.norm(dim=-1)

@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from conftest import make_llama
 from safetensors.torch import load_file
+from tiny_llama import make_llama
 
 from quantkit.cli.main import main
 from quantkit.ops import native

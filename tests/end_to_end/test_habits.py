@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama, make_tokenizer
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 

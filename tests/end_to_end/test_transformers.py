@@ -4,13 +4,14 @@ reference computes from the same file.
 
 import pytest
 import torch
-from conftest import make_llama, whole_model
+from tiny_llama import make_llama
+from tiny_models import whole_model
 from transformers import AutoModelForCausalLM
 
 import quantkit.ops.reference
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.evaluation.quantized_model import load_served
+from quantkit.evaluation.quantized_model import load_quantized_model
 from quantkit.schemes.number_formats import INT8
 from quantkit.schemes.scheme import SCHEMES
 
@@ -40,11 +41,13 @@ def logits_of_both(
     out, cache: bool = False, exec: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-    served = load_served(out, "cpu", exec=exec)
+    quantized = load_quantized_model(out, "cpu", exec=exec)
     with torch.inference_mode():
         return (
             theirs(TOKENS).logits,
-            whole_model(served)(TOKENS, past_key_values=served.new_cache(), use_cache=cache).logits,
+            whole_model(quantized)(
+                TOKENS, past_key_values=quantized.new_cache(), use_cache=cache
+            ).logits,
         )
 
 
@@ -129,7 +132,7 @@ def test_transformers_reads_the_fp8_format(float32_model, export_to):
     """
     out = export_to("fp8-block", float32_model, file_format="fp8")
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    ours = whole_model(load_served(out, "cpu", hardware="cpu"))
+    ours = whole_model(load_quantized_model(out, "cpu", hardware="cpu"))
     for name, module in ours.named_modules():
         if type(module).__name__ == "QuantizedLinear":
             assert torch.equal(theirs.get_submodule(name).weight, module.weight().dequantize())

@@ -117,7 +117,7 @@ def test_other_protocols_or_tokens_are_not_comparable(options, length, what, sto
 
 
 def test_another_base_is_not_comparable(stored, tmp_path):
-    from conftest import make_llama
+    from tiny_llama import make_llama
 
     first, second = (
         stored("int8-dynamic"),

@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_text
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama, make_text
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.formats import read_quantization_config
@@ -20,12 +20,16 @@ from quantkit.data.tokenizer import load_tokenizer
 from quantkit.data.windows import Window
 from quantkit.errors import CheckpointError, DataError, EvaluationError, NotComparableError
 from quantkit.evaluation.evaluate import evaluate
-from quantkit.evaluation.final_states import FinalStates, make_final_states, rounding_noise
+from quantkit.evaluation.final_hidden_states import (
+    FinalHiddenStates,
+    make_final_hidden_states,
+    rounding_noise,
+)
 from quantkit.evaluation.gates import Gate
 from quantkit.evaluation.intervals import Interval
 from quantkit.evaluation.logits import OutputHead
 from quantkit.evaluation.preflight import EvaluationOptions
-from quantkit.evaluation.quantized_model import ServedModel, load_served
+from quantkit.evaluation.quantized_model import QuantizedModel, load_quantized_model
 from quantkit.evaluation.scoring import ModelOutput, Scoring
 from quantkit.exporter.runtimes import as_computed
 from quantkit.models.blockwise import BlockStep
@@ -67,10 +71,10 @@ def windows_of(model, text, seq_len: int = 64, max_tokens: int = 640) -> dict[in
 
 
 def quantized_linears(
-    served: ServedModel, number: int, block: torch.nn.Module
+    model: QuantizedModel, number: int, block: torch.nn.Module
 ) -> dict[str, QuantizedLinear]:
     """Those of one decoder block, by their names in the checkpoint."""
-    prefix = served.blocks.block_name(number)
+    prefix = model.blocks.block_name(number)
     return {
         f"{prefix}.{name}": module
         for name, module in block.named_modules()
@@ -119,11 +123,14 @@ def test_exported_file_gives_the_metrics_of_its_dequantized_weights(
     """
     base = make_llama(tmp_path / "base", dtype=torch.float32)
     out, dense = export_to(scheme, base, None), copy(base, "dense")
-    served, tensors = load_served(out, "cpu", "ampere"), load_file(dense / "model.safetensors")
+    quantized, tensors = (
+        load_quantized_model(out, "cpu", "ampere"),
+        load_file(dense / "model.safetensors"),
+    )
     replaced = {}
-    for number in range(served.blocks.block_count):
-        with served.blocks.block(number) as block:
-            for name, module in quantized_linears(served, number, block).items():
+    for number in range(quantized.blocks.block_count):
+        with quantized.blocks.block(number) as block:
+            for name, module in quantized_linears(quantized, number, block).items():
                 replaced[f"{name}.weight"] = module.weight().dequantize()
     assert len(replaced) == 14 and set(replaced) <= set(tensors)
     save_file(tensors | replaced, dense / "model.safetensors", {"format": "pt"})
@@ -134,11 +141,11 @@ def test_exported_file_gives_the_metrics_of_its_dequantized_weights(
 
 
 def test_codes_leave_memory_with_their_block(export_to):
-    served = load_served(export_to("int8-dynamic"), "cpu")
-    with served.blocks.block(0) as block:
+    quantized = load_quantized_model(export_to("int8-dynamic"), "cpu")
+    with quantized.blocks.block(0) as block:
         codes = [
             weakref.ref(module.packed if module.kernel else module.codes)
-            for module in quantized_linears(served, 0, block).values()
+            for module in quantized_linears(quantized, 0, block).values()
         ]
         assert len(codes) == 7 and all(reference() is not None for reference in codes)
     del block
@@ -146,7 +153,7 @@ def test_codes_leave_memory_with_their_block(export_to):
     assert not any(reference() is not None for reference in codes)
 
 
-def all_hidden(states: FinalStates) -> torch.Tensor:
+def all_hidden(states: FinalHiddenStates) -> torch.Tensor:
     """Of all windows, [tokens, hidden size] float64."""
     return torch.cat([states.scored(number) for number in states.windows]).double()
 
@@ -161,19 +168,22 @@ def test_kernels_and_reference_agree(scheme, export_to, text, evaluated):
     windows = evaluation_windows([str(text)], load_tokenizer(out), "gptq", 64, 640)
     if native.cpu_kernels() is None:
         pytest.skip("the CPU kernels weren't built, or QUANTKIT_KERNELS asks for the reference")
-    served = {name: load_served(out, "cpu", exec=name) for name in ("kernel", "reference")}
+    quantized = {
+        name: load_quantized_model(out, "cpu", exec=name) for name in ("kernel", "reference")
+    }
     assert (
-        set(served["reference"].kernels) == {"reference"}
-        and "reference" not in served["kernel"].kernels
+        set(quantized["reference"].kernels) == {"reference"}
+        and "reference" not in quantized["kernel"].kernels
     )
     numbered = dict(enumerate(windows.windows))
     with torch.inference_mode():
         kernel, reference = (
-            all_hidden(make_final_states(model, numbered, 64)) for model in served.values()
+            all_hidden(make_final_hidden_states(model, numbered, 64))
+            for model in quantized.values()
         )
-        again = load_served(out, "cpu", exec="reference")
-        noisy = all_hidden(make_final_states(again, numbered, 64, watch=rounding_noise()))
-    if served["kernel"].kernels == {"matmul_int8": 14}:
+        again = load_quantized_model(out, "cpu", exec="reference")
+        noisy = all_hidden(make_final_hidden_states(again, numbered, 64, watch=rounding_noise()))
+    if quantized["kernel"].kernels == {"matmul_int8": 14}:
         assert torch.equal(kernel, reference)
     # Less than one more rounding to bfloat16 after each block changes.
     assert (kernel - reference).norm() < (noisy - reference).norm()
@@ -182,7 +192,7 @@ def test_kernels_and_reference_agree(scheme, export_to, text, evaluated):
     }
     assert [result["exec"] for result in results.values()] == ["kernel", "reference", "kernel"]
     assert (
-        results["kernel"]["kernels"] == served["kernel"].kernels
+        results["kernel"]["kernels"] == quantized["kernel"].kernels
         and sum(results["kernel"]["kernels"].values()) == 14
     )
     exact = scheme in ("int8-dynamic", "int8-static")
@@ -195,18 +205,18 @@ def test_float32_model_in_weight_only_scheme_equals_its_dense_twin(tmp_path, exp
     model = make_llama(tmp_path / "f32", dtype=torch.float32)
     out = export_to("int8-weight-only", model)
     dense = AutoModelForCausalLM.from_pretrained(model)
-    served = load_served(out, "cpu")
+    quantized = load_quantized_model(out, "cpu")
     tokens, states = torch.arange(2, 60)[None], HiddenStates()
 
     def run(step: BlockStep) -> None:
-        for name, module in quantized_linears(served, step.number, step.block).items():
+        for name, module in quantized_linears(quantized, step.number, step.block).items():
             dense.get_submodule(name).weight.data = module.weight().dequantize()
         step.advance(0)
 
     with torch.inference_mode():
-        walk = served.blocks.walk({0: tokens}, states, run, cache=served.new_cache())
+        walk = quantized.blocks.walk({0: tokens}, states, run, cache=quantized.new_cache())
         ((_, final),) = walk.finish()
-        logits = served.blocks.model.lm_head(final)
+        logits = quantized.blocks.model.lm_head(final)
         torch.testing.assert_close(logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -261,10 +271,10 @@ def test_chunks_do_not_change_the_scores(use_kernel, llama, text, export_to):
     for step, part_size in ((512, 8192), (7, 48)):
         models = []
         for path in (llama, out):
-            served = load_served(path, "cpu")
+            quantized = load_quantized_model(path, "cpu")
             with torch.inference_mode():
-                states = make_final_states(served, windows, 64)
-                head = OutputHead.of(served.blocks.model, use_kernel, part_size=part_size)
+                states = make_final_hidden_states(quantized, windows, 64)
+                head = OutputHead.of(quantized.blocks.model, use_kernel, part_size=part_size)
             models.append(ModelOutput(head, states))
         assert len(models[0].head.parts) == (1 if step == 512 else 7)
         with torch.inference_mode():

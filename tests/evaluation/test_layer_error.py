@@ -145,18 +145,18 @@ def test_output_figures_are_those_of_the_layer_alone(export_to, llama, text):
     from quantkit.checkpoint.reader import Checkpoint
     from quantkit.data.protocols import evaluation_windows
     from quantkit.data.tokenizer import load_tokenizer
-    from quantkit.evaluation.final_states import make_final_states
+    from quantkit.evaluation.final_hidden_states import make_final_hidden_states
     from quantkit.evaluation.layer_error import LayerProbe
-    from quantkit.evaluation.quantized_model import load_served
+    from quantkit.evaluation.quantized_model import load_quantized_model
 
     out, name = export_to("int8-weight-only"), "model.layers.0.self_attn.q_proj"
     windows = dict(
         enumerate(evaluation_windows([str(text)], load_tokenizer(llama), "gptq", 64, 256).windows)
     )
-    served = load_served(out, "cpu", exec="reference")
-    probe = LayerProbe(served, Checkpoint.open(llama), list(windows))
+    quantized = load_quantized_model(out, "cpu", exec="reference")
+    probe = LayerProbe(quantized, Checkpoint.open(llama), list(windows))
     with torch.inference_mode():
-        make_final_states(served, windows, 64, watch=probe.watch).close()
+        make_final_hidden_states(quantized, windows, 64, watch=probe.watch).close()
         row = next(row for row in probe.finish() if row.name == name)
         base, codes = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
         places = torch.linspace(0, 63, 32).long()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from tiny_llama import make_llama, make_tokenizer
 from tiny_models import make_model
 from transformers import AutoModelForMaskedLM
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_text
+from tiny_llama import make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit.evaluation.evaluate import evaluate

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from safetensors.torch import load_file
+from tiny_llama import make_tokenizer
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -19,7 +19,7 @@ from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.quantized_experts import serving_experts
-from quantkit.evaluation.quantized_model import load_served
+from quantkit.evaluation.quantized_model import load_quantized_model
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
 from quantkit.models.experts import Restacked
@@ -148,7 +148,7 @@ def test_base_with_experts_is_the_eager_forward(tmp_path, text):
     assert base["perplexity"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-6)
 
 
-def served_experts(scheme, model, tmp_path, export_to, text):
+def quantized_experts(scheme, model, tmp_path, export_to, text):
     """A model calibrated with all experts and exported: as served, its scheme, and its tensors."""
     calibrate(
         CalibrationOptions(
@@ -156,20 +156,20 @@ def served_experts(scheme, model, tmp_path, export_to, text):
         )
     )
     out = export_to(scheme, model, tmp_path / "calib")
-    return load_served(out, "cpu"), SCHEMES[scheme], load_file(out / "model.safetensors")
+    return load_quantized_model(out, "cpu"), SCHEMES[scheme], load_file(out / "model.safetensors")
 
 
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "int8-static"])
 def test_an_experts_output_is_the_product_of_quantized_inputs(scheme, tmp_path, export_to, text):
     model = make_mixtral(tmp_path / "mixtral")
-    served, spec, codes = served_experts(scheme, model, tmp_path, export_to, text)
+    loaded, spec, codes = quantized_experts(scheme, model, tmp_path, export_to, text)
     names = [f"model.layers.0.block_sparse_moe.experts.{{}}.{leaf}" for leaf in ("w1", "w3", "w2")]
     hidden = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     chosen, shares = (
         torch.tensor([[1], [1], [3], [0], [1], [2]]),
         torch.full((6, 1), 0.5).bfloat16(),
     )
-    with served.blocks.block(0) as block, torch.inference_mode():
+    with loaded.blocks.block(0) as block, torch.inference_mode():
         experts = next(module for module in block.modules() if hasattr(module, "quantkit_inputs"))
         output = serving_experts(experts, hidden, chosen, shares)
     expected = torch.zeros_like(hidden)
@@ -262,10 +262,10 @@ def test_experts_that_are_given_all_tokens_are_quantized_and_judged_as_others_ar
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "int8-static"])
 def test_of_all_tokens_each_expert_multiplies_those_sent_to_it(scheme, tmp_path, export_to, text):
     model = make_llama4(tmp_path / "llama4")
-    served, spec, codes = served_experts(scheme, model, tmp_path, export_to, text)
+    loaded, spec, codes = quantized_experts(scheme, model, tmp_path, export_to, text)
     routed = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     routed[0, 1:] = routed[1, ::2] = routed[2] = routed[3, 3] = 0
-    with served.blocks.block(0) as block, torch.inference_mode():
+    with loaded.blocks.block(0) as block, torch.inference_mode():
         output = block.feed_forward.experts(routed.reshape(20, 64)).reshape(4, 5, 64)
 
     def product(states, expert, leaf):

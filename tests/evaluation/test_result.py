@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_text
+from tiny_llama import make_llama, make_text
 
 from quantkit.checkpoint.files import finite
 from quantkit.evaluation.compare import compare

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import make_llama
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama
 
 from quantkit.evaluation.sanity_check import MOST_KLD, MOST_PPL_DELTA_PCT, check_sanity
 

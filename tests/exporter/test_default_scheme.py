@@ -1,7 +1,7 @@
 """The default scheme: the one that is served in the most places."""
 
 import pytest
-from conftest import make_llama
+from tiny_llama import make_llama
 from tiny_models import make_model
 
 from quantkit.checkpoint.reader import Checkpoint

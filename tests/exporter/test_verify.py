@@ -285,7 +285,7 @@ def test_many_left_tensors_that_differ_are_one_warning(export_to, change, llama)
 def test_config_of_another_depth_is_a_fault_and_of_another_model_is_refused(
     export_to, llama, tmp_path
 ):
-    from conftest import make_llama
+    from tiny_llama import make_llama
 
     from quantkit.errors import CheckpointError
 

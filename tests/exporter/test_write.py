@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_llama
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama
 
 from quantkit.checkpoint.files import sha256_file
 from quantkit.checkpoint.formats import FORMATS, read_quantization_config
@@ -23,8 +23,9 @@ from quantkit.exporter.write import export
 from quantkit.ops import cpu
 from quantkit.ops.reference import dequantize, quantize
 from quantkit.schemes.pattern import Pattern
+from quantkit.schemes.quant_spec import block
 from quantkit.schemes.recipe import Recipe
-from quantkit.schemes.scheme import SCHEMES, QuantScheme, block
+from quantkit.schemes.scheme import SCHEMES, QuantScheme
 
 
 def planned(model, scheme="fp8-dynamic", **recipe):

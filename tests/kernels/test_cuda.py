@@ -21,7 +21,8 @@ from quantkit.ops.arguments import FLOAT_NUMBERS, FORMAT_NUMBERS
 from quantkit.ops.linear import QuantizedLinear, kernel_for
 from quantkit.ops.torch_ops import ALL_OPS
 from quantkit.schemes.number_formats import FP8_E4M3, INT8
-from quantkit.schemes.scheme import SCHEMES, QuantSpec, block
+from quantkit.schemes.quant_spec import QuantSpec, block
+from quantkit.schemes.scheme import SCHEMES
 
 KERNELS = {op.name: op.cuda for op in ALL_OPS}
 E4M3 = torch.float8_e4m3fn

@@ -19,7 +19,7 @@ from quantkit import ops
 from quantkit.ops import native, reference
 from quantkit.ops.arguments import FLOAT_NUMBERS
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
-from quantkit.schemes.scheme import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
+from quantkit.schemes.quant_spec import CHANNEL, TENSOR, Granularity, QuantSpec, block, group
 
 LIBRARY = native.cpu_kernels()
 if LIBRARY is None:

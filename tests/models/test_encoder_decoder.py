@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from safetensors.torch import load_file
+from tiny_llama import make_tokenizer
 from tiny_models import TARGET, make_batches, make_model
 from transformers import AutoModelForSeq2SeqLM
 

@@ -20,7 +20,8 @@ from quantkit.ops.reference import (
     sqnr_db,
 )
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
-from quantkit.schemes.scheme import CHANNEL, SCHEMES, TENSOR, TOKEN, QuantSpec, block, group
+from quantkit.schemes.quant_spec import CHANNEL, TENSOR, TOKEN, QuantSpec, block, group
+from quantkit.schemes.scheme import SCHEMES
 
 GRANULARITIES = [TENSOR, CHANNEL, group(1), group(4), group(32), block(2, 3), block(128, 128)]
 SHAPES = [(1, 1), (1, 7), (5, 1), (7, 9), (3, 64), (129, 130)]

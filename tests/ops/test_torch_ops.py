@@ -9,7 +9,7 @@ from quantkit import ops
 from quantkit.ops import cpu, fallback, native, reference
 from quantkit.ops.torch_ops import ALL_OPS
 from quantkit.schemes.number_formats import INT8, NUMBER_FORMATS
-from quantkit.schemes.scheme import CHANNEL, QuantSpec, group
+from quantkit.schemes.quant_spec import CHANNEL, QuantSpec, group
 
 OPS = torch.ops.quantkit
 SYMMETRIC_INT4 = replace(INT8, name="INT4_IN_BYTES", min=-7, max=7)

@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
-from conftest import make_llama, make_text, make_tokenizer
 from faults import FORKING, FULL_DISKS, KILLS_AT_CALLS, RANDOM_KILLS, RESUMING, drive
 from processes import DYING, command, contents, quantkit, ranks, torchrun
+from tiny_llama import make_llama, make_text, make_tokenizer
 from tiny_models import TARGET, make_model
 
 pytestmark = pytest.mark.slow

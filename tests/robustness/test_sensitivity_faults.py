@@ -9,9 +9,9 @@ import signal
 import time
 
 import pytest
-from conftest import make_llama, make_text
 from faults import FORKING, FULL_DISKS, KILLS_AT_CALLS, RANDOM_KILLS, RESUMING, drive
 from processes import ranks
+from tiny_llama import make_llama, make_text
 
 LAYERS = 2
 

@@ -8,18 +8,9 @@ import pytest
 from quantkit.errors import RecipeError
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
 from quantkit.schemes.pattern import Pattern
+from quantkit.schemes.quant_spec import CHANNEL, TENSOR, TOKEN, QuantSpec, block, group
 from quantkit.schemes.recipe import Algorithm, Recipe
-from quantkit.schemes.scheme import (
-    CATALOGUE,
-    CHANNEL,
-    SCHEMES,
-    TENSOR,
-    TOKEN,
-    QuantScheme,
-    QuantSpec,
-    block,
-    group,
-)
+from quantkit.schemes.scheme import CATALOGUE, SCHEMES, QuantScheme
 
 MODULES = [
     "model.layers.0.self_attn.q_proj",

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_llama, make_tokenizer
 from tiny_models import HANDING_ON, SHARING_BLOCKS, make_model
 
 from quantkit.checkpoint.reader import Checkpoint
@@ -258,8 +258,8 @@ def test_variants_that_share_a_prefix_equal_separate_runs(planted, memory, monke
 def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tmp_path, text):
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
-    from quantkit.evaluation.final_states import make_final_states
-    from quantkit.evaluation.quantized_model import load_served
+    from quantkit.evaluation.final_hidden_states import make_final_hidden_states
+    from quantkit.evaluation.quantized_model import load_quantized_model
 
     model = tmp_path / "model"
     make_model(model, kind, vocab_size=384)
@@ -278,11 +278,11 @@ def test_a_variant_computes_what_the_exported_checkpoint_serves(kind, scheme, tm
         states, _ = run_groups(
             plan, groups, [torch.tensor([window.tokens])], [tuple([1] * len(groups))]
         )
-        served = make_final_states(
-            load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
+        expected = make_final_hidden_states(
+            load_quantized_model(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
         )
-        assert torch.equal(states.get(0, 0)[0], served.states.get(0)[0])
-    states.close(), served.close()
+        assert torch.equal(states.get(0, 0)[0], expected.states.get(0)[0])
+    states.close(), expected.close()
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,8 @@ def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes
     """
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
-    from quantkit.evaluation.final_states import make_final_states
-    from quantkit.evaluation.quantized_model import load_served
+    from quantkit.evaluation.final_hidden_states import make_final_hidden_states
+    from quantkit.evaluation.quantized_model import load_quantized_model
 
     model, calib = make_llama(tmp_path / "model", **changes), tmp_path / "calib"
     calibrate(
@@ -387,12 +387,14 @@ def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes
     variants = [tuple([0] * len(groups)), tuple([1] * len(groups))]
     with torch.inference_mode():
         states, base = run_groups(plan, groups, [tokens], variants)
-        served = make_final_states(
-            load_served(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
+        expected = make_final_hidden_states(
+            load_quantized_model(tmp_path / "out", "cpu"), {0: window}, len(window.tokens)
         )
-        assert torch.equal(states.get(1, 0)[0], served.states.get(0)[0])
-        original = make_final_states(load_served(model, "cpu"), {0: window}, len(window.tokens))
-        original_head = load_served(model, "cpu").blocks
+        assert torch.equal(states.get(1, 0)[0], expected.states.get(0)[0])
+        original = make_final_hidden_states(
+            load_quantized_model(model, "cpu"), {0: window}, len(window.tokens)
+        )
+        original_head = load_quantized_model(model, "cpu").blocks
         original_head.load_outer(with_head=True)
         before, after = (
             head.lm_head.weight.float() @ hidden.float().T
@@ -405,7 +407,7 @@ def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes
         assert float((after - before).norm()) < min(
             0.02 * float(before.norm()), 0.8 * float((quantized - before).norm())
         )
-    states.close(), served.close(), original.close()
+    states.close(), expected.close(), original.close()
 
 
 def test_a_budget_of_a_rotated_model_counts_what_was_untied(tmp_path, text, run, run_json):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from tiny_llama import make_tokenizer
 from tiny_models import MASKED, make_model
 
 from quantkit.data.windows import Window
 from quantkit.evaluation.evaluate import evaluate
-from quantkit.evaluation.final_states import make_final_states
+from quantkit.evaluation.final_hidden_states import make_final_hidden_states
 from quantkit.evaluation.preflight import EvaluationOptions
-from quantkit.evaluation.quantized_model import load_served
+from quantkit.evaluation.quantized_model import load_quantized_model
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
 from quantkit.models import saved_states
@@ -104,9 +104,11 @@ def test_each_variant_is_what_the_checkpoint_serves_and_none_quantized_is_the_mo
             LayerSwapper(base, Choices(plan), groups).swaps,
         )
         for variant, path in ((0, model), (2, tmp_path / "out")):
-            served = make_final_states(load_served(path, "cpu"), {0: window}, len(window.tokens))
-            assert torch.equal(states.get(variant, 0), served.states.get(0))
-            served.close()
+            expected = make_final_hidden_states(
+                load_quantized_model(path, "cpu"), {0: window}, len(window.tokens)
+            )
+            assert torch.equal(states.get(variant, 0), expected.states.get(0))
+            expected.close()
         assert not torch.equal(states.get(0, 0), states.get(1, 0))
     states.close()
 

@@ -295,3 +295,11 @@ def ordinary_hidden_states(model: nn.Module, batches: Sequence[Tensor]) -> list[
     )
     with one_thread(), torch.inference_mode():
         return [body(input_ids=tokens, use_cache=False)[0] for tokens in batches]
+
+
+def whole_model(served) -> torch.nn.Module:
+    """A ServedModel with all of its blocks in memory at once."""
+    for number in range(served.blocks.block_count):
+        served.blocks.loader.load_block(number)
+    served.blocks.load_outer(with_head=True)
+    return served.blocks.model

@@ -16,7 +16,8 @@ from quantkit.checkpoint.formats.format import (
 )
 from quantkit.errors import CheckpointError
 from quantkit.schemes.number_formats import E8M0
-from quantkit.schemes.scheme import QuantScheme, QuantSpec
+from quantkit.schemes.quant_spec import QuantSpec
+from quantkit.schemes.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor

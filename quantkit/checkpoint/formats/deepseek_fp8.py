@@ -14,7 +14,8 @@ from quantkit.checkpoint.formats.format import (
 )
 from quantkit.errors import CheckpointError
 from quantkit.schemes.number_formats import FP8_E4M3
-from quantkit.schemes.scheme import SCHEMES, QuantScheme, QuantSpec, block, group
+from quantkit.schemes.quant_spec import QuantSpec, block, group
+from quantkit.schemes.scheme import SCHEMES, QuantScheme
 from quantkit.schemes.serving import MULTIPLES_OF_128, YES
 
 

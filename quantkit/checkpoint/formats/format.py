@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError
 from quantkit.schemes.number_formats import E8M0, FP8_E4M3
-from quantkit.schemes.scheme import TENSOR, QuantScheme, QuantSpec
+from quantkit.schemes.quant_spec import TENSOR, QuantSpec
+from quantkit.schemes.scheme import QuantScheme
 from quantkit.schemes.serving import Support
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ HEADER_BYTES = 128  # of one tensor, about
 
 
 @dataclass(frozen=True)
-class KeptStates:
+class CachedHiddenStates:
     """Hidden states in the cache, by window. description: what was said of them when they were put
     there.
     """
@@ -40,7 +40,7 @@ class KeptStates:
         return read_tensor(self.tensors[str(number)])
 
 
-class StateCache:
+class HiddenStateCache:
     """Final hidden states of models by what made them."""
 
     def __init__(self, directory: Path | None = None, most_bytes: int | None = None) -> None:
@@ -51,7 +51,7 @@ class StateCache:
         key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
         return self.directory / f"{key}.safetensors", self.directory / f"{key}.json"
 
-    def find(self, made_from: Mapping[str, Any]) -> KeptStates | None:
+    def find(self, made_from: Mapping[str, Any]) -> CachedHiddenStates | None:
         """What is there, whole and undamaged, or None."""
         path, description_path = self._paths(made_from)
         try:
@@ -64,7 +64,7 @@ class StateCache:
             os.utime(path)
         except (OSError, ValueError, KeyError, TypeError, QuantkitError):
             return None
-        return KeptStates(description, tensors)
+        return CachedHiddenStates(description, tensors)
 
     def keep(
         self,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from quantkit.data.windows import Window
 from quantkit.errors import EvaluationError, NonFiniteError
+from quantkit.evaluation.hidden_state_cache import CachedHiddenStates, HiddenStateCache
 from quantkit.evaluation.masked_lm import Masking
-from quantkit.evaluation.quantized_model import ServedModel
-from quantkit.evaluation.state_cache import KeptStates, StateCache
+from quantkit.evaluation.quantized_model import QuantizedModel
 from quantkit.models.blockwise import BlockStep
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import body_name
@@ -29,13 +29,13 @@ from quantkit.models.threads import each_batch
 
 
 @dataclass(frozen=True)
-class FinalStates:
+class FinalHiddenStates:
     """Of one model. windows: what went through, by number; seconds: what making them took without a
     watch's own work (or took then, where they come from the cache).
     """
 
     windows: Mapping[int, Window]
-    states: HiddenStates | KeptStates
+    states: HiddenStates | CachedHiddenStates
     seconds: float
     is_from_cache: bool = False
     remarks: tuple[str, ...] = ()
@@ -72,19 +72,19 @@ class Watch:
     change: Callable[[int, int, Tensor], Tensor] | None = None
 
 
-def make_final_states(
-    served: ServedModel,
+def make_final_hidden_states(
+    model: QuantizedModel,
     windows: Mapping[int, Window],
     seq_len: int,
     on_progress: Callable[[float, float], None] = lambda done, total: None,
     watch: Watch | None = None,
     masking: Masking | None = None,
-) -> FinalStates:
+) -> FinalHiddenStates:
     """Run the windows through the blocks, with `masking` each as many times as it has tokens.
     Leaves the model with its output head in memory and without its blocks. on_progress(blocks done,
     blocks).
     """
-    started, watched, blocks = time.perf_counter(), 0.0, served.blocks
+    started, watched, blocks = time.perf_counter(), 0.0, model.blocks
     watch = watch or Watch()
     numbers = list(windows)
     # lmeval's windows carry one token more, which is predicted but not read.
@@ -105,7 +105,7 @@ def make_final_states(
             with nullcontext() if watch.batch is None else watch.batch(number):
                 output = step.run(number)
             name = blocks.block_name(step.number)
-            _require_finite(output, served, number, f"first behind {name}")
+            _require_finite(output, model, number, f"first behind {name}")
             if watch.change is not None:
                 output = watch.change(step.number, number, output)
             step.put(number, output)
@@ -119,13 +119,13 @@ def make_final_states(
         watched += time.perf_counter() - ran
 
     try:
-        walk = blocks.walk(batches, states, on_block, cache=served.new_cache())
+        walk = blocks.walk(batches, states, on_block, cache=model.new_cache())
         for number, final in walk.finish():
-            _require_finite(final, served, number, "behind its last norm")
+            _require_finite(final, model, number, "behind its last norm")
     except BaseException:
         states.close()
         raise
-    return FinalStates(
+    return FinalHiddenStates(
         dict(windows),
         states,
         time.perf_counter() - started - watched,
@@ -134,18 +134,18 @@ def make_final_states(
     )
 
 
-def kept_or_made(
-    cache: StateCache | None,
+def cached_or_made(
+    cache: HiddenStateCache | None,
     made_from: Mapping[str, Any],
     windows: Mapping[int, Window],
-    make: Callable[[], FinalStates],
-) -> FinalStates:
+    make: Callable[[], FinalHiddenStates],
+) -> FinalHiddenStates:
     """From the cache where they are there, else made and put there."""
     if cache is None:
         return make()
     kept = cache.find(made_from)
     if kept is not None and {str(number) for number in windows} == set(kept.tensors):
-        return FinalStates(
+        return FinalHiddenStates(
             dict(windows), kept, float(kept.description.get("seconds", 0.0)), is_from_cache=True
         )
     made = make()
@@ -158,13 +158,13 @@ def kept_or_made(
     remarks = (
         (f"the base's hidden states weren't kept for another time: {problem}",) if problem else ()
     )
-    return FinalStates(made.windows, made.states, made.seconds, remarks=remarks)
+    return FinalHiddenStates(made.windows, made.states, made.seconds, remarks=remarks)
 
 
-def _require_finite(hidden: Tensor, served: ServedModel, number: int, where: str) -> None:
+def _require_finite(hidden: Tensor, model: QuantizedModel, number: int, where: str) -> None:
     # A sum costs a tenth of asking each value; it may overflow where no value does.
     if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
-        path = str(served.checkpoint.path)
+        path = str(model.checkpoint.path)
         raise NonFiniteError(
             f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify` tells"
             " whether its files are sound",
