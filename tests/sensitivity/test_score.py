@@ -24,11 +24,11 @@ from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
 from quantkit.sensitivity.advice import (
-    opened_result,
     predicted_kld,
+    read_earlier_result,
     size_of,
     solution_recipe,
-    solved_anew,
+    solve_again,
 )
 from quantkit.sensitivity.base_model import BaseModel, open_base_model, recovered_weight
 from quantkit.sensitivity.choices import RECIPE, Choices
@@ -570,7 +570,7 @@ def test_another_budget_is_solved_without_running_anything(
 def test_a_looser_budget_never_predicts_more(result):
     sizes = ["+0%", "+2%", "+5%", "+20%", "+60%", "100%"]
     predicted = [
-        solved_anew(result, size, None, ["keep"])["solution"]["kld_predicted"] for size in sizes
+        solve_again(result, size, None, ["keep"])["solution"]["kld_predicted"] for size in sizes
     ]
     assert predicted == sorted(predicted, reverse=True) and predicted[-1] == 0
 
@@ -706,4 +706,4 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(
         '{"schema_version": 9, "sets": [], "model": {"fingerprint": "x"}}'
     )
     with pytest.raises(EvaluationError, match="format 9"):
-        opened_result(tmp_path / "damaged.json", Checkpoint.open(llama))
+        read_earlier_result(tmp_path / "damaged.json", Checkpoint.open(llama))
