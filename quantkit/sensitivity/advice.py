@@ -24,7 +24,7 @@ from quantkit.sensitivity.options import KEEP
 
 SCHEMA_VERSION = 1
 # Keys of a result that are printed but not stored: they differ from run to run.
-OF_THE_RUN = ("seconds", "peak_memory_bytes", "was_finished")
+UNSTORED_KEYS = ("seconds", "peak_memory_bytes", "was_finished")
 # Sums are reliable enough for a budget if they are off by less than this factor: predictions are
 # scaled by the measured factor, and a budget's solution depends on ratios alone.
 ADDITIVE_WITHIN = 2.0
@@ -114,7 +114,7 @@ def _pareto_line(result: Mapping[str, Any], to: str) -> dict[str, Any]:
     return {"to": to, "order": order, "measured": measured, "points": points}
 
 
-def opened_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def read_earlier_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The result that an earlier run wrote with -o.
 
     Raises EvaluationError for another file, NotComparableError for the result of another model.
@@ -142,7 +142,7 @@ def opened_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     return result
 
 
-def solved_anew(
+def solve_again(
     result: Mapping[str, Any],
     max_size: str | None,
     max_kld: float | None,

@@ -112,9 +112,7 @@ class LayerSwapper:
         return self.base.weights.read(f"{name}.weight")
 
     def _stacked(self, choice: int, path: str, module: nn.Module, members: set[str]) -> list[Swap]:
-        """Changes to stacked experts: they run with the values of codes, and quantize their
-        inputs.
-        """
+        """Changes to stacked experts: weights with the values of codes, and quantized inputs."""
         plan, weights = self.choices.plan(choice), self.base.weights
         swaps: list[Swap] = []
         inputs: dict[str, ExpertInput] = {}

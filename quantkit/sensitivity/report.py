@@ -107,7 +107,7 @@ def _is_measured(point: Mapping[str, Any]) -> bool:
 
 
 def _given(choice: str) -> str:
-    return "stored dtype" if choice == KEEP else choice
+    return "their stored dtype" if choice == KEEP else choice
 
 
 def _line_row(what: str, given: str, point: Mapping[str, Any]) -> tuple[str, ...]:
@@ -177,12 +177,13 @@ def _work_remark(result: Mapping[str, Any]) -> str:
 def _solution_remarks(solution: Mapping[str, Any] | None) -> list[str]:
     if solution is None:
         return []
-    counts = {name: solution["choices"].count(name) for name in dict.fromkeys(solution["choices"])}
+    choices = solution["choices"]
+    counts = {name: choices.count(name) for name in dict.fromkeys(choices)}
     what = ", ".join(
         f"{count} as in the recipe" if name == RECIPE else f"{count} in {_given(name)}"
         for name, count in counts.items()
     )
     return [
-        f"best choice within the budget, by predictions: layer groups {what};"
-        f" {format_bytes(solution['bytes'])}, predicted KL {solution['kld_predicted']:.4f}"
+        f"best choice within the budget, by predictions: of {len(choices)} layer groups,"
+        f" {what}; {format_bytes(solution['bytes'])}, predicted KL {solution['kld_predicted']:.4f}"
     ]

@@ -51,8 +51,9 @@ class Job:
 
 
 class Streams:
-    """The streams before each block, and the block's jobs. A stream has its first variant's
-    number.
+    """The streams before each block, and the block's jobs.
+
+    A stream has the number of its first variant.
     """
 
     def __init__(

@@ -20,11 +20,11 @@ from quantkit.models.tensor_roles import fused_layers
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 from quantkit.sensitivity.advice import (
-    opened_result,
     predicted_kld,
+    read_earlier_result,
     size_of,
     solution_recipe,
-    solved_anew,
+    solve_again,
 )
 from quantkit.sensitivity.base_model import BaseModel, open_base_model
 from quantkit.sensitivity.choices import RECIPE, Choices
@@ -549,7 +549,7 @@ def test_another_budget_is_solved_without_running_anything(
 def test_a_looser_budget_never_predicts_more(result):
     sizes = ["+0%", "+2%", "+5%", "+20%", "+60%", "100%"]
     predicted = [
-        solved_anew(result, size, None, ["keep"])["solution"]["kld_predicted"] for size in sizes
+        solve_again(result, size, None, ["keep"])["solution"]["kld_predicted"] for size in sizes
     ]
     assert predicted == sorted(predicted, reverse=True) and predicted[-1] == 0
 
@@ -634,4 +634,4 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(
         '{"schema_version": 9, "sets": [], "model": {"fingerprint": "x"}}'
     )
     with pytest.raises(EvaluationError, match="format 9"):
-        opened_result(tmp_path / "damaged.json", Checkpoint.open(llama))
+        read_earlier_result(tmp_path / "damaged.json", Checkpoint.open(llama))

@@ -14,6 +14,7 @@ from tiny_models import MASKED, make_model
 from quantkit.data.windows import Window
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.final_hidden_states import make_final_hidden_states
+from quantkit.evaluation.metrics import KLD, PPL_DELTA
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.quantized_model import load_quantized_model
 from quantkit.exporter.plan import ExportOptions, plan_export
@@ -76,13 +77,11 @@ def test_a_groups_score_is_what_eval_finds_when_it_is_exported_alone(
         export(plan_export(ExportOptions(model, out, recipe)))
         found = evaluate(
             EvaluationOptions(model, (out,), (str(short_text),), seq_len=LENGTH, cache=False)
-        ).to_json()
-        assert result["tokens_scored"] == sum(found["window_tokens"])
-        quant, scored = found["quants"][0], row["choices"][RECIPE]
-        assert scored["kld"] == pytest.approx(quant["kld"]["mean"], rel=1e-9) and scored["kld"] > 0
-        assert scored["ppl_delta_pct"]["value"] == pytest.approx(
-            quant["ppl_delta_pct"]["value"], rel=1e-6
         )
+        assert result["tokens_scored"] == sum(found.window_tokens)
+        metrics, scored = found.quants[0].metrics, row["choices"][RECIPE]
+        assert scored["kld"] == pytest.approx(metrics[KLD].mean, rel=1e-9) and scored["kld"] > 0
+        assert scored["ppl_delta_pct"]["value"] == pytest.approx(metrics[PPL_DELTA].value, rel=1e-6)
 
 
 def test_each_variant_is_what_the_checkpoint_serves_and_none_quantized_is_the_model(
