@@ -12,7 +12,7 @@ The errors are measured while the quantized model runs over the windows, block b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from statistics import median
 from typing import Any
@@ -28,6 +28,7 @@ from quantkit.checkpoint.stream import WeightStream
 from quantkit.evaluation.final_hidden_states import Watch
 from quantkit.evaluation.quantized_model import QuantizedModel
 from quantkit.evaluation.result import ChannelSqnr, LayerError
+from quantkit.models.hooks import capture
 from quantkit.models.linear_views import as_linear_views
 from quantkit.models.threads import each_batch
 from quantkit.models.weight_map import names_on_disk
@@ -119,14 +120,11 @@ class LayerProbe:
             for path, module in paths.items()
         }
         self._inputs = {name: {} for name in linears}
-        hooks = [
-            module.register_forward_pre_hook(self._input_hook(name))
-            for name, module in linears.items()
-        ]
+        hooks = ExitStack()
+        hooks.enter_context(capture(linears, before=self._keep_rows))
 
         def finish() -> None:
-            for hook in hooks:
-                hook.remove()
+            hooks.close()
             names, device = list(linears), self._model.blocks.device
             for error in each_batch(
                 lambda index: self._error_of(names[index], linears[names[index]]),
@@ -148,19 +146,14 @@ class LayerProbe:
         if error is not None:
             self._errors[error.name] = error
 
-    def _input_hook(self, name: str) -> Callable[..., None]:
-        """A forward pre-hook that keeps some rows of the input, if its window is sampled."""
-
-        def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            window = _window.get()
-            if window is not None and window in self._sampled:
-                rows = arguments[0].reshape(-1, arguments[0].shape[-1])
-                places = torch.linspace(
-                    0, rows.shape[0] - 1, min(SAMPLED_POSITIONS, rows.shape[0])
-                ).long()
-                self._inputs[name][window] = rows[places.to(rows.device)]
-
-        return keep
+    def _keep_rows(self, name: str, inputs: Tensor) -> None:
+        """Keep some rows of a Linear's input, if its window is sampled."""
+        window = _window.get()
+        if window is not None and window in self._sampled:
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            count = min(SAMPLED_POSITIONS, rows.shape[0])
+            places = torch.linspace(0, rows.shape[0] - 1, count).long()
+            self._inputs[name][window] = rows[places.to(rows.device)]
 
     def finish(self) -> list[LayerError]:
         """The errors of all layers, the worst first. Weights that no hook has seen (a quantized

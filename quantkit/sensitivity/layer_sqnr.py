@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.models.distributed import Ranks
+from quantkit.models.hooks import capture
 from quantkit.models.threads import one_thread
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor, sqnr_db
@@ -62,20 +63,17 @@ class LayerSqnr:
             return
         prefix, rows = base.blocks.block_name(number), _SampledRows()
         of_window: dict[int, dict[str, Tensor]] = {}
-        hooks = []
-        for path, module in block.named_modules():
-            name = base.linear_name(f"{prefix}.{path}") if isinstance(module, nn.Linear) else None
-            if name is not None:
-                hooks.append(module.register_forward_pre_hook(rows.hook(name)))
-        try:
-            with one_thread():
-                for window in windows:
-                    if window < SAMPLED_WINDOWS:
-                        run(window)
-                        of_window[window] = rows.taken()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        linears = {
+            name: module
+            for path, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+            and (name := base.linear_name(f"{prefix}.{path}")) is not None
+        }
+        with capture(linears, before=rows.keep), one_thread():
+            for window in windows:
+                if window < SAMPLED_WINDOWS:
+                    run(window)
+                    of_window[window] = rows.taken()
         self._inputs = self._gathered(of_window)
 
     def _gathered(self, of_window: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -125,15 +123,13 @@ class _SampledRows:
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            rows = arguments[0].reshape(-1, arguments[0].shape[-1])
-            count = min(SAMPLED_POSITIONS, rows.shape[0])
-            places = torch.linspace(0, rows.shape[0] - 1, count).long().to(rows.device)
-            before = [self._rows[name]] if name in self._rows else []
-            self._rows[name] = torch.cat([*before, rows[places]])
-
-        return keep
+    def keep(self, name: str, inputs: Tensor) -> None:
+        """Add some rows of a module's input."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        count = min(SAMPLED_POSITIONS, rows.shape[0])
+        places = torch.linspace(0, rows.shape[0] - 1, count).long().to(rows.device)
+        before = [self._rows[name]] if name in self._rows else []
+        self._rows[name] = torch.cat([*before, rows[places]])
 
     def taken(self) -> dict[str, Tensor]:
         """The rows that were stored since the last call."""
