@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.calibration.describe import algorithm_descriptions, is_unsettled
-from quantkit.calibration.results import Calibration
-from quantkit.checkpoint.finished_output import CALIBRATION_FILE
-from quantkit.checkpoint.formats import QuantizationConfig, read_quantization_config, stored_linears
-from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.cli.console import Output, command
 from quantkit.cli.tables import print_json, print_table
 from quantkit.errors import CheckpointError
-from quantkit.models.tensor_roles import linears_of
 from quantkit.schemes.algorithms import Table
-from quantkit.schemes.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from quantkit.calibration.results import Calibration
+    from quantkit.checkpoint.formats import QuantizationConfig
+    from quantkit.checkpoint.reader import Checkpoint
+    from quantkit.schemes.scheme import QuantScheme
 
 
 @command("inspect")
@@ -39,6 +38,10 @@ def inspect_command(out: Output, path: str) -> None:
 
 def inspect_path(path: Path) -> dict[str, Any]:
     """A description of what is at `path`; its `kind` is "checkpoint" or "calibration"."""
+    from quantkit.calibration.results import Calibration
+    from quantkit.checkpoint.finished_output import CALIBRATION_FILE
+    from quantkit.checkpoint.reader import Checkpoint
+
     if not path.exists():
         raise CheckpointError(
             f"there is nothing at {path}; give a model directory or a calibration directory"
@@ -49,6 +52,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
+    from quantkit.calibration.describe import is_unsettled
+
     keys = (
         "model",
         "data",
@@ -77,6 +82,9 @@ def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    from quantkit.checkpoint.formats import read_quantization_config, stored_linears
+    from quantkit.models.tensor_roles import linears_of
+
     config = read_quantization_config(checkpoint.config)
     stored, tensors = stored_linears(checkpoint.tensors), linears_of(checkpoint)
     scheme_of = {module: config.scheme_of(module) if config else None for module in stored}
@@ -238,6 +246,8 @@ def _kv_tables(description: Mapping[str, Any]) -> list[Table]:
 
 def _algorithm_tables(description: Mapping[str, Any]) -> list[Table]:
     """What algorithms did to the weights: a table of each, and one of all Linears."""
+    from quantkit.calibration.describe import algorithm_descriptions
+
     quantized = description.get("chosen")
     if not quantized:
         return []
