@@ -390,7 +390,7 @@ def test_unsettled_inputs_are_warned_of_and_shown(llama, text, tmp_path, run, mo
         and "give it with --data" in rest.stderr
         and "raise --num-samples" not in rest.stderr
     )
-    (hint,) = re.findall("`(quantkit inspect .*)` shows them", rest.stderr)
+    (hint,) = re.findall("`(quantkit inspect .*)` lists these inputs", rest.stderr)
     assert shlex.split(hint) == ["quantkit", "inspect", str(tmp_path / "it's all")]
     shown = run("inspect", tmp_path / "c")
     assert (

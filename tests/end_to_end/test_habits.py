@@ -117,7 +117,9 @@ def test_a_body_without_a_prefix_has_the_same_perplexity_as_with_one(tmp_path, t
     )
 
 
-def test_layers_that_predict_further_tokens_are_quantized_and_said_not_to_be_judged(tmp_path, text):
+def test_layers_that_predict_further_tokens_are_quantized_and_reported_as_not_evaluated(
+    tmp_path, text
+):
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors |= {
             name.replace(".layers.1.", ".layers.2."): tensor.clone()
@@ -139,7 +141,7 @@ def test_layers_that_predict_further_tokens_are_quantized_and_said_not_to_be_jud
     )
     result = go_the_whole_way(model, text, tmp_path, "fp8-dynamic")
     assert any(
-        "model.layers.2." in remark and "not judged" in remark for remark in result["remarks"]
+        "model.layers.2." in remark and "not evaluated" in remark for remark in result["remarks"]
     )
     quant, stored = result["quants"][0], load_file(tmp_path / "out" / "model.safetensors")
     assert quant["activations_quantized"] is True and all(

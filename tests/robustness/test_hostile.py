@@ -34,8 +34,8 @@ UP, DOWN, NORM = (
 SHARD = "model.safetensors"
 # A sentence that advises uses one of these.
 ADVICE = re.compile(
-    r"\b(fetch|choose|remove|export from|export again|use|mend|put|convert|give|don't"
-    r" use|continue|make room|start again|copy|tell|leave|add|quantizes|reads)\b"
+    r"\b(download|repair|fetch|choose|remove|export from|export again|use|mend|put|convert|give"
+    r"|don't use|continue|make room|start again|copy|tell|leave|add|quantizes|reads)\b"
 )
 
 
