@@ -145,6 +145,7 @@ def test_searched_scales_are_those_of_the_codes(options, export_to, llama):
     assert errors[0] < 0.99 * errors[1]
 
 
+@pytest.mark.slow
 def test_one_enormous_token_does_not_decide_for_all_others(options, monkeypatch):
     """What writes to the residual stream counts an error by what the next norm divides it by; what
     reads after a norm counts all tokens alike.
@@ -191,6 +192,7 @@ def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
     assert contents[0] == contents[1] and "weights-00001.safetensors" in contents[0]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_what_was_written_are_refused(options):
     calibrate(options)
     path = options.output / "weights-00001.safetensors"
@@ -215,6 +217,7 @@ def test_threads_change_no_byte(options, tmp_path):
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, options, tmp_path):
     with pytest.raises(
         CalibrationError, match="need data to quantize weights; first: quantkit calibrate"
@@ -304,6 +307,7 @@ def test_grouped_heads_and_biases_are_folded(text, tmp_path, options):
     assert kld(model, output, text) < 0.01
 
 
+@pytest.mark.slow
 def test_norms_that_add_one_are_folded_as_such(tmp_path, text, options):
     from tiny_llama import make_tokenizer
 

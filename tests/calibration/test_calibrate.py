@@ -655,6 +655,7 @@ def test_observers_are_chosen_at_export(llama, calib, tmp_path, run):
     assert warned.exit_code == 0 and "that FP8 could represent" in warned.stderr
 
 
+@pytest.mark.slow
 def test_eval_warns_of_text_that_was_calibrated_on(llama, text, tmp_path, run, run_json):
     calibrate(CalibrationOptions(llama, tmp_path / "c", (str(text),), num_samples=200, seq_len=64))
     export(

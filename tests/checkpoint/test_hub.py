@@ -11,6 +11,8 @@ from tiny_llama import make_llama
 from quantkit.checkpoint.hub import is_hub_id, resolve_model
 from quantkit.errors import CheckpointError
 
+pytestmark = pytest.mark.slow  # each test runs several commands on a model
+
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
@@ -58,6 +60,7 @@ def shards_in(directory: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 def test_hub_model_exports_to_the_bytes_of_its_local_copy(hub, sharded, export_to, tmp_path):
     result = hub("export", "org/tiny", "-o", tmp_path / "out", "--scheme", "int8-dynamic")
     assert result.returncode == 0, result.stderr
@@ -81,6 +84,7 @@ def test_hub_model_exports_to_the_bytes_of_its_local_copy(hub, sharded, export_t
     )
 
 
+@pytest.mark.slow
 def test_streamed_shards_are_gone_when_their_tensors_are_done(hub, sharded, export_to, tmp_path):
     held = []
     hub.server.on_fetch = lambda name: (
@@ -105,6 +109,7 @@ def test_streamed_shards_are_gone_when_their_tensors_are_done(hub, sharded, expo
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_download_that_fails_keeps_what_is_done(hub, sharded, export_to, tmp_path):
     arguments = (
         "export",

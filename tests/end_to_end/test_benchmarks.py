@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from quantkit.checkpoint.formats import read_quantization_config, stored_linears
@@ -19,6 +20,7 @@ import error_budget  # noqa: E402
 import served  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_program_is_imported():
     """In one process, in which benchmarks/ is where programs are looked for, as Python has it."""
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))

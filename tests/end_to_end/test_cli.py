@@ -445,6 +445,7 @@ def test_a_source_that_is_given_twice_is_bad_usage(command, run, llama, text, tm
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_gates_decide_the_exit_code(run, llama, text, export_to):
     out = export_to("fp8-dynamic")
     base = ("eval", llama, out, "--data", text, "--seq-len", 32, "--max-tokens", 1280)

@@ -23,6 +23,8 @@ from quantkit.exporter.write import export
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 
+pytestmark = pytest.mark.slow  # each test runs several commands on a model
+
 
 def go_the_whole_way(
     model: Path,

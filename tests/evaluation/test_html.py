@@ -60,6 +60,7 @@ def test_every_plot_of_two_candidates(result):
     assert "noise floor" in page and "size_ratio&lt;=0.9" in page and "The worst layers" in page
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_network_and_no_script(result):
     page = evaluation_html(result("int8-dynamic"))
     assert "<script" not in page and "src=" not in page and "@import" not in page

@@ -211,6 +211,7 @@ def make_llama4(directory):
     return directory
 
 
+@pytest.mark.slow
 def test_experts_that_are_given_all_tokens_are_quantized_and_judged_as_others_are(
     tmp_path, export_to, text
 ):

@@ -9,6 +9,8 @@ from tiny_llama import make_llama
 
 from quantkit.evaluation.sanity_check import MOST_KLD, MOST_PPL_DELTA_PCT, check_sanity
 
+pytestmark = pytest.mark.slow  # each test runs several commands on a model
+
 
 def make_sharp(directory, outliers: float = 1.0):
     """A tiny Llama that is sure of its guesses, a few channels of whose norms are scaled up and of

@@ -259,6 +259,7 @@ def parameters_in_memory(blockwise: BlockwiseModel) -> set[str]:
     return {name for name, parameter in blockwise.model.named_parameters() if not parameter.is_meta}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_only_one_blocks_weights_are_in_memory(stored, kind):
     blockwise = open_blockwise(stored(kind)[0])

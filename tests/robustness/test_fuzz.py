@@ -679,6 +679,7 @@ def odd_model(draw):
     } | made
 
 
+@pytest.mark.slow
 def test_export_of_an_odd_model_completes_or_refuses(place):
     outcomes = Counter()
 

@@ -136,6 +136,7 @@ def stopped(run, llama, text, tmp_path, monkeypatch):
     return tmp_path / "r.json"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_scores_no_window_twice(
     run, llama, text, whole, stopped, monkeypatch
 ):
@@ -169,6 +170,7 @@ def test_a_stopped_run_goes_on_and_scores_no_window_twice(
     )
 
 
+@pytest.mark.slow
 def test_other_work_is_not_gone_on_with(run, llama, text, stopped, tmp_path):
     plain = run(*command(llama, text, stopped))
     assert (

@@ -183,6 +183,7 @@ def test_sums_and_sizes_are_those_of_their_parts(result):
     assert everything_kept["bytes"] == result["bytes"]["all_kept"]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_result(options, result):
     again = score_sensitivity(options)
     for key in ("sets", "whole", "floor", "pareto", "solution"):
@@ -302,6 +303,7 @@ def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, t
 # ---- Weights that algorithms chose.
 
 
+@pytest.mark.slow
 def test_a_calibration_with_chosen_weights_is_scored_as_chosen(planted, text, tmp_path):
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
@@ -329,6 +331,7 @@ def rotated_recipe(rotation, *others) -> Recipe:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
@@ -389,6 +392,7 @@ def test_a_rotated_calibration_is_scored_as_its_export_is_served(recipe, changes
     states.close(), expected.close(), original.close()
 
 
+@pytest.mark.slow
 def test_a_budget_of_a_rotated_model_counts_what_was_untied(tmp_path, text, run, run_json):
     from quantkit.calibration.calibrate import calibrate
     from quantkit.calibration.options import CalibrationOptions
@@ -446,6 +450,7 @@ def test_a_budget_of_a_rotated_model_counts_what_was_untied(tmp_path, text, run,
 # ---- Budgets and recipes.
 
 
+@pytest.mark.slow
 def test_the_recipe_is_taken_by_export_has_the_size_promised_and_splits_no_fused_layers(
     run, run_json, planted, text, tmp_path
 ):

@@ -29,6 +29,8 @@ from quantkit.sensitivity.passes import open_layer_groups
 from quantkit.sensitivity.score import score_sensitivity
 from quantkit.sensitivity.variants import run_variants
 
+pytestmark = pytest.mark.slow  # each test runs several commands on a model
+
 INT8 = Recipe.from_mapping({"scheme": "int8-dynamic"}, "test")
 LENGTH = 24
 
@@ -123,6 +125,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.6, 0.9])
 def test_a_walk_that_is_killed_goes_on_to_the_same_bytes(
     model, short_text, share, tmp_path, monkeypatch
