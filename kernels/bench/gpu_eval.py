@@ -110,12 +110,10 @@ def main() -> int:
     if not arguments.model:
         make_model(model, arguments.layers)
     elif not (arguments.folder / "text.txt").exists():
-        import quantkit as package
+        from quantkit.data.sources import BUNDLED_EVALUATION
 
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        (arguments.folder / "text.txt").write_text(
-            (Path(package.__path__[0]) / "texts" / "evaluation.txt").read_text()
-        )
+        (arguments.folder / "text.txt").write_text(BUNDLED_EVALUATION.read_text())
     compared = []
     for scheme in arguments.schemes.split(","):
         compared.append(compare(model, arguments.folder, scheme))

@@ -1,4 +1,4 @@
-"""Speed of the multiplications and conversions beside torch's own ops, as tables.
+"""Speed of the multiplications and conversions compared with torch's own ops, as tables.
 
     python kernels/bench/matmul.py [-o FILE.md] [--json FILE] [--turns 5] [--shape KxN]...
 
@@ -20,8 +20,15 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from quantkit.calibration.fields import KINDS
-from quantkit.cli.bench import TOKENS, Figure, benchmark, benchmark_rows, describe, read_bandwidth
+from quantkit.cli.bench import (
+    BENCHMARK_KINDS,
+    TOKENS,
+    Figure,
+    benchmark,
+    benchmark_rows,
+    describe,
+    read_bandwidth,
+)
 from quantkit.evaluation.report import markdown_table
 
 FEATURES = (576, 1536, 2048, 4096, 11008)
@@ -72,7 +79,7 @@ read and written. For one token the weight is one of many in turn, on all sides,
 from memory (or from a last cache as large as theirs).
 
 """
-    for kind in KINDS:
+    for kind in BENCHMARK_KINDS:
         of_kind = [figure for figure in figures if figure.kind == kind]
         headings, rows = benchmark_rows(of_kind) if kind == "convert" else by_shape(of_kind)
         text += f"## {kind}\n\n{markdown_table(headings, rows)}\n"

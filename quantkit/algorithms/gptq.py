@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms.coordinate_descent import descend
-from quantkit.algorithms.layer_group import InputSums, LayerGroup, Needs
+from quantkit.algorithms.layer_group import INPUT_SUMS, InputSums, LayerGroup, Needs
 from quantkit.checkpoint.units import counted
 from quantkit.ops.reference import (
     QuantizedTensor,
@@ -209,7 +209,7 @@ def _round_in_order(
 
 
 def needs(settings: Algorithm) -> Needs:
-    return Needs(True, True, gram=True, deviation=settings["correct_inputs"])
+    return INPUT_SUMS | Needs(gram=True, deviation=settings["correct_inputs"])
 
 
 def quantize_group(group: LayerGroup, settings: Algorithm) -> None:

@@ -34,9 +34,9 @@ class Needs:
     """What an algorithm needs measured before it runs.
 
     token_importance: how much an output error counts at each token.
-    input_sums: means and mean squares of each group's inputs.
-    gram: their Gram matrix X̂ X̂ᵀ as well.
-    deviation: (X − X̂) X̂ᵀ as well.
+    input_sums: means and mean squares of each group's inputs, weighted by token importance.
+    gram: with input_sums, their Gram matrix X̂ X̂ᵀ as well.
+    deviation: with gram, (X − X̂) X̂ᵀ as well.
     """
 
     token_importance: bool = False
@@ -54,7 +54,7 @@ class Needs:
 
 
 # For algorithms that use means and mean squares of a group's inputs.
-INPUT_SUMS = Needs(token_importance=True, input_sums=True)
+INPUT_SUMS = Needs(input_sums=True)
 
 
 @dataclass(frozen=True)

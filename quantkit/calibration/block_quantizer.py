@@ -125,7 +125,8 @@ class BlockQuantizer:
         are_weighed = False
         for step in steps:
             module = step.row.implementation()
-            if module.needs(step).token_importance and not are_weighed:
+            needs = module.needs(step)
+            if (needs.token_importance or needs.input_sums) and not are_weighed:
                 block_run.weigh_tokens()
                 are_weighed = True
             if step.row.works_on == BLOCK:

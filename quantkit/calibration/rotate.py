@@ -42,8 +42,13 @@ def make_rotation(settings: Algorithm, model: BlockwiseModel, seed: int) -> Rota
     """The matrices that a recipe's `rotation` entry asks for.
 
     Raises RecipeError where input and output embeddings are tied and the recipe doesn't say
-    `untie: true`: after a rotation they differ.
+    `untie: true`: after a rotation they differ. So does a residual stream of two stacks.
     """
+    if settings["residual"] and len(model.stages) > 1:
+        raise RecipeError(
+            "rotation of the residual stream takes models with one stack of blocks, and this one"
+            " has an encoder and a decoder; set residual: false"
+        )
     config = model.model.config.get_text_config()
     untied: dict[str, str] = {}
     stream = head = None

@@ -131,8 +131,12 @@ def _weight_shape(
     config: QuantizationConfig,
     scheme: QuantScheme,
 ) -> list[int]:
-    infos = {suffix: checkpoint.tensors[f"{module}.{suffix}"] for suffix in suffixes}
-    headers = {suffix: (info.dtype, info.shape) for suffix, info in infos.items()}
+    infos = checkpoint.tensors  # a stored stack of experts isn't among these: each is its own
+    headers = {
+        suffix: (infos[name].dtype, infos[name].shape)
+        for suffix in suffixes
+        if (name := f"{module}.{suffix}") in infos
+    }
     return list(config.file_format.weight_shape(scheme, headers, None) or ())
 
 

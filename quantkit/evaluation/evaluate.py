@@ -109,7 +109,7 @@ class _Run:
     text: the windows of all ranks.
     seq_len: tokens per window.
     base: checkpoint of the base model.
-    task: what the base model predicts: CAUSAL, MASKED or TARGET.
+    task: what the base model predicts: CAUSAL, MASKED or SEQ2SEQ.
     masking: how tokens are masked; None unless the task is MASKED.
     scoring: scores this rank's windows.
     """
@@ -172,12 +172,13 @@ def _evaluate(run: _Run, gates: Sequence[Gate], remarks: Sequence[str]) -> Evalu
         noise = _noise_floor(run, base) if run.options.noise_floor else None
     finally:
         base.states.close()
+    scored_tokens = run.text.windows.tokens_scored
     return _evaluation(
         run,
         _base_result(run, scored, base.states),
         quants,
         noise,
-        [result for quant in quants for result in _gate_results(run, gates, quant)],
+        [result for quant in quants for result in gate_results(gates, quant, scored_tokens)],
         [
             *remarks,
             *base.states.remarks,
@@ -219,10 +220,6 @@ def _evaluation(
         peak_memory_bytes=run.scoring.largest(peak_memory_bytes()),
         remarks=tuple(remarks),
     )
-
-
-def _gate_results(run: _Run, gates: Sequence[Gate], quant: QuantResult) -> list[GateResult]:
-    return gate_results(gates, quant, run.text.windows.tokens_scored)
 
 
 def _remarks(quant: QuantResult) -> list[str]:
@@ -353,8 +350,8 @@ def _noise_floor(run: _Run, base: ModelOutput) -> NoiseFloor:
     from quantkit.evaluation.final_hidden_states import rounding_noise
     from quantkit.evaluation.scoring import ModelOutput
 
-    model = _load(run, run.options.base)
-    noisy = _run_blocks(run, model, rounding_noise(), "noise floor")
+    # The model isn't kept: its embeddings and head would stay in memory while scores are computed.
+    noisy = _run_blocks(run, _load(run, run.options.base), rounding_noise(), "noise floor")
     try:
         scored = run.scoring.pair(base, ModelOutput(base.head, noisy))
     finally:

@@ -106,7 +106,8 @@ class Scoring:
 
         by_window: dict[int, list[Scores]] = {}
         found = each_batch(work, range(len(pieces)), device, torch.get_num_threads())
-        for done, ((number, _), scores) in enumerate(zip(pieces, found), 1):
+        # `found` comes first, so that it runs to its end: only then are its threads gone.
+        for done, (scores, (number, _)) in enumerate(zip(found, pieces), 1):
             by_window.setdefault(number, []).append(scores)
             self.on_progress("logits", done, len(pieces))
         shares = self.ranks.all_gather(

@@ -278,10 +278,7 @@ RULES: list[Rule] = [
 
 def hardware_mode(scheme: QuantScheme, hardware: str) -> str:
     """NATIVE, WEIGHTS, or the reason why vLLM can't run the scheme on this hardware."""
-    row = scheme.row
-    if row is None:
-        return f"it is not known how vLLM serves {scheme.weight} there"
-    return row.hardware[hardware]
+    return scheme.hardware[hardware]
 
 
 def as_computed(scheme: QuantScheme, hardware: str | None) -> QuantScheme:

@@ -106,7 +106,7 @@ def assign_layers(
     if not allow_unreached:
         _refuse_unreached(recipe, roles)
     stack_of = _stack_names(checkpoint)
-    _require_matching_patterns(recipe, tensors, stack_of)
+    _require_matching_patterns(recipe, tensors, roles, stack_of)
     schemes, reasons = _assign(recipe, roles, stack_of, form)
     _require_one_scheme_in_fused_layers(tensors, schemes)
     if not schemes:
@@ -175,7 +175,10 @@ def _stack_names(stored: Checkpoint) -> dict[str, str]:
 
 
 def _require_matching_patterns(
-    recipe: Recipe, tensors: ModelTensors, stack_of: Mapping[str, str]
+    recipe: Recipe,
+    tensors: ModelTensors,
+    roles: Mapping[str, ModuleInfo],
+    stack_of: Mapping[str, str],
 ) -> None:
     """Raise RecipeError for a pattern that matches nothing: a typo would quantize, or skip, the
     wrong layers.
@@ -185,8 +188,7 @@ def _require_matching_patterns(
     for pattern in recipe.ignore:
         # A tied lm_head has no tensor of its own, but recipes name it to be safe.
         pattern.require_match(
-            [*modules, *tensors.roles, *stack_of.values(), *(["lm_head"] if is_tied else [])],
-            "ignore",
+            [*modules, *roles, *stack_of.values(), *(["lm_head"] if is_tied else [])], "ignore"
         )
     for pattern, _ in recipe.layers:
         if (

@@ -63,6 +63,8 @@ def trace(block: nn.Module, run: Callable[[], Any]) -> Trace:
     norm_of: dict[str, str] = {}
 
     def arrive(path: str, tensor: Tensor) -> None:
+        if not tensor.numel():
+            return  # empty tensors share an address without sharing anything
         if path not in order:
             first = inputs.name_of(tensor)
             if first is None:

@@ -36,7 +36,8 @@ class Granularity:
 
     def __post_init__(self) -> None:
         for size in (self.rows, self.columns):
-            if size is not None:
+            # Groups and blocks have a size of their own; a file's null isn't "all rows".
+            if size is not None or self.name in ("group", "block"):
                 _size(size, f"the {self.name} size")
 
     def block_shape(self, rows: int, columns: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import RecipeError
-from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
+from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8, NumberFormat
 from quantkit.schemes.quant_spec import CHANNEL, TENSOR, TOKEN, QuantSpec, block, group, quoted
 from quantkit.schemes.serving import HARDWARE, MULTIPLES_OF_128, NATIVE, WEIGHTS, YES, Support
 
@@ -71,10 +71,16 @@ class QuantScheme:
         return next(same, None) or next((row for row in rows if row.covers(self)), None)
 
     @property
-    def family(self) -> str:
-        """The name of the catalogue's scheme that runtimes treat this one like, or "unknown"."""
-        row = self.row
-        return row.scheme.name if row is not None else UNKNOWN
+    def hardware(self) -> Mapping[str, str]:
+        """Hardware → NATIVE, WEIGHTS, or the reason why vLLM can't run the scheme there.
+
+        Kernels depend on the number format and on how inputs are scaled, not on the sizes of
+        groups and blocks: a scheme without a row runs like the first row that agrees in these.
+        """
+        rows = [row for row in CATALOGUE.values() if _kernel(row.scheme) == _kernel(self)]
+        row = self.row or (rows[0] if rows else None)
+        unknown = f"it is not known how vLLM serves {self.weight} there"
+        return row.hardware if row is not None else dict.fromkeys(HARDWARE, unknown)
 
     @property
     def same_arithmetic(self) -> tuple[QuantSpec, QuantSpec | None]:
@@ -139,7 +145,13 @@ class QuantScheme:
         }
 
 
-UNKNOWN = "unknown"  # the family of a scheme without a row in the catalogue
+def _kernel(scheme: QuantScheme) -> tuple[NumberFormat, str]:
+    """What decides which kernel runs a scheme."""
+    if scheme.weight.scale_format is not None:
+        return scheme.weight.format, "power-of-two scales"
+    if scheme.input is None:
+        return scheme.weight.format, "unquantized inputs"
+    return scheme.weight.format, "dynamic inputs" if scheme.input.dynamic else "static inputs"
 
 
 def _nothing_else(scheme: QuantScheme) -> bool:

@@ -288,6 +288,13 @@ def test_a_later_block_that_is_another_is_found_before_the_first_is_worked_on(op
     assert len(seen) == 2
 
 
+def test_the_residual_stream_of_an_encoder_with_a_decoder_is_refused(tmp_path, options):
+    make_model(tmp_path / "t5", "t5", vocab_size=make_tokenizer(tmp_path / "t5"))
+    recipe = recipe_of({"scheme": "int8-dynamic", "algorithms": [{"rotation": {"untie": True}}]})
+    with pytest.raises(RecipeError, match="has an encoder and a decoder"):
+        calibrate(replace(options, model=tmp_path / "t5", recipe=recipe))
+
+
 def test_tensors_that_nobody_runs_are_refused(options, copy, llama):
     from safetensors.torch import save_file
 

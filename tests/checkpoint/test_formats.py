@@ -370,6 +370,9 @@ def test_deepseeks_config_reads_as_block_fp8():
         {"quant_method": "fp8", "activation_scheme": "static"},
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": 128},
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128]},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [None, 128]},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, None]},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [None, None]},
     ],
     ids=str,
 )

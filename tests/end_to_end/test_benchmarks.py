@@ -9,6 +9,7 @@ import torch
 
 from quantkit.checkpoint.formats import read_quantization_config, stored_linears
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.cli.bench import BENCHMARK_KINDS
 from quantkit.exporter.verify import verify
 from quantkit.ops.reference import QuantizedTensor, quantize
 from quantkit.schemes.scheme import SCHEMES, QuantScheme
@@ -61,3 +62,24 @@ def test_dequantized_copies_hold_the_values_of_the_codes(llama, export_to, tmp_p
     weight = quantize(Checkpoint.open(llama).read(name).float(), SCHEMES["fp8-dynamic"].weight)
     assert torch.equal(values.read(name), weight.dequantize().bfloat16())
     assert read_quantization_config(values.config) is None
+
+
+@pytest.mark.slow
+def test_the_bench_of_multiplications_has_a_table_of_each_kind(tmp_path):
+    out = tmp_path / "matmul.md"
+    program = ROOT / "kernels" / "bench" / "matmul.py"
+    options = [
+        "--turns",
+        "1",
+        "--shape",
+        "64x64",
+        "-o",
+        str(out),
+        "--json",
+        str(tmp_path / "m.json"),
+    ]
+    subprocess.run([sys.executable, str(program), *options], check=True, capture_output=True)
+    text = out.read_text()
+    for kind in BENCHMARK_KINDS:
+        heading = text.index(f"## {kind}")
+        assert "| 64" in text[heading : text.find("\n## ", heading + 1)], kind

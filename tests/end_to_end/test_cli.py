@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_llama import make_llama
 
 from quantkit.cli.main import main
@@ -552,3 +552,16 @@ def test_bench_measures_each_kind_beside_its_rivals(run):
     assert "matmul_bf16" in table.stdout and "against float32 linear" in table.stdout
     usage = run("bench", "--shape", "96")
     assert usage.exit_code == 2 and "no shape" in usage.stderr
+
+
+def test_inspect_shows_a_checkpoint_with_stacked_quantized_experts(run_json, llama, export_to):
+    """No runtime reads such a file, but `inspect` shows what is there."""
+    out = export_to("fp8-dynamic")
+    tensors = load_file(out / "model.safetensors")
+    prefix = "model.layers.0.mlp.experts"
+    for name, shape in (("gate_up_proj", (2, 512, 128)), ("down_proj", (2, 128, 256))):
+        tensors[f"{prefix}.{name}.weight"] = torch.zeros(shape).to(torch.float8_e4m3fn)
+        tensors[f"{prefix}.{name}.weight_scale"] = torch.ones(2, shape[1], 1)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    shapes = {entry["name"]: entry["shape"] for entry in run_json("inspect", out)["linears"]}
+    assert shapes[f"{prefix}.down_proj"] == [] and shapes["model.layers.0.mlp.up_proj"]

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.verify import verify
 from quantkit.exporter.write import export
+from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 
@@ -276,6 +277,9 @@ def test_a_model_that_comes_in_fp8_blocks(tmp_path, text):
     assert "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv" in load_file(
         model / "model.safetensors"
     )
+    with pytest.raises(RecipeError, match="matches no module"):
+        ignored = Recipe(QuantScheme.parse("fp8-dynamic"), ignore=(Pattern("*.weight_scale_inv"),))
+        plan_export(ExportOptions(model, tmp_path / "none", ignored))
     go_the_whole_way(model, text, tmp_path, "int8-static")
     plan = plan_export(
         ExportOptions(

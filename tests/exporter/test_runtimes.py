@@ -1,11 +1,15 @@
 """What runtimes and hardware refuse."""
 
+from dataclasses import replace
+
 import pytest
 
 from quantkit.errors import RuntimeLimitError
 from quantkit.exporter.runtimes import as_computed, hardware_mode, runtime_problems
 from quantkit.models.assignment import QuantizedLinearInfo
-from quantkit.schemes.scheme import CATALOGUE, SCHEMES, UNKNOWN, QuantScheme
+from quantkit.schemes.number_formats import E8M0, FP8_E4M3, INT8
+from quantkit.schemes.quant_spec import CHANNEL, TENSOR, TOKEN, QuantSpec, block, group
+from quantkit.schemes.scheme import CATALOGUE, SCHEMES, QuantScheme
 from quantkit.schemes.serving import HARDWARE, RUNTIMES
 
 FP8 = [name for name in SCHEMES if "fp8" in name]
@@ -34,16 +38,16 @@ def test_every_row_tells_of_every_runtime_and_hardware():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_scheme_is_its_own_family_whatever_it_is_called(name):
+def test_a_scheme_has_its_row_whatever_it_is_called(name):
     renamed = QuantScheme("renamed", SCHEMES[name].weight, SCHEMES[name].input)
-    assert renamed.family == name
+    assert renamed.row is CATALOGUE[name]
 
 
 def test_int8_in_groups_belongs_to_the_packed_family():
     groups = QuantScheme.parse(
         {"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}}
     )
-    assert groups.family == "int8-weight-only"
+    assert groups.row is CATALOGUE["int8-weight-only"]
     assert runtime_problems("vllm", [QuantizedLinearInfo("a", (64, 64), groups)], []) == []
 
 
@@ -66,12 +70,36 @@ def test_int8_in_groups_belongs_to_the_packed_family():
     ],
     ids=str,
 )
-def test_a_scheme_of_no_row_is_unknown_to_every_runtime_and_hardware(description):
+def test_a_scheme_of_no_row_is_unknown_to_every_runtime(description):
     scheme = QuantScheme.parse(description)
-    assert scheme.family == UNKNOWN
+    assert scheme.row is None
     for runtime in RUNTIMES:
         (problem,) = runtime_problems(runtime, [QuantizedLinearInfo("a", (64, 64), scheme)], [])
         assert "not known to load" in problem
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "like"),
+    [
+        (QuantSpec(FP8_E4M3, TENSOR), QuantSpec(FP8_E4M3, TOKEN, dynamic=True), "fp8-dynamic"),
+        (QuantSpec(FP8_E4M3, block(64, 64)), QuantSpec(FP8_E4M3, group(64), True), "fp8-block"),
+        (QuantSpec(FP8_E4M3, group(64)), QuantSpec(FP8_E4M3, TENSOR), "fp8-static"),
+        (QuantSpec(FP8_E4M3, block(64, 64)), None, "fp8-weight-only"),
+        (QuantSpec(FP8_E4M3, group(32), scale_format=E8M0), None, "mxfp8"),
+        (QuantSpec(INT8, TENSOR), QuantSpec(INT8, TOKEN, dynamic=True), "int8-dynamic"),
+        (QuantSpec(INT8, TENSOR), None, "int8-weight-only"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_other_granularities_run_where_schemes_of_the_same_kernel_do(weight, inputs, like):
+    scheme = QuantScheme.of(weight, inputs)
+    for hardware in HARDWARE:
+        assert hardware_mode(scheme, hardware) == hardware_mode(SCHEMES[like], hardware)
+
+
+def test_hardware_of_an_unknown_number_format_is_not_guessed():
+    toy = replace(INT8, name="INT6", bits=6)
+    scheme = QuantScheme("toy", QuantSpec(toy, CHANNEL))
     for hardware in HARDWARE:
         with pytest.raises(RuntimeLimitError, match="not known"):
             as_computed(scheme, hardware)

@@ -48,6 +48,16 @@ def test_a_linear_that_runs_twice_stays_with_its_first_input():
     assert trace(block, run).shared_inputs == (("a",), ("b",))
 
 
+def test_empty_inputs_are_not_shared():
+    """They all have the address 0: experts that got no token read nothing in common."""
+    block = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+
+    def run() -> None:
+        block["a"](torch.empty(0, 4)), block["b"](torch.empty(0, 4)), block["c"](HIDDEN)
+
+    assert trace(block, run).shared_inputs == (("c",),)
+
+
 def test_no_hook_outlives_its_context():
     block = Block()
     with pytest.raises(ZeroDivisionError), capture({"q": block.q}, before=lambda *_: 1 / 0):
