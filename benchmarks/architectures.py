@@ -1,23 +1,21 @@
-"""Is what `export` writes served right? vLLM's probabilities of tiny models of many architectures
-beside quantkit's own of the same files.
+"""Does vLLM serve what `export` writes? Its probabilities for tiny models of many architectures,
+compared with quantkit's own for the same files.
 
-    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python            # about an
-    hour
-    python benchmarks/architectures.py --vllm-python /path/to/venv/bin/python --only llama --only
-    mixtral
+    python benchmarks/architectures.py --vllm-python PYTHON      # about an hour
+    python benchmarks/architectures.py --vllm-python PYTHON --only llama --only mixtral
 
 The models are those of tests/support/architecture_kinds.py, four times as wide. vLLM's CPU build
 gives the log probabilities of the whole vocabulary at each position of a few prompts; all distances
-are mean KL divergences from them. "agreement" is that of quantkit's served model of the same file.
-It means something beside three others: that of the unquantized model in both (vLLM may run an
+are mean KL divergences from them. "agreement" is the distance of quantkit's quantized model of the
+same file. Three others say what it means: the distance of the unquantized model (vLLM may run an
 architecture otherwise than transformers does), what quantization changes in vLLM itself, and the
-least that is left when every second scale of one Linear is doubled, of all its Linears in turn: a
-file that were read wrongly anywhere would be as far off as that.
+least distance when every second scale of one Linear is doubled, for each Linear in turn. A file
+that is read wrongly anywhere would be as far off as the last.
 
 In float32 nothing but the file decides, so that is tried first, with vLLM's oneDNN kernel for INT8;
 kernels for AMX, and those of experts, take bfloat16 only. `torch._scaled_mm` is answered in float32
 (served.py says why). Where vLLM leaves inputs as they are ("W8A16"), so does quantkit with
-`--hardware cpu`; the nearer of the two stands in the table. Rows are written when they are done,
+`--hardware cpu`; the table has the nearer of the two. Rows are written when they are done,
 and --only replaces those that it makes.
 """
 
@@ -77,8 +75,8 @@ SETTINGS = {
     "deepseek_v3": {**_LATENT, "topk_method": "noaux_tc"},
 }
 SECONDS = 300  # for one checkpoint
-# Each checkpoint in a process that is forked off behind the imports: an engine that dies, or
-# doesn't answer, takes no other with it. argv: a JSON list of {"checkpoint", "dtype"}, prompts,
+# Each checkpoint in a process that is forked after the imports: an engine that dies, or doesn't
+# answer, ends no other. argv: a JSON list of {"checkpoint", "dtype"}, prompts,
 # seconds. The first is the unquantized model: where that isn't served, nothing else is tried.
 # Prints a line for each: {"checkpoint", "answered", "version"} or {"checkpoint", "reason"}.
 SERVER = (
@@ -228,7 +226,7 @@ def _alive(group: int) -> bool:
 
 
 def log_probabilities(checkpoint: Path, hardware: str | None = None) -> Tensor:
-    """quantkit's, of the whole vocabulary behind each position but the last: [prompts, positions −
+    """quantkit's, of the whole vocabulary after each position but the last: [prompts, positions −
     1, vocabulary] float32.
     """
     model = whole_model(load_quantized_model(checkpoint, "cpu", hardware))

@@ -1,12 +1,12 @@
-"""How fast `quantkit calibrate` is beside the bare forward of the same tokens and beside
-llm-compressor, and how much memory it takes.
+"""The speed and memory of `quantkit calibrate`, compared with the bare forward of the same tokens
+and with llm-compressor.
 
     python benchmarks/calibrate.py                                              # about 15 minutes
     python benchmarks/calibrate.py --peer-python /path/to/venv/bin/python
 
 Speed: SmolLM2-135M, the same windows for each. The bare forward is transformers' own, the whole
 model in memory, one window after the other, without `lm_head` and without any statistics. The
-programs take turns; medians stand in the table, and of each turn's ratio to its bare forward, so
+programs take turns; the table has medians, also of each turn's ratio to its bare forward, so
 that a machine whose speed changes with its neighbours' work doesn't decide. Memory: Llamas of 2048
 hidden features with random weights, of 11, 22 (1.1 B parameters) and 44 layers.
 """
@@ -286,7 +286,7 @@ def main(
         f"{processor()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, kernels:"
         f" {native.cpu_level()}; medians of {repeats} turns"
     )
-    text = f"# Calibrate: beside the bare forward of the same tokens\n\n{where}.\n\n"
+    text = f"# Calibrate: compared with the bare forward of the same tokens\n\n{where}.\n\n"
     text += (
         f"SmolLM2-135M, {windows} windows of {seq_len} tokens, all statistics. Seconds: of the"
         " work; the whole process also imports and loads.\n\n"

@@ -1,14 +1,14 @@
-"""How fast `quantkit eval` is beside the naive loop over transformers, how much memory it takes,
-and how both grow with the text.
+"""The speed and memory of `quantkit eval`, compared with the naive loop over transformers, and how
+both grow with the text.
 
     python benchmarks/eval.py                     # about 10 minutes
 
 SmolLM2-135M and its int8-dynamic export, windows of 2048 tokens of the bundled text. The naive loop
 is that of most perplexity scripts: the whole model in bfloat16, one window after the other,
-`model(input_ids=window, labels=window).loss`, and it judges one model. `quantkit eval` judges two
-and compares their distributions at every token: its seconds are those of the whole of `evaluate`,
-so "per model" is half of them. The programs take turns, and of each turn's ratio the median stands
-in the table: a machine whose speed changes with its neighbours' work decides as little as can be.
+`model(input_ids=window, labels=window).loss`, and it evaluates one model. `quantkit eval` evaluates
+two and compares their distributions at every token: its seconds are those of the whole of
+`evaluate`, so "per model" is half of them. The programs take turns, and the table has the median of
+each turn's ratio, so that other work on the machine counts as little as possible.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def compare_speed(
 def compare_memory(
     work: Path, layers: tuple[int, ...], windows: int, length: int
 ) -> list[dict[str, Any]]:
-    """Peak memory of judging a Llama of random weights and its int8-dynamic export, by depth."""
+    """Peak memory of evaluating a Llama of random weights and its int8-dynamic export, by depth."""
     found = []
     for count in layers:
         model, quant = work / f"model-{count}", work / f"quant-{count}"
@@ -245,7 +245,7 @@ def main(
         for entry in speeds
     ]
     text = (
-        f"# Eval: beside the naive loop over transformers\n\nMachine: {machine()};"
+        f"# Eval: compared with the naive loop over transformers\n\nMachine: {machine()};"
         f" {f'medians of {repeats} turns' if repeats > 1 else 'one turn'}.\n\n"
     )
     text += (

@@ -1,13 +1,12 @@
-"""How fast `quantkit export` is, and how much memory it takes, beside `cp` and, where it is
-installed, llm-compressor's `model_free_ptq`.
+"""The speed and memory of `quantkit export`, compared with `cp` and, if it is installed,
+llm-compressor's `model_free_ptq`.
 
-    python benchmarks/export.py                              # 0.5 to 8 GB, about 10 minutes and 25
-    GB of disk
+    python benchmarks/export.py      # 0.5 to 8 GB, about 10 minutes and 25 GB of disk
     python benchmarks/export.py --layers 22 --peer-python /path/to/venv/bin/python
 
 The model is a Llama of 2048 hidden features with random weights in bfloat16; 22 layers are 1.1 B
 parameters, 2.2 GB. Each figure is a whole process on files in the page cache, start and imports
-included; the programs take turns, and the median of the turns stands in the table.
+included; the programs take turns, and the table has the medians of the turns.
 """
 
 from __future__ import annotations
@@ -339,7 +338,7 @@ def main(
         f" {native.cpu_level()}; medians of {repeats} turns"
     )
     text = (
-        f"# Export: whole processes beside `cp -r`\n\n{where}.\n\n"
+        f"# Export: whole processes compared with `cp -r`\n\n{where}.\n\n"
         + markdown_table(header, rows)
         + "\n"
     )

@@ -1,19 +1,19 @@
 """What each recipe costs on SmolLM2-135M: perplexity, KL, size, time and memory of every recipe in
 configs/, and of a model with outliers, as a table.
 
-    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt [--windows 60]
-    [--samples 64] [-o benchmarks/results] python benchmarks/quality.py --data wiki.test.raw
-    --calibration-data c4.txt --only int8-dynamic-best fp8-dynamic-best --vllm-python
-    /path/to/bin/python
+    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt \\
+        [--windows 60] [--samples 64] [-o benchmarks/results]
+    python benchmarks/quality.py --data wiki.test.raw --calibration-data c4.txt \\
+        --only int8-dynamic-best fp8-dynamic-best --vllm-python PYTHON
 
-Each recipe is calibrated (where it needs that) and exported by processes of their own, whose
-processor time and largest memory stand in the table, and judged by `eval` on the same windows of
-1024 tokens (protocol gptq), as the schemes say. Rows are written to quality.json and quality.md as
+Each recipe is calibrated, if it needs that, and exported by processes of their own: the table has
+their processor time and largest memory. `eval` compares the results on the same windows of 1024
+tokens (protocol gptq), as the schemes say. Rows are written to quality.json and quality.md as
 they are done, four at a time: a run that is stopped goes on with --only and what is missing. The
 rows "… on outliers" are of the same model after some channels of its norms, values and up
 projections were made 64 times as large, and what reads them as much smaller: it computes the same
 to the last bit. Rows "…, served by ampere or a CPU" are of the same files with their inputs left as
-they are. With --vllm-python a server's own perplexities of the first 10 windows stand beside.
+they are. With --vllm-python a server's own perplexities of the first 10 windows are added.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # The recipes that are also tried on the model with outliers, and what their rows are called.
 ON_OUTLIERS = {f"{name} on outliers": name for name in ("int8-dynamic", "int8-dynamic-best")}
 OUTLIER = 64.0
-# The recipes that are also judged as hardware without FP8 serves them, and what those rows' names
-# end in.
+# The recipes that are also evaluated as hardware without FP8 serves them, and what the names of
+# those rows end in.
 ALSO_WITHOUT_FP8 = ("fp8-dynamic", "fp8-dynamic-best")
 WITHOUT_FP8 = ", served by ampere or a CPU"
 
@@ -261,8 +261,8 @@ def _fits(name: str, recipe: Recipe) -> bool:
 def _measured(
     report: dict[str, Any], recipes: dict[str, Path], model: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """The report with the rows of these recipes: made one after the other, and judged beside one
-    run of the unquantized model.
+    """The report with the rows of these recipes: made one after the other, and
+    evaluated with one run of the unquantized model.
     """
     with tempfile.TemporaryDirectory() as temporary:
         made: dict[str, tuple[Path, dict[str, float]]] = {}

@@ -1,8 +1,7 @@
-"""Is `eval` faithful? Its perplexities beside those of vLLM (its own log probabilities of the
-prompt) and of transformers' logits, on the same windows.
+"""Is `eval` faithful? Its perplexities, compared with those of vLLM (its own log probabilities of
+the prompt) and of transformers' logits, on the same windows.
 
-    python benchmarks/served.py --data wiki.test.raw --vllm-python /path/to/venv/bin/python        #
-    about 10 minutes
+    python benchmarks/served.py --data wiki.test.raw --vllm-python PYTHON      # about 10 minutes
 
 SmolLM2-135M, protocol gptq, 10 windows of 1024 tokens, in bfloat16, int8-dynamic and fp8-dynamic.
 vLLM's CPU build gives FP8 inputs to `torch._scaled_mm`, which runs oneDNN's reference loop where
@@ -328,9 +327,7 @@ def main(data: str, windows: int, seq_len: int, vllm_python: str | None, output:
         f"SmolLM2-135M-Instruct, {Path(data).name}, the first {windows} windows of {seq_len}"
         " tokens, protocol gptq"
     )
-    text = (
-        f"# Eval beside vLLM and transformers\n\n{title}.\nMachine: {machine()}.\n\n{table(rows)}"
-    )
+    text = f"# Eval, vLLM and transformers\n\n{title}.\nMachine: {machine()}.\n\n{table(rows)}"
     output.parent.mkdir(exist_ok=True)
     output.write_text(text)
     write_json(

@@ -390,7 +390,7 @@ def try_architecture(kind: str, place: Path, text: Path) -> dict[str, Any]:
         result = evaluate(
             EvaluationOptions(model_path, (output,), (str(text),), SEQ_LEN, TOKENS, cache=False)
         ).to_json()
-    with step("calibrate", "quantkit"):  # last: what it refuses can be exported and judged
+    with step("calibrate", "quantkit"):  # last: what it refuses can be exported and evaluated
         summary = calibrate(
             CalibrationOptions(
                 model_path, place / "calib", (str(text),), num_samples=2, seq_len=SEQ_LEN
@@ -555,7 +555,7 @@ OUTCOMES = {
     "quantkit": "quantkit fails on",
     "transformers": (
         "have no small configuration that the script finds and transformers runs on a CPU, so that"
-        " they are not judged here"
+        " they are not evaluated here"
     ),
 }
 

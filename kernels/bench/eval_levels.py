@@ -4,7 +4,7 @@ their bfloat16 base, by instruction set.
     python kernels/bench/eval_levels.py [-o FILE.md] [--tokens 4096] [--turns 3]
 
 SmolLM2-135M and its exports, windows of 1024 tokens of the bundled text. Each turn is a process of
-its own that judges the base and all exports; kernels and torch (oneDNN) are asked for the same
+its own that evaluates the base and all exports; kernels and torch (oneDNN) are asked for the same
 instruction set. Rates are those that `eval` reports, the loss included; ratios are taken within a
 turn.
 """
@@ -102,7 +102,7 @@ def main() -> None:
     table = f"""# Eval by instruction set
 
 Machine: {processor()}. SmolLM2-135M, {arguments.tokens} tokens in windows of 1024;
-tokens per second as `quantkit eval` reports them, {times}; in brackets beside the bfloat16 base,
+tokens per second as `quantkit eval` reports them, {times}; in brackets next to the bfloat16 base,
 the median of the ratios within a turn. Kernels and torch are asked for the same instruction set.
 
 {markdown_table(["instruction set", "bfloat16 base", *SCHEMES], rows)}"""

@@ -1,4 +1,4 @@
-"""Speed of the CUDA kernels beside torch's, on one GPU.
+"""Speed of the CUDA kernels compared with torch's, on one GPU.
 
     python kernels/bench/gpu_speed.py FILE.jsonl [--seconds 180]
 
@@ -222,7 +222,7 @@ def multiplication(kind: str, out_features: int, in_features: int, tokens: int) 
 
 
 def conversions() -> Iterator[dict[str, Any]]:
-    """Quantization per token, per group and of keys, beside a copy of as many bytes."""
+    """Quantization per token, per group and of keys, compared with a copy of as many bytes."""
     for tokens, features in ((8192, 4096), (8192, 14336), (2048, 4096)):
         inputs = copies_of(torch.randn(tokens, features, device="cuda").bfloat16())
         moved = tokens * features * 3

@@ -1,5 +1,5 @@
-"""Speed of the CPU kernel observe_rows beside a copy of its input and beside torch doing the same
-passes, as a table.
+"""Speed of the CPU kernel observe_rows, compared with a copy of its input and with torch doing the
+same passes, as a table.
 
     python kernels/bench/observe_rows.py [-o FILE.md] [--json FILE] [--rounds 25]
 
@@ -168,7 +168,7 @@ def measure(rounds: int) -> list[dict]:
                 )
             ]
             run = kernel_run(library, case, values)
-            for level in reversed(levels):  # the best one beside the copy
+            for level in reversed(levels):  # the best one next to the copy
                 library.qk_select_cpu_level(level)
                 times.append((kernel[case, level], seconds(run)))
             library.qk_select_cpu_level(chosen)

@@ -1,5 +1,5 @@
-"""Speed of the CPU kernel quantize_blocks beside a copy of as many bytes and beside the reference
-arithmetic, as a table.
+"""Speed of the CPU kernel quantize_blocks, compared with a copy of as many bytes and with the
+reference arithmetic, as a table.
 
     python kernels/bench/quantize_blocks.py [-o FILE.md] [--json FILE] [--rounds 15]
 

@@ -1,5 +1,5 @@
 """Hidden states of base and candidate to each token's loss, likeliest token and KL: the kernel
-beside torch.
+compared with torch.
 
     python kernels/bench/score_logits.py [-o FILE.md] [--rounds 5]
 
