@@ -22,13 +22,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.exporter import runtimes
 from quantkit.ops.reference import quantize
-from quantkit.schemes.algorithms import (
-    ALGORITHMS,
-    CHANGES_WEIGHTS,
-    AlgorithmRow,
-    Description,
-    Setting,
-)
+from quantkit.schemes.algorithms import ALGORITHMS, AlgorithmRow, Description, Setting
 from quantkit.schemes.number_formats import FP8_E4M3
 from quantkit.schemes.quant_spec import QuantSpec, group
 from quantkit.schemes.scheme import CATALOGUE, SCHEMES, CatalogueRow, QuantScheme
@@ -166,7 +160,7 @@ def toy(monkeypatch):
     monkeypatch.setitem(sys.modules, "toy_algorithm", module)
     row = AlgorithmRow(
         "toy_algorithm",
-        changes=CHANGES_WEIGHTS,
+        is_recoverable=False,
         settings={"factor": Setting(1.0, 0.1, 2.0)},
         linear_fields={"shrunk_by": "magnitude"},
     )

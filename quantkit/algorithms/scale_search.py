@@ -51,7 +51,7 @@ def search_scale(
     amax = torch.stack([block_amax(weight, spec.granularity) for weight in weights]).amax(0)
     factors = (
         POWER_OF_TWO_FACTORS
-        if spec.scale_format is E8M0
+        if spec.scale_format == E8M0
         else FLOAT_FACTORS
         if spec.format.kind == "float"
         else INTEGER_FACTORS

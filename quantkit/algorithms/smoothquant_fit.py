@@ -39,9 +39,9 @@ def has_uniform_steps(scheme: QuantScheme) -> bool:
     """
     weight, inputs = scheme.weight, scheme.input
     return (
-        weight.format is INT8
+        weight.format == INT8
         and weight.granularity == CHANNEL
-        and (inputs is None or (inputs.format is INT8 and inputs.granularity == TOKEN))
+        and (inputs is None or (inputs.format == INT8 and inputs.granularity == TOKEN))
     )
 
 

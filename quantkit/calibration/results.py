@@ -31,7 +31,7 @@ from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.errors import CalibrationError, CheckpointError, RecipeError
-from quantkit.schemes.algorithms import ALGORITHMS, CHANGES_WEIGHTS
+from quantkit.schemes.algorithms import ALGORITHMS
 from quantkit.schemes.quant_spec import QuantSpec
 from quantkit.schemes.recipe import ObserverChoice, Recipe
 
@@ -52,7 +52,6 @@ class InputStatistics:
     tokens: how many were measured.
     amax: largest magnitude outside first positions; estimated where an expert had too few tokens.
     first_position_amax: largest magnitude in first positions of windows.
-    quarters: amax after each quarter of the data.
     is_estimated: whether amax is estimated.
     file: name of the file in CALIB with its full statistics.
     """
@@ -63,7 +62,6 @@ class InputStatistics:
     tokens: int
     amax: float
     first_position_amax: float
-    quarters: tuple[float, ...] = ()
     is_estimated: bool = False
     file: str = ""
 
@@ -161,7 +159,7 @@ class Calibration:
         if recipe is None:
             return
         for algorithm in Recipe.from_mapping(recipe, str(self.path)).algorithms:
-            if algorithm.row.changes == CHANGES_WEIGHTS:
+            if not algorithm.row.is_recoverable:
                 raise CalibrationError(
                     f"{self.path}: {algorithm.name} changed weights in a way that can't be undone"
                     " from their codes, so layers can't be scored one by one; leave out"
@@ -298,7 +296,6 @@ def _input_statistics(entry: Mapping[str, Any], files: Mapping[str, Any]) -> Inp
         entry["tokens"],
         float(entry["amax"]),
         float(entry["first_position_amax"]),
-        tuple(entry["amax_quarters"]),
         entry["estimated"],
         entry["file"],
     )

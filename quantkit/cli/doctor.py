@@ -240,7 +240,7 @@ def _tolerances(scheme: QuantScheme, device: str) -> tuple[float, float]:
     """
     from quantkit.schemes.number_formats import INT8
 
-    if scheme.weight.format is INT8 and scheme.input is not None:
+    if scheme.weight.format == INT8 and scheme.input is not None:
         return 0.0, 0.0
     return 2.0**-7, 1e-4 if device == "cpu" else 0.05
 

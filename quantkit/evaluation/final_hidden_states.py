@@ -21,10 +21,11 @@ from quantkit.errors import EvaluationError, NonFiniteError
 from quantkit.evaluation.hidden_state_cache import CachedHiddenStates, HiddenStateCache
 from quantkit.evaluation.masked_lm import Masking
 from quantkit.evaluation.quantized_model import QuantizedModel
+from quantkit.evaluation.scored_text import scored_states
 from quantkit.models.blockwise import BlockStep
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.skeleton import body_name
-from quantkit.models.task import CAUSAL, SEQ2SEQ
+from quantkit.models.task import CAUSAL
 from quantkit.models.threads import each_batch
 
 
@@ -40,7 +41,7 @@ class FinalHiddenStates:
     is_from_cache: whether an earlier run computed them.
     remarks: sentences for the user, such as why they were not cached.
     masking: how tokens were masked; None unless the model is a masked language model.
-    task: what the model predicts: CAUSAL, MASKED or TARGET.
+    task: what the model predicts: CAUSAL, MASKED or SEQ2SEQ.
     """
 
     windows: Mapping[int, Window]
@@ -53,12 +54,7 @@ class FinalHiddenStates:
 
     def scored(self, number: int) -> Tensor:
         """The hidden states that predict the scored tokens of a window, [scored, hidden size]."""
-        if self.masking is not None:
-            return self.masking.scored(self.states.get(number))
-        window = self.windows[number]
-        if self.task == SEQ2SEQ:
-            return self.states.get(number)[0]
-        return self.states.get(number)[0, window.first_scored - 1 : len(window.tokens) - 1]
+        return scored_states(self.states.get(number), self.windows[number], self.task, self.masking)
 
     def close(self) -> None:
         """Free the memory or the file of computed hidden states."""

@@ -405,7 +405,7 @@ KLD_BY_POSITION: Metric[tuple[PositionBin, ...]] = Metric(
 TOP1_AGREEMENT: Metric[float] = Metric(
     "top1_agreement",
     float,
-    lambda scores, text: _top1(scores, text).value,
+    lambda scores, text: float(scores.same_top1.mean()),
     columns=(Shown("same top-1", _percent),),
 )
 TOP1: Metric[Interval] = Metric(

@@ -5,11 +5,17 @@ which units perplexity is reported.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantkit.data.windows import Window, Windows
+from quantkit.models.task import SEQ2SEQ
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.evaluation.masked_lm import Masking
 
 
 @dataclass(frozen=True)
@@ -100,3 +106,17 @@ def _scored_bytes(windows: Windows, tokenizer: Any, protocol: str) -> int:
         )
 
     return sum(len(text(window).encode("utf-8", "replace")) for window in windows.windows)
+
+
+def scored_states(
+    states: Tensor, window: Window, task: str, masking: Masking | None = None
+) -> Tensor:
+    """The final hidden states that predict a window's scored tokens, [scored, hidden size].
+
+    states: those of all of the window's inputs, [rows, tokens, hidden size].
+    """
+    if masking is not None:
+        return masking.scored(states)
+    if task == SEQ2SEQ:
+        return states[0]
+    return states[0, window.first_scored - 1 : len(window.tokens) - 1]

@@ -162,7 +162,9 @@ class ExportPlan:
     @cached_property
     def fused_with(self) -> dict[str, tuple[str, ...]]:
         """Quantized Linear → the Linears that runtimes fuse it with, including itself."""
-        return {member: members for members in fused_layers(self.linears) for member in members}
+        alone = {name: (name,) for name in self.linears}
+        fused = {member: members for members in fused_layers(self.linears) for member in members}
+        return alone | fused
 
     def to_json(self) -> dict[str, Any]:
         """What `export --dry-run --json` prints."""

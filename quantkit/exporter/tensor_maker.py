@@ -110,10 +110,7 @@ class TensorMaker:
         if isinstance(job, KVScaleJob) or job.source in self._plan.added:
             return []
         if isinstance(job, LinearJob) and job.linear.scheme.weight.granularity == TENSOR:
-            return [
-                f"{member}.weight"
-                for member in self._plan.fused_with.get(job.linear.name, (job.linear.name,))
-            ]
+            return [f"{member}.weight" for member in self._plan.fused_with[job.linear.name]]
         return [job.source]
 
     def parts(self, job: Job) -> Iterator[Part]:
@@ -253,7 +250,7 @@ class _SharedAmax:
 
     def of(self, name: str) -> Tensor:
         """The largest magnitude for a Linear, [1, 1] float32."""
-        members = self._fused_with.get(name, (name,))
+        members = self._fused_with[name]
         with self._lock:
             lock = self._locks.setdefault(members, threading.Lock())
         with lock:
@@ -287,7 +284,7 @@ def input_scale_of(linear: QuantizedLinearInfo, plan: ExportPlan) -> Tensor:
     """
     calibration, spec = plan.calibration, linear.scheme.input
     assert calibration is not None and spec is not None, "static scales come from a calibration"
-    members = plan.fused_with.get(linear.name, (linear.name,))
+    members = plan.fused_with[linear.name]
     amax = max(
         calibration.static_amax(member, spec, plan.options.recipe.observer) for member in members
     )

@@ -256,9 +256,9 @@ def _product(
             * weight_scale
         )
     groups = block(1, group)
-    values = inputs.float()
-    if input_scale is not None:
-        values = reference.dequantize(inputs, input_scale, groups)
+    values = (
+        inputs.float() if input_scale is None else reference.dequantize(inputs, input_scale, groups)
+    )
     return values @ reference.dequantize(weight, weight_scale.T, groups).T
 
 

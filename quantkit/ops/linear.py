@@ -78,7 +78,7 @@ def kernel_for(
         return None, f"{reason} {dtype}"
     if inputs is None:
         return "matmul_weight_only", ""
-    if weight.format is INT8 and in_features >= LEAST_UNSAFE_INNER:
+    if weight.format == INT8 and in_features >= LEAST_UNSAFE_INNER:
         return None, "int32 doesn't hold sums over 131072 input features or more"
     return kernels.op, ""
 
@@ -146,7 +146,7 @@ class QuantizedLinear(nn.Module):
         self.group = _group(weight.spec, scheme.input, self.in_features)
         self.scale = self._scale_per_group(weight)
         self.powers_of_two = all(
-            spec.scale_format is E8M0 for spec in (weight.spec, scheme.input) if spec is not None
+            spec.scale_format == E8M0 for spec in (weight.spec, scheme.input) if spec is not None
         )
         self.kernel_bias = None if bias is None else bias.float()
 

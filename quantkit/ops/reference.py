@@ -2,8 +2,8 @@
 against this file.
 
 The same code handles every granularity, because a granularity is the shape of a block
-(`scheme.Granularity`). All arithmetic is float32. Values are divided by their scale, not multiplied
-by its reciprocal: the two can differ in the last bit, and then in the code.
+(`quant_spec.Granularity`). All arithmetic is float32. Values are divided by their scale, not
+multiplied by its reciprocal: the two can differ in the last bit, and then in the code.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def choose_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     formula and lower limit.
     """
     amax = amax.float()
-    if spec.scale_format is E8M0:
+    if spec.scale_format == E8M0:
         return _power_of_two_scale(amax, spec.format)
     # The divisor is a tensor: on CUDA, torch would multiply by a Python number's reciprocal.
     scale = amax / amax.new_full((), spec.format.max)

@@ -116,7 +116,7 @@ def dequantize(quantized: QuantizedTensor) -> Tensor:
 
 def scale_rule(spec: QuantSpec) -> str:
     """The ops' `rule` by which a spec's scales follow from an amax."""
-    if spec.scale_format is E8M0:
+    if spec.scale_format == E8M0:
         return "power_of_two"
     return "dynamic" if spec.dynamic else "stored"
 

@@ -25,9 +25,6 @@ from quantkit.errors import RecipeError
 # What an algorithm works on: a whole block before its Linears are quantized, or a group of Linears
 # that share an input.
 BLOCK, GROUP = "block", "group"
-# How it changes weights before they are rounded to codes. `sensitivity` recovers weights from codes
-# if they were rotated or their rows and columns scaled, and refuses CHANGES_WEIGHTS.
-CHANGES_NOTHING, ROTATES, SCALES, CHANGES_WEIGHTS = "nothing", "rotates", "scales", "weights"
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,8 @@ class AlgorithmRow:
 
     module: full name of the module that implements it.
     works_on: BLOCK or GROUP.
-    changes: how it changes weights, see above.
+    is_recoverable: whether `sensitivity` can undo from the codes what it does to weights, as it can
+        a rotation, or scaled rows and columns.
     settings: what a recipe may set, by name.
     sections: the lists that it adds to `chosen` in calibration.json, by name: the kind of each
         field of an entry (`calibration/fields.py`).
@@ -89,7 +87,7 @@ class AlgorithmRow:
 
     module: str
     works_on: str = GROUP
-    changes: str = CHANGES_NOTHING
+    is_recoverable: bool = True
     settings: Mapping[str, Setting] = field(default_factory=dict)
     sections: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     linear_fields: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +102,6 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
     "rotation": AlgorithmRow(
         "quantkit.calibration.rotate",
         works_on=BLOCK,
-        changes=ROTATES,
         settings={"residual": Setting(True), "heads": Setting(True), "untie": Setting(False)},
         sections={
             "rotations": {
@@ -120,7 +117,6 @@ ALGORITHMS: dict[str, AlgorithmRow] = {
     "smoothquant": AlgorithmRow(
         "quantkit.calibration.smooth",
         works_on=BLOCK,
-        changes=SCALES,
         settings={"strength": Setting(None)},
         sections={
             "folds": {

@@ -103,7 +103,7 @@ class LayerSwapper:
         amax = None
         if spec.granularity == TENSOR:
             # Fused Linears share one scale.
-            members = plan.fused_with.get(info.name, (info.name,))
+            members = plan.fused_with[info.name]
             amax = torch.stack([self._weight(member).abs().amax().float() for member in members])
             amax = amax.amax().reshape(1, 1)
         return ops.quantize(self._weight(info.name), spec, amax)

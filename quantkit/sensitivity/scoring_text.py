@@ -17,6 +17,7 @@ from quantkit.data.windows import Windows, targets_of
 from quantkit.errors import EvaluationError
 from quantkit.evaluation import masked_lm
 from quantkit.evaluation.masked_lm import Masking
+from quantkit.evaluation.scored_text import scored_states
 from quantkit.models.task import MASKED, SEQ2SEQ, task_of
 from quantkit.models.text import tokenizer_and_length
 from quantkit.sensitivity.options import SensitivityOptions
@@ -60,12 +61,7 @@ class ScoringText:
 
         states: those of all inputs of the window.
         """
-        window = self.windows.windows[number]
-        if self.masking is not None:
-            return self.masking.scored(states)
-        if self.task == SEQ2SEQ:
-            return states[0]
-        return states[0, window.first_scored - 1 : len(window.tokens) - 1]
+        return scored_states(states, self.windows.windows[number], self.task, self.masking)
 
 
 def open_text(options: SensitivityOptions, processes: int) -> ScoringText:

@@ -63,7 +63,6 @@ class Streams:
             [place for place, of in enumerate(block_of) if of == number]
             for number in range(block_count)
         ]
-        self.total_runs = count_block_runs(variants, block_of, block_count)
         # The variants of each stream: before each block, and after the last.
         self.members: list[dict[int, list[int]]] = [{0: list(range(len(variants)))}]
         self.jobs: list[list[Job]] = []
@@ -71,13 +70,13 @@ class Streams:
             jobs, members = _branched(self.members[-1], variants, places)
             self.jobs.append(jobs)
             self.members.append(members)
+        self.total_runs = sum(len(job.pairs) for jobs in self.jobs for job in jobs)
 
-    def of_variants(self, number: int) -> tuple[int, ...]:
-        """Each variant's stream before a block."""
+    @property
+    def of_variants(self) -> tuple[int, ...]:
+        """Each variant's stream after the last block."""
         stream_of = {
-            variant: stream
-            for stream, members in self.members[number].items()
-            for variant in members
+            variant: stream for stream, members in self.members[-1].items() for variant in members
         }
         return tuple(stream_of[variant] for variant in range(len(stream_of)))
 

@@ -55,13 +55,11 @@ class VariantStates:
 
     windows: how many there are on all ranks.
     stream_of: each variant's stream; equal variants share one.
-    block_runs: how often blocks ran over all windows.
     """
 
     states: HiddenStates
     windows: int
     stream_of: tuple[int, ...]
-    block_runs: int
 
     def get(self, variant: int, window: int) -> Tensor:
         """[rows, positions, hidden size]"""
@@ -126,9 +124,7 @@ def run_variants(
     except BaseException:
         states.close()
         raise
-    return VariantStates(
-        states, numbering.windows, streams.of_variants(blocks.block_count), streams.total_runs
-    )
+    return VariantStates(states, numbering.windows, streams.of_variants)
 
 
 @dataclass
@@ -237,8 +233,8 @@ class _Run:
         return self.numbering.of_streams(self.streams.members[number])
 
     def _encoder_blocks(self) -> int:
-        count = self.blocks.block_count
-        return next((number for number in range(count) if self.blocks.reads_encoder(number)), 0)
+        encoder, *decoder = self.blocks.stages
+        return len(encoder.stack) if decoder else 0
 
 
 def _encoded_name(batch: int) -> str:
