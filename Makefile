@@ -1,6 +1,3 @@
-# make demo, make check, make test: each makes .venv if it is missing, installs from PyPI, and does its work.
-# No GPU or model hub is needed; a C++ compiler, where there is one, builds the CPU kernels, and nvcc the CUDA kernels.
-# make gpu is for a machine with a GPU: it runs from this tree with the torch that PYTHON has, and installs nothing.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet

@@ -146,11 +146,7 @@ class EvalFiles:
 
     def check(self) -> None:
         """Refuse, before anything runs, what can't be written."""
-        from quantkit.evaluation.html import require_matplotlib
-
         require_places(output=self.output, html=self.html, markdown=self.markdown)
-        if self.html is not None:
-            require_matplotlib()
 
     def write(self, result: Evaluation) -> None:
         from quantkit.checkpoint.files import finite, write_json, write_text
@@ -166,7 +162,9 @@ class EvalFiles:
 
 
 def require_places(**files: Path | None) -> None:
-    """Refuse files that are the same, or whose directory doesn't exist. files: by option."""
+    """Refuse files that are the same, whose directory doesn't exist, or that need a missing extra.
+    files: by option.
+    """
     given = {name: path for name, path in files.items() if path is not None}
     if len({path.resolve() for path in given.values()}) < len(given):
         *first, last = (f"--{name.replace('_', '-')}" for name in files)
@@ -177,6 +175,10 @@ def require_places(**files: Path | None) -> None:
                 f"there is no directory {path.absolute().parent} to write {path.name} to; create"
                 " it first"
             )
+    if "html" in given:
+        from quantkit.evaluation.html import require_matplotlib
+
+        require_matplotlib()
 
 
 def _print_evaluation(out: Output, result: Evaluation) -> None:

@@ -132,11 +132,7 @@ class SensitivityFiles:
 
     def check(self) -> None:
         """Refuse, before anything runs, what can't be written."""
-        from quantkit.evaluation.html import require_matplotlib
-
         require_places(output=self.output, html=self.html, recipe_out=self.recipe_out)
-        if self.html is not None:
-            require_matplotlib()
 
     def write(self, result: dict[str, Any], model: Path) -> None:
         """The page and the recipe; the JSON is written when its run ends."""

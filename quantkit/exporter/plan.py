@@ -21,9 +21,9 @@ from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, KV_SUFFIXES, Format
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.shard_plan import TensorPlan
+from quantkit.exporter.ignore_targets import ignore_targets, patterns_outside_blocks
 from quantkit.exporter.plan_calibration import open_calibration
 from quantkit.exporter.plan_warnings import plan_warnings
-from quantkit.exporter.skipped_linears import patterns_outside_blocks, skipped_linears
 from quantkit.models.assignment import (
     IGNORED,
     Assignment,
@@ -203,7 +203,7 @@ def plan_export(
     checkpoint = checkpoint or Checkpoint.open(options.model)
     recipe, file_format = options.recipe, FORMATS[options.file_format]
     assignment = assign_layers(checkpoint, recipe, options.file_format, options.allow_unreached)
-    skipped = skipped_linears(assignment)
+    skipped = ignore_targets(assignment)
     warnings = plan_warnings(recipe, assignment, skipped, options.file_format, options.runtime)
     fingerprint, calibration = checkpoint.fingerprint(), None
     if not calibration_follows:

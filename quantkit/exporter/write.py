@@ -40,7 +40,7 @@ class ExportSummary:
 
     path: output directory.
     quantized: number of quantized Linears.
-    skipped: number of skipped Linears.
+    skipped: number of entries in the config's `ignore`: skipped Linears, and patterns for experts.
     bytes_before: size of the model's tensors.
     bytes_after: size of the output's tensors.
     warnings: one sentence each.

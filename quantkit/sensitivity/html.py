@@ -14,6 +14,8 @@ from quantkit.evaluation.html import (
     require_matplotlib,
     table_html,
 )
+from quantkit.sensitivity.choices import RECIPE
+from quantkit.sensitivity.options import KEEP
 from quantkit.sensitivity.report import (
     GROUP_COLUMNS,
     LINE_COLUMNS,
@@ -68,7 +70,7 @@ def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
     kinds = list(dict.fromkeys(entry["kind"] for entry in result["sets"]))
     blocks = max(entry["block"] for entry in result["sets"]) + 1
     grid = [[math.nan] * blocks for _ in kinds]
-    values = [entry["choices"]["recipe"]["own_kld"] for entry in result["sets"]]
+    values = [entry["choices"][RECIPE]["own_kld"] for entry in result["sets"]]
     most = max(values) or 1.0
     for entry, value in zip(result["sets"], values):
         # Losses below a thousandth of the largest are negligible, and zero has no logarithm.
@@ -90,7 +92,7 @@ def _draw_lines(axes: Axes, result: dict[str, Any]) -> None:
     for number, line in enumerate(result["pareto"]):
         color = COLORS[number % len(COLORS)]
         points = line["points"]
-        label = "stored dtype" if line["to"] == "keep" else line["to"]
+        label = "stored dtype" if line["to"] == KEEP else line["to"]
         axes.plot(
             [point["bytes"] / 1e9 for point in points],
             [point["kld_predicted"] for point in points],

@@ -67,8 +67,9 @@ class LayerGroups:
     def uniform(self, choice: int) -> Variant:
         return (choice,) * len(self.groups)
 
-    def with_choice(self, variant: Variant, place: int, choice: int) -> Variant:
-        return (*variant[:place], choice, *variant[place + 1 :])
+
+def with_choice(variant: Variant, place: int, choice: int) -> Variant:
+    return (*variant[:place], choice, *variant[place + 1 :])
 
 
 def open_layer_groups(choices: Choices, trust_remote_code: bool, device: str) -> LayerGroups:
@@ -109,7 +110,7 @@ def first_pass(scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr) -> di
     nothing, unperturbed = model.uniform(KEEP_NUMBER), (0,) * len(perturbations)
     variants: dict[Label, Variant] = {BASE: nothing}
     variants |= {
-        alone(place, choice): model.with_choice(nothing, place, choice) for place, choice in singles
+        alone(place, choice): with_choice(nothing, place, choice) for place, choice in singles
     }
     variants |= {whole(choice): model.uniform(choice) for choice in wholes}
     variants = {label: (*variant, *unperturbed) for label, variant in variants.items()}
@@ -181,7 +182,7 @@ def second_pass(
     quantized = model.uniform(RECIPE_NUMBER)
     variants: dict[Label, Variant] = {BASE: model.uniform(KEEP_NUMBER), QUANTIZED: quantized}
     for place in ranked[:RESTORED]:
-        variants[restored(place)] = model.with_choice(quantized, place, KEEP_NUMBER)
+        variants[restored(place)] = with_choice(quantized, place, KEEP_NUMBER)
     for number, line in enumerate(lines):
         to = choices.names.index(line["to"])
         for moved in line["measured"]:

@@ -22,7 +22,7 @@ _LINEAR_KINDS = (
 )
 
 
-def skipped_linears(assignment: Assignment) -> list[str]:
+def ignore_targets(assignment: Assignment) -> list[str]:
     """Targets for the `ignore` list of `quantization_config`: the names of all modules that may be
     a Linear in a runtime and are not quantized, and a pattern for each layer's unquantized experts.
     """
