@@ -28,10 +28,23 @@ import re
 class QuantkitError(Exception):
     """The base class. A message says what was given, what is allowed and what to do.
 
+    Messages name parameters as Python has them, in backticks: `seq_len`, `overwrite=True`. The
+    command line replaces them by its options (`cli/console.py`).
+
+    message: what is wrong.
+    hint: what to do about it; `str()` of the error gives both.
     exit_code: exit code of a command that ends with this error.
     """
 
     exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}; {hint}" if hint else message)
+        self.hint = hint
+
+
+class QuantkitWarning(UserWarning):
+    """Something that the caller should know, while the work goes on."""
 
 
 class CheckpointError(QuantkitError):

@@ -20,7 +20,8 @@ ROOMS = (
     "calibration",
     "exporter",
     "evaluation",
-    "sensitivity",
+    "layer_sensitivity",
+    "api",
     "cli",
 )
 WITHOUT_TORCH = (

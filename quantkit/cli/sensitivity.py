@@ -138,9 +138,9 @@ class SensitivityFiles:
         """The page and the recipe; the JSON is written when its run ends."""
         from quantkit.checkpoint.files import write_text
         from quantkit.checkpoint.reader import Checkpoint
+        from quantkit.layer_sensitivity.advice import UNSTORED_KEYS, solution_recipe
+        from quantkit.layer_sensitivity.html import sensitivity_html
         from quantkit.schemes.mixed_recipe import recipe_text
-        from quantkit.sensitivity.advice import UNSTORED_KEYS, solution_recipe
-        from quantkit.sensitivity.html import sensitivity_html
 
         if self.html is not None:
             lasting = {key: value for key, value in result.items() if key not in UNSTORED_KEYS}
@@ -166,8 +166,8 @@ def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
 
 def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     from quantkit.cli.tables import Progress
-    from quantkit.sensitivity.options import SensitivityOptions
-    from quantkit.sensitivity.score import score_sensitivity
+    from quantkit.layer_sensitivity.options import SensitivityOptions
+    from quantkit.layer_sensitivity.score import score_sensitivity
 
     options = options_from(
         SensitivityOptions,
@@ -184,7 +184,7 @@ def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """An earlier run's result with another budget's solution, written to -o if that is given."""
     from quantkit.checkpoint.files import finite, write_json
     from quantkit.checkpoint.reader import Checkpoint
-    from quantkit.sensitivity.advice import read_earlier_result, solve_again
+    from quantkit.layer_sensitivity.advice import read_earlier_result, solve_again
 
     if arguments["scheme"] is not None or arguments["recipe"] is not None:
         raise click.UsageError(
@@ -217,7 +217,7 @@ def _print_next(
 
 def _print_result(out: Output, result: dict[str, Any]) -> None:
     from quantkit.cli.tables import print_json, print_table
-    from quantkit.sensitivity.report import (
+    from quantkit.layer_sensitivity.report import (
         GROUP_COLUMNS,
         LINE_COLUMNS,
         SHOWN,

@@ -21,7 +21,7 @@ SCORING = (
 import transformers
 transformers.utils.logging.disable_progress_bar()
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-import quantkit.evaluation.logits, quantkit.sensitivity.layer_swap
+import quantkit.evaluation.logits, quantkit.layer_sensitivity.layer_swap
 from quantkit.models import saved_states
 from quantkit.cli.main import main
 
@@ -116,7 +116,7 @@ def whole(run, llama, text, tmp_path):
 @pytest.fixture
 def stopped(run, llama, text, tmp_path, monkeypatch):
     """What SIGTERM leaves in a run that has scored some windows: the output that was asked for."""
-    from quantkit.sensitivity.progress import ResumeState
+    from quantkit.layer_sensitivity.progress import ResumeState
 
     add, rounds = ResumeState.add, []
 
@@ -140,7 +140,7 @@ def stopped(run, llama, text, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_and_scores_no_window_twice(
     run, llama, text, whole, stopped, monkeypatch
 ):
-    from quantkit.sensitivity.progress import ResumeState
+    from quantkit.layer_sensitivity.progress import ResumeState
 
     assert not stopped.exists() and stopped.with_name("r.json.partial").is_dir()
     kept = [

@@ -21,7 +21,7 @@ _FORKS.set_forkserver_preload(
         "quantkit.calibration.calibrate",
         "quantkit.evaluation.evaluate",
         "quantkit.exporter.write",
-        "quantkit.sensitivity.score",
+        "quantkit.layer_sensitivity.score",
     ]
 )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quantkit.errors import EvaluationError
-from quantkit.sensitivity.knapsack import Item, parse_size, solve
+from quantkit.layer_sensitivity.knapsack import Item, parse_size, solve
 
 
 def random_items(generator: np.random.Generator, count: int, choices: int) -> list[Item]:

@@ -18,9 +18,9 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluation import masked_lm
 from quantkit.evaluation.masked_lm import Masking
 from quantkit.evaluation.scored_text import scored_states
+from quantkit.layer_sensitivity.options import SensitivityOptions
 from quantkit.models.task import MASKED, SEQ2SEQ, task_of
 from quantkit.models.text import tokenizer_and_length
-from quantkit.sensitivity.options import SensitivityOptions
 
 # Short, so that there are several windows and thus intervals, but long enough for attention.
 DEFAULT_LENGTH = 256

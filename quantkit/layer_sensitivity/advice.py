@@ -14,13 +14,13 @@ from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError
 from quantkit.exporter.plan import ExportOptions, plan_export
+from quantkit.layer_sensitivity import knapsack
+from quantkit.layer_sensitivity.choices import RECIPE
+from quantkit.layer_sensitivity.options import KEEP
 from quantkit.models.tensor_roles import linears_of
 from quantkit.schemes.mixed_recipe import mixed_recipe
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
-from quantkit.sensitivity import knapsack
-from quantkit.sensitivity.choices import RECIPE
-from quantkit.sensitivity.options import KEEP
 
 SCHEMA_VERSION = 1
 # Keys of a result that are printed but not stored: they differ from run to run.

@@ -14,9 +14,9 @@ from quantkit.evaluation.html import (
     require_matplotlib,
     table_html,
 )
-from quantkit.sensitivity.choices import RECIPE
-from quantkit.sensitivity.options import KEEP
-from quantkit.sensitivity.report import (
+from quantkit.layer_sensitivity.choices import RECIPE
+from quantkit.layer_sensitivity.options import KEEP
+from quantkit.layer_sensitivity.report import (
     GROUP_COLUMNS,
     LINE_COLUMNS,
     group_rows,

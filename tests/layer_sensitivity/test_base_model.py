@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from quantkit.errors import EvaluationError
+from quantkit.layer_sensitivity.base_model import recovered_weight
 from quantkit.ops.reference import quantize, sqnr_db
 from quantkit.schemes.scheme import SCHEMES
-from quantkit.sensitivity.base_model import recovered_weight
 
 
 def test_scales_that_were_folded_before_rounding_are_found_again():

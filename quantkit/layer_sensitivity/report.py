@@ -8,8 +8,8 @@ from typing import Any
 
 from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.evaluation.intervals import Interval
-from quantkit.sensitivity.choices import RECIPE
-from quantkit.sensitivity.options import KEEP
+from quantkit.layer_sensitivity.choices import RECIPE
+from quantkit.layer_sensitivity.options import KEEP
 
 SHOWN = 15  # layer groups; all of them with -v
 GROUP_COLUMNS = (

@@ -21,19 +21,19 @@ from quantkit import __version__
 from quantkit.checkpoint.files import finite, write_json
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
 from quantkit.errors import EvaluationError
+from quantkit.layer_sensitivity.advice import SCHEMA_VERSION
+from quantkit.layer_sensitivity.choices import Choices, open_choices
+from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
+from quantkit.layer_sensitivity.measure import Progress, VariantScorer
+from quantkit.layer_sensitivity.options import SensitivityOptions
+from quantkit.layer_sensitivity.passes import first_pass, open_layer_groups, second_pass
+from quantkit.layer_sensitivity.progress import ResumeState, finished_result
+from quantkit.layer_sensitivity.scoring_text import ScoringText, open_text
 from quantkit.models.distributed import joined_ranks
 from quantkit.models.hidden_states import peak_memory_bytes
 from quantkit.models.machine import device_identity, software_versions
 from quantkit.models.skeleton import pick_device
 from quantkit.ops.native import cpu_level
-from quantkit.sensitivity.advice import SCHEMA_VERSION
-from quantkit.sensitivity.choices import Choices, open_choices
-from quantkit.sensitivity.layer_sqnr import LayerSqnr
-from quantkit.sensitivity.measure import Progress, VariantScorer
-from quantkit.sensitivity.options import SensitivityOptions
-from quantkit.sensitivity.passes import first_pass, open_layer_groups, second_pass
-from quantkit.sensitivity.progress import ResumeState, finished_result
-from quantkit.sensitivity.scoring_text import ScoringText, open_text
 
 
 def score_sensitivity(

@@ -16,25 +16,25 @@ from quantkit.data.windows import Window
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.exporter.write import export
-from quantkit.models.tensor_roles import fused_layers
-from quantkit.schemes.recipe import Recipe
-from quantkit.schemes.scheme import QuantScheme
-from quantkit.sensitivity.advice import (
+from quantkit.layer_sensitivity.advice import (
     predicted_kld,
     read_earlier_result,
     size_of,
     solution_recipe,
     solve_again,
 )
-from quantkit.sensitivity.base_model import BaseModel, open_base_model
-from quantkit.sensitivity.choices import RECIPE, Choices
-from quantkit.sensitivity.layer_groups import LayerGroup, layer_groups
-from quantkit.sensitivity.layer_swap import LayerSwapper
-from quantkit.sensitivity.options import KEEP, SensitivityOptions
-from quantkit.sensitivity.passes import open_layer_groups
-from quantkit.sensitivity.score import score_sensitivity
-from quantkit.sensitivity.streams import Streams, count_block_runs
-from quantkit.sensitivity.variants import VariantStates, run_variants
+from quantkit.layer_sensitivity.base_model import BaseModel, open_base_model
+from quantkit.layer_sensitivity.choices import RECIPE, Choices
+from quantkit.layer_sensitivity.layer_groups import LayerGroup, layer_groups
+from quantkit.layer_sensitivity.layer_swap import LayerSwapper
+from quantkit.layer_sensitivity.options import KEEP, SensitivityOptions
+from quantkit.layer_sensitivity.passes import open_layer_groups
+from quantkit.layer_sensitivity.score import score_sensitivity
+from quantkit.layer_sensitivity.streams import Streams, count_block_runs
+from quantkit.layer_sensitivity.variants import VariantStates, run_variants
+from quantkit.models.tensor_roles import fused_layers
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import QuantScheme
 
 INT8 = Recipe(QuantScheme.parse("int8-dynamic"))
 BLOCKS, GROUPS = 3, 12
@@ -511,7 +511,8 @@ def test_another_budget_is_solved_without_running_anything(
     stored, recipe = tmp_path / "r.json", tmp_path / "m.yaml"
     stored.write_text(json.dumps(result))
     monkeypatch.setattr(
-        "quantkit.sensitivity.variants.run_variants", lambda *_: pytest.fail("a model was run")
+        "quantkit.layer_sensitivity.variants.run_variants",
+        lambda *_: pytest.fail("a model was run"),
     )
     done = run(
         "sensitivity",
@@ -591,7 +592,7 @@ def test_exceptions_of_the_recipe_stay_and_patterns_match_nothing_else(result, p
 
 
 def test_the_page_has_a_heat_map_and_needs_no_network(result):
-    from quantkit.sensitivity.html import sensitivity_html
+    from quantkit.layer_sensitivity.html import sensitivity_html
 
     page = sensitivity_html(result)
     assert (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantkit.sensitivity.layer_groups import LayerGroup
+from quantkit.layer_sensitivity.layer_groups import LayerGroup
 
 MEASURED_BLOCKS = 8  # in which the noise floor is measured, evenly spread
 

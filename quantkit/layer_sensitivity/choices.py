@@ -13,9 +13,9 @@ from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exporter.plan import ExportOptions, ExportPlan, ParameterPlan, plan_export
+from quantkit.layer_sensitivity.options import KEEP, SensitivityOptions
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
-from quantkit.sensitivity.options import KEEP, SensitivityOptions
 
 RECIPE = "recipe"  # the choice of quantizing as in the recipe
 KEEP_NUMBER, RECIPE_NUMBER = 0, 1  # of these two in `Choices.names`; other schemes follow

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.layer_sensitivity.base_model import BaseModel
 from quantkit.models.distributed import Ranks
 from quantkit.models.hooks import capture
 from quantkit.models.threads import one_thread
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor, sqnr_db
-from quantkit.sensitivity.base_model import BaseModel
 
 # Rows of each Linear's input: so many positions of each of so many windows.
 SAMPLED_WINDOWS, SAMPLED_POSITIONS = 4, 64

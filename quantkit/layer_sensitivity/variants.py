@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError, NonFiniteError
+from quantkit.layer_sensitivity.streams import Job, Numbering, Streams, Variant
 from quantkit.models.blockwise import BlockStep, BlockwiseModel, Walk
 from quantkit.models.hidden_states import HiddenStates
 from quantkit.models.saved_states import SavedStates
 from quantkit.models.threads import each_batch
-from quantkit.sensitivity.streams import Job, Numbering, Streams, Variant
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from tiny_models import make_model
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.exporter.plan import ExportOptions, plan_export
+from quantkit.layer_sensitivity.advice import solution_recipe
 from quantkit.models.assignment import assign_layers
 from quantkit.schemes.pattern import Pattern
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
-from quantkit.sensitivity.advice import solution_recipe
 
 INT8 = Recipe(QuantScheme.parse("int8-dynamic"))
 

@@ -18,16 +18,16 @@ from quantkit import ops
 from quantkit.evaluation.quantized_experts import ExpertInput
 from quantkit.exporter.plan import ExportPlan
 from quantkit.exporter.tensor_maker import input_scale_of
+from quantkit.layer_sensitivity.base_model import BaseModel
+from quantkit.layer_sensitivity.choices import KEEP_NUMBER, RECIPE_NUMBER, Choices
+from quantkit.layer_sensitivity.layer_groups import LayerGroup
+from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
+from quantkit.layer_sensitivity.variants import Swap
 from quantkit.models.assignment import QuantizedLinearInfo
 from quantkit.models.experts import is_experts, stack_names
 from quantkit.ops.linear import QuantizedLinear
 from quantkit.ops.reference import QuantizedTensor
 from quantkit.schemes.quant_spec import TENSOR
-from quantkit.sensitivity.base_model import BaseModel
-from quantkit.sensitivity.choices import KEEP_NUMBER, RECIPE_NUMBER, Choices
-from quantkit.sensitivity.layer_groups import LayerGroup
-from quantkit.sensitivity.layer_sqnr import LayerSqnr
-from quantkit.sensitivity.variants import Swap
 
 PERTURBED = 1 / 12  # fraction of outputs that a perturbation changes by one rounding step
 

@@ -19,15 +19,15 @@ from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.quantized_model import load_quantized_model
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.write import export
+from quantkit.layer_sensitivity.base_model import open_base_model
+from quantkit.layer_sensitivity.choices import RECIPE, Choices
+from quantkit.layer_sensitivity.layer_swap import LayerSwapper
+from quantkit.layer_sensitivity.options import SensitivityOptions
+from quantkit.layer_sensitivity.passes import open_layer_groups
+from quantkit.layer_sensitivity.score import score_sensitivity
+from quantkit.layer_sensitivity.variants import run_variants
 from quantkit.models import saved_states
 from quantkit.schemes.recipe import Recipe
-from quantkit.sensitivity.base_model import open_base_model
-from quantkit.sensitivity.choices import RECIPE, Choices
-from quantkit.sensitivity.layer_swap import LayerSwapper
-from quantkit.sensitivity.options import SensitivityOptions
-from quantkit.sensitivity.passes import open_layer_groups
-from quantkit.sensitivity.score import score_sensitivity
-from quantkit.sensitivity.variants import run_variants
 
 pytestmark = pytest.mark.slow  # each test runs several commands on a model
 

@@ -16,18 +16,18 @@ from torch import nn
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.intervals import Interval, paired_interval, perplexity_change_pct
 from quantkit.evaluation.logits import POSITIONS_PER_CHUNK, OutputHead, score_variants
+from quantkit.layer_sensitivity.base_model import open_base_model
+from quantkit.layer_sensitivity.choices import Choices
+from quantkit.layer_sensitivity.layer_groups import LayerGroup
+from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
+from quantkit.layer_sensitivity.layer_swap import LayerSwapper, Perturbation
+from quantkit.layer_sensitivity.options import SensitivityOptions
+from quantkit.layer_sensitivity.progress import ResumeState, WindowScores
+from quantkit.layer_sensitivity.scoring_text import ScoringText
+from quantkit.layer_sensitivity.streams import Variant, count_block_runs
+from quantkit.layer_sensitivity.variants import VariantStates, run_variants
 from quantkit.models.distributed import Ranks
 from quantkit.models.threads import each_batch
-from quantkit.sensitivity.base_model import open_base_model
-from quantkit.sensitivity.choices import Choices
-from quantkit.sensitivity.layer_groups import LayerGroup
-from quantkit.sensitivity.layer_sqnr import LayerSqnr
-from quantkit.sensitivity.layer_swap import LayerSwapper, Perturbation
-from quantkit.sensitivity.options import SensitivityOptions
-from quantkit.sensitivity.progress import ResumeState, WindowScores
-from quantkit.sensitivity.scoring_text import ScoringText
-from quantkit.sensitivity.streams import Variant, count_block_runs
-from quantkit.sensitivity.variants import VariantStates, run_variants
 
 VARIANTS_AT_ONCE = 16  # that one thread scores together
 

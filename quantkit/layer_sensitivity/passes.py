@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import EvaluationError
-from quantkit.sensitivity.advice import additivity, pareto_lines, ranking, solve
-from quantkit.sensitivity.base_model import open_base_model
-from quantkit.sensitivity.choices import KEEP_NUMBER, RECIPE_NUMBER, Choices
-from quantkit.sensitivity.layer_groups import LayerGroup, layer_groups
-from quantkit.sensitivity.layer_sqnr import LayerSqnr
-from quantkit.sensitivity.layer_swap import Perturbation
-from quantkit.sensitivity.measure import VariantMetrics, VariantScorer
-from quantkit.sensitivity.noise_floor import NoiseFloor, depths, measured_blocks
-from quantkit.sensitivity.streams import Variant
+from quantkit.layer_sensitivity.advice import additivity, pareto_lines, ranking, solve
+from quantkit.layer_sensitivity.base_model import open_base_model
+from quantkit.layer_sensitivity.choices import KEEP_NUMBER, RECIPE_NUMBER, Choices
+from quantkit.layer_sensitivity.layer_groups import LayerGroup, layer_groups
+from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
+from quantkit.layer_sensitivity.layer_swap import Perturbation
+from quantkit.layer_sensitivity.measure import VariantMetrics, VariantScorer
+from quantkit.layer_sensitivity.noise_floor import NoiseFloor, depths, measured_blocks
+from quantkit.layer_sensitivity.streams import Variant
 
 RESTORED = 10  # groups that are kept, one at a time, in an otherwise quantized model
 
