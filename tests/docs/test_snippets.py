@@ -1,5 +1,5 @@
-"""Every Python block of README and docs/ runs, in a directory with a tiny model and short texts under
-the names that the blocks use.
+"""Every Python block of README and docs/ runs, in a directory with a tiny model and short texts
+under the names that the blocks use.
 """
 
 import re
