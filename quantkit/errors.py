@@ -1,6 +1,7 @@
 """The errors of quantkit. Each has a message of one sentence for the user, and an exit code.
 
     QuantkitError            1   any of the following, or a fault of the machine
+    ├── ArgumentError        1   an argument of a function has a value that isn't allowed
     ├── CheckpointError      1   a model directory can't be read or isn't supported
     ├── DownloadError        1   the hub didn't deliver a shard; finished work is kept
     ├── RecipeError          1   a scheme, recipe or pattern makes no sense for this model
@@ -23,6 +24,7 @@ its traceback.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 class QuantkitError(Exception):
@@ -45,6 +47,10 @@ class QuantkitError(Exception):
 
 class QuantkitWarning(UserWarning):
     """Something that the caller should know, while the work goes on."""
+
+
+class ArgumentError(QuantkitError):
+    """An argument of a function has a value that isn't allowed."""
 
 
 class CheckpointError(QuantkitError):
@@ -91,9 +97,16 @@ class RuntimeLimitError(QuantkitError):
 
 
 class FaultsFound(QuantkitError):
-    """A gate failed, `verify` found a fault, or the sanity check failed. The files are kept."""
+    """A gate failed, `verify` found a fault, or the sanity check failed. The files are kept.
+
+    result: the result of `quantize`, where it raises this; None elsewhere.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, hint: str = "", result: Any = None) -> None:
+        super().__init__(message, hint)
+        self.result = result
 
 
 class Inconclusive(QuantkitError):

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from quantkit import __version__
 from quantkit.calibration.describe import describe_block
 from quantkit.calibration.options import CalibrationOptions, Progress
-from quantkit.calibration.results import SCHEMA_VERSION, Calibration
-from quantkit.calibration.summary import CalibrationSummary, summary_of
+from quantkit.calibration.reader import SCHEMA_VERSION, Calibration
+from quantkit.calibration.result import CalibrationResult, result_of
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.finished_output import CALIBRATION_FILE, finished_already
 from quantkit.checkpoint.formats import read_quantization_config
@@ -58,7 +58,7 @@ TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 
 def calibrate(
     options: CalibrationOptions, on_progress: Progress = lambda done, total, text: None
-) -> CalibrationSummary:
+) -> CalibrationResult:
     """Calibrate a model and write CALIB. Raises CalibrationError, CheckpointError.
 
     on_progress: called with blocks done, blocks in all, and a text.
@@ -86,7 +86,7 @@ def calibrate(
             )
         )
         if finished:
-            return summary_of(
+            return result_of(
                 options,
                 checkpoint,
                 Calibration.open(options.output).description,
@@ -300,7 +300,7 @@ class _Session:
     partial: Path
     quantized: QuantizedWeightFiles | None
 
-    def run(self) -> CalibrationSummary:
+    def run(self) -> CalibrationResult:
         done = self.ranks.broadcast_from_first(self._finished_blocks)
         if self.quantized is not None and not done:
             shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
@@ -321,7 +321,7 @@ class _Session:
             finally:
                 states.close()
         description = self.ranks.broadcast_from_first(self._finish)
-        return summary_of(
+        return result_of(
             self.options, self.checkpoint, description, time.monotonic() - self.started
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.data.sources import DataSource
 from quantkit.schemes.recipe import Recipe
 
 
@@ -32,7 +33,7 @@ class CalibrationOptions:
 
     model: Path
     output: Path
-    data: tuple[str, ...] = ()
+    data: tuple[DataSource, ...] = ()
     recipe: Recipe | None = None
     num_samples: int = 128
     seq_len: int | None = None

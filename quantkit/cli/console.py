@@ -10,12 +10,13 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
 
 import click
 
-from quantkit.errors import Interrupted, QuantkitError
+from quantkit.errors import Interrupted, QuantkitError, QuantkitWarning
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -81,6 +82,12 @@ def _end(message: str, exit_code: int) -> NoReturn:
     raise click.exceptions.Exit(exit_code) from None
 
 
+class Result(Protocol):
+    """What the library's functions return."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 class Output:
     """A command's messages. They go to stderr, because stdout is for data.
 
@@ -90,7 +97,10 @@ class Output:
     """
 
     def __init__(self, quiet: bool, verbose: bool, as_json: bool) -> None:
-        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
+        # Of several processes, which torchrun started, the first speaks.
+        self.is_first = os.environ.get("RANK", "0") == "0"
+        self.quiet, self.verbose = quiet or not self.is_first, verbose
+        self.as_json = as_json
         self._warned: set[str] = set()
 
     def note(self, text: str) -> None:
@@ -104,6 +114,65 @@ class Output:
             return
         self._warned.add(text)
         click.echo(f"Warning: {one_line(text)}", err=True)
+
+    def json(self, result: Result) -> None:
+        """Print a result as JSON on stdout, if --json is given."""
+        if self.as_json and self.is_first:
+            from quantkit.cli.tables import print_json
+
+            print_json(result.to_json())
+
+    @contextmanager
+    def run(
+        self, name: str, stops: bool = True, uses_transformers: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """What a command gives a function of the library: a progress bar, and signals that stop it.
+
+        name: what the bar shows first.
+        stops: whether the function takes `should_stop`.
+        uses_transformers: whether its messages must be silenced; importing it takes a second.
+        """
+        from quantkit.cli.interrupts import stop_on_signals
+        from quantkit.cli.tables import Progress
+
+        if uses_transformers:
+            self.quiet_libraries()
+        with Progress(name, self.quiet) as progress:
+            if not stops:
+                yield {"progress": progress}
+                return
+            with stop_on_signals() as should_stop:
+                yield {"progress": progress, "should_stop": should_stop}
+
+    @contextmanager
+    def library_messages(self) -> Iterator[None]:
+        """Print the library's steps and warnings as they come."""
+        import logging
+        import warnings
+
+        logger, handler = logging.getLogger("quantkit"), logging.Handler()
+        handler.emit = lambda record: self.note(record.getMessage())  # type: ignore[method-assign]
+        level, propagate = logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def show_or_warn(message: Any, category: Any, *others: Any, **named: Any) -> None:
+                if issubclass(category, QuantkitWarning):
+                    self.warn(str(message))
+                else:
+                    show(message, category, *others, **named)
+
+            warnings.simplefilter("always", QuantkitWarning)
+            warnings.showwarning = show_or_warn  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+                logger.propagate = propagate
 
     def quiet_libraries(self) -> None:
         """Switch off the progress bars and warnings of transformers and the hub, unless verbose."""
@@ -128,7 +197,9 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         def run(quiet: bool, verbose: bool, as_json: bool, **arguments: Any) -> None:
-            function(Output(quiet, verbose, as_json), **arguments)
+            out = Output(quiet, verbose, as_json)
+            with out.library_messages():
+                function(out, **arguments)
 
         made = click.command(name, context_settings=CONTEXT)(run)
         made.params += [

@@ -407,7 +407,9 @@ def _quant_result(
     seconds: float,
 ) -> QuantResult:
     checkpoint = model.checkpoint
-    known_windows, known_sources = calibrated_on(checkpoint, run.options.data, run.text.windows)
+    known_windows, known_sources = calibrated_on(
+        checkpoint, [str(source) for source in run.options.data], run.text.windows
+    )
     return QuantResult(
         path=str(checkpoint.path),
         scheme=model.scheme,

@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.protocols import evaluation_windows
+from quantkit.data.sources import DataSource
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.data.windows import Windows, targets_of
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
@@ -44,7 +45,7 @@ class EvaluationOptions:
 
     base: Path
     quants: tuple[Path, ...]
-    data: tuple[str, ...]
+    data: tuple[DataSource, ...]
     seq_len: int | None = None
     max_tokens: int | None = None
     protocol: str = "gptq"
@@ -126,11 +127,8 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
         return []
     found, path = verify(checkpoint.path, as_stored=True), checkpoint.path
     if found.faults:
-        tensor, message = found.faults[0]
-        more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
-        where = f"{tensor} " if tensor else ""
         raise CheckpointError(
-            f"{path} has faults: {where}{message}{more}; `quantkit verify {shlex.quote(str(path))}`"
+            f"{path} has faults: {found.first_fault}; `quantkit verify {shlex.quote(str(path))}`"
             " lists them"
         )
     if found.unequal:

@@ -16,7 +16,7 @@ from quantkit.checkpoint.files import cores
 from quantkit.checkpoint.formats import KV_SUFFIXES, QuantizationConfig, weight_scale_suffixes
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.exporter.verification import QuantizedLinears, Verification
+from quantkit.exporter.verification import Findings, QuantizedLinears
 from quantkit.ops.packing import decode_scales
 from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.number_formats import holds_codes
@@ -36,7 +36,7 @@ _OTHER_SCALES = {
 
 
 def check_values(
-    found: Verification,
+    found: Findings,
     checkpoint: Checkpoint,
     base: Checkpoint | None,
     config: QuantizationConfig | None,
@@ -102,7 +102,7 @@ class _ValueReader:
     differing: tensors that aren't quantized and differ a little from the base's; filled here.
     """
 
-    found: Verification
+    found: Findings
     stream: WeightStream
     base: WeightStream | None
     config: QuantizationConfig | None

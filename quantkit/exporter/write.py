@@ -13,8 +13,9 @@ Each thread needs a few megabytes of memory, whatever the size of the model.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,57 +31,14 @@ from quantkit.checkpoint.stream import WeightStream
 from quantkit.checkpoint.writer import ShardWriter, tensor_bytes
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.exporter.plan import ExportPlan, file_times
+from quantkit.exporter.result import ExportResult
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest
 from quantkit.exporter.tensor_maker import Job, TensorMaker, plan_jobs
 
 
-@dataclass(frozen=True)
-class ExportSummary:
-    """The result of an export.
-
-    path: output directory.
-    quantized: number of quantized Linears.
-    skipped: number of entries in the config's `ignore`: skipped Linears, and patterns for experts.
-    bytes_before: size of the model's tensors.
-    bytes_after: size of the output's tensors.
-    warnings: one sentence each.
-    was_finished: whether an earlier run had finished the output, so that nothing was written.
-    """
-
-    path: Path
-    quantized: int
-    skipped: int
-    bytes_before: int
-    bytes_after: int
-    warnings: tuple[str, ...]
-    was_finished: bool = False
-
-    @classmethod
-    def of(cls, plan: ExportPlan) -> ExportSummary:
-        quantized = sum(row.status == "quantized" for row in plan.parameters)
-        return cls(
-            plan.options.output,
-            quantized,
-            len(plan.skipped),
-            plan.bytes_before,
-            plan.bytes_after,
-            plan.warnings,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": str(self.path),
-            "quantized": self.quantized,
-            "left": self.skipped,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "warnings": list(self.warnings),
-        }
-
-
 def export(
     plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> ExportSummary:
+) -> ExportResult:
     """Write a planned checkpoint.
 
     on_progress: called with the bytes read and the bytes to read, in this thread, several times a
@@ -92,9 +50,10 @@ def export(
         Interrupted: a signal stopped the export.
     """
     options, checkpoint = plan.options, plan.checkpoint
-    summary = ExportSummary.of(plan)
+    started = time.monotonic()
+    result = replace(ExportResult.of(plan), is_dry_run=False)
     if options.resume and finished_already(options.output, plan.fingerprint, options.overwrite):
-        return replace(summary, was_finished=True)
+        return replace(result, was_finished=True)
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
     others = checkpoint.other_files()
     jobs = plan_jobs(plan)
@@ -127,7 +86,7 @@ def export(
             " fix that and continue with --resume"
         ) from None
     output.commit()
-    return summary
+    return replace(result, seconds=time.monotonic() - started)
 
 
 def _require_unchanged(plan: ExportPlan) -> None:

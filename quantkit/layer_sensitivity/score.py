@@ -136,7 +136,7 @@ def _described(options: SensitivityOptions, choices: Choices, text: ScoringText)
         "alternatives": choices.allowed,
         "calibration": str(options.calibration) if options.calibration else None,
         "data": {
-            "sources": list(options.data) or ["bundled"],
+            "sources": [str(source) for source in options.data] or ["bundled"],
             "sha256": text.windows.data_sha256,
             "tokens_sha256": text.windows.tokens_sha256,
         },

@@ -30,6 +30,15 @@ def rank_of_environment() -> int:
     return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
+def is_first_process() -> bool:
+    """Whether this process is alone, or rank 0 of several."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return rank_of_environment() == 0
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a job.

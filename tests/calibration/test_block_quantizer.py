@@ -15,7 +15,7 @@ from tiny_models import make_model
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError
 from quantkit.exporter.plan import ExportOptions, plan_export

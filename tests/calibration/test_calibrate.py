@@ -15,7 +15,7 @@ from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.describe import MIN_EXPERT_TOKENS, is_unsettled
 from quantkit.calibration.hooks import require_linears
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.sampling import calibration_windows
 from quantkit.data.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from tiny_models import make_model
 from quantkit.algorithms.rotation import rotated_reader, rotated_writer, rotation_matrix
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.exporter.verify import verify

@@ -48,7 +48,7 @@ def go_the_whole_way(
             )
         )
     )
-    assert verify(place / "out", model).faults == []
+    assert verify(place / "out", model).faults == ()
     result = evaluate(
         EvaluationOptions(model, (place / "out",), (str(text),), 32, 160, cache=False)
     ).to_json()

@@ -443,7 +443,7 @@ def test_fp8_format_is_deepseeks(llama, export_to):
         assert same.shape == tensor.shape and torch.equal(
             same.view(torch.uint8), tensor.view(torch.uint8)
         )
-    assert verify(out, llama).faults == []
+    assert verify(out, llama).faults == ()
 
 
 def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
@@ -467,7 +467,7 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
             and tensors[f"model.layers.0.self_attn.{suffix}"].dtype == torch.float32
         )
     assert (
-        verify(out, llama).faults == []
+        verify(out, llama).faults == ()
         and verify(out, runtime="tensorrt-llm").ok
         and not verify(out, runtime="transformers").ok
     )
@@ -477,7 +477,7 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
     (out / "config.json").write_text(json.dumps(config))
     assert (
         Checkpoint.open(out).config["quantization_config"]["quant_method"] == "modelopt"
-        and verify(out, llama).faults == []
+        and verify(out, llama).faults == ()
     )
 
 
@@ -534,7 +534,7 @@ def test_fp8_blocks_are_dequantized_on_the_way(llama, export_to):
             torch.equal(out[f"{left}.weight"], dense.bfloat16())
             and f"{left}.weight_scale_inv" not in out
         )
-        assert verify(export_to(recipe, blocks, name=f"again-{scheme}"), blocks).faults == []
+        assert verify(export_to(recipe, blocks, name=f"again-{scheme}"), blocks).faults == ()
 
 
 def test_blocks_that_stay_blocks_keep_their_codes(export_to):

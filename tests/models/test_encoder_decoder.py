@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.protocols import evaluation_windows
 from quantkit.data.tokenizer import load_tokenizer
