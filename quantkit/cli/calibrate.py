@@ -76,13 +76,14 @@ def run_calibration(out: Output, options: CalibrationOptions) -> CalibrationSumm
     """Calibrate, and print what was measured and what the user should know of it."""
     from quantkit.calibration.calibrate import calibrate
     from quantkit.checkpoint.units import counted, format_bytes
+    from quantkit.cli.interrupts import stop_on_signals
     from quantkit.cli.tables import Progress
     from quantkit.models.distributed import rank_of_environment
 
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
-    with Progress("calibrate", out.quiet) as progress:
-        summary = calibrate(options, progress.update)
+    with Progress("calibrate", out.quiet) as progress, stop_on_signals() as should_stop:
+        summary = calibrate(options, progress, should_stop)
     if summary.was_finished:
         out.note(
             f"{options.output} was already complete, with unchanged files; nothing was measured"

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from quantkit.cli.option_names import as_command_line
 from quantkit.errors import Interrupted, QuantkitError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -54,7 +55,7 @@ class ErrorGroup(click.Group):
         try:
             return super().invoke(context)
         except QuantkitError as error:
-            _end(str(error), error.exit_code)
+            _end(as_command_line(str(error)), error.exit_code)
         except KeyboardInterrupt:
             _end(
                 "interrupted; run the same command again, with --resume if it has one",
@@ -96,14 +97,14 @@ class Output:
     def note(self, text: str) -> None:
         """Print a message, unless quiet."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(as_command_line(text), err=True)
 
     def warn(self, text: str) -> None:
         """Print a warning, but each text only once."""
         if text in self._warned:
             return
         self._warned.add(text)
-        click.echo(f"Warning: {one_line(text)}", err=True)
+        click.echo(f"Warning: {one_line(as_command_line(text))}", err=True)
 
     def quiet_libraries(self) -> None:
         """Switch off the progress bars and warnings of transformers and the hub, unless verbose."""

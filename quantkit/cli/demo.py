@@ -176,7 +176,7 @@ def _calibrate(
         overwrite=overwrite,
     )
     with Progress("calibrate", quiet) as progress:
-        summary = calibrate(options, progress.update)
+        summary = calibrate(options, progress)
     note(
         f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s,"
         f" {summary.tokens_per_second:.0f} tokens/s"
@@ -233,7 +233,7 @@ def _evaluate(model: Path, output: Path, note: Callable[[str], None], quiet: boo
         EVALUATION_TOKENS,
     )
     with Progress("eval", quiet) as progress:
-        return evaluate(options, progress.named("eval"))
+        return evaluate(options, progress)
 
 
 def _tell(evaluation: Evaluation, export_seconds: dict[str, float], epilogue: str) -> Story:

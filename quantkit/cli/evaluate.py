@@ -126,7 +126,7 @@ def eval_command(
     out.quiet = out.quiet or rank_of_environment() > 0
     out.quiet_libraries()
     with Progress("eval", out.quiet) as progress:
-        result = evaluate(options, progress.named("eval"))
+        result = evaluate(options, progress)
     if rank_of_environment() > 0:
         return
     files.write(result)

@@ -88,12 +88,13 @@ def _open_for_export(
 def run_export(out: Output, plan: ExportPlan) -> tuple[ExportSummary, float]:
     """Export, and print what was done. Returns the summary and the seconds that it took."""
     from quantkit.checkpoint.units import counted, format_bytes
+    from quantkit.cli.interrupts import stop_on_signals
     from quantkit.cli.tables import Progress
     from quantkit.exporter.write import export
 
     started = time.monotonic()
-    with Progress("export", out.quiet) as progress:
-        summary = export(plan, progress.update)
+    with Progress("export", out.quiet) as progress, stop_on_signals() as should_stop:
+        summary = export(plan, progress, should_stop)
     seconds = time.monotonic() - started
     for warning in summary.warnings:
         out.warn(warning)

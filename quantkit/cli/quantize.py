@@ -254,7 +254,7 @@ def _check_sanity(out: Output, export: ExportOptions, check: CheckOptions) -> di
                 check.hardware,
                 check.device,
                 check.trust_remote_code,
-                progress.named("sanity check"),
+                progress,
             )
     except QuantkitError as error:
         out.warn(f"{export.output} is not checked: {error}")

@@ -52,7 +52,7 @@ def run_verify(out: Output, path: Path, base: Path | None, runtime: str | None) 
 
     started = time.monotonic()
     with Progress("verify", out.quiet) as progress:
-        found = verify(path, base, runtime, progress.update)
+        found = verify(path, base, runtime, progress)
     if not out.as_json:
         for warning in found.warnings:
             out.warn(warning)
