@@ -15,7 +15,7 @@
     ├── Inconclusive         4   `eval --strict`: the text is too short to decide a gate
     ├── NotComparableError   5   two results have different protocols, tokens or base models
     ├── FollowerStopped      n   another process of the same run has failed and says why
-    └── Interrupted         75   a signal stopped the run; `--resume` continues it
+    └── Interrupted         75   the run was stopped between two steps; finished work is kept
 
 The command line prints them as one line (`cli/console.py`). Any other exception is a bug and keeps
 its traceback.
@@ -134,7 +134,9 @@ class FollowerStopped(QuantkitError):
 
 
 class Interrupted(QuantkitError):
-    """A signal stopped the run between two steps. `--resume` continues it."""
+    """The run was stopped between two steps, as its caller asked. The message tells whether a later
+    run can continue it.
+    """
 
     exit_code = 75
 

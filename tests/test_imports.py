@@ -32,7 +32,7 @@ WITHOUT_TORCH = (
     "schemes.scheme",
     "schemes.serving",
     "checkpoint.formats",
-    "checkpoint.interrupts",
+    "checkpoint.run_control",
     "cli.console",
     "cli.options",
     "cli.main",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,3 @@ class CalibrationOptions:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
-
-
-# on_progress(blocks done, blocks in all, text)
-Progress = Callable[[float, float, str], None]

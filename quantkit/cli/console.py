@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import click
 
+from quantkit.cli.option_names import as_command_line
 from quantkit.errors import Interrupted, QuantkitError, QuantkitWarning
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -55,7 +56,7 @@ class ErrorGroup(click.Group):
         try:
             return super().invoke(context)
         except QuantkitError as error:
-            _end(str(error), error.exit_code)
+            _end(as_command_line(str(error)), error.exit_code)
         except KeyboardInterrupt:
             _end(
                 "interrupted; run the same command again, with --resume if it has one",
@@ -106,14 +107,14 @@ class Output:
     def note(self, text: str) -> None:
         """Print a message, unless quiet."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(as_command_line(text), err=True)
 
     def warn(self, text: str) -> None:
         """Print a warning, but each text only once."""
         if text in self._warned:
             return
         self._warned.add(text)
-        click.echo(f"Warning: {one_line(text)}", err=True)
+        click.echo(f"Warning: {one_line(as_command_line(text))}", err=True)
 
     def json(self, result: Result) -> None:
         """Print a result as JSON on stdout, if --json is given."""
@@ -166,7 +167,7 @@ class Output:
                     show(message, category, *others, **named)
 
             warnings.simplefilter("always", QuantkitWarning)
-            warnings.showwarning = show_or_warn  # type: ignore[assignment]
+            warnings.showwarning = show_or_warn
             try:
                 yield
             finally:

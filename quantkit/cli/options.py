@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
 
 import click
 
@@ -235,16 +238,60 @@ export_options = options(
 )
 
 
-def recipe_argument(arguments: dict[str, Any], is_needed: bool = True) -> str | Path | None:
+def recipe_argument(arguments: dict[str, Any]) -> str | Path:
     """Take --scheme and --recipe out of a command's arguments, as the library's `recipe`.
 
-    is_needed: whether one of them must be given.
-
-    Raises UsageError if both are given, or a needed one is missing.
+    Raises UsageError unless exactly one is given.
     """
+    recipe = optional_recipe(arguments)
+    if recipe is None:
+        raise click.UsageError(_ONE_RECIPE)
+    return recipe
+
+
+def optional_recipe(arguments: dict[str, Any]) -> str | Path | None:
+    """As `recipe_argument`, but None if neither is given."""
     scheme, recipe = arguments.pop("scheme"), arguments.pop("recipe")
-    if (scheme is not None and recipe is not None) or (is_needed and scheme is recipe is None):
-        raise click.UsageError(
-            "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
-        )
+    if scheme is not None and recipe is not None:
+        raise click.UsageError(_ONE_RECIPE)
     return recipe if recipe is not None else scheme
+
+
+_ONE_RECIPE = "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
+
+
+def options_from(kind: type[Options], arguments: Mapping[str, Any], **others: Any) -> Options:
+    """A command's arguments, by Click's names, as a frozen value: those that its fields name.
+
+    others: fields that the arguments lack or that replace one.
+    """
+    known = {**arguments, **others}
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: known[name] for name in names if name in known})
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """--scheme or --recipe, and the options that add to the recipe."""
+
+    scheme: str | None
+    recipe: Path | None
+    ignore: tuple[str, ...] = ()
+    kv_cache: str | None = None
+    observer: str | None = None
+
+    def load(self) -> Recipe:
+        """The recipe. Raises UsageError unless exactly one of --scheme and --recipe is given."""
+        from quantkit.schemes.recipe import Recipe
+        from quantkit.schemes.scheme import QuantScheme
+
+        if (self.scheme is None) == (self.recipe is None):
+            raise click.UsageError(
+                "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
+            )
+        if self.recipe is not None:
+            recipe = Recipe.load(self.recipe)
+        else:
+            assert self.scheme is not None
+            recipe = Recipe(QuantScheme.parse(self.scheme))
+        return recipe.with_options(self.ignore, self.kv_cache, self.observer)

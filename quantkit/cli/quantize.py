@@ -16,7 +16,7 @@ from quantkit.cli.options import (
     directory_output,
     export_options,
     model_argument,
-    recipe_argument,
+    optional_recipe,
     recipe_options,
     resume_options,
 )
@@ -59,7 +59,7 @@ def quantize_command(
     """
     from quantkit.api.quantize import QuantizeResult, quantize
 
-    recipe = recipe_argument(arguments, is_needed=False)
+    recipe = optional_recipe(arguments)
     failure: FaultsFound | None = None
     try:
         with out.run("quantize") as run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,8 @@ def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
 
 
 def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    from quantkit.checkpoint.run_control import never
+    from quantkit.cli.interrupts import stop_on_signals
     from quantkit.cli.tables import Progress
     from quantkit.layer_sensitivity.options import SensitivityOptions
     from quantkit.layer_sensitivity.score import score_sensitivity
@@ -176,8 +179,10 @@ def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, 
         recipe=options_from(RecipeOptions, arguments).load(),
         alternatives=arguments["alternatives"] or ("keep",),
     )
-    with Progress("sensitivity", out.quiet) as progress:
-        return score_sensitivity(options, progress.named("sensitivity"))
+    # Without an output nothing is kept, so that a signal may end the process at once.
+    stopping = nullcontext(never) if options.resumable_output is None else stop_on_signals()
+    with Progress("sensitivity", out.quiet) as progress, stopping as should_stop:
+        return score_sensitivity(options, progress, should_stop)
 
 
 def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:

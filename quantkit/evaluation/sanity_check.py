@@ -8,12 +8,13 @@ check names the layers with the largest error, and whether it is in their weight
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.checkpoint.units import counted
 from quantkit.data.sources import BUNDLED_EVALUATION, DataSource
 from quantkit.errors import NonFiniteError
@@ -151,13 +152,15 @@ def check_sanity(
     hardware: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    on_progress: Callable[[str, float, float], None] = lambda name, done, total: None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
 ) -> SanityCheck:
     """Compare a quantized model with its base model on a few thousand tokens.
 
     data: text files or sources; the bundled evaluation text if empty.
     tokens: limit on tokens.
     hardware, device, trust_remote_code: as in `EvaluationOptions`.
+    progress, should_stop: as in `evaluate`.
 
     Raises the errors of `evaluate`, except that a quantized model with NaN or infinity is a problem
     in the result.
@@ -179,7 +182,7 @@ def check_sanity(
     )
     started = time.monotonic()
     try:
-        evaluation = evaluate(options, on_progress)
+        evaluation = evaluate(options, progress, should_stop)
     except NonFiniteError as error:
         if error.path != str(quantized):
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +26,7 @@ from quantkit.checkpoint.formats import (
 )
 from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import CheckpointError
 from quantkit.exporter.runtimes import runtime_problems
@@ -43,7 +44,8 @@ def verify(
     path: Path,
     base: Path | None = None,
     runtime: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
     as_stored: bool = False,
 ) -> Verification:
     """Check a checkpoint, quantized or not.
@@ -51,11 +53,13 @@ def verify(
     path: directory of the checkpoint.
     base: directory of the model that it was made from, to compare with.
     runtime: the runtime that must load it; None warns of each that can't.
-    on_progress: called with the tensors that are done, and all tensors.
+    progress: told of the tensors that are done, and all tensors.
+    should_stop: asked after each tensor.
     as_stored: check only whether it can be run as it is stored. Files that were changed after the
         export, and fused layers with different scales, are no faults then.
 
-    Raises CheckpointError if there is no checkpoint at `path`, or `base` can't be compared with it.
+    Raises CheckpointError if there is no checkpoint at `path`, or `base` can't be compared with it,
+    and Interrupted if it was stopped.
     """
     started = time.monotonic()
     try:
@@ -81,7 +85,7 @@ def verify(
     if base_checkpoint is not None:
         _check_config_against_base(found, checkpoint, base_checkpoint)
         _check_names_against_base(found, checkpoint, base_checkpoint, stored)
-    check_values(found, checkpoint, base_checkpoint, config, stored, linears, on_progress)
+    check_values(found, checkpoint, base_checkpoint, config, stored, linears, progress, should_stop)
     if not as_stored:
         _check_manifest(found, checkpoint)
     if config and config.kv_cache:

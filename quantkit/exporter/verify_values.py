@@ -4,7 +4,7 @@ and compares each tensor with the base model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from quantkit import ops
 from quantkit.checkpoint.files import cores
 from quantkit.checkpoint.formats import KV_SUFFIXES, QuantizationConfig, weight_scale_suffixes
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, stop_if_asked
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.exporter.verification import Findings, QuantizedLinears
 from quantkit.ops.packing import decode_scales
@@ -42,7 +43,8 @@ def check_values(
     config: QuantizationConfig | None,
     stored: Mapping[str, list[str]],
     linears: QuantizedLinears,
-    on_progress: Callable[[int, int], None],
+    progress: Progress,
+    should_stop: ShouldStop,
 ) -> None:
     """Check the values of all tensors, and add what is found to `found`.
 
@@ -50,7 +52,8 @@ def check_values(
     config: the checkpoint's quantization config, or None.
     stored: module with quantized tensors → suffixes of its tensors.
     linears: the quantized Linears whose tensors are complete.
-    on_progress: called with the tensors that are done, and all tensors.
+    progress: told of the tensors that are done, and all tensors.
+    should_stop: asked after each tensor; Interrupted is raised if it says so.
 
     Each thread, one for each core, has a few rows in memory.
     """
@@ -75,7 +78,10 @@ def check_values(
                 for tensor, message in future.result():
                     found.fault(tensor, message)
                 done += len(futures[future])
-                on_progress(done, found.tensors)
+                progress("tensors", done, found.tensors)
+                stop_if_asked(
+                    should_stop, f"with {done} of {found.tensors} tensors read", can_resume=False
+                )
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads_before)

@@ -23,13 +23,13 @@ import torch
 
 from quantkit.checkpoint.files import cores
 from quantkit.checkpoint.finished_output import finished_already
-from quantkit.checkpoint.interrupts import stop_between_steps
 from quantkit.checkpoint.output_checks import check_disk_space, check_output
 from quantkit.checkpoint.output_dir import OutputDirectory
+from quantkit.checkpoint.run_control import RESUME_HINT, Progress, ShouldStop, never, silent
 from quantkit.checkpoint.shard_plan import TensorPlan, plan_shards, shard_names
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.checkpoint.writer import ShardWriter, tensor_bytes
-from quantkit.errors import CheckpointError, OutputError
+from quantkit.errors import CheckpointError, Interrupted, OutputError
 from quantkit.exporter.plan import ExportPlan, file_times
 from quantkit.exporter.result import ExportResult
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest
@@ -37,17 +37,17 @@ from quantkit.exporter.tensor_maker import Job, TensorMaker, plan_jobs
 
 
 def export(
-    plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None
+    plan: ExportPlan, progress: Progress = silent, should_stop: ShouldStop = never
 ) -> ExportResult:
     """Write a planned checkpoint.
 
-    on_progress: called with the bytes read and the bytes to read, in this thread, several times a
-        second.
+    progress: told of the bytes read and the bytes to read, in this thread, several times a second.
+    should_stop: asked as often.
 
     Raises:
         OutputError: the output can't be written.
         CheckpointError: a weight has NaN or infinity, or the model changed during the export.
-        Interrupted: a signal stopped the export.
+        Interrupted: the export was stopped; finished shards are kept.
     """
     options, checkpoint = plan.options, plan.checkpoint
     started = time.monotonic()
@@ -69,7 +69,7 @@ def export(
     )
     finished = output.finished(names)
     try:
-        _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
+        _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(progress, should_stop)
         _require_unchanged(plan)
         if checkpoint.source is not None:
             checkpoint.source.clean()
@@ -143,8 +143,8 @@ class _Run:
         self._recorded = 0
         self._error: BaseException | None = None
 
-    def run(self, on_progress: Callable[[int, int], None]) -> None:
-        """Run all jobs. Raises the first error of a thread, or Interrupted on a signal."""
+    def run(self, progress: Progress, should_stop: ShouldStop) -> None:
+        """Run all jobs. Raises the first error of a thread, or Interrupted if it was stopped."""
         for jobs in self._todo.values():
             for job in jobs:
                 self._stream.expect(self._maker.touched(job))
@@ -154,26 +154,26 @@ class _Run:
             for number in range(cores())
         ]
         try:
-            with stop_between_steps() as stop:
-                for maker in makers:
-                    maker.start()
-                while alive := [
-                    thread for thread in (*makers, *self._followers) if thread.is_alive()
-                ]:
-                    if stop.signal_name:
-                        self._stopping.set()
-                    on_progress(self._read, self._plan.bytes_before)
-                    alive[0].join(0.05)
-                    if self._stopping.is_set() and not any(maker.is_alive() for maker in makers):
-                        self._abandon_incomplete()
-                if self._error is not None:
-                    raise self._error
-                if self._recorded < len(self._todo):
-                    stop.check("between two tensors; finished shards are kept")
-                on_progress(self._read, self._plan.bytes_before)
+            for maker in makers:
+                maker.start()
+            while alive := [thread for thread in (*makers, *self._followers) if thread.is_alive()]:
+                if should_stop():
+                    self._stopping.set()
+                progress("tensors", self._read, self._plan.bytes_before)
+                alive[0].join(0.05)
+                if self._stopping.is_set() and not any(maker.is_alive() for maker in makers):
+                    self._abandon_incomplete()
+            if self._error is not None:
+                raise self._error
+            if self._recorded < len(self._todo):
+                raise Interrupted(
+                    f"stopped with {self._recorded} of {len(self._todo)} shards written",
+                    RESUME_HINT,
+                )
+            progress("tensors", self._read, self._plan.bytes_before)
         finally:
-            # A second signal may have ended the loop above while threads still run: no follower may
-            # wait for tensors that no maker will write, and no maker may use a closed shard.
+            # KeyboardInterrupt may have ended the loop above while threads still run: no follower
+            # may wait for tensors that no maker will write, and no maker may use a closed shard.
             self._stopping.set()
             with self._lock:
                 for writer in self._writers.values():

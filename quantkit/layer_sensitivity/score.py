@@ -12,19 +12,18 @@ round differently to the model's dtype. The noise floor is subtracted before KLs
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from quantkit import __version__
 from quantkit.checkpoint.files import finite, write_json
-from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.errors import EvaluationError
 from quantkit.layer_sensitivity.advice import SCHEMA_VERSION
 from quantkit.layer_sensitivity.choices import Choices, open_choices
 from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
-from quantkit.layer_sensitivity.measure import Progress, VariantScorer
+from quantkit.layer_sensitivity.measure import VariantScorer
 from quantkit.layer_sensitivity.options import SensitivityOptions
 from quantkit.layer_sensitivity.passes import first_pass, open_layer_groups, second_pass
 from quantkit.layer_sensitivity.progress import ResumeState, finished_result
@@ -37,11 +36,14 @@ from quantkit.ops.native import cpu_level
 
 
 def score_sensitivity(
-    options: SensitivityOptions, on_progress: Progress = lambda name, done, total: None
+    options: SensitivityOptions, progress: Progress = silent, should_stop: ShouldStop = never
 ) -> dict[str, Any]:
     """The result as JSON: the KLs of layer groups and of all together, and a budget's solution.
 
     With torchrun the ranks share the windows, and each returns the whole result.
+
+    progress: told of the runs of blocks that are done, and then of the scored windows.
+    should_stop: asked after each block, and each round of scored windows.
     """
     started = time.monotonic()
     if options.max_kld is not None and not options.max_kld > 0:
@@ -67,19 +69,18 @@ def score_sensitivity(
             )
             if finished is not None:
                 return finished | {"was_finished": True}
-        with stop_between_steps() if output else nullcontext(StopRequest()) as stop:
-            resume_state = ranks.first_then_others(
-                lambda: ResumeState.open(
-                    ranks, stop, output, fingerprint, options.resume, options.overwrite
-                )
+        resume_state = ranks.first_then_others(
+            lambda: ResumeState.open(
+                ranks, should_stop, output, fingerprint, options.resume, options.overwrite
             )
-            described = _described(options, choices, text) | {"fingerprint": fingerprint | budget}
-            scorer = VariantScorer(options, choices, text, ranks, resume_state, on_progress)
-            result = finite(described | _scored(scorer))
-            result["remarks"] = remarks + result["remarks"]
-            if options.output is not None and ranks.is_first:
-                write_json(options.output, result)
-            resume_state.clear()
+        )
+        described = _described(options, choices, text) | {"fingerprint": fingerprint | budget}
+        scorer = VariantScorer(options, choices, text, ranks, resume_state, progress)
+        result = finite(described | _scored(scorer))
+        result["remarks"] = remarks + result["remarks"]
+        if options.output is not None and ranks.is_first:
+            write_json(options.output, result)
+        resume_state.clear()
     return result | {
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": peak_memory_bytes(),

@@ -5,7 +5,7 @@ at a time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from threading import Lock
@@ -30,8 +30,11 @@ def one_thread() -> Iterator[None]:
 
 def each_batch(
     work: Callable[[int], Any], numbers: Sequence[int], device: torch.device, threads: int
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """work(number) for each number; yields the results in order.
+
+    Wrap it in contextlib.closing if the loop over it may raise: its threads run and torch's number
+    of threads is changed until it is closed.
 
     threads: on a CPU, how many calls run at once, each on one thread.
     """

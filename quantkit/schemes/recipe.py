@@ -213,6 +213,10 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, content: Any, where: str) -> Recipe:
+        """A recipe from the content of a YAML file. Raises RecipeError.
+
+        where: names the content in errors.
+        """
         if not isinstance(content, Mapping):
             raise RecipeError(
                 f"{where} is not a recipe: it must be a mapping with at least 'scheme'"
@@ -259,7 +263,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a YAML file."""
+        """Read a recipe from a YAML file. Raises RecipeError if there is none, or it is wrong."""
         import yaml
 
         path = Path(path)
@@ -276,6 +280,7 @@ class Recipe:
         return cls.from_mapping(content, str(path))
 
     def to_mapping(self) -> dict[str, Any]:
+        """The content of a YAML file that `load` reads as this recipe."""
         return {
             "scheme": self.scheme.to_description(),
             "algorithms": [algorithm.to_description() for algorithm in self.algorithms],
@@ -308,6 +313,7 @@ class Recipe:
         return (self.scheme, *(scheme for _, scheme in self.layers))
 
     def algorithm(self, name: str) -> Algorithm | None:
+        """The algorithm with its settings, or None if the recipe doesn't run it."""
         return next((algorithm for algorithm in self.algorithms if algorithm.name == name), None)
 
     @property

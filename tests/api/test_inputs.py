@@ -72,7 +72,10 @@ def test_rows_of_a_table_are_records():
     [
         ("a text\nof two lines", "put it into a list"),
         (["wrong-name.jsonl"], "no data file wrong-name.jsonl"),
-        ([{"content": "x"}], "record 1 of `data` has neither 'text' nor 'messages'; it has content"),
+        (
+            [{"content": "x"}],
+            "record 1 of `data` has neither 'text' nor 'messages'; it has content",
+        ),
         ([1, 2], "record 1 of `data` is int"),
         ({"train": ["x"]}, "one split"),
     ],

@@ -176,7 +176,7 @@ def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
     class Killed(BaseException):
         pass
 
-    def die(done: float, total: float, text: str) -> None:
+    def die(what: str, done: float, total: float) -> None:
         if done > 1:
             raise Killed
 

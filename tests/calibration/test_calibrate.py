@@ -119,7 +119,7 @@ class Killed(BaseException):
 def die_in_block(number: int):
     """Progress that ends the run inside a block."""
 
-    def progress(done: float, total: float, text: str) -> None:
+    def progress(what: str, done: float, total: float) -> None:
         if done > number:
             raise Killed
 
@@ -140,7 +140,7 @@ def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
     with pytest.raises(OutputError, match="--resume"):
         calibrate(killed)
     told = []
-    calibrate(replace(killed, resume=True), lambda done, total, text: told.append(text))
+    calibrate(replace(killed, resume=True), lambda what, done, total: told.append(what))
     # run for its hidden states, not measured
     assert any("again, block 1 of 2" in text for text in told)
     calibrate(options)
@@ -387,7 +387,7 @@ def test_unsettled_inputs_are_warned_of_and_shown(llama, text, tmp_path, run, mo
     )
     assert (
         "inputs still grew" in rest.stderr
-        and "give it with --data" in rest.stderr
+        and "give it as --data" in rest.stderr
         and "raise --num-samples" not in rest.stderr
     )
     (hint,) = re.findall("`(quantkit inspect .*)` lists these inputs", rest.stderr)

@@ -316,8 +316,8 @@ def test_killed_run_resumes_to_the_same_bytes(at, options, tmp_path):
     class Killed(BaseException):
         pass
 
-    def die(done: float, total: float, text: str) -> None:
-        if "quantizing" in text and done >= at:
+    def die(what: str, done: float, total: float) -> None:
+        if "quantizing" in what and done >= at:
             raise Killed
 
     algorithms = [*ROTATED["algorithms"], "smoothquant", "gptq"]

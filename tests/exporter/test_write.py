@@ -583,7 +583,7 @@ def test_the_size_of_a_step_does_not_change_the_bytes(step, llama, export_to, mo
 def test_no_thread_outlives_an_export_that_is_torn_out_of_its_loop(llama, tmp_path, monkeypatch):
     """As by a second Ctrl-C: the process must be able to end."""
 
-    def die(done: int, total: int) -> None:
+    def die(what: str, done: float, total: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("quantkit.checkpoint.stream.STEP_BYTES", 1)
