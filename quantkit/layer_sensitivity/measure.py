@@ -227,8 +227,8 @@ class VariantScorer:
                     scores[number].losses[variant] += float(losses.sum(dtype=np.float64))
         if not all(np.isfinite([each.kld, each.losses]).all() for each in scores.values()):
             raise EvaluationError(
-                f"{self.options.model} gives logits that are not finite on this text; `quantkit"
-                " verify` tells whether its files are damaged"
+                f"{self.options.model} gives logits that are not finite on this text",
+                f"`quantkit.verify({str(self.options.model)!r})` tells whether its files are damaged",
             )
         return scores
 
