@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.cli.console import Output, command
+from quantkit.cli.option_names import as_command_line
 from quantkit.errors import FaultsFound
 from quantkit.schemes.serving import RUNTIMES
 
@@ -80,7 +81,8 @@ def _print_verification(out: Output, found: Verification) -> None:
     from quantkit.cli.tables import print_table
 
     if found.faults:
-        print_table(("tensor", "fault"), found.faults)
+        faults = [(tensor, as_command_line(message)) for tensor, message in found.faults]
+        print_table(("tensor", "fault"), faults)
     if found.sqnr_db:
         shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
         total = len(found.sqnr_db)

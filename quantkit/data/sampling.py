@@ -23,7 +23,7 @@ def calibration_windows(
     Windows of one source don't overlap. If the text is too short, the rest of each source becomes a
     shorter window. The result may still hold fewer windows than `num_samples`.
 
-    names: `--data` arguments.
+    names: names of the sources.
     seed: decides the order in which a source's windows are drawn.
 
     Raises DataError if a source is shorter than one window, or if there are more sources than
@@ -31,8 +31,9 @@ def calibration_windows(
     """
     if num_samples < len(names):
         raise DataError(
-            f"--num-samples {num_samples} leaves some of the {len(names)} sources of --data without"
-            f" a window; ask for {len(names)} or more"
+            f"`num_samples={num_samples}` leaves some of the {len(names)} sources of `data` without"
+            " a window",
+            hint=f"ask for {len(names)} or more",
         )
     sources = [read_source(name, tokenizer) for name in names]
     available, rests = [], []
@@ -65,7 +66,7 @@ def _windows_and_rest(
     ]
     if not windows:
         raise DataError(
-            f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}; give"
-            " more text or a smaller --seq-len"
+            f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}",
+            hint="give more text or a smaller `seq_len`",
         )
     return windows, tuple(stream[len(windows) * seq_len :])

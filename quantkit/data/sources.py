@@ -1,4 +1,4 @@
-"""Reading a `--data` argument as documents, and the texts that come with quantkit.
+"""Reading a source of text as documents, and the texts that come with quantkit.
 
 A source is a text file, JSON lines, a parquet file, or `dataset:NAME[:CONFIG[:SPLIT]]` on the hub.
 A record has a `text`, or `messages` that the tokenizer's chat template renders.
@@ -29,7 +29,7 @@ BUNDLED_EVALUATION = _TEXTS / "evaluation.txt"
 class Source:
     """One text source.
 
-    name: the `--data` argument.
+    name: a file, or a hub dataset as `dataset:NAME[:CONFIG[:SPLIT]]`.
     documents: its texts, in order; a text file is one document.
     sha256: hash of the file's bytes, or of a hub dataset's documents.
     """
@@ -40,7 +40,7 @@ class Source:
 
 
 def read_source(name: str, tokenizer: Any) -> Source:
-    """Read one `--data` argument.
+    """Read one source.
 
     tokenizer: renders chat messages.
 

@@ -168,7 +168,7 @@ def require_matplotlib() -> None:
     except ImportError:
         raise EvaluationError(
             "an HTML report draws with matplotlib, which is not installed",
-            "pip install 'quantkit[report]'",
+            hint="pip install 'quantkit[report]'",
         ) from None
 
 

@@ -132,7 +132,7 @@ def _finite(work: Callable[[], Scores], number: int) -> Scores:
         torch.set_flush_denormal(False)
     if scores.nonfinite:
         raise EvaluationError(
-            f"the logits of window {number + 1} are not finite, first after the output head;"
-            " `quantkit verify` checks the files"
+            f"the logits of window {number + 1} are not finite, first after the output head",
+            hint="`quantkit.verify` checks the files",
         )
     return scores

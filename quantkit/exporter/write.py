@@ -123,8 +123,8 @@ def export(
         raise
     except OSError as error:
         raise OutputError(
-            f"can't finish writing {output.partial}: {error.strerror}; finished shards are kept:"
-            " fix that and continue with --resume"
+            f"can't finish writing {output.partial}: {error.strerror}; finished shards are kept",
+            hint="fix that and continue with `resume=True`",
         ) from None
     output.commit()
     return summary

@@ -127,18 +127,18 @@ def read_earlier_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         )
     except (CheckpointError, KeyError, TypeError, AttributeError):
         raise EvaluationError(
-            f"{path} is not a result that sensitivity has written", "give one, or run it again"
+            f"{path} is not a result that sensitivity has written", hint="give one, or run it again"
         ) from None
     if known[0] != SCHEMA_VERSION:
         raise EvaluationError(
             f"{path} has format {known[0]}, but this quantkit reads {SCHEMA_VERSION}",
-            "run sensitivity again",
+            hint="run sensitivity again",
         )
     if known[1] != checkpoint.fingerprint():
         raise NotComparableError(
             f"{path} was made from another model ({result['model']['path']}) than"
             f" {checkpoint.path}, or its files have changed since",
-            "run sensitivity on this one",
+            hint="run sensitivity on this one",
         )
     return result
 
@@ -160,7 +160,7 @@ def solve_again(
     if unknown is not None:
         raise EvaluationError(
             f"{unknown} was not scored as an alternative",
-            f"run again with `alternatives={[unknown]}`",
+            hint=f"run again with `alternatives={[unknown]}`",
         )
     return dict(result) | {
         "solution": solve(result, max_size, max_kld, named or result["alternatives"])
@@ -226,7 +226,7 @@ def solve(
         raise EvaluationError(
             f"no choice meets {' and '.join(asked)}: the smallest is {smallest} bytes, and the"
             f" lowest predicted KL is {best:.2g}",
-            "raise the limit, or allow more `alternatives`",
+            hint="raise the limit, or allow more `alternatives`",
         )
     choices = [item.names[number] for item, number in zip(items, found)]
     return {

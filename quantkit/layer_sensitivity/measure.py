@@ -228,7 +228,7 @@ class VariantScorer:
         if not all(np.isfinite([each.kld, each.losses]).all() for each in scores.values()):
             raise EvaluationError(
                 f"{self.options.model} gives logits that are not finite on this text",
-                f"`quantkit.verify({str(self.options.model)!r})` checks its files",
+                hint=f"`quantkit.verify({str(self.options.model)!r})` checks its files",
             )
         return scores
 

@@ -51,7 +51,7 @@ def score_sensitivity(
     output = options.resumable_output
     if options.resume and output is None:
         raise EvaluationError(
-            "`resume=True` continues an interrupted run", "give the same `output` as before"
+            "`resume=True` continues an interrupted run", hint="give the same `output` as before"
         )
     with joined_ranks(pick_device(options.device)) as ranks:
         choices, remarks = ranks.first_then_others(lambda: open_choices(options))

@@ -156,7 +156,8 @@ def _peers_alive() -> Iterator[None]:
     except RuntimeError as error:
         raise QuantkitError(
             "another process of this job has ended, for the reason that it gave"
-            f" ({str(error).splitlines()[0][:80]}); --resume continues"
+            f" ({str(error).splitlines()[0][:80]})",
+            hint="`resume=True` continues",
         ) from None
 
 

@@ -236,7 +236,7 @@ class Recipe:
     def with_options(
         self, ignore: Iterable[str] = (), kv_cache: str | None = None, observer: str | None = None
     ) -> Recipe:
-        """This recipe with the command line's `--ignore`, `--kv-cache` and `--observer` added."""
+        """This recipe with patterns to ignore, a KV cache scheme and an observer added."""
         added = tuple(Pattern(text) for text in ignore)
         choice = self.observer if observer is None else ObserverChoice.parse(observer)
         return replace(
