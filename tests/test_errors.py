@@ -97,6 +97,27 @@ def test_what_a_message_has_in_backticks_is_printed_as_an_option_or_a_command():
     assert unknown == []
 
 
+def test_the_library_prints_nothing():
+    """It returns, raises and reports progress; whether and where that is shown is its caller's."""
+    found = []
+    for path in library_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Name) and node.id == "print":
+                found.append(where)
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "sys.stdout",
+                "sys.stderr.write",
+            ):
+                found.append(where)
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else []
+                names += [alias.name for alias in node.names]
+                if any((name or "").partition(".")[0] in ("click", "rich") for name in names):
+                    found.append(where)
+    assert found == ["__main__.py:3"] or found == []
+
+
 def test_a_hint_ends_the_message():
     error = errors.OutputError("it exists", hint="pass `overwrite=True`")
     assert (

@@ -70,14 +70,30 @@ def resolve_model(model: str) -> Path:
 
 
 @contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
-    """Turn every exception that the hub library raises in this context into a CheckpointError."""
-    from huggingface_hub.utils import disable_progress_bars
+def _bars_on_a_terminal() -> Iterator[None]:
+    """A context in which the hub library draws its progress bars only if stderr is a terminal."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Turn every exception that the hub library raises in this context into a CheckpointError."""
+    try:
+        with _bars_on_a_terminal():
+            yield
     except QuantkitError:
         raise
     except Exception as error:  # from the hub library, its HTTP client and the system

@@ -77,19 +77,23 @@ def run_calibration(out: Output, options: CalibrationOptions) -> CalibrationSumm
     from quantkit.calibration.calibrate import calibrate
     from quantkit.checkpoint.units import counted, format_bytes
     from quantkit.cli.interrupts import stop_on_signals
+    from quantkit.cli.processes import is_first_process, process_group
     from quantkit.cli.tables import Progress
-    from quantkit.models.distributed import rank_of_environment
 
-    out.quiet = out.quiet or rank_of_environment() > 0
+    out.quiet = out.quiet or not is_first_process()
     out.quiet_libraries()
-    with Progress("calibrate", out.quiet) as progress, stop_on_signals() as should_stop:
+    with (
+        process_group(options.device),
+        Progress("calibrate", out.quiet) as progress,
+        stop_on_signals() as should_stop,
+    ):
         summary = calibrate(options, progress, should_stop)
     if summary.was_finished:
         out.note(
             f"{options.output} was already complete, with unchanged files; nothing was measured"
         )
         return summary
-    if rank_of_environment() == 0:
+    if is_first_process():
         _warn_of_calibration(out, summary)
         for remark in summary.chosen:
             out.note(remark)

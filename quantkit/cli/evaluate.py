@@ -109,10 +109,10 @@ def eval_command(
     torchrun --nproc-per-node N -m quantkit eval ...
     """
     from quantkit.checkpoint.hub import resolve_model
+    from quantkit.cli.processes import is_first_process, process_group
     from quantkit.cli.tables import Progress
     from quantkit.evaluation.evaluate import evaluate
     from quantkit.evaluation.preflight import EvaluationOptions
-    from quantkit.models.distributed import rank_of_environment
 
     files = options_from(EvalFiles, arguments)
     files.check()
@@ -123,11 +123,11 @@ def eval_command(
         quants=tuple(resolve_model(quant) for quant in quants),
         cache=not no_cache,
     )
-    out.quiet = out.quiet or rank_of_environment() > 0
+    out.quiet = out.quiet or not is_first_process()
     out.quiet_libraries()
-    with Progress("eval", out.quiet) as progress:
+    with process_group(options.device), Progress("eval", out.quiet) as progress:
         result = evaluate(options, progress)
-    if rank_of_environment() > 0:
+    if not is_first_process():
         return
     files.write(result)
     _print_evaluation(out, result)

@@ -239,13 +239,14 @@ def _check_sanity(out: Output, export: ExportOptions, check: CheckOptions) -> di
 
     Where the two models can't be run, "sane" is null, and a warning says why.
     """
+    from quantkit.cli.processes import process_group
     from quantkit.cli.tables import Progress
     from quantkit.evaluation.sanity_check import check_sanity
 
     out.quiet_libraries()
     started = time.monotonic()
     try:
-        with Progress("sanity check", out.quiet) as progress:
+        with process_group(check.device), Progress("sanity check", out.quiet) as progress:
             found = check_sanity(
                 export.model,
                 export.output,
