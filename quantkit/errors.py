@@ -12,7 +12,7 @@
     │   └── NonFiniteError   1   a model computes NaN or infinity
     ├── RuntimeLimitError    1   the named runtime or hardware can't run this
     ├── FaultsFound          3   a gate failed, or a checkpoint has faults
-    ├── Inconclusive         4   `eval --strict`: the text is too short to decide a gate
+    ├── Inconclusive         4   the text is too short to decide a gate, which must be
     ├── NotComparableError   5   two results have different protocols, tokens or base models
     ├── FollowerStopped      n   another process of the same run has failed and says why
     └── Interrupted         75   the run was stopped between two steps; finished work is kept
@@ -58,7 +58,7 @@ class CheckpointError(QuantkitError):
 
 
 class DownloadError(QuantkitError):
-    """The hub didn't deliver a shard after the work had begun. `--resume` continues it."""
+    """The hub didn't deliver a shard after the work had begun. A resumed run continues it."""
 
 
 class RecipeError(QuantkitError):
@@ -87,8 +87,8 @@ class NonFiniteError(EvaluationError):
     path: directory of the model.
     """
 
-    def __init__(self, message: str, path: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, path: str, hint: str = "") -> None:
+        super().__init__(message, hint)
         self.path = path
 
 
@@ -110,7 +110,7 @@ class FaultsFound(QuantkitError):
 
 
 class Inconclusive(QuantkitError):
-    """With `eval --strict`: the confidence interval contains a gate's limit."""
+    """The confidence interval contains the limit of a gate that must be decided."""
 
     exit_code = 4
 

@@ -224,7 +224,7 @@ def quantize(
     result = QuantizeResult(made, write_checkpoint(plan, progress, should_stop), calibrated)
     step_done(result.checkpoint)
     if verify:
-        result = replace(result, verification=_verify(plan, progress))
+        result = replace(result, verification=_verify(plan, progress, should_stop))
     if check and (result.verification is None or result.verification.ok):
         checked = _check(
             plan,
@@ -295,9 +295,9 @@ def _names(sources: tuple[DataSource, ...]) -> list[str]:
     return [str(source) for source in sources]
 
 
-def _verify(plan: ExportPlan, progress: Progress) -> Verification:
+def _verify(plan: ExportPlan, progress: Progress, should_stop: ShouldStop) -> Verification:
     options = plan.options
-    found = check_checkpoint(options.output, options.model, options.runtime, progress)
+    found = check_checkpoint(options.output, options.model, options.runtime, progress, should_stop)
     warn((text for text in found.warnings if text not in plan.warnings), level=4)
     if found.ok:
         step_done(found)

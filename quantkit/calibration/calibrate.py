@@ -6,7 +6,7 @@ If the recipe's algorithms quantize weights, each block's weights are quantized 
 
 CALIB holds `calibration.json`, and for each decoder block a `block-NNNNN.safetensors` with its
 statistics and a `weights-NNNNN.safetensors` with its quantized weights, if any. A block's files are
-written when it is finished; `--resume` continues after them. A calibration without quantized
+written when it is finished; a resumed run continues after them. A calibration without quantized
 weights can be exported to any scheme.
 """
 
@@ -151,8 +151,8 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
     fingerprint = {
         "model files": checkpoint.fingerprint(),
         "data": windows.data_sha256,
-        "--num-samples": str(options.num_samples),
-        "--seq-len": str(seq_len),
+        "num_samples": str(options.num_samples),
+        "seq_len": str(seq_len),
         "windows": windows.tokens_sha256,
         "seed": str(options.seed),
         "recipe": options.recipe.canonical() if options.recipe else "",

@@ -43,7 +43,7 @@ def calibrate_command(
     """
     from quantkit.api.calibrate import calibrate
 
-    with out.run("calibrate") as run:
+    with out.run("calibrate", arguments["device"]) as run:
         result = calibrate(model, output, recipe=recipe, **arguments, **run)
     out.json(result)
     which = f"--recipe {shlex.quote(str(recipe))}" if recipe else "--scheme fp8-static"

@@ -11,12 +11,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, Protocol
 
 import click
 
 from quantkit.cli.option_names import as_command_line
+from quantkit.cli.processes import is_first_process
 from quantkit.errors import Interrupted, QuantkitError, QuantkitWarning
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -98,8 +99,7 @@ class Output:
     """
 
     def __init__(self, quiet: bool, verbose: bool, as_json: bool) -> None:
-        # Of several processes, which torchrun started, the first speaks.
-        self.is_first = os.environ.get("RANK", "0") == "0"
+        self.is_first = is_first_process()
         self.quiet, self.verbose = quiet or not self.is_first, verbose
         self.as_json = as_json
         self._warned: set[str] = set()
@@ -125,25 +125,26 @@ class Output:
 
     @contextmanager
     def run(
-        self, name: str, stops: bool = True, uses_transformers: bool = True
+        self, name: str, device: str | None = None, uses_transformers: bool = True
     ) -> Iterator[dict[str, Any]]:
         """What a command gives a function of the library: a progress bar, and signals that stop it.
 
         name: what the bar shows first.
-        stops: whether the function takes `should_stop`.
+        device: where a command computes whose work torchrun's processes can share, else None.
         uses_transformers: whether its messages must be silenced; importing it takes a second.
         """
         from quantkit.cli.interrupts import stop_on_signals
+        from quantkit.cli.processes import process_group
         from quantkit.cli.tables import Progress
 
         if uses_transformers:
             self.quiet_libraries()
-        with Progress(name, self.quiet) as progress:
-            if not stops:
-                yield {"progress": progress}
-                return
-            with stop_on_signals() as should_stop:
-                yield {"progress": progress, "should_stop": should_stop}
+        with (
+            process_group(device) if device is not None else nullcontext(),
+            Progress(name, self.quiet) as progress,
+            stop_on_signals() as should_stop,
+        ):
+            yield {"progress": progress, "should_stop": should_stop}
 
     @contextmanager
     def library_messages(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ def export_command(out: Output, model: str, output: Path, **arguments: Any) -> N
             )
         )
     recipe = recipe_argument(arguments)
-    with out.run("export") as run:
+    with out.run("export", uses_transformers=False) as run:
         result = export(model, output, recipe, **arguments, **run)
     print_parameters(out, result)
     if result.is_dry_run:

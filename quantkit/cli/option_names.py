@@ -78,8 +78,7 @@ def _translated(text: str, names: Mapping[str, str]) -> str | None:
         return names[text]
     name, _, value = text.partition("=")
     if name in names and value:
-        option = _with_value(name, value, names)
-        return None if option is None else option
+        return _with_value(name, value, names)
     if text.startswith("quantkit."):
         command = _command_of(text, names)
         return None if command is None else f"`{command}`"
@@ -105,6 +104,8 @@ def _command_of(source: str, names: Mapping[str, str]) -> str | None:
         call = ast.parse(source, mode="eval").body
     except SyntaxError:
         return None
+    if isinstance(call, ast.Attribute):  # a function without arguments
+        return f"quantkit {_COMMANDS.get(call.attr, call.attr)}"
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
         return None
     words = ["quantkit", _COMMANDS.get(call.func.attr, call.func.attr)]

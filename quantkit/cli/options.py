@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
-
-Options = TypeVar("Options")
+from typing import Any
 
 import click
 
@@ -258,40 +255,3 @@ def optional_recipe(arguments: dict[str, Any]) -> str | Path | None:
 
 
 _ONE_RECIPE = "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
-
-
-def options_from(kind: type[Options], arguments: Mapping[str, Any], **others: Any) -> Options:
-    """A command's arguments, by Click's names, as a frozen value: those that its fields name.
-
-    others: fields that the arguments lack or that replace one.
-    """
-    known = {**arguments, **others}
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: known[name] for name in names if name in known})
-
-
-@dataclass(frozen=True)
-class RecipeOptions:
-    """--scheme or --recipe, and the options that add to the recipe."""
-
-    scheme: str | None
-    recipe: Path | None
-    ignore: tuple[str, ...] = ()
-    kv_cache: str | None = None
-    observer: str | None = None
-
-    def load(self) -> Recipe:
-        """The recipe. Raises UsageError unless exactly one of --scheme and --recipe is given."""
-        from quantkit.schemes.recipe import Recipe
-        from quantkit.schemes.scheme import QuantScheme
-
-        if (self.scheme is None) == (self.recipe is None):
-            raise click.UsageError(
-                "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
-            )
-        if self.recipe is not None:
-            recipe = Recipe.load(self.recipe)
-        else:
-            assert self.scheme is not None
-            recipe = Recipe(QuantScheme.parse(self.scheme))
-        return recipe.with_options(self.ignore, self.kv_cache, self.observer)

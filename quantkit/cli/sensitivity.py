@@ -101,20 +101,20 @@ def sensitivity_command(out: Output, model: str, **arguments: Any) -> None:
     torchrun --nproc-per-node N -m quantkit sensitivity ...
     """
     from quantkit.checkpoint.hub import resolve_model
-    from quantkit.models.distributed import rank_of_environment
+    from quantkit.cli.processes import is_first_process
 
     files = options_from(SensitivityFiles, arguments)
     has_budget = arguments["max_size"] is not None or arguments["max_kld"] is not None
     _check_usage(arguments, has_budget)
     files.check()
     path = resolve_model(model)
-    out.quiet = out.quiet or rank_of_environment() > 0
+    out.quiet = out.quiet or not is_first_process()
     out.quiet_libraries()
     if arguments["earlier"] is None:
         result = _score(out, path, arguments)
     else:
         result = _solve_earlier(path, arguments)
-    if rank_of_environment() > 0:
+    if not is_first_process():
         return
     files.write(result, path)
     if result.get("was_finished"):
@@ -168,6 +168,7 @@ def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
 def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     from quantkit.checkpoint.run_control import never
     from quantkit.cli.interrupts import stop_on_signals
+    from quantkit.cli.processes import process_group
     from quantkit.cli.tables import Progress
     from quantkit.layer_sensitivity.options import SensitivityOptions
     from quantkit.layer_sensitivity.score import score_sensitivity
@@ -181,7 +182,11 @@ def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, 
     )
     # Without an output nothing is kept, so that a signal may end the process at once.
     stopping = nullcontext(never) if options.resumable_output is None else stop_on_signals()
-    with Progress("sensitivity", out.quiet) as progress, stopping as should_stop:
+    with (
+        process_group(options.device),
+        Progress("sensitivity", out.quiet) as progress,
+        stopping as should_stop,
+    ):
         return score_sensitivity(options, progress, should_stop)
 
 

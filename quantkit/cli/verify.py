@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.cli.console import Output, command
+from quantkit.cli.option_names import as_command_line
 from quantkit.schemes.serving import RUNTIMES
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
     """
     from quantkit.api.verify import verify
 
-    with out.run("verify", stops=False) as run:
+    with out.run("verify", uses_transformers=False) as run:
         found = verify(checkpoint, base=base, runtime=runtime, **run)
     out.json(found)
     if not out.as_json:
@@ -44,7 +45,8 @@ def _print_verification(out: Output, found: Verification) -> None:
     from quantkit.cli.tables import print_table
 
     if found.faults:
-        print_table(("tensor", "fault"), found.faults)
+        faults = [(fault.tensor, as_command_line(fault.message)) for fault in found.faults]
+        print_table(("tensor", "fault"), faults)
     if found.sqnr_db:
         shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
         total = len(found.sqnr_db)

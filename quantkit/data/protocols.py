@@ -64,8 +64,8 @@ def _chunks(
     ]
     if not chunks:
         raise DataError(
-            f"the text gives {len(stream)} tokens, less than one window of {seq_len}; give more"
-            " text or a smaller --seq-len"
+            f"the text gives {len(stream)} tokens, less than one window of {seq_len}",
+            hint="give more text or a smaller `seq_len`",
         )
     return chunks if max_tokens is None else chunks[: max(1, max_tokens // seq_len)]
 
@@ -87,9 +87,9 @@ def _document_windows(
         if max_tokens is not None and total + len(tokens) > max_tokens:
             if not scored:
                 raise DataError(
-                    f"the first document has {len(tokens)} tokens, more than --max-tokens"
-                    f" {max_tokens}, and lmeval scores whole documents; give .jsonl with shorter"
-                    " ones"
+                    f"the first document has {len(tokens)} tokens, more than"
+                    f" `max_tokens={max_tokens}`, and lmeval scores whole documents",
+                    hint="give .jsonl with shorter ones",
                 )
             break
         total += len(tokens)
@@ -124,6 +124,6 @@ def _bos(tokenizer: Any) -> int:
         if token is not None:
             return token
     raise DataError(
-        "the tokenizer has neither a BOS nor an EOS token, which this protocol puts first; use"
-        " --protocol gptq"
+        "the tokenizer has neither a BOS nor an EOS token, which this protocol puts first",
+        hint="use `protocol='gptq'`",
     )

@@ -31,8 +31,9 @@ def calibration_windows(
     """
     if num_samples < len(data):
         raise DataError(
-            f"--num-samples {num_samples} leaves some of the {len(data)} sources of --data without"
-            f" a window; ask for {len(data)} or more"
+            f"`num_samples={num_samples}` leaves some of the {len(data)} sources of `data` without"
+            " a window",
+            hint=f"ask for {len(data)} or more",
         )
     sources = [read_source(source, tokenizer) for source in data]
     available, rests = [], []
@@ -65,7 +66,7 @@ def _windows_and_rest(
     ]
     if not windows:
         raise DataError(
-            f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}; give"
-            " more text or a smaller --seq-len"
+            f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}",
+            hint="give more text or a smaller `seq_len`",
         )
     return windows, tuple(stream[len(windows) * seq_len :])

@@ -85,7 +85,8 @@ def evaluate(
     gates = [Gate.parse(expr) for expr in options.gates]
     if gates and not options.quants:
         raise EvaluationError(
-            "--gate compares a quantized model with the base; give at least one QUANT"
+            "`gates` needs a quantized model to compare with the base",
+            hint="give at least one of `quants`",
         )
     if options.hardware is not None and options.hardware not in HARDWARE:
         raise EvaluationError(

@@ -199,9 +199,9 @@ def _require_finite(hidden: Tensor, model: QuantizedModel, number: int, where: s
     if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
         path = str(model.checkpoint.path)
         raise NonFiniteError(
-            f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify`"
-            " checks its files",
+            f"{path} gives NaN or infinity in window {number + 1}, {where}",
             path,
+            hint=f"`quantkit.verify({path!r})` checks its files",
         )
 
 

@@ -4,7 +4,6 @@ same model.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,9 @@ def prepare_evaluation(
     task = task_of(base.config, options.base)
     if task != CAUSAL and options.protocol != "gptq":
         raise EvaluationError(
-            f"--protocol {options.protocol} is for models that predict the next token of a text,"
-            f" which {options.base} doesn't; leave it out"
+            f"`protocol={options.protocol!r}` is for models that predict the next token of a text,"
+            f" which {options.base} doesn't",
+            hint="leave it out",
         )
     tokenizer, windows, seq_len = _cut_windows(options, task)
     if len(windows.windows) < processes:
@@ -106,7 +106,7 @@ def _cut_windows(options: EvaluationOptions, task: str) -> tuple[Any, Windows, i
     )
     if seq_len < 2:
         raise EvaluationError(
-            "--seq-len must be at least 2: a window's first token is not predicted"
+            "`seq_len` must be at least 2: a window's first token is not predicted"
         )
     windows = evaluation_windows(
         options.data, tokenizer, options.protocol, seq_len, options.max_tokens
@@ -128,8 +128,8 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
     found, path = verify(checkpoint.path, as_stored=True), checkpoint.path
     if found.faults:
         raise CheckpointError(
-            f"{path} has faults: {found.first_fault}; `quantkit verify {shlex.quote(str(path))}`"
-            " lists them"
+            f"{path} has faults: {found.first_fault}",
+            hint=f"`quantkit.verify({str(path)!r})` lists them",
         )
     if found.unequal:
         tensor, message = found.unequal[0]
@@ -155,8 +155,8 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
     ]
     if config is None and codes:
         raise CheckpointError(
-            f"{codes[0]} of {path} holds codes, but config.json has no quantization_config;"
-            f" `quantkit verify {shlex.quote(str(path))}` lists all faults"
+            f"{codes[0]} of {path} holds codes, but config.json has no quantization_config",
+            hint=f"`quantkit.verify({str(path)!r})` lists all faults",
         )
     if hardware is not None:
         for scheme in config.schemes if config else ():

@@ -1,4 +1,4 @@
-"""The result of `eval`, as dataclasses. They are written as the JSON of `eval -o` and read back.
+"""The result of `eval`, as dataclasses. They are stored as JSON and read back.
 
 The names of fields are the keys of the JSON, in order. A field with a default may be missing in a
 file.

@@ -236,7 +236,7 @@ def _remedy(quant: QuantResult) -> str:
             "try FP8, which suffers less from outliers in inputs than INT8, or smoothquant, which"
             " moves them into weights"
         )
-    return "skip these layers with --ignore, or quantize their weights with gptq"
+    return "skip these layers with `ignore`, or quantize their weights with gptq"
 
 
 def _sources(evaluation: Evaluation) -> str:

@@ -20,7 +20,7 @@ from quantkit.evaluation.final_hidden_states import FinalHiddenStates
 from quantkit.evaluation.logits import POSITIONS_PER_CHUNK, OutputHead, score, score_pair
 from quantkit.evaluation.token_scores import PairedScores, Scores, TokenScores, joined
 from quantkit.models.distributed import Ranks
-from quantkit.models.threads import each_batch
+from quantkit.models.threads import denormals_as_zero, each_batch
 
 Number = TypeVar("Number", int, float)
 
@@ -124,15 +124,11 @@ class Scoring:
 
 def _finite(work: Callable[[], Scores], number: int) -> Scores:
     """work(); raises EvaluationError if a score of this window isn't finite."""
-    # Probabilities below 1e-38 don't matter, but denormal arithmetic is a hundred times slower.
-    torch.set_flush_denormal(True)
-    try:
+    with denormals_as_zero():  # probabilities below 1e-38 don't matter
         scores = work()
-    finally:
-        torch.set_flush_denormal(False)
     if scores.nonfinite:
         raise EvaluationError(
-            f"the logits of window {number + 1} are not finite, first after the output head;"
-            " `quantkit verify` checks the files"
+            f"the logits of window {number + 1} are not finite, first after the output head",
+            hint="`quantkit.verify` checks the files",
         )
     return scores

@@ -66,7 +66,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What happens to one parameter: a row of `export --dry-run`.
+    """What happens to one parameter: a row of the plan.
 
     name: name of the tensor.
     status: "quantized"; "left" if it is skipped; "unreached" if it should be quantized but can't
@@ -102,7 +102,7 @@ class ExportPlan:
     options: the user's options.
     checkpoint: the model, with each weight as [out_features, in_features] (`linear_views`).
     calibration: the opened calibration, or None.
-    fingerprint: everything that the output's bytes depend on, by name, for `--resume`.
+    fingerprint: everything that the output's bytes depend on, by name, to resume.
     parameters: what happens to each parameter.
     linears: module name → quantized Linear.
     skipped: names of the skipped Linears, including a tied lm_head, and patterns for experts.
@@ -167,7 +167,7 @@ class ExportPlan:
         return alone | fused
 
     def to_json(self) -> dict[str, Any]:
-        """What `export --dry-run --json` prints."""
+        """The plan as JSON."""
         return {
             "parameters": [row.to_json() for row in self.parameters],
             "bytes_before": self.bytes_before,

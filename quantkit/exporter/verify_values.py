@@ -5,7 +5,7 @@ and compares each tensor with the base model's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.run_control import Progress, ShouldStop, stop_if_asked
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.exporter.verification import Findings, QuantizedLinears
+from quantkit.models.threads import pool_of_single_threads
 from quantkit.ops.packing import decode_scales
 from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.number_formats import holds_codes
@@ -65,26 +66,19 @@ def check_values(
         stored,
         linears,
     )
-    threads_before = torch.get_num_threads()
+    units = [[f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()]
+    units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
     done = 0
-    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        units = [
-            [f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()
-        ]
-        units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
+    with pool_of_single_threads(cores()) as pool:
         futures = {pool.submit(reader.check, unit): unit for unit in units}
-        try:
-            for future in as_completed(futures):
-                for tensor, message in future.result():
-                    found.fault(tensor, message)
-                done += len(futures[future])
-                progress("tensors", done, found.tensors)
-                stop_if_asked(
-                    should_stop, f"with {done} of {found.tensors} tensors read", can_resume=False
-                )
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads_before)
+        for future in as_completed(futures):
+            for tensor, message in future.result():
+                found.fault(tensor, message)
+            done += len(futures[future])
+            progress("tensors", done, found.tensors)
+            stop_if_asked(
+                should_stop, f"with {done} of {found.tensors} tensors read", can_resume=False
+            )
     # Sorted, because threads finish in any order.
     order = {name: number for number, name in enumerate(checkpoint.tensors)}
     found.faults.sort(key=lambda fault: order.get(fault[0], -1))

@@ -34,6 +34,7 @@ from quantkit.exporter.plan import ExportPlan, file_times
 from quantkit.exporter.result import ExportResult
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest
 from quantkit.exporter.tensor_maker import Job, TensorMaker, plan_jobs
+from quantkit.models.threads import one_thread
 
 
 def export(
@@ -69,7 +70,9 @@ def export(
     )
     finished = output.finished(names)
     try:
-        _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(progress, should_stop)
+        run = _Run(plan, output, _Run.by_shard(jobs, names, shards), finished)
+        with one_thread():  # tensors are processed in parallel
+            run.run(progress, should_stop)
         _require_unchanged(plan)
         if checkpoint.source is not None:
             checkpoint.source.clean()
@@ -82,8 +85,8 @@ def export(
         raise
     except OSError as error:
         raise OutputError(
-            f"can't finish writing {output.partial}: {error.strerror}; finished shards are kept:"
-            " fix that and continue with --resume"
+            f"can't finish writing {output.partial}: {error.strerror}; finished shards are kept",
+            hint="fix that and continue with `resume=True`",
         ) from None
     output.commit()
     return replace(result, seconds=time.monotonic() - started)
@@ -148,7 +151,6 @@ class _Run:
         for jobs in self._todo.values():
             for job in jobs:
                 self._stream.expect(self._maker.touched(job))
-        threads_before = torch.get_num_threads()
         makers = [
             threading.Thread(target=self._guarded, args=(self._make,), name=f"maker {number}")
             for number in range(cores())
@@ -168,7 +170,7 @@ class _Run:
             if self._recorded < len(self._todo):
                 raise Interrupted(
                     f"stopped with {self._recorded} of {len(self._todo)} shards written",
-                    RESUME_HINT,
+                    hint=RESUME_HINT,
                 )
             progress("tensors", self._read, self._plan.bytes_before)
         finally:
@@ -181,7 +183,6 @@ class _Run:
             for thread in (*makers, *self._followers):
                 if thread.ident is not None:
                     thread.join()
-            torch.set_num_threads(threads_before)
             self._stream.close()
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -205,7 +206,7 @@ class _Run:
     # ---- Makers.
 
     def _make(self) -> None:
-        torch.set_num_threads(1)  # in this thread, because tensors are processed in parallel
+        torch.set_num_threads(1)  # in this thread too
         while not self._stopping.is_set():
             with self._lock:
                 shard_and_job = next(self._jobs, None)

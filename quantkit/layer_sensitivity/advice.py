@@ -1,7 +1,7 @@
 """From the KLs of layer groups to advice: a ranking, how well sums predict, Pareto lines, and a
 budget's solution with its recipe.
 
-Nothing here runs a model. `result` is the dictionary that `sensitivity -o` writes as JSON.
+Nothing here runs a model. `result` is the dictionary that `sensitivity` writes as JSON.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _pareto_line(result: Mapping[str, Any], to: str) -> dict[str, Any]:
 
 
 def read_earlier_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The result that an earlier run wrote with -o.
+    """The result that an earlier run wrote.
 
     Raises EvaluationError for another file, NotComparableError for the result of another model.
     """
@@ -127,17 +127,18 @@ def read_earlier_result(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         )
     except (CheckpointError, KeyError, TypeError, AttributeError):
         raise EvaluationError(
-            f"{path} is not a result of `quantkit sensitivity -o`; give one, or leave out --from"
+            f"{path} is not a result that sensitivity has written", hint="give one, or run it again"
         ) from None
     if known[0] != SCHEMA_VERSION:
         raise EvaluationError(
-            f"{path} has format {known[0]}, but this quantkit reads {SCHEMA_VERSION}; run"
-            " sensitivity again, or leave out --from"
+            f"{path} has format {known[0]}, but this quantkit reads {SCHEMA_VERSION}",
+            hint="run sensitivity again",
         )
     if known[1] != checkpoint.fingerprint():
         raise NotComparableError(
             f"{path} was made from another model ({result['model']['path']}) than"
-            f" {checkpoint.path}, or its files have changed since; run sensitivity on this one"
+            f" {checkpoint.path}, or its files have changed since",
+            hint="run sensitivity on this one",
         )
     return result
 
@@ -158,7 +159,8 @@ def solve_again(
     )
     if unknown is not None:
         raise EvaluationError(
-            f"{unknown} was not scored as an alternative; run again with --alternative {unknown}"
+            f"{unknown} was not scored as an alternative",
+            hint=f"run again with `alternatives={[unknown]}`",
         )
     return dict(result) | {
         "solution": solve(result, max_size, max_kld, named or result["alternatives"])
@@ -214,8 +216,8 @@ def solve(
         None if max_kld is None else max_kld - floor,
     )
     if found is None:
-        asked = [f"--max-size {max_size} ({limit} bytes)"] if limit is not None else []
-        asked += [f"--max-kld {max_kld:g}"] if max_kld is not None else []
+        asked = [f"`max_size={max_size!r}` ({limit} bytes)"] if limit is not None else []
+        asked += [f"`max_kld={max_kld:g}`"] if max_kld is not None else []
         smallest = sum(min(item.sizes) for item in items) + fixed
         best = min(
             sum(min(item.costs) for item in items) + floor,
@@ -223,7 +225,8 @@ def solve(
         )
         raise EvaluationError(
             f"no choice meets {' and '.join(asked)}: the smallest is {smallest} bytes, and the"
-            f" lowest predicted KL is {best:.2g}; raise the limit, or add an --alternative"
+            f" lowest predicted KL is {best:.2g}",
+            hint="raise the limit, or allow more `alternatives`",
         )
     choices = [item.names[number] for item, number in zip(items, found)]
     return {

@@ -1,4 +1,4 @@
-"""`sensitivity --html`: the result as one self-contained page."""
+"""The HTML report of `sensitivity`: the result as one self-contained page."""
 
 from __future__ import annotations
 

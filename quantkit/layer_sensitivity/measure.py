@@ -29,7 +29,7 @@ from quantkit.layer_sensitivity.scoring_text import ScoringText
 from quantkit.layer_sensitivity.streams import Variant, count_block_runs
 from quantkit.layer_sensitivity.variants import VariantStates, run_variants
 from quantkit.models.distributed import Ranks
-from quantkit.models.threads import each_batch
+from quantkit.models.threads import denormals_as_zero, each_batch
 
 VARIANTS_AT_ONCE = 16  # that one thread scores together
 
@@ -208,14 +208,10 @@ class VariantScorer:
                 self.text.scored(states.get(variant, number), number)[part].to(device)
                 for variant in (0, *batch)
             )
-            # Numbers below 1e-38 are negligible, and slow arithmetic down a hundredfold.
-            torch.set_flush_denormal(True)
-            try:
+            with denormals_as_zero():  # probabilities below 1e-38 don't matter
                 return score_variants(
                     head, base, self.text.targets(number)[part].to(device), hidden
                 )
-            finally:
-                torch.set_flush_denormal(False)
 
         scores = {number: WindowScores([0.0] * variants, [0.0] * variants) for number in windows}
         results = each_batch(work, range(len(pieces)), device, torch.get_num_threads())
@@ -227,8 +223,8 @@ class VariantScorer:
                     scores[number].losses[variant] += float(losses.sum(dtype=np.float64))
         if not all(np.isfinite([each.kld, each.losses]).all() for each in scores.values()):
             raise EvaluationError(
-                f"{self.options.model} gives logits that are not finite on this text; `quantkit"
-                " verify` tells whether its files are damaged"
+                f"{self.options.model} gives logits that are not finite on this text",
+                hint=f"`quantkit.verify({str(self.options.model)!r})` checks its files",
             )
         return scores
 

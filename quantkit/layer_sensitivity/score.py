@@ -47,11 +47,11 @@ def score_sensitivity(
     """
     started = time.monotonic()
     if options.max_kld is not None and not options.max_kld > 0:
-        raise EvaluationError("--max-kld must be more than 0")
+        raise EvaluationError("`max_kld` must be more than 0")
     output = options.resumable_output
     if options.resume and output is None:
         raise EvaluationError(
-            "--resume continues a run that was interrupted; give the same -o FILE as before"
+            "`resume=True` continues an interrupted run", hint="give the same `output` as before"
         )
     with joined_ranks(pick_device(options.device)) as ranks:
         choices, remarks = ranks.first_then_others(lambda: open_choices(options))
@@ -59,10 +59,7 @@ def score_sensitivity(
         fingerprint = ranks.broadcast_from_first(
             lambda: _fingerprint(options, choices, text, ranks.device)
         )
-        budget = {
-            "--max-size": str(options.max_size or ""),
-            "--max-kld": str(options.max_kld or ""),
-        }
+        budget = {"max_size": str(options.max_size or ""), "max_kld": str(options.max_kld or "")}
         if options.resume and output is not None:
             finished = ranks.broadcast_from_first(
                 lambda: finished_result(output, fingerprint | budget, options.overwrite)
@@ -113,8 +110,8 @@ def _fingerprint(
         "calibration": plan["calibration"],
         "alternatives": " ".join(sorted(choices.allowed)),
         "data": text.windows.data_sha256,
-        "--max-tokens": str(options.max_tokens),
-        "--seq-len": str(text.seq_len),
+        "max_tokens": str(options.max_tokens),
+        "seq_len": str(text.seq_len),
         "windows": text.windows.tokens_sha256,
         "seed": str(options.seed),
         "device": device_identity(device),

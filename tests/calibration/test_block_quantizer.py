@@ -220,7 +220,7 @@ def test_threads_change_no_byte(options, tmp_path):
 @pytest.mark.slow
 def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, options, tmp_path):
     with pytest.raises(
-        CalibrationError, match="need data to quantize weights; first: quantkit calibrate"
+        CalibrationError, match="need data to quantize weights; first `quantkit.calibrate"
     ):
         plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(BEST)))
     with pytest.raises(CalibrationError, match="holds statistics alone"):

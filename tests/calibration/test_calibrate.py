@@ -137,7 +137,7 @@ def killed(options, tmp_path):
 
 def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
     assert not killed.output.exists()
-    with pytest.raises(OutputError, match="--resume"):
+    with pytest.raises(OutputError, match="`resume=True`"):
         calibrate(killed)
     told = []
     calibrate(replace(killed, resume=True), lambda what, done, total: told.append(what))
@@ -171,8 +171,8 @@ def test_a_calibration_whose_blocks_hand_on_more_than_hidden_states_resumes_to_t
     [
         ({"seed": 3}, "a different seed, different windows"),
         ({"batch_size": 1}, "a different batch size"),
-        ({"num_samples": 4}, "a different --num-samples, different windows"),
-        ({"seq_len": 48}, "a different --seq-len, different windows"),
+        ({"num_samples": 4}, "a different `num_samples`, different windows"),
+        ({"seq_len": 48}, "a different `seq_len`, different windows"),
         ({"recipe": Recipe(QuantScheme.parse("fp8-static"))}, "a different recipe"),
         ({"all_experts": True}, "a different choice of experts"),
     ],

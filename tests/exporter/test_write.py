@@ -491,7 +491,7 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
     ],
 )
 def test_format_that_does_not_hold_the_scheme_is_refused(file_format, scheme, llama, tmp_path):
-    with pytest.raises(RecipeError, match=f"--format {file_format} holds"):
+    with pytest.raises(RecipeError, match=f"`format='{file_format}'` holds"):
         plan_export(
             ExportOptions(
                 llama, tmp_path / "out", Recipe(QuantScheme.parse(scheme)), file_format=file_format
