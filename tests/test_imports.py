@@ -69,17 +69,17 @@ def imported_modules(path: Path, known: dict[str, Path]) -> set[str]:
     return found - {""}
 
 
-# A result renders itself, by files that know its type: the import stands in a method.
-RENDERERS = {
+# A result's methods that make a page or another result of it use files that know its type.
+METHODS_OF_RESULTS = {
     "evaluation.result": {"evaluation.html", "evaluation.report"},
-    "layer_sensitivity.result": {"layer_sensitivity.html", "layer_sensitivity.report"},
+    "layer_sensitivity.result": {"layer_sensitivity.advice", "layer_sensitivity.html"},
 }
 
 
 def imports() -> dict[str, set[str]]:
     known = modules()
     return {
-        name: imported_modules(path, known) - RENDERERS.get(name, set())
+        name: imported_modules(path, known) - METHODS_OF_RESULTS.get(name, set())
         for name, path in known.items()
     }
 

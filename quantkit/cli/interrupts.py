@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from quantkit.checkpoint.run_control import ShouldStop
 
@@ -16,15 +17,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_on_signals() -> Iterator[ShouldStop]:
-    """Catch signals within this context. Yields a function that tells whether one has come.
+    """Yields a function that tells whether a signal has come.
 
-    Only the main thread can install handlers; in other threads nothing is caught.
+    Signals are caught from its first call to the end of the context: before, nobody would stop for
+    them, and they end the process as usual. Only the main thread can catch signals.
     """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    earlier = {number: signal.getsignal(number) for number in _SIGNALS}
+    earlier: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in earlier.items():
@@ -34,9 +33,13 @@ def stop_on_signals() -> Iterator[ShouldStop]:
         caught.append(number)
         restore()
 
-    for number in _SIGNALS:
-        signal.signal(number, ask)
+    def should_stop() -> bool:
+        if not earlier and threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                earlier[number] = signal.signal(number, ask)
+        return bool(caught)
+
     try:
-        yield lambda: bool(caught)
+        yield should_stop
     finally:
         restore()
