@@ -40,3 +40,5 @@ def stop_on_signals() -> Iterator[ShouldStop]:
         yield lambda: bool(caught)
     finally:
         restore()
+    if caught:
+        raise KeyboardInterrupt  # The work ended without being stopped; no other may begin.
