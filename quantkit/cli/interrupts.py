@@ -43,3 +43,5 @@ def stop_on_signals() -> Iterator[ShouldStop]:
         yield should_stop
     finally:
         restore()
+    if caught:
+        raise KeyboardInterrupt  # The work ended without being stopped; no other may begin.

@@ -7,11 +7,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-
-# Ranks wait for each other at the end of each block, which may take the slowest one long. A rank
-# that dies is noticed at once.
-TIMEOUT = timedelta(hours=12)
 
 
 def is_first_process() -> bool:
@@ -35,6 +30,7 @@ def process_group(device: str) -> Iterator[None]:
     # arguments would keep the group alive: gloo's threads could then abort the process at exit.
     import torch.distributed.nn.functional  # noqa: F401
 
+    from quantkit.models.distributed import TIMEOUT
     from quantkit.models.skeleton import pick_device
 
     on_gpu = pick_device(device).startswith("cuda")

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from quantkit.errors import FollowerStopped, QuantkitError
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
+
+# Ranks wait for each other at the end of each block, which may take the slowest one long. A rank
+# that dies is noticed at once.
+TIMEOUT = timedelta(hours=12)
 
 
 def is_first_process() -> bool:
@@ -214,7 +219,7 @@ def _group_for(kind: str) -> Iterator[ProcessGroup | None]:
     if kind in sent:
         yield None
         return
-    group = dist.new_group(backend="gloo" if kind == "cpu" else "nccl")
+    group = dist.new_group(timeout=TIMEOUT, backend="gloo" if kind == "cpu" else "nccl")
     try:
         yield group
     finally:

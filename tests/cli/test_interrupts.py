@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
+from quantkit.checkpoint.run_control import stop_if_asked
 from quantkit.cli.interrupts import stop_on_signals
+from quantkit.errors import Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -16,10 +18,16 @@ def handlers_are_restored():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_for_a_stop(number):
-    with stop_on_signals() as should_stop:
+    with pytest.raises(Interrupted), stop_on_signals() as should_stop:
         assert not should_stop()
         os.kill(os.getpid(), number)
-        assert should_stop() and should_stop()
+        assert should_stop()
+        stop_if_asked(should_stop, "here")
+
+
+def test_after_work_that_ended_before_it_was_asked_no_other_begins():
+    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_the_second_signal_ends_at_once():

@@ -66,3 +66,13 @@ def test_a_name_means_the_same_option_in_every_command():
                 if option.startswith("-"):
                     meanings.setdefault(name, set()).add(option)
     assert len(meanings) > 40 and {name for name, of in meanings.items() if len(of) > 1} == set()
+
+
+def test_every_option_that_is_printed_exists():
+    options = {
+        option for each in main.commands.values() for param in each.params for option in param.opts
+    }
+    with click.Context(main) as context:
+        context.invoked_subcommand = "quantize"
+        printed = {option for option in known_names(context).values() if option.startswith("-")}
+    assert len(printed) > 40 and printed <= options
