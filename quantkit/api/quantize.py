@@ -70,7 +70,7 @@ class QuantizeResult:
         return str(self.path)
 
     def to_json(self) -> dict[str, Any]:
-        """What `quantkit quantize --json` prints."""
+        """What `quantkit quantize` prints as JSON."""
         content = self.checkpoint.to_json()
         if self.checkpoint.is_dry_run:
             return content

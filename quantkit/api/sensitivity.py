@@ -54,6 +54,8 @@ def sensitivity(
     seq_len: tokens per window; None for 256 (masked language models: 64), or fewer if the model has
         fewer positions.
     seed: for sampling windows.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    trust_remote_code: run Python code from the checkpoint.
     output: JSON file to write; an interrupted run can be continued only with it.
     resume: continue an interrupted run.
     overwrite: discard an interrupted run, and start again.

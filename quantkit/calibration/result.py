@@ -82,8 +82,7 @@ class CalibrationResult:
             found.append(
                 f"the largest values of {len(self.unsettled)} of {counted(self.inputs, 'input')}"
                 f" still grew in the last quarter of the data ({_first(self.unsettled)}). Static"
-                f" scales need more text: {remedy}. `quantkit inspect"
-                f" {shlex.quote(str(self.path))}` lists these inputs"
+                f" scales need more text: {remedy}"
             )
         if self.starved:
             found.append(
@@ -105,7 +104,7 @@ class CalibrationResult:
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """What `quantkit calibrate --json` prints."""
+        """What `quantkit calibrate` prints as JSON."""
         content = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(self).items()

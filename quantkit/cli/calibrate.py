@@ -46,6 +46,8 @@ def calibrate_command(
     with out.run("calibrate", arguments["device"]) as run:
         result = calibrate(model, output, recipe=recipe, **arguments, **run)
     out.json(result)
+    if result.unsettled:
+        out.note(f"`quantkit inspect {shlex.quote(str(output))}` lists these inputs")
     which = f"--recipe {shlex.quote(str(recipe))}" if recipe else "--scheme fp8-static"
     ignore = "".join(
         f" --ignore {shlex.quote(pattern)}"

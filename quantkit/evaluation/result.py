@@ -294,7 +294,7 @@ class Evaluation:
     remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What `quantkit eval -o` writes; NaN and infinity are Python's."""
+        """What `quantkit eval` writes as JSON; NaN and infinity are Python's."""
         return json_values.fields_to_json(self)
 
     def to_markdown(self) -> str:

@@ -61,7 +61,7 @@ class ExportResult:
         return str(self.path)
 
     def to_json(self) -> dict[str, Any]:
-        """What `quantkit export --json` prints; with `dry_run` a row for each parameter."""
+        """What `quantkit export` prints as JSON; with `dry_run` a row for each parameter."""
         sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         warnings = {"warnings": list(self.warnings)}
         if self.is_dry_run:

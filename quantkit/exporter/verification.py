@@ -81,7 +81,7 @@ class Verification:
         return f"{self.faults[0]}{more}" if self.faults else ""
 
     def to_json(self) -> dict[str, Any]:
-        """What `quantkit verify --json` prints."""
+        """What `quantkit verify` prints as JSON."""
         return {
             "ok": self.ok,
             "faults": [fault._asdict() for fault in self.faults],

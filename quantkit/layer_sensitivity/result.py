@@ -1,5 +1,4 @@
-"""The result of `sensitivity`, as dataclasses. They are written as the JSON of `sensitivity -o` and
-read back.
+"""The result of `sensitivity`, as dataclasses. They are written as JSON and read back.
 
 The names of fields are the keys of the JSON, in order, unless `key` gives another. A field with a
 default may be missing in a file. Places are numbers of layer groups, in the order of the model.
@@ -307,11 +306,11 @@ class Sensitivity:
         return tuple(self.scores.groups[place] for place in self.order)
 
     def as_stored(self) -> Sensitivity:
-        """The result as `-o` stores it: without the fields that differ from run to run."""
+        """The result as it is stored: without the fields that differ from run to run."""
         return replace(self, seconds=None, peak_memory_bytes=None, was_finished=False)
 
     def to_json(self) -> dict[str, Any]:
-        """What `quantkit sensitivity --json` prints."""
+        """What `quantkit sensitivity` prints as JSON."""
         content = json_values.fields_to_json(self)
         if not self.was_finished:
             del content["was_finished"]

@@ -26,12 +26,14 @@ def test_the_first_signal_asks_for_a_stop(number):
 
 
 def test_after_work_that_ended_before_it_was_asked_no_other_begins():
-    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as should_stop:
+        assert not should_stop()
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_the_second_signal_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as should_stop:
+        assert not should_stop()
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
 
