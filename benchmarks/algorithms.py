@@ -19,10 +19,9 @@ import yaml
 from export import machine
 from quality import LENGTH, make, opened_model
 
+import quantkit as qk
 from quantkit.checkpoint.units import format_bytes
-from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.intervals import Difference
-from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.report import markdown_table
 
 BEST_INT8 = [("smoothquant", {}), ("gptq", {})]
@@ -89,11 +88,10 @@ def _measured(name: str, model: Path, arguments: argparse.Namespace) -> dict[str
         content = {"scheme": scheme, "algorithms": [{each: of} for each, of in algorithms]}
         recipe.write_text(yaml.safe_dump(content))
         output, cost = make(model, recipe, Path(temporary), arguments)
-        (quant,) = evaluate(
-            EvaluationOptions(
-                model, (output,), (arguments.data,), LENGTH, LENGTH * arguments.windows
-            )
-        ).to_json()["quants"]
+        evaluation = qk.evaluate(
+            model, output, arguments.data, seq_len=LENGTH, max_tokens=LENGTH * arguments.windows
+        )
+    (quant,) = evaluation.to_json()["quants"]
     kept = ("ppl_delta_pct", "kld", "top1_agreement", "bytes")
     return {key: quant[key] for key in kept} | {"cpu_seconds": cost["cpu_seconds"]}
 
