@@ -254,7 +254,7 @@ class Measured:
         return self.text.partition("\n")[0].removeprefix("# ")
 
     def body(self, level: int) -> str:
-        """What follows the title, with headings from `level` on; the machine has a line of its own."""
+        """What follows the title, with headings from `level` on and the machine on its own line."""
         shifted = re.sub(
             r"^#+(?= )",
             lambda mark: "#" * (len(mark[0]) + level - 2),
