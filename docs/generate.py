@@ -72,7 +72,7 @@ def code(text: str) -> str:
 def scheme_tables() -> dict[str, str]:
     """The tables of `quantkit schemes` by the names of their places in a page."""
     made = {}
-    for name, (_, columns, rows, _) in zip(("schemes", "support", "conditions"), schemes_tables()):
+    for name, (_, columns, rows, _) in zip(("schemes", "support", "notes"), schemes_tables()):
         # A scheme may be followed by the --format that the row is about.
         named = [[f"`{row[0]}`".replace(", --", "` with `--"), *row[1:]] for row in rows]
         made[name] = table(columns, named)

@@ -1,0 +1,88 @@
+"""The site of docs/: its navigation, its links, and nothing from other hosts.
+
+`make docs` checks links as well, but a test needs no generator.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
+CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def navigated(entries) -> list[str]:
+    """The files of a navigation, in its order."""
+    files = []
+    for entry in entries:
+        for target in entry.values():
+            files += [target] if isinstance(target, str) else navigated(target)
+    return files
+
+
+def without_code(text: str) -> str:
+    text = re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]+`", "", text)
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^()\s]+)\)", without_code(text))
+
+
+def anchors(text: str) -> set[str]:
+    """The ids of a page's headings, as Markdown's `toc` makes them."""
+    ids: set[str] = set()
+    outside = re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#+ +(.+?) *$", outside, re.MULTILINE):
+        kept = re.sub(r"[^\w\s-]", "", heading.encode("ascii", "ignore").decode()).strip().lower()
+        base = name = re.sub(r"[-\s]+", "-", kept)
+        number = 0
+        while name in ids:
+            number += 1
+            name = f"{base}_{number}"
+        ids.add(name)
+    return ids
+
+
+def test_the_navigation_names_each_page_once():
+    assert sorted(navigated(CONFIG["nav"])) == [path.name for path in PAGES]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_pages_and_headings_of_the_site(path):
+    for link in links(path.read_text()):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        file = DOCS / target if target else path
+        assert file.resolve().is_relative_to(DOCS), f"{link}: outside of the site"
+        assert file.is_file(), f"{link}: no such file"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file.read_text()), f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_has_one_title(path):
+    outside = re.sub(r"^(`{3,}).*?^\1", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(re.findall(r"^# ", outside, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_draws_with_text_because_mermaid_is_loaded_from_another_host(path):
+    assert "```mermaid" not in path.read_text()
+
+
+def test_fonts_come_from_the_reader_s_machine():
+    assert CONFIG["theme"]["font"] is False
+
+
+def test_files_that_the_pages_name_exist():
+    names = r"`((?:benchmarks|configs|docs|kernels|quantkit|tests)/[\w./-]*)`"
+    for path in PAGES:
+        # Words in capitals stand for names that a reader chooses.
+        for name in (name for name in re.findall(names, path.read_text()) if name.islower()):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
