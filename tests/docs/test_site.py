@@ -3,11 +3,15 @@
 `make docs` checks links as well, but a test needs no generator.
 """
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+
+import quantkit
+import quantkit.errors
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -34,8 +38,11 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The ids of a page's headings, as Markdown's `toc` makes them."""
-    ids: set[str] = set()
+    """The ids of a page's headings, as Markdown's `toc` makes them, and of objects that it
+    describes.
+    """
+    ids = {f"quantkit.{name}" for name in quantkit.__all__}
+    ids |= {f"quantkit.errors.{name}" for name in vars(quantkit.errors)}
     outside = re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
     for heading in re.findall(r"^#+ +(.+?) *$", outside, re.MULTILINE):
         kept = re.sub(r"[^\w\s-]", "", heading.encode("ascii", "ignore").decode()).strip().lower()
@@ -74,6 +81,22 @@ def test_a_page_has_one_title(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_draws_with_text_because_mermaid_is_loaded_from_another_host(path):
     assert "```mermaid" not in path.read_text()
+
+
+def described() -> list[str]:
+    """The objects that the page of the Python API describes."""
+    return re.findall(r"^::: ([\w.]+)$", (DOCS / "python.md").read_text(), re.MULTILINE)
+
+
+def test_the_page_of_the_python_api_describes_each_public_name():
+    names = {f"quantkit.{name}" for name in quantkit.__all__ if name != "QuantkitError"}
+    assert names <= set(described()) and "quantkit.errors" in described()
+
+
+@pytest.mark.parametrize("name", described())
+def test_what_the_page_of_the_python_api_describes_exists(name):
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute)
 
 
 def test_fonts_come_from_the_reader_s_machine():
