@@ -9,10 +9,10 @@
 | models.md | the architectures of the tests, `benchmarks/results/sweep.md` and `architectures.md` |
 | results.md | `benchmarks/results/*.md` and `kernels/bench/results/*.md` |
 | quickstart.md | `quickstart.ipynb`, with its outputs |
-| schemes.md | the catalogue: tables between `<!-- NAME:begin -->` and `<!-- NAME:end -->` |
 
 The pages are committed, so that they can be read and linked without a build.
-`tests/docs/test_generated.py` fails where one is out of date.
+`tests/docs/test_generated.py` fails where one is out of date. The other pages are written by hand;
+`tests/end_to_end/test_readme.py` writes the tables in them.
 """
 
 from __future__ import annotations
@@ -35,23 +35,18 @@ from architecture_kinds import architecture_table  # noqa: E402
 
 from quantkit.cli.console import CONTEXT  # noqa: E402
 from quantkit.cli.main import main as quantkit  # noqa: E402
-from quantkit.cli.schemes import schemes_tables  # noqa: E402
 
 NOTICE = "<!-- Written by `python docs/generate.py` from {source}; edit that instead. -->\n\n"
 
 
 def pages() -> dict[Path, str]:
-    """The generated pages, and those that have a generated table: path → text."""
-    made = {
+    """The generated pages: path → text."""
+    return {
         DOCS / "cli.md": cli_page(),
         DOCS / "models.md": models_page(),
         DOCS / "results.md": results_page(),
         DOCS / "quickstart.md": notebook_page(DOCS / "quickstart.ipynb"),
     }
-    schemes = DOCS / "schemes.md"
-    if schemes.exists():
-        made[schemes] = with_tables(schemes.read_text())
-    return made
 
 
 # Tables ------------------------------------------------------------------------------------------
@@ -67,26 +62,6 @@ def code(text: str) -> str:
     """Code in a cell of a table. Markdown's backticks can't hold a `|` there on every site."""
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
     return f"<code>{escaped}</code>"
-
-
-def scheme_tables() -> dict[str, str]:
-    """The tables of `quantkit schemes` by the names of their places in a page."""
-    made = {}
-    for name, (_, columns, rows, _) in zip(("schemes", "support", "notes"), schemes_tables()):
-        # A scheme may be followed by the --format that the row is about.
-        named = [[f"`{row[0]}`".replace(", --", "` with `--"), *row[1:]] for row in rows]
-        made[name] = table(columns, named)
-    return made
-
-
-def with_tables(text: str) -> str:
-    """The text, with each generated table in its place."""
-    for name, made in scheme_tables().items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        if begin in text:
-            start, stop = text.index(begin) + len(begin), text.index(end)
-            text = f"{text[:start]}\n{made}\n{text[stop:]}"
-    return text
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -172,7 +147,7 @@ def command_section(name: str, command: click.Command) -> str:
         f"## {name}\n\n{help_text(command)}\n\n"
         f"```text\n{usage}\n```\n\n"
         f"Example:\n\n```console\n$ {EXAMPLES[name]}\n```\n\n"
-        f"{codes}{options}"
+        f'{codes}<div class="options" markdown="1">\n\n{options}\n</div>\n'
     )
 
 
@@ -272,12 +247,14 @@ class Section:
     introduction: how to read it, and how to measure again.
     files: the files that hold it.
     folded: whether the tables are long, so that a reader opens them.
+    picture: of the same measurements, as Markdown.
     """
 
     heading: str
     introduction: str
     files: tuple[str, ...]
     folded: bool = False
+    picture: str = ""
 
 
 QUALITY = (
@@ -287,6 +264,13 @@ QUALITY = (
         " bfloat16. So small a model shows every mistake; larger ones lose a fraction of this."
         " Measure again: `make quality DATA=wiki.test.raw`.",
         ("benchmarks/results/quality.md",),
+        picture="![Rise of perplexity by recipe, with 95 % intervals](img/quality.svg)",
+    ),
+    Section(
+        "What each algorithm gains",
+        "Calibrations are shorter than those above, so these rows are comparable with each other"
+        " only. Measure again: `python benchmarks/algorithms.py --data wiki.test.raw`.",
+        ("benchmarks/results/algorithms.md",),
     ),
     Section(
         "Perplexity next to vLLM and transformers",
@@ -392,8 +376,9 @@ def section_text(section: Section) -> str:
         tables = (
             '<details markdown="1"><summary>The tables</summary>\n\n' + tables + "\n</details>\n"
         )
+    picture = f"{section.picture}\n\n" if section.picture else ""
     return (
-        f"### {section.heading}\n\n{section.introduction} Stored in {names}.\n\n"
+        f"### {section.heading}\n\n{section.introduction} Stored in {names}.\n\n{picture}"
         f'<div class="measured" markdown="1">\n\n{tables}\n</div>\n\n'
     )
 

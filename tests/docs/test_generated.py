@@ -82,14 +82,6 @@ def test_a_cell_of_code_may_hold_a_bar():
     assert generate.code("--kind [a|b]") == "<code>--kind [a&#124;b]</code>"
 
 
-def test_a_table_goes_between_its_marks_and_nothing_else_changes():
-    before = "# Page\n\n<!-- schemes:begin -->\nold\n<!-- schemes:end -->\n\nEnd\n"
-    after = generate.with_tables(before)
-    assert after.startswith("# Page\n\n<!-- schemes:begin -->\n\n| scheme |")
-    assert after.endswith("|\n\n<!-- schemes:end -->\n\nEnd\n") and "old" not in after
-    assert generate.with_tables(after) == after
-
-
 def test_a_notebook_s_code_and_outputs_are_fenced(tmp_path):
     import json
 
