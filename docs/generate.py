@@ -136,9 +136,14 @@ def command_section(name: str, command: click.Command) -> str:
     """A command: what it does, its usage, an example, its options and exit codes."""
     context = click.Context(command, info_name=f"quantkit {name}", **CONTEXT)
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
+    records = [
+        parameter.get_help_record(context)
+        for parameter in command.get_params(context)
+        if isinstance(parameter, click.Option)
+    ]
     options = table(
-        ("option", "meaning"), [[code(option), text] for option, text in filter(None, records)]
+        ("option", "meaning"),
+        [[code(option), with_code(text)] for option, text in filter(None, records)],
     )
     codes = "".join(
         f"Exit code {number}: {text}.\n\n" for number, text in MORE_EXIT_CODES.get(name, {}).items()
@@ -159,8 +164,15 @@ def help_text(command: click.Command) -> str:
         if paragraph.startswith("\b\n"):
             made.append(f"```text\n{inspect.cleandoc(paragraph[2:])}\n```")
         else:
-            made.append(" ".join(paragraph.split()))
+            made.append(with_code(" ".join(paragraph.split())))
     return "\n\n".join(made)
+
+
+def with_code(text: str) -> str:
+    """The text, with options outside of backticks as code."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"`\g<0>`", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 # Models ------------------------------------------------------------------------------------------
@@ -183,10 +195,9 @@ parameter.
 ## Architectures in the test suite
 
 Each is built as a tiny random model and taken through `calibrate`, `export`, `verify` and `eval` in
-the schemes of the column *export*. *eval: the loss of* says which tokens are scored. The column
-*transformers' loader* compares the logits of transformers with those of `eval` on the exported
-files. The last column lists the schemes in which vLLM's CPU build agrees with `eval`; the table at
-the end of this page defines *agrees*.
+the schemes of the column *export*. The column *transformers' loader* compares the logits of
+transformers with those of `eval` on the exported files. The last column lists the schemes in which
+vLLM's CPU build agrees with `eval`; the table at the end of this page defines *agrees*.
 
 <div class="architectures" markdown="1">
 
