@@ -169,9 +169,10 @@ def help_text(command: click.Command) -> str:
 
 
 def with_code(text: str) -> str:
-    """The text, with options outside of backticks as code."""
+    """The text, with options and a command line of torchrun as code if they aren't."""
     parts = text.split("`")
-    parts[::2] = [re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"`\g<0>`", part) for part in parts[::2]]
+    pattern = r"torchrun [^.]*\.\.\.|(?<![\w-])--[a-z][a-z-]*"
+    parts[::2] = [re.sub(pattern, r"`\g<0>`", part) for part in parts[::2]]
     return "`".join(parts)
 
 
