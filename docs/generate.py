@@ -406,6 +406,7 @@ def notebook_page(path: Path) -> str:
     return (
         f"{heading}\n\n"
         + NOTICE.format(source=f"`docs/{path.name}`")
+        + f"Download it: [{path.name}]({path.name}).\n\n"
         + "\n\n".join(text for text in (introduction.strip(), *shown) if text)
         + "\n"
     )

@@ -98,7 +98,7 @@ def test_a_notebook_s_code_and_outputs_are_fenced(tmp_path):
     ]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
     page = generate.notebook_page(tmp_path / "n.ipynb")
-    assert page.startswith("# Title\n\n<!--")
+    assert page.startswith("# Title\n\n<!--") and "[n.ipynb](n.ipynb)" in page
     assert page.endswith(
         "Words\n\n```python\nprint(1)\n2\n```\n\n```text\n1\n```\n\n```text\n2\n```\n"
     )
