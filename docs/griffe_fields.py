@@ -8,7 +8,7 @@ import re
 
 import griffe
 
-_LINE = re.compile(r"(\w+): \S")
+_LINE = re.compile(r"(\w+(?:, \w+)*): \S")
 
 
 class Fields(griffe.Extension):
@@ -36,14 +36,22 @@ def _rewrite(described: griffe.Object, section: str, names: set[str]) -> None:
 def with_section(docstring: str, section: str, names: set[str]) -> str:
     """The docstring, whose blocks of lines `name: meaning` have become sections.
 
-    names: the parameters or fields that exist; a block begins with the line of one of them. Lines
-        that are indented continue a meaning.
+    names: the parameters or fields that exist; a block begins with the line of one or more of them.
+        Lines that are indented continue a meaning.
     """
-    blocks = []
-    for block in docstring.split("\n\n"):
-        lines = block.split("\n")
-        found = _LINE.match(lines[0])
-        if found and found[1] in names:
-            lines = [f"{section}:", *(f"    {line}" for line in lines)]
-        blocks.append("\n".join(lines))
+    blocks = docstring.split("\n\n")
+    for number, block in enumerate(blocks):
+        found = _LINE.match(block)
+        if found and names.issuperset(found[1].split(", ")):
+            lines = [line for entry in re.split(r"\n(?! )", block) for line in _apart(entry)]
+            blocks[number] = "\n".join([f"{section}:", *(f"    {line}" for line in lines)])
     return "\n\n".join(blocks)
+
+
+def _apart(entry: str) -> list[str]:
+    """The lines of an entry; `a, b: meaning` becomes one entry for each name."""
+    found = _LINE.match(entry)
+    if not found:
+        return entry.split("\n")
+    meaning = entry[found.end(1) :]
+    return [line for name in found[1].split(", ") for line in f"{name}{meaning}".split("\n")]

@@ -108,11 +108,12 @@ def test_lines_of_fields_become_a_section():
     griffe = pytest.importorskip("griffe", reason="the extra docs isn't installed")
     assert griffe
     rewritten = load("griffe_fields").with_section(
-        "Do it.\n\nfirst: one thing,\n    on two lines.\nsecond: another.\n\nNote: not a field.",
+        "Do it.\n\nfirst: one thing,\n    on two lines.\nsecond, third: another.\n\n"
+        "Note: not a field.",
         "Parameters",
-        {"first", "second"},
+        {"first", "second", "third"},
     )
     assert rewritten == (
         "Do it.\n\nParameters:\n    first: one thing,\n        on two lines.\n"
-        "    second: another.\n\nNote: not a field."
+        "    second, third: another.\n\nNote: not a field."
     )

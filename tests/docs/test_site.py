@@ -43,7 +43,7 @@ def anchors(text: str) -> set[str]:
     """The ids of a page's headings, as Markdown's `toc` makes them, and of objects that it
     describes.
     """
-    ids = {f"quantkit.{name}" for name in quantkit.__all__}
+    ids = set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
     ids |= {f"quantkit.errors.{name}" for name in vars(quantkit.errors)}
     outside = re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
     for heading in re.findall(r"^#+ +(.+?) *$", outside, re.MULTILINE):
