@@ -115,5 +115,5 @@ def test_lines_of_fields_become_a_section():
     )
     assert rewritten == (
         "Do it.\n\nParameters:\n    first: one thing,\n        on two lines.\n"
-        "    second, third: another.\n\nNote: not a field."
+        "    second: another.\n    third: another.\n\nNote: not a field."
     )
