@@ -1,4 +1,4 @@
-"""`eval --html`, and the parts of pages that `sensitivity --html` shares: a result as one page that
+"""The HTML report of `eval`, and the parts that the one of `sensitivity` shares: one page that
 needs no network. Plots are SVG, drawn by matplotlib (extra `report`).
 
 The page of `eval` has five plots:
@@ -167,7 +167,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise EvaluationError(
-            "--html draws with matplotlib, which is not installed; pip install 'quantkit[report]'"
+            "an HTML report draws with matplotlib, which is not installed",
+            hint="pip install 'quantkit[report]'",
         ) from None
 
 

@@ -1,10 +1,10 @@
-"""`sensitivity --html`: the result as one self-contained page."""
+"""The HTML report of `sensitivity`: the result as one self-contained page."""
 
 from __future__ import annotations
 
 import math
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkit.evaluation.html import (
     COLORS,
@@ -14,7 +14,6 @@ from quantkit.evaluation.html import (
     require_matplotlib,
     table_html,
 )
-from quantkit.layer_sensitivity.choices import RECIPE
 from quantkit.layer_sensitivity.options import KEEP
 from quantkit.layer_sensitivity.report import (
     GROUP_COLUMNS,
@@ -24,12 +23,13 @@ from quantkit.layer_sensitivity.report import (
     sensitivity_remarks,
     sensitivity_title,
 )
+from quantkit.layer_sensitivity.result import Sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def sensitivity_html(result: dict[str, Any]) -> str:
+def sensitivity_html(result: Sensitivity) -> str:
     """The page of `sensitivity`: the heat map of layer groups, the Pareto lines, and the tables."""
     require_matplotlib()
     drawings = [
@@ -52,7 +52,7 @@ def sensitivity_html(result: dict[str, Any]) -> str:
     parts = [
         (
             f"<h1>Loss from quantizing each layer group</h1><p>{escape(sensitivity_title(result))};"
-            f" {escape(', '.join(result['data']['sources']))}.</p>"
+            f" {escape(', '.join(result.data.sources))}.</p>"
         ),
         f'<div class="plots">{plots}</div>',
         "<h2>Sizes and losses</h2>" + table_html(LINE_COLUMNS, line_rows(result), kind="facts"),
@@ -63,18 +63,18 @@ def sensitivity_html(result: dict[str, Any]) -> str:
     return html_page("quantkit sensitivity", parts)
 
 
-def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
+def _draw_groups(axes: Axes, result: Sensitivity) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
-    kinds = list(dict.fromkeys(entry["kind"] for entry in result["sets"]))
-    blocks = max(entry["block"] for entry in result["sets"]) + 1
+    groups = result.scores.groups
+    kinds = list(dict.fromkeys(group.kind for group in groups))
+    blocks = max(group.block for group in groups) + 1
     grid = [[math.nan] * blocks for _ in kinds]
-    values = [entry["choices"][RECIPE]["own_kld"] for entry in result["sets"]]
-    most = max(values) or 1.0
-    for entry, value in zip(result["sets"], values):
+    most = max(group.own_kld for group in groups) or 1.0
+    for group in groups:
         # Losses below a thousandth of the largest are negligible, and zero has no logarithm.
-        grid[kinds.index(entry["kind"])][entry["block"]] = max(value, most / 1000)
+        grid[kinds.index(group.kind)][group.block] = max(group.own_kld, most / 1000)
     image = axes.imshow(
         grid,
         aspect="auto",
@@ -88,36 +88,35 @@ def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
     axes.figure.colorbar(image, ax=axes, label="KL, nats", pad=0.02)
 
 
-def _draw_lines(axes: Axes, result: dict[str, Any]) -> None:
-    for number, line in enumerate(result["pareto"]):
+def _draw_lines(axes: Axes, result: Sensitivity) -> None:
+    for number, line in enumerate(result.pareto):
         color = COLORS[number % len(COLORS)]
-        points = line["points"]
-        label = "stored dtype" if line["to"] == KEEP else line["to"]
+        label = "stored dtype" if line.to == KEEP else line.to
         axes.plot(
-            [point["bytes"] / 1e9 for point in points],
-            [point["kld_predicted"] for point in points],
+            [point.bytes / 1e9 for point in line.points],
+            [point.kld_predicted for point in line.points],
             color=color,
             linewidth=1.2,
             label=label,
         )
-        measured = [point for point in points if isinstance(point.get("measured"), dict)]
+        measured = [
+            (point.bytes / 1e9, point.measured.kld)
+            for point in line.points
+            if point.measured is not None
+        ]
         axes.plot(
-            [point["bytes"] / 1e9 for point in measured],
-            [point["measured"]["kld"] for point in measured],
+            [size for size, _ in measured],
+            [kld for _, kld in measured],
             marker="o",
             linestyle="",
             color=color,
         )
-    solution = result.get("solution")
+    solution = result.solution
     if solution is not None:
-        kld = (
-            solution["measured"]["kld"]
-            if isinstance(solution.get("measured"), dict)
-            else solution["kld_predicted"]
-        )
+        measured_kld = None if solution.measured is None else solution.measured.kld
         axes.plot(
-            [solution["bytes"] / 1e9],
-            [kld],
+            [solution.bytes / 1e9],
+            [solution.kld_predicted if measured_kld is None else measured_kld],
             marker="*",
             markersize=11,
             linestyle="",

@@ -8,18 +8,19 @@ so that windows can be scored in any order, by any process.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.finished_output import require_same_fingerprint, resolved_output
-from quantkit.checkpoint.interrupts import StopRequest
 from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.output_checks import check_disk_space
 from quantkit.checkpoint.output_dir import WorkDirectory
-from quantkit.errors import CheckpointError, OutputError
+from quantkit.checkpoint.run_control import ShouldStop, stop_if_asked
+from quantkit.errors import CheckpointError, OutputError, RecipeError
+from quantkit.evaluation.json_values import from_json, to_json
+from quantkit.layer_sensitivity.result import LinearSqnr, Sensitivity
 from quantkit.models.distributed import Ranks
 from quantkit.models.saved_states import SavedStates
 from quantkit.models.task import SEQ2SEQ
@@ -40,15 +41,28 @@ class WindowScores:
 
 
 @dataclass(frozen=True)
+class ComparedLayers:
+    """The SQNRs of single Linears, as far as a walk has come.
+
+    blocks: how many blocks are compared.
+    by_place: the SQNRs of their Linears, by the place of the group.
+    """
+
+    blocks: int = 0
+    by_place: Mapping[int, Sequence[LinearSqnr]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ResumeState:
     """The directory of the resume state. It is None where nothing is stored.
 
+    should_stop: asked after each block, and after each round of scored windows.
     work: the directory, on rank 0.
     partial: its path, on all ranks.
     """
 
     ranks: Ranks
-    stop: StopRequest
+    should_stop: ShouldStop
     work: WorkDirectory | None = None
     partial: Path | None = None
 
@@ -56,7 +70,7 @@ class ResumeState:
     def open(
         cls,
         ranks: Ranks,
-        stop: StopRequest,
+        should_stop: ShouldStop,
         output: Path | None,
         fingerprint: Mapping[str, str],
         resume: bool,
@@ -67,11 +81,11 @@ class ResumeState:
         Raises OutputError if the resume state of other work is stored there.
         """
         if output is None:
-            return cls(ranks, stop)
+            return cls(ranks, should_stop)
         partial, work = partial_of(output), None
         if ranks.is_first:
             work = WorkDirectory(partial, fingerprint, resume=resume, overwrite=overwrite)
-        return cls(ranks, stop, work, partial)
+        return cls(ranks, should_stop, work, partial)
 
     def require_room(self, nbytes: int) -> None:
         """Raises OutputError if the disk can't hold the resume state.
@@ -106,7 +120,7 @@ class ResumeState:
         """Store the scores that all ranks found, and return them.
 
         done: windows that have scores now. of: windows in all.
-        Raises Interrupted (exit 75) if a signal has come.
+        Raises Interrupted if the run should stop.
         """
         shares = self.ranks.all_gather(dict(found))
         merged = {window: share[window] for share in shares for window in share}
@@ -116,25 +130,33 @@ class ResumeState:
             sums = {window: [scores.kld, scores.losses] for window, scores in merged.items()}
             write_json(path, {str(window): sums[window] for window in sorted(sums)})
             self.work.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)})
-        stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
-        if stopped and done < of:
-            StopRequest(stopped[0]).check(
-                f"with {done} of {of} windows scored; what is done is kept"
-            )
+        stopping = any(self.ranks.all_gather(self.should_stop()))
+        stop_if_asked(
+            lambda: stopping and done < of,
+            f"with {done} of {of} windows scored",
+            can_resume=self.partial is not None,
+        )
         return merged
 
     # -- Single Linears, and hidden states.
 
-    def layers(self) -> dict[str, Any] | None:
-        """What `record_layers` stored last, as "blocks" and "figures"."""
-        return self.ranks.broadcast_from_first(
-            lambda: self.work.done.get(_LAYERS) if self.work is not None else None
+    def layers(self) -> ComparedLayers:
+        """What `record_layers` stored last; of no block if it didn't."""
+        return self.ranks.broadcast_from_first(self._read_layers)
+
+    def _read_layers(self) -> ComparedLayers:
+        if self.work is None or _LAYERS not in self.work.done:
+            return ComparedLayers()
+        content = self.work.done[_LAYERS]
+        by_place = from_json(Mapping[str, tuple[LinearSqnr, ...]], content["figures"])
+        return ComparedLayers(
+            content["blocks"], {int(place): linears for place, linears in by_place.items()}
         )
 
-    def record_layers(self, blocks: int, layers: Mapping[int, Any]) -> None:
-        """Store the SQNRs of the Linears of the first blocks. layers: as JSON, by group."""
+    def record_layers(self, layers: ComparedLayers) -> None:
         if self.work is not None:
-            self.work.record(_LAYERS, {"blocks": blocks, "figures": layers})
+            content = {"blocks": layers.blocks, "figures": to_json(layers.by_place)}
+            self.work.record(_LAYERS, content)
 
     def saved_states(self, walk: str, task: str) -> SavedStates | None:
         """The hidden states of a walk, for a later run; None where nothing is stored.
@@ -145,7 +167,17 @@ class ResumeState:
         if self.partial is None:
             return None
         last_too = task != SEQ2SEQ
-        return SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too)
+        return SavedStates(self.ranks, self.should_stop, self.work, self.partial, walk, last_too)
+
+    def stop_where_nothing_is_saved(self, number: int, blocks: int) -> None:
+        """After a block, raise Interrupted if the run should stop and hidden states are not saved.
+        Where they are, `SavedStates.stop_or_save` stops it.
+        """
+        if self.partial is None:
+            stopping = any(self.ranks.all_gather(self.should_stop()))
+            stop_if_asked(
+                lambda: stopping, f"after block {number + 1} of {blocks}", can_resume=False
+            )
 
     def clear(self) -> None:
         """Remove the directory, after the result is written."""
@@ -160,7 +192,7 @@ def partial_of(output: Path) -> Path:
 
 def finished_result(
     output: Path, fingerprint: Mapping[str, str], overwrite: bool
-) -> dict[str, Any] | None:
+) -> Sensitivity | None:
     """The result that an earlier run of the same work has written, or None.
 
     Raises OutputError if the file is the result of other work, unless overwrite is given.
@@ -169,12 +201,13 @@ def finished_result(
     if (partial / "progress.json").exists() or not output.is_file():
         return None
     try:
-        result = read_json(output, "")
-        earlier = result["fingerprint"]
+        content = read_json(output, "")
+        earlier = content["fingerprint"]
         if not isinstance(earlier, dict):
             return None
         require_same_fingerprint(f"{output} was made", fingerprint, earlier)
-    except (CheckpointError, KeyError, TypeError):
+        result = Sensitivity.from_json(content)
+    except (CheckpointError, RecipeError, KeyError, TypeError, ValueError, AttributeError):
         return None  # Another file, which this run replaces.
     except OutputError:
         if not overwrite:

@@ -12,22 +12,23 @@ round differently to the model's dtype. The noise floor is subtracted before KLs
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from quantkit import __version__
-from quantkit.checkpoint.files import finite, write_json
-from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
+from quantkit.checkpoint.files import write_json
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.errors import EvaluationError
-from quantkit.layer_sensitivity.advice import SCHEMA_VERSION
+from quantkit.evaluation.result import TextSources
 from quantkit.layer_sensitivity.choices import Choices, open_choices
 from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
-from quantkit.layer_sensitivity.measure import Progress, VariantScorer
+from quantkit.layer_sensitivity.measure import VariantScorer
 from quantkit.layer_sensitivity.options import SensitivityOptions
 from quantkit.layer_sensitivity.passes import first_pass, open_layer_groups, second_pass
 from quantkit.layer_sensitivity.progress import ResumeState, finished_result
+from quantkit.layer_sensitivity.result import SCHEMA_VERSION, ScoredModel, Sensitivity
 from quantkit.layer_sensitivity.scoring_text import ScoringText, open_text
 from quantkit.models.distributed import joined_ranks
 from quantkit.models.hidden_states import peak_memory_bytes
@@ -37,19 +38,22 @@ from quantkit.ops.native import cpu_level
 
 
 def score_sensitivity(
-    options: SensitivityOptions, on_progress: Progress = lambda name, done, total: None
-) -> dict[str, Any]:
-    """The result as JSON: the KLs of layer groups and of all together, and a budget's solution.
+    options: SensitivityOptions, progress: Progress = silent, should_stop: ShouldStop = never
+) -> Sensitivity:
+    """The KLs of layer groups and of all together, and a budget's solution.
 
     With torchrun the ranks share the windows, and each returns the whole result.
+
+    progress: told of the runs of blocks that are done, and then of the scored windows.
+    should_stop: asked after each block, and each round of scored windows.
     """
     started = time.monotonic()
     if options.max_kld is not None and not options.max_kld > 0:
-        raise EvaluationError("--max-kld must be more than 0")
+        raise EvaluationError("`max_kld` must be more than 0")
     output = options.resumable_output
     if options.resume and output is None:
         raise EvaluationError(
-            "--resume continues a run that was interrupted; give the same -o FILE as before"
+            "`resume=True` continues an interrupted run", hint="give the same `output` as before"
         )
     with joined_ranks(pick_device(options.device)) as ranks:
         choices, remarks = ranks.first_then_others(lambda: open_choices(options))
@@ -57,48 +61,65 @@ def score_sensitivity(
         fingerprint = ranks.broadcast_from_first(
             lambda: _fingerprint(options, choices, text, ranks.device)
         )
-        budget = {
-            "--max-size": str(options.max_size or ""),
-            "--max-kld": str(options.max_kld or ""),
-        }
+        budget = {"max_size": str(options.max_size or ""), "max_kld": str(options.max_kld or "")}
         if options.resume and output is not None:
             finished = ranks.broadcast_from_first(
                 lambda: finished_result(output, fingerprint | budget, options.overwrite)
             )
             if finished is not None:
-                return finished | {"was_finished": True}
-        with stop_between_steps() if output else nullcontext(StopRequest()) as stop:
-            resume_state = ranks.first_then_others(
-                lambda: ResumeState.open(
-                    ranks, stop, output, fingerprint, options.resume, options.overwrite
-                )
+                return replace(finished, was_finished=True)
+        resume_state = ranks.first_then_others(
+            lambda: ResumeState.open(
+                ranks, should_stop, output, fingerprint, options.resume, options.overwrite
             )
-            described = _described(options, choices, text) | {"fingerprint": fingerprint | budget}
-            scorer = VariantScorer(options, choices, text, ranks, resume_state, on_progress)
-            result = finite(described | _scored(scorer))
-            result["remarks"] = remarks + result["remarks"]
-            if options.output is not None and ranks.is_first:
-                write_json(options.output, result)
-            resume_state.clear()
-    return result | {
-        "seconds": time.monotonic() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+        )
+        scorer = VariantScorer(options, choices, text, ranks, resume_state, progress)
+        result = _result(scorer, fingerprint | budget, remarks)
+        if options.output is not None and ranks.is_first:
+            write_json(options.output, result.to_json())
+        resume_state.clear()
+    return replace(
+        result, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes()
+    )
 
 
-def _scored(scorer: VariantScorer) -> dict[str, Any]:
-    options, ranks = scorer.options, scorer.ranks
+def _result(
+    scorer: VariantScorer, fingerprint: dict[str, str], remarks: Sequence[str]
+) -> Sensitivity:
+    options, choices, text, ranks = scorer.options, scorer.choices, scorer.text, scorer.ranks
+    plan = choices.recipe
     with torch.inference_mode():
         model = ranks.first_then_others(
-            lambda: open_layer_groups(scorer.choices, options.trust_remote_code, ranks.device)
+            lambda: open_layer_groups(choices, options.trust_remote_code, ranks.device)
         )
-        known = scorer.resume_state.layers()
-        sqnr = LayerSqnr(ranks, known["blocks"], known["figures"]) if known else LayerSqnr(ranks)
-        result = second_pass(scorer, model, sqnr, first_pass(scorer, model, sqnr))
-    return result | {
-        "block_runs": scorer.block_runs,
-        "block_runs_without_sharing": scorer.block_runs_without_sharing,
-    }
+        sqnr = LayerSqnr(ranks, scorer.resume_state.layers())
+        found = second_pass(scorer, model, sqnr, first_pass(scorer, model, sqnr))
+    return Sensitivity(
+        schema_version=SCHEMA_VERSION,
+        quantkit_version=__version__,
+        model=ScoredModel(
+            path=str(options.model), fingerprint=plan.fingerprint["model"], bytes=plan.bytes_before
+        ),
+        base_recipe=options.recipe,
+        alternatives=tuple(choices.allowed),
+        calibration=str(options.calibration) if options.calibration else None,
+        data=TextSources(
+            sources=tuple(str(source) for source in options.data) or ("bundled",),
+            sha256=text.windows.data_sha256,
+            tokens_sha256=text.windows.tokens_sha256,
+        ),
+        seq_len=text.seq_len,
+        windows=len(text.windows.windows),
+        tokens_scored=text.windows.tokens_scored,
+        fingerprint=fingerprint,
+        scores=found.scores,
+        order=found.order,
+        pareto=found.pareto,
+        solution=found.solution,
+        remarks=(*remarks, *found.remarks),
+        block_runs=scorer.block_runs,
+        block_runs_without_sharing=scorer.block_runs_without_sharing,
+    )
 
 
 def _fingerprint(
@@ -112,35 +133,11 @@ def _fingerprint(
         "calibration": plan["calibration"],
         "alternatives": " ".join(sorted(choices.allowed)),
         "data": text.windows.data_sha256,
-        "--max-tokens": str(options.max_tokens),
-        "--seq-len": str(text.seq_len),
+        "max_tokens": str(options.max_tokens),
+        "seq_len": str(text.seq_len),
         "windows": text.windows.tokens_sha256,
         "seed": str(options.seed),
         "device": device_identity(device),
         "kernels": cpu_level() if kind == "cpu" else kind,
         **software_versions(),
-    }
-
-
-def _described(options: SensitivityOptions, choices: Choices, text: ScoringText) -> dict[str, Any]:
-    plan = choices.recipe
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "quantkit_version": __version__,
-        "model": {
-            "path": str(options.model),
-            "fingerprint": plan.fingerprint["model"],
-            "bytes": plan.bytes_before,
-        },
-        "recipe": options.recipe.to_mapping(),
-        "alternatives": choices.allowed,
-        "calibration": str(options.calibration) if options.calibration else None,
-        "data": {
-            "sources": list(options.data) or ["bundled"],
-            "sha256": text.windows.data_sha256,
-            "tokens_sha256": text.windows.tokens_sha256,
-        },
-        "seq_len": text.seq_len,
-        "windows": len(text.windows.windows),
-        "tokens_scored": text.windows.tokens_scored,
     }
