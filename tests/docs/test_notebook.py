@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 NOTEBOOK = Path(__file__).parent.parent.parent / "docs" / "quickstart.ipynb"
 
 # Runs cells, given as JSON on stdin, in one namespace; prints what each printed, as JSON.
@@ -41,6 +43,7 @@ def run_cells(notebook: dict, directory: Path) -> list[str]:
     return json.loads(finished.stdout)
 
 
+@pytest.mark.slow
 def test_its_cells_run_and_print_where_outputs_are_stored(tmp_path):
     notebook = json.loads(NOTEBOOK.read_text())
     for cell, printed in zip(code_cells(notebook), run_cells(notebook, tmp_path)):
