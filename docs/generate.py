@@ -21,6 +21,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,12 +418,19 @@ def joined(text: str | list[str]) -> str:
     return text if isinstance(text, str) else "".join(text)
 
 
+WIDTH = 88  # Columns of a page's code blocks; longer lines of outputs are wrapped.
+
+
 def code_cell(cell: dict) -> str:
     blocks = [f"```python\n{joined(cell['source']).strip()}\n```"]
     for output in cell["outputs"]:
         stored = output.get("text") or output.get("data", {}).get("text/plain", "")
         if joined(stored).strip():
-            blocks.append(f"```text\n{joined(stored).rstrip()}\n```")
+            lines = [
+                textwrap.fill(line, WIDTH, subsequent_indent="    ", replace_whitespace=False)
+                for line in joined(stored).rstrip().split("\n")
+            ]
+            blocks.append("\n".join(["```text", *lines, "```"]))
     return "\n\n".join(blocks)
 
 

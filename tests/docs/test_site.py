@@ -75,6 +75,14 @@ def test_links_lead_to_pages_and_headings_of_the_site(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_list_begins_after_an_empty_line_or_it_would_be_a_paragraph(path):
+    lines = without_code(path.read_text()).split("\n")
+    for before, line in zip(lines, lines[1:]):
+        if re.match(r"(\d+\.|[-*]) ", line):
+            assert not before or re.match(r"\d+\. |[-*] |  ", before), line
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_has_one_title(path):
     outside = re.sub(r"^(`{3,}).*?^\1", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert len(re.findall(r"^# ", outside, re.MULTILINE)) == 1
