@@ -40,6 +40,7 @@ def directory(tmp_path, monkeypatch, llama) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::quantkit.errors.QuantkitWarning")
 @pytest.mark.parametrize("block", SNIPPETS, ids=[block.where for block in SNIPPETS])
 def test_runs(block, directory, outputs, capsys):
     for name, makers in OUTPUTS.items():
