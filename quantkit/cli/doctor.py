@@ -24,6 +24,7 @@ REQUIRED: dict[str, tuple[int, ...]] = {
     "numpy": (),
     "PyYAML": (),
     "rich": (),
+    "jinja2": (),
     "blake3": (),
 }
 # Package → the extra of quantkit that installs it. It may be missing.

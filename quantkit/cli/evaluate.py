@@ -176,7 +176,7 @@ def require_places(**files: Path | None) -> None:
                 " it first"
             )
     if "html" in given:
-        from quantkit.evaluation.html import require_matplotlib
+        from quantkit.evaluation.plots import require_matplotlib
 
         require_matplotlib()
 

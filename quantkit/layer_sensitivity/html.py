@@ -1,19 +1,25 @@
-"""`sensitivity --html`: the result as one self-contained page."""
+"""`sensitivity --html`: the result as one page that needs no network, and a small table for
+notebooks.
+"""
 
 from __future__ import annotations
 
-import math
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from quantkit.evaluation.html import (
-    COLORS,
-    drawn_as_svg,
-    html_page,
-    remarks_html,
-    require_matplotlib,
-    table_html,
+from quantkit.checkpoint.short_names import short_names
+from quantkit.checkpoint.units import counted, format_bytes
+from quantkit.evaluation.html_page import (
+    HeatMap,
+    HeatScale,
+    Plot,
+    RemarkView,
+    heat_map,
+    rendered,
+    table_view,
 )
+from quantkit.evaluation.plots import INK, css_color, drawn_as_svg, require_matplotlib, series_color
+from quantkit.evaluation.report import Table
+from quantkit.evaluation.verdict import Verdict
 from quantkit.layer_sensitivity.choices import RECIPE
 from quantkit.layer_sensitivity.options import KEEP
 from quantkit.layer_sensitivity.report import (
@@ -28,103 +34,198 @@ from quantkit.layer_sensitivity.report import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_NEGLIGIBLE = 1000  # losses below this fraction of the largest get the weakest colour
+_FRAGMENT_GROUPS = 5
+_WORDS = (
+    ("layer group", "Linears that a runtime fuses, such as q, k and v: they get one scheme"),
+    ("KL", "KL(base‖quant), how far the predicted distribution moves; 0 nats is no change"),
+    ("noise floor", "KL that any tiny change causes; it is subtracted"),
+    ("[95 %]", "95 % interval over windows of text"),
+    ("ΔPPL", "change of perplexity compared with the unquantized model; lower is better"),
+    ("SQNR", "signal-to-quantization-noise ratio in dB; 10 dB more is a tenth of the error"),
+)
+
 
 def sensitivity_html(result: dict[str, Any]) -> str:
-    """The page of `sensitivity`: the heat map of layer groups, the Pareto lines, and the tables."""
+    """The page of `sensitivity`: verdict, Pareto lines, the heat map of layer groups, the tables.
+
+    Raises EvaluationError without matplotlib.
+    """
     require_matplotlib()
-    drawings = [
-        (
-            drawn_as_svg("layer groups", lambda axes: _draw_groups(axes, result), 2.8),
-            "KL of each layer group quantized alone, above the noise floor. Darker is worse.",
-        ),
-        (
-            drawn_as_svg("lines", lambda axes: _draw_lines(axes, result)),
-            (
-                "KL by size, when the worst layer groups are changed first. Lines: predicted;"
-                " points: measured."
-            ),
-        ),
-    ]
-    plots = "".join(
-        f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
-        for drawing, caption in drawings
+    layers, scale = _group_map(result)
+    return rendered(
+        "sensitivity.html.j2",
+        title="quantkit sensitivity",
+        version=result["quantkit_version"],
+        verdict=_verdict(result),
+        description=sensitivity_title(result),
+        sources=", ".join(result["data"]["sources"]),
+        lines=table_view(Table(LINE_COLUMNS, line_rows(result), range(2, len(LINE_COLUMNS))), {}),
+        map=layers,
+        scale=scale,
+        map_caption="KL of each layer group quantized alone, above the noise floor, in nats. A"
+        " stronger colour is a larger loss; the scale is logarithmic.",
+        plot=_lines_plot(result),
+        remarks=[RemarkView("", "", text) for text in sensitivity_remarks(result)],
+        groups=table_view(_group_table(result, None), {}),
+        words=_WORDS,
     )
-    parts = [
+
+
+def _group_table(result: dict[str, Any], shown: int | None) -> Table:
+    """The table of layer groups without ranks."""
+    rows = [row[1:] for row in group_rows(result, shown)]
+    return Table(GROUP_COLUMNS[1:], rows, range(1, len(GROUP_COLUMNS) - 1))
+
+
+# ---- The verdict.
+
+
+def _verdict(result: dict[str, Any]) -> Verdict:
+    groups, order = result["sets"], result["ranking"]
+    losses = [max(0.0, groups[place]["choices"][RECIPE]["own_kld"]) for place in order]
+    total = sum(losses) or 1.0
+    name = short_names([result["model"]["path"]])[result["model"]["path"]]
+    sizes, whole = result["bytes"], result["whole"][RECIPE]["kld"]
+    return Verdict(
+        f"{groups[order[0]]['name']} costs most: {100 * losses[0] / total:.0f} % of the loss of"
+        f" all {counted(len(order), 'layer group')}.",
         (
-            f"<h1>Loss from quantizing each layer group</h1><p>{escape(sensitivity_title(result))};"
-            f" {escape(', '.join(result['data']['sources']))}.</p>"
+            f"Half of the loss comes from {_for_half(losses)} of {len(order)} layer groups.",
+            f"With all of them quantized, {name} has a KL of {whole:.4f} nats and"
+            f" {format_bytes(sizes['all_quantized'])}, instead of"
+            f" {format_bytes(sizes['all_kept'])}.",
+            *_solution_sentences(result.get("solution"), len(order)),
         ),
-        f'<div class="plots">{plots}</div>',
-        "<h2>Sizes and losses</h2>" + table_html(LINE_COLUMNS, line_rows(result), kind="facts"),
-        remarks_html(sensitivity_remarks(result)),
-        "<h2>All layer groups</h2>"
-        + table_html(GROUP_COLUMNS[1:], [row[1:] for row in group_rows(result, None)]),
-    ]
-    return html_page("quantkit sensitivity", parts)
-
-
-def _draw_groups(axes: Axes, result: dict[str, Any]) -> None:
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import MaxNLocator
-
-    kinds = list(dict.fromkeys(entry["kind"] for entry in result["sets"]))
-    blocks = max(entry["block"] for entry in result["sets"]) + 1
-    grid = [[math.nan] * blocks for _ in kinds]
-    values = [entry["choices"][RECIPE]["own_kld"] for entry in result["sets"]]
-    most = max(values) or 1.0
-    for entry, value in zip(result["sets"], values):
-        # Losses below a thousandth of the largest are negligible, and zero has no logarithm.
-        grid[kinds.index(entry["kind"])][entry["block"]] = max(value, most / 1000)
-    image = axes.imshow(
-        grid,
-        aspect="auto",
-        cmap="viridis_r",
-        interpolation="nearest",
-        norm=LogNorm(most / 1000, most),
+        None,
     )
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-    axes.figure.colorbar(image, ax=axes, label="KL, nats", pad=0.02)
+
+
+def _for_half(losses: list[float]) -> int:
+    """How many of the largest losses add up to half of all. losses: the largest first."""
+    reached = 0.0
+    for count, loss in enumerate(losses, 1):
+        reached += loss
+        if 2 * reached >= sum(losses):
+            return count
+    return len(losses)
+
+
+def _solution_sentences(solution: dict[str, Any] | None, groups: int) -> list[str]:
+    if solution is None:
+        return []
+    measured = solution.get("measured")
+    kld = (
+        f"measured KL {measured['kld']:.4f} nats"
+        if isinstance(measured, dict)
+        else f"predicted KL {solution['kld_predicted']:.4f} nats"
+    )
+    return [
+        f"Within the budget, {solution['moved']} of {groups} layer groups differ from the recipe:"
+        f" {format_bytes(solution['bytes'])}, {kld}."
+    ]
+
+
+# ---- The heat map.
+
+
+def _group_map(result: dict[str, Any]) -> tuple[HeatMap, HeatScale]:
+    values: dict[str, dict[int, tuple[float, str]]] = {}
+    for entry in result["sets"]:
+        kld = entry["choices"][RECIPE]["own_kld"]
+        title = f"{entry['name']}: {kld:.3g} nats"
+        values.setdefault(entry["kind"], {})[entry["block"]] = kld, title
+    most = max(value for by_block in values.values() for value, _ in by_block.values())
+    if most <= 0:
+        most = 1.0
+    scale = HeatScale(most / _NEGLIGIBLE, most, "nats", is_logarithmic=True)
+    blocks = 1 + max(entry["block"] for entry in result["sets"])
+    return heat_map("layer groups", "Layer groups", values, scale, blocks), scale
+
+
+# ---- The Pareto lines.
+
+
+def _lines_plot(result: dict[str, Any]) -> Plot:
+    title = "KL by size, when the worst layer groups are changed first"
+    legend = [
+        (css_color(series_color(number)), f"to {_given(line['to'])}")
+        for number, line in enumerate(result["pareto"])
+    ]
+    if result.get("solution") is not None:
+        legend.append((css_color(INK), "★ budget"))
+    return Plot(
+        title,
+        "Lower left is better: lines are predicted, points are measured.",
+        drawn_as_svg("lines", title, lambda axes: _draw_lines(axes, result)),
+        legend,
+    )
+
+
+def _given(choice: str) -> str:
+    return "their stored dtype" if choice == KEEP else choice
 
 
 def _draw_lines(axes: Axes, result: dict[str, Any]) -> None:
+    divisor, unit = (1e9, "GB") if result["bytes"]["all_kept"] >= 1e9 else (1e6, "MB")
     for number, line in enumerate(result["pareto"]):
-        color = COLORS[number % len(COLORS)]
-        points = line["points"]
-        label = "stored dtype" if line["to"] == KEEP else line["to"]
+        color, points = series_color(number), line["points"]
         axes.plot(
-            [point["bytes"] / 1e9 for point in points],
+            [point["bytes"] / divisor for point in points],
             [point["kld_predicted"] for point in points],
             color=color,
             linewidth=1.2,
-            label=label,
         )
         measured = [point for point in points if isinstance(point.get("measured"), dict)]
         axes.plot(
-            [point["bytes"] / 1e9 for point in measured],
+            [point["bytes"] / divisor for point in measured],
             [point["measured"]["kld"] for point in measured],
             marker="o",
+            markersize=4,
             linestyle="",
             color=color,
         )
     solution = result.get("solution")
     if solution is not None:
-        kld = (
+        measured_kld = (
             solution["measured"]["kld"]
             if isinstance(solution.get("measured"), dict)
             else solution["kld_predicted"]
         )
         axes.plot(
-            [solution["bytes"] / 1e9],
-            [kld],
+            [solution["bytes"] / divisor],
+            [measured_kld],
             marker="*",
             markersize=11,
             linestyle="",
-            color="#1c1e21",
-            label="budget",
+            color=INK,
         )
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("size, GB")
+    axes.set_xlabel(f"size, {unit}")
     axes.set_ylabel("KL(base‖quant), nats")
-    axes.legend(frameon=False, fontsize=9)
+
+
+# ---- For notebooks.
+
+
+def sensitivity_fragment(result: dict[str, Any]) -> str:
+    """The verdict and the worst layer groups as a piece of HTML, for notebooks. It needs no
+    matplotlib.
+    """
+    found, table = _verdict(result), _group_table(result, _FRAGMENT_GROUPS)
+    wanted = [
+        number
+        for number, column in enumerate(table.columns)
+        if column in ("layer group", "KL above noise floor", "share", "size quantized", "size kept")
+    ]
+    small = Table(
+        [table.columns[number] for number in wanted],
+        [[row[number] for number in wanted] for row in table.rows],
+        range(1, len(wanted)),
+    )
+    return rendered(
+        "fragment.html.j2",
+        headline=found.headline,
+        sentences=found.sentences,
+        table=table_view(small, {}),
+    )
