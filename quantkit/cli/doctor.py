@@ -48,6 +48,7 @@ def doctor_command(out: Output) -> None:
         print_table(
             ("check", "found", "status"),
             [(check["name"], check["found"], check["status"]) for check in examination["checks"]],
+            verbose=out.verbose,
         )
     if not examination["ok"]:
         broken = [check for check in examination["checks"] if check["status"] == "broken"]

@@ -139,6 +139,8 @@ def print_plan(out: Output, plan: ExportPlan) -> None:
             ("parameter", "status", "format or reason", "scheme", "before", "after"),
             rows,
             right=(4, 5),
+            important=(0, 1, 4, 5),
+            verbose=out.verbose,
         )
     for warning in plan.warnings:
         out.warn(warning)
