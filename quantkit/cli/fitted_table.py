@@ -220,8 +220,8 @@ def _wrap_heading(heading: str, width: int) -> list[str]:
 
 
 def _heading_pieces(heading: str) -> list[str]:
-    """Words, and what is between a word's slashes and hyphens."""
-    return [piece for word in heading.split() for piece in re.split(r"(?<=[/-])", word) if piece]
+    """Words, which may also break after a slash or a hyphen: bits/weight, but not tokens/s."""
+    return [piece for word in heading.split() for piece in re.split(r"(?<=[/-])(?=\w{3})", word)]
 
 
 def _wrap_numbers(cell: str, width: int) -> list[str]:
@@ -234,11 +234,17 @@ def wrap_words(text: str, width: int) -> list[str]:
 
 
 def _folded(word: str, width: int) -> list[str]:
-    pieces = [""]
-    for character in word:
-        if cell_len(pieces[-1] + character) > max(1, width):
-            pieces.append("")
-        pieces[-1] += character
+    """The pieces of a word that is longer than a line, after a hyphen or a slash if it has one."""
+    pieces: list[str] = []
+    for part in re.split(r"(?<=[/_-])", word) if cell_len(word) > width else [word]:
+        if pieces and cell_len(pieces[-1] + part) <= width:
+            pieces[-1] += part
+            continue
+        pieces.append("")
+        for character in part:
+            if cell_len(pieces[-1] + character) > max(1, width):
+                pieces.append("")
+            pieces[-1] += character
     return pieces
 
 

@@ -119,7 +119,7 @@ def _print_fitted(
                 line(text)
     missing = [name for number, name in enumerate(columns) if number not in parts[0].columns]
     if missing and not verbose:
-        names = ", ".join(missing)
+        names = ("; " if any("," in name for name in missing) else ", ").join(missing)
         remark = f"not shown: {names} (more columns with -v, or {whole_with})"
         for text in wrap_words(one_line(remark), console.width):
             line(text, "dim")

@@ -339,8 +339,8 @@ def comparison_table(comparison: Comparison) -> Table:
         ]
         for pair in comparison.pairs
     ]
-    of_b = [columns.index(pairing.heading) for _, pairing in paired[:1]]
-    return Table(columns, rows, range(2, len(columns)), (0, 1, *of_b))
+    differences = [columns.index(pairing.heading) for _, pairing in paired[:2]]
+    return Table(columns, rows, range(2, len(columns)), (0, 1, *differences))
 
 
 def _with_scheme(name: str, quant: ComparedQuant) -> str:
@@ -348,10 +348,15 @@ def _with_scheme(name: str, quant: ComparedQuant) -> str:
 
 
 def comparison_names(comparison: Comparison) -> dict[str, str]:
-    """Cell of the table → the same with a short name."""
+    """Cell of the table → a short name, with the scheme where the name doesn't say it."""
     models = [model for pair in comparison.pairs for model in (pair.a, pair.b)]
     names = short_names([model.path for model in models])
-    return {_with_scheme(each.path, each): _with_scheme(names[each.path], each) for each in models}
+    return {
+        _with_scheme(each.path, each): names[each.path]
+        if each.scheme in names[each.path]
+        else _with_scheme(names[each.path], each)
+        for each in models
+    }
 
 
 def comparison_title(comparison: Comparison) -> str:
