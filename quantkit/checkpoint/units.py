@@ -32,6 +32,11 @@ def number_parts(text: str) -> list[str]:
     return _BETWEEN_NUMBERS.split(text)
 
 
+def heading_words(text: str) -> list[str]:
+    """The parts of a heading between which a line may end: words, and what is in brackets."""
+    return re.findall(r"\[[^\]]*\]|\S+", text)
+
+
 def parse_bytes(text: str) -> int:
     """The number of bytes in a size such as 5GB, 500MB or 2GiB.
 

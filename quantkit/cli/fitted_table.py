@@ -18,7 +18,7 @@ from itertools import zip_longest
 
 from rich.cells import cell_len
 
-from quantkit.checkpoint.units import number_parts
+from quantkit.checkpoint.units import heading_words, number_parts
 
 GAP = 2  # spaces between columns
 _NARROWEST_TEXT = 16
@@ -211,7 +211,7 @@ def _lines(
 
 def _wrap_heading(heading: str, width: int) -> list[str]:
     lines: list[str] = []
-    for word in _filled(heading.split(), width, " "):
+    for word in _filled(heading_words(heading), width, " "):
         if cell_len(word) <= width:
             lines.append(word)
         else:
@@ -221,7 +221,8 @@ def _wrap_heading(heading: str, width: int) -> list[str]:
 
 def _heading_pieces(heading: str) -> list[str]:
     """Words, which may also break after a slash or a hyphen: bits/weight, but not tokens/s."""
-    return [piece for word in heading.split() for piece in re.split(r"(?<=[/-])(?=\w{3})", word)]
+    words = heading_words(heading)
+    return [piece for word in words for piece in re.split(r"(?<=[/-])(?=\w{3})", word)]
 
 
 def _wrap_numbers(cell: str, width: int) -> list[str]:

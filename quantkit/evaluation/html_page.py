@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from quantkit.checkpoint.units import number_parts
+from quantkit.checkpoint.units import heading_words, number_parts
 from quantkit.evaluation.report import Table
 
 # The rooms that have templates.
@@ -72,7 +72,7 @@ def table_view(table: Table, names: Mapping[str, str]) -> TableView:
         return Cell(number_parts(text) if number in right else [text])
 
     return TableView(
-        [cell(text, -1) for text in table.columns],
+        [cell(text, -1) if text in names else Cell(heading_words(text)) for text in table.columns],
         [[cell(text, number) for number, text in enumerate(row)] for row in table.rows],
         right,
     )
