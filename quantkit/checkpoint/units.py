@@ -34,7 +34,7 @@ def number_parts(text: str) -> list[str]:
 
 def heading_words(text: str) -> list[str]:
     """The parts of a heading between which a line may end: words, and what is in brackets."""
-    return re.findall(r"\[[^\]]*\]|\S+", text)
+    return re.findall(r"(?:\[[^\]]*\]|\S)+", text)
 
 
 def parse_bytes(text: str) -> int:
