@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from quantkit.cli.options import (
     recipe_options,
     remote_code_option,
 )
+
+if TYPE_CHECKING:
+    from quantkit.layer_sensitivity.result import Sensitivity
 
 
 @command("sensitivity")
@@ -116,7 +119,7 @@ def sensitivity_command(out: Output, model: str, **arguments: Any) -> None:
     if rank_of_environment() > 0:
         return
     files.write(result, path)
-    if result.get("was_finished"):
+    if result.was_finished:
         out.note(f"{files.output} was already complete; nothing was run")
     _print_result(out, result)
     _print_next(out, model, result, files, has_budget)
@@ -134,20 +137,17 @@ class SensitivityFiles:
         """Refuse, before anything runs, what can't be written."""
         require_places(output=self.output, html=self.html, recipe_out=self.recipe_out)
 
-    def write(self, result: dict[str, Any], model: Path) -> None:
+    def write(self, result: Sensitivity, model: Path) -> None:
         """The page and the recipe; the JSON is written when its run ends."""
         from quantkit.checkpoint.files import write_text
-        from quantkit.checkpoint.reader import Checkpoint
-        from quantkit.layer_sensitivity.advice import UNSTORED_KEYS, solution_recipe
         from quantkit.layer_sensitivity.html import sensitivity_html
         from quantkit.schemes.mixed_recipe import recipe_text
 
         if self.html is not None:
-            lasting = {key: value for key, value in result.items() if key not in UNSTORED_KEYS}
-            write_text(self.html, sensitivity_html(lasting))
+            write_text(self.html, sensitivity_html(result.as_stored()))
         if self.recipe_out is not None:
-            made = solution_recipe(result, Checkpoint.open(model))
-            write_text(self.recipe_out, recipe_text(made, _recipe_comments(result)))
+            text = recipe_text(result.recipe(model), _recipe_comments(result))
+            write_text(self.recipe_out, text)
 
 
 def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
@@ -164,7 +164,7 @@ def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
         )
 
 
-def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> Sensitivity:
     from quantkit.cli.tables import Progress
     from quantkit.layer_sensitivity.options import SensitivityOptions
     from quantkit.layer_sensitivity.score import score_sensitivity
@@ -180,9 +180,9 @@ def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> dict[str, 
         return score_sensitivity(options, progress.named("sensitivity"))
 
 
-def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> Sensitivity:
     """An earlier run's result with another budget's solution, written to -o if that is given."""
-    from quantkit.checkpoint.files import finite, write_json
+    from quantkit.checkpoint.files import write_json
     from quantkit.checkpoint.reader import Checkpoint
     from quantkit.layer_sensitivity.advice import read_earlier_result, solve_again
 
@@ -195,16 +195,18 @@ def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
         known, arguments["max_size"], arguments["max_kld"], arguments["alternatives"]
     )
     if arguments["output"] is not None:
-        write_json(arguments["output"], finite(result))
+        write_json(arguments["output"], result.to_json())
     return result
 
 
 def _print_next(
-    out: Output, model: str, result: dict[str, Any], files: SensitivityFiles, has_budget: bool
+    out: Output, model: str, result: Sensitivity, files: SensitivityFiles, has_budget: bool
 ) -> None:
     if files.recipe_out is not None:
+        # The new recipe needs a calibration of its own if the old one needed one.
+        command_name = "quantize" if result.base_recipe.needs_calibration else "export"
         out.note(
-            f"Next: quantkit {_next_command(result)} {shlex.quote(model)} -o OUT --recipe"
+            f"Next: quantkit {command_name} {shlex.quote(model)} -o OUT --recipe"
             f" {shlex.quote(str(files.recipe_out))}"
         )
     elif not has_budget:
@@ -215,7 +217,7 @@ def _print_next(
         )
 
 
-def _print_result(out: Output, result: dict[str, Any]) -> None:
+def _print_result(out: Output, result: Sensitivity) -> None:
     from quantkit.cli.tables import print_json, print_table
     from quantkit.layer_sensitivity.report import (
         GROUP_COLUMNS,
@@ -228,9 +230,9 @@ def _print_result(out: Output, result: dict[str, Any]) -> None:
     )
 
     if out.as_json:
-        print_json(result)
+        print_json(result.to_json())
     else:
-        shown, total = None if out.verbose else SHOWN, len(result["sets"])
+        shown, total = None if out.verbose else SHOWN, len(result.order)
         more = "" if shown is None or total <= shown else f"; {shown} of {total} (all with -v)"
         print_table(
             GROUP_COLUMNS,
@@ -253,31 +255,24 @@ def _print_result(out: Output, result: dict[str, Any]) -> None:
         out.note(remark)
 
 
-def _next_command(result: dict[str, Any]) -> str:
-    """What uses the new recipe: it needs a calibration of its own if the old one needed one."""
-    from quantkit.schemes.recipe import Recipe
-
-    recipe = Recipe.from_mapping(result["recipe"], "recipe")
-    return "quantize" if recipe.needs_calibration else "export"
-
-
-def _recipe_comments(result: dict[str, Any]) -> list[str]:
+def _recipe_comments(result: Sensitivity) -> list[str]:
     """What a reader of the written recipe should know."""
     from quantkit.checkpoint.units import format_bytes
 
-    solution = result["solution"]
+    solution = result.solution
+    assert solution is not None  # of the budget that --recipe-out needs
     budget = " and ".join(
         f"--max-{what} {value}"
-        for what, value in (("size", solution["max_size"]), ("kld", solution["max_kld"]))
+        for what, value in (("size", solution.max_size), ("kld", solution.max_kld))
         if value is not None
     )
     return [
         (
-            f"Written by quantkit sensitivity for {budget}: {solution['moved']} of"
-            f" {len(result['sets'])} layer groups differ from the original recipe."
+            f"Written by quantkit sensitivity for {budget}: {solution.moved} of"
+            f" {len(result.order)} layer groups differ from the original recipe."
         ),
         (
-            f"{format_bytes(solution['bytes'])} of weights, predicted KL"
-            f" {solution['kld_predicted']:.4f} on {result['tokens_scored']} tokens."
+            f"{format_bytes(solution.bytes)} of weights, predicted KL"
+            f" {solution.kld_predicted:.4f} on {result.tokens_scored} tokens."
         ),
     ]

@@ -3,7 +3,7 @@
 Metadata of a field changes how it is stored:
 
     OMIT_NONE   without its key if the value is None
-    INLINE      its items are merged into the keys of the dataclass
+    INLINE      its items are merged into the keys of the dataclass; None has no items
     key(name)   under another name
 """
 
@@ -45,9 +45,9 @@ def fields_to_json(value: Any) -> dict[str, Any]:
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if field.metadata.get("inline"):
-            content |= to_json(item)
+            content |= to_json(item) if item is not None else {}
         elif item is not None or not field.metadata.get("omit_none"):
-            content[field.metadata.get("key", field.name)] = to_json(item)
+            content[_key(field)] = to_json(item)
     return content
 
 
@@ -79,14 +79,29 @@ def fields_from_json(kind: Any, content: Any) -> Any:
     content, hints = _checked(dict, content), _hints(kind)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        name = field.metadata.get("key", field.name)
+        name = _key(field)
         if field.metadata.get("inline"):
-            values[field.name] = from_json(hints[field.name], content)
+            values[field.name] = _from_inline(hints[field.name], content)
         elif name in content:
             values[field.name] = from_json(hints[field.name], content[name])
         elif field.default is field.default_factory is dataclasses.MISSING:
             raise KeyError(name)
     return kind(**values)
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("key", field.name)
+
+
+def _from_inline(kind: Any, content: dict[str, Any]) -> Any:
+    """None if `kind` allows it, and the content has none of its keys."""
+    kinds = typing.get_args(kind)
+    if types.NoneType in kinds:
+        others = [each for each in kinds if each is not types.NoneType]
+        keys = {_key(field) for each in others for field in dataclasses.fields(each)}
+        if not keys & content.keys():
+            return None
+    return from_json(kind, content)
 
 
 def _from_union(kinds: tuple[Any, ...], content: Any) -> Any:

@@ -4,7 +4,7 @@ notebooks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.short_names import short_names
 from quantkit.checkpoint.units import counted, format_bytes
@@ -30,6 +30,7 @@ from quantkit.layer_sensitivity.report import (
     sensitivity_remarks,
     sensitivity_title,
 )
+from quantkit.layer_sensitivity.result import Sensitivity, Solution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ _WORDS = (
 )
 
 
-def sensitivity_html(result: dict[str, Any]) -> str:
+def sensitivity_html(result: Sensitivity) -> str:
     """The page of `sensitivity`: verdict, Pareto lines, the heat map of layer groups, the tables.
 
     Raises EvaluationError without matplotlib.
@@ -56,10 +57,10 @@ def sensitivity_html(result: dict[str, Any]) -> str:
     return rendered(
         "sensitivity.html.j2",
         title="quantkit sensitivity",
-        version=result["quantkit_version"],
+        version=result.quantkit_version,
         verdict=_verdict(result),
         description=sensitivity_title(result),
-        sources=", ".join(result["data"]["sources"]),
+        sources=", ".join(result.data.sources),
         lines=table_view(Table(LINE_COLUMNS, line_rows(result), range(2, len(LINE_COLUMNS))), {}),
         map=layers,
         scale=scale,
@@ -72,7 +73,7 @@ def sensitivity_html(result: dict[str, Any]) -> str:
     )
 
 
-def _group_table(result: dict[str, Any], shown: int | None) -> Table:
+def _group_table(result: Sensitivity, shown: int | None) -> Table:
     """The table of layer groups without ranks."""
     rows = [row[1:] for row in group_rows(result, shown)]
     return Table(GROUP_COLUMNS[1:], rows, range(1, len(GROUP_COLUMNS) - 1))
@@ -81,21 +82,19 @@ def _group_table(result: dict[str, Any], shown: int | None) -> Table:
 # ---- The verdict.
 
 
-def _verdict(result: dict[str, Any]) -> Verdict:
-    groups, order = result["sets"], result["ranking"]
-    losses = [max(0.0, groups[place]["choices"][RECIPE]["own_kld"]) for place in order]
-    total = sum(losses) or 1.0
-    name = short_names([result["model"]["path"]])[result["model"]["path"]]
-    sizes, whole = result["bytes"], result["whole"][RECIPE]["kld"]
+def _verdict(result: Sensitivity) -> Verdict:
+    losses = [max(0.0, group.own_kld) for group in result.ranking]
+    name = short_names([result.model.path])[result.model.path]
+    sizes, groups = result.scores.bytes, len(losses)
     return Verdict(
-        f"{groups[order[0]]['name']} costs most: {100 * losses[0] / total:.0f} % of the loss of"
-        f" all {counted(len(order), 'layer group')}.",
+        f"{result.ranking[0].name} costs most: {100 * losses[0] / (sum(losses) or 1):.0f} % of the"
+        f" loss of all {counted(groups, 'layer group')}.",
         (
-            f"Half of the loss comes from {_for_half(losses)} of {len(order)} layer groups.",
-            f"With all of them quantized, {name} has a KL of {whole:.4f} nats and"
-            f" {format_bytes(sizes['all_quantized'])}, instead of"
-            f" {format_bytes(sizes['all_kept'])}.",
-            *_solution_sentences(result.get("solution"), len(order)),
+            f"Half of the loss comes from {_for_half(losses)} of {groups} layer groups.",
+            f"With all of them quantized, {name} has a KL of"
+            f" {result.scores.whole[RECIPE].kld:.4f} nats and"
+            f" {format_bytes(sizes.all_quantized)}, instead of {format_bytes(sizes.all_kept)}.",
+            *_solution_sentences(result.solution, groups),
         ),
         None,
     )
@@ -111,48 +110,47 @@ def _for_half(losses: list[float]) -> int:
     return len(losses)
 
 
-def _solution_sentences(solution: dict[str, Any] | None, groups: int) -> list[str]:
+def _solution_sentences(solution: Solution | None, groups: int) -> list[str]:
     if solution is None:
         return []
-    measured = solution.get("measured")
-    kld = (
-        f"measured KL {measured['kld']:.4f} nats"
-        if isinstance(measured, dict)
-        else f"predicted KL {solution['kld_predicted']:.4f} nats"
-    )
+    how = "predicted" if solution.measured is None else "measured"
     return [
-        f"Within the budget, {solution['moved']} of {groups} layer groups differ from the recipe:"
-        f" {format_bytes(solution['bytes'])}, {kld}."
+        f"Within the budget, {solution.moved} of {groups} layer groups differ from the recipe:"
+        f" {format_bytes(solution.bytes)}, {how} KL {_kld_of(solution):.4f} nats."
     ]
+
+
+def _kld_of(solution: Solution) -> float:
+    """Its measured KL, or the predicted one, nats."""
+    return solution.kld_predicted if solution.measured is None else solution.measured.kld
 
 
 # ---- The heat map.
 
 
-def _group_map(result: dict[str, Any]) -> tuple[HeatMap, HeatScale]:
+def _group_map(result: Sensitivity) -> tuple[HeatMap, HeatScale]:
+    groups = result.scores.groups
     values: dict[str, dict[int, tuple[float, str]]] = {}
-    for entry in result["sets"]:
-        kld = entry["choices"][RECIPE]["own_kld"]
-        title = f"{entry['name']}: {kld:.3g} nats"
-        values.setdefault(entry["kind"], {})[entry["block"]] = kld, title
-    most = max(value for by_block in values.values() for value, _ in by_block.values())
-    if most <= 0:
-        most = 1.0
+    for group in groups:
+        title = f"{group.name}: {group.own_kld:.3g} nats"
+        values.setdefault(group.kind, {})[group.block] = group.own_kld, title
+    most = max(group.own_kld for group in groups)
+    most = most if most > 0 else 1.0
     scale = HeatScale(most / _NEGLIGIBLE, most, "nats", is_logarithmic=True)
-    blocks = 1 + max(entry["block"] for entry in result["sets"])
+    blocks = 1 + max(group.block for group in groups)
     return heat_map("layer groups", "Layer groups", values, scale, blocks), scale
 
 
 # ---- The Pareto lines.
 
 
-def _lines_plot(result: dict[str, Any]) -> Plot:
+def _lines_plot(result: Sensitivity) -> Plot:
     title = "KL by size, when the worst layer groups are changed first"
     legend = [
-        (css_color(series_color(number)), f"to {_given(line['to'])}")
-        for number, line in enumerate(result["pareto"])
+        (css_color(series_color(number)), f"to {_given(line.to)}")
+        for number, line in enumerate(result.pareto)
     ]
-    if result.get("solution") is not None:
+    if result.solution is not None:
         legend.append((css_color(INK), "★ budget"))
     return Plot(
         title,
@@ -166,40 +164,33 @@ def _given(choice: str) -> str:
     return "their stored dtype" if choice == KEEP else choice
 
 
-def _draw_lines(axes: Axes, result: dict[str, Any]) -> None:
-    divisor, unit = (1e9, "GB") if result["bytes"]["all_kept"] >= 1e9 else (1e6, "MB")
-    for number, line in enumerate(result["pareto"]):
-        color, points = series_color(number), line["points"]
+def _draw_lines(axes: Axes, result: Sensitivity) -> None:
+    divisor, unit = (1e9, "GB") if result.scores.bytes.all_kept >= 1e9 else (1e6, "MB")
+    for number, line in enumerate(result.pareto):
+        color = series_color(number)
         axes.plot(
-            [point["bytes"] / divisor for point in points],
-            [point["kld_predicted"] for point in points],
+            [point.bytes / divisor for point in line.points],
+            [point.kld_predicted for point in line.points],
             color=color,
             linewidth=1.2,
         )
-        measured = [point for point in points if isinstance(point.get("measured"), dict)]
+        measured = [
+            (point.bytes / divisor, point.measured.kld)
+            for point in line.points
+            if point.measured is not None
+        ]
         axes.plot(
-            [point["bytes"] / divisor for point in measured],
-            [point["measured"]["kld"] for point in measured],
+            [size for size, _ in measured],
+            [kld for _, kld in measured],
             marker="o",
             markersize=4,
             linestyle="",
             color=color,
         )
-    solution = result.get("solution")
+    solution = result.solution
     if solution is not None:
-        measured_kld = (
-            solution["measured"]["kld"]
-            if isinstance(solution.get("measured"), dict)
-            else solution["kld_predicted"]
-        )
-        axes.plot(
-            [solution["bytes"] / divisor],
-            [measured_kld],
-            marker="*",
-            markersize=11,
-            linestyle="",
-            color=INK,
-        )
+        size = solution.bytes / divisor
+        axes.plot([size], [_kld_of(solution)], marker="*", markersize=11, linestyle="", color=INK)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"size, {unit}")
     axes.set_ylabel("KL(base‖quant), nats")
@@ -208,7 +199,7 @@ def _draw_lines(axes: Axes, result: dict[str, Any]) -> None:
 # ---- For notebooks.
 
 
-def sensitivity_fragment(result: dict[str, Any]) -> str:
+def sensitivity_fragment(result: Sensitivity) -> str:
     """The verdict and the worst layer groups as a piece of HTML, for notebooks. It needs no
     matplotlib.
     """

@@ -5,12 +5,13 @@ rows of its inputs in the unquantized model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.layer_sensitivity.base_model import BaseModel
+from quantkit.layer_sensitivity.progress import ComparedLayers
+from quantkit.layer_sensitivity.result import LinearSqnr
 from quantkit.models.distributed import Ranks
 from quantkit.models.hooks import capture
 from quantkit.models.threads import one_thread
@@ -24,20 +25,14 @@ SAMPLED_WINDOWS, SAMPLED_POSITIONS = 4, 64
 class LayerSqnr:
     """Measures block by block: `sample` first, then `compare`.
 
-    known_blocks: how many blocks an earlier run compared.
-    known: the `by_place` of the earlier run, as JSON holds it.
+    known: what an earlier run compared.
     """
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        known_blocks: int = 0,
-        known: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    ) -> None:
-        self._ranks, self._known_blocks = ranks, known_blocks
-        self._found: dict[int, dict[str, dict[str, Any]]] = {
-            int(place): {entry["name"]: dict(entry) for entry in entries}
-            for place, entries in (known or {}).items()
+    def __init__(self, ranks: Ranks, known: ComparedLayers) -> None:
+        self._ranks, self._known_blocks = ranks, known.blocks
+        self._found = {
+            place: {linear.name: linear for linear in linears}
+            for place, linears in known.by_place.items()
         }
         # Inputs of the last sampled block, by name on disk: [rows, in_features]. None if an earlier
         # run compared this block.
@@ -104,17 +99,18 @@ class LayerSqnr:
         if self._inputs is None:
             return
         weight_db = float(sqnr_db(linear.weight, codes.dequantize()))
-        entry: dict[str, Any] = {"name": name, "weight_sqnr_db": weight_db}
-        rows = self._inputs.get(name)
+        output_db, rows = None, self._inputs.get(name)
         if rows is not None and rows.shape[0]:
             rows = rows.to(linear.weight.device)
             with one_thread():  # on one thread, the result doesn't depend on their number
-                entry["output_sqnr_db"] = float(sqnr_db(linear(rows), made(rows)))
-        self._found.setdefault(place, {})[name] = entry
+                output_db = float(sqnr_db(linear(rows), made(rows)))
+        self._found.setdefault(place, {})[name] = LinearSqnr(
+            name=name, weight_sqnr_db=weight_db, output_sqnr_db=output_db
+        )
 
-    def by_place(self) -> dict[int, list[dict[str, Any]]]:
+    def by_place(self) -> dict[int, tuple[LinearSqnr, ...]]:
         """The weight and output SQNR of each Linear, by the place of its group."""
-        return {place: list(linears.values()) for place, linears in self._found.items()}
+        return {place: tuple(linears.values()) for place, linears in self._found.items()}
 
 
 class _SampledRows:

@@ -7,14 +7,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.intervals import Interval, paired_interval, perplexity_change_pct
+from quantkit.evaluation.intervals import paired_interval, perplexity_change_pct
 from quantkit.evaluation.logits import POSITIONS_PER_CHUNK, OutputHead, score_variants
 from quantkit.layer_sensitivity.base_model import open_base_model
 from quantkit.layer_sensitivity.choices import Choices
@@ -22,7 +22,8 @@ from quantkit.layer_sensitivity.layer_groups import LayerGroup
 from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
 from quantkit.layer_sensitivity.layer_swap import LayerSwapper, Perturbation
 from quantkit.layer_sensitivity.options import SensitivityOptions
-from quantkit.layer_sensitivity.progress import ResumeState, WindowScores
+from quantkit.layer_sensitivity.progress import ComparedLayers, ResumeState, WindowScores
+from quantkit.layer_sensitivity.result import VariantMetrics
 from quantkit.layer_sensitivity.scoring_text import ScoringText
 from quantkit.layer_sensitivity.streams import Variant, count_block_runs
 from quantkit.layer_sensitivity.variants import VariantStates, run_variants
@@ -34,26 +35,6 @@ VARIANTS_AT_ONCE = 16  # that one thread scores together
 Label = TypeVar("Label")
 # on_progress(what, done, total)
 Progress = Callable[[str, float, float], None]
-
-
-@dataclass(frozen=True)
-class VariantMetrics:
-    """The metrics of a variant.
-
-    kld: mean KL(model‖variant), in nats.
-    ppl_delta: change of the perplexity, in percent.
-    """
-
-    kld: Interval
-    ppl_delta: Interval
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kld": self.kld.value,
-            "kld_low": self.kld.low,
-            "kld_high": self.kld.high,
-            "ppl_delta_pct": self.ppl_delta.to_json(),
-        }
 
 
 @dataclass
@@ -136,7 +117,7 @@ class VariantScorer:
 
         def after_block(number: int) -> None:
             if sqnr is not None:
-                self.resume_state.record_layers(number + 1, sqnr.by_place())
+                self.resume_state.record_layers(ComparedLayers(number + 1, sqnr.by_place()))
 
         states = run_variants(
             blocks,
@@ -238,7 +219,7 @@ def _metrics(scores: Sequence[WindowScores], counts: np.ndarray) -> list[Variant
     kld = np.array([each.kld for each in scores]).T
     losses = np.array([each.losses for each in scores]).T
     return [
-        VariantMetrics(
+        VariantMetrics.of(
             paired_interval(kld[variant], counts),
             perplexity_change_pct(losses[variant] - losses[0], counts),
         )

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from quantkit.evaluation.json_values import from_json
 from quantkit.layer_sensitivity.layer_groups import LayerGroup
 
 MEASURED_BLOCKS = 8  # in which the noise floor is measured, evenly spread
@@ -29,6 +31,13 @@ class NoiseFloor:
         slope = (values[1] - values[0]) / (places[1] - places[0]) if len(places) > 1 else 0.0
         places, values = [0, *places], [max(0.0, values[0] - places[0] * slope), *values]
         return cls(tuple(np.interp(np.arange(blocks + 1), places, values).tolist()))
+
+    def to_json(self) -> list[float]:
+        return list(self.values)
+
+    @classmethod
+    def from_json(cls, content: Any) -> NoiseFloor:
+        return cls(from_json(tuple[float, ...], content))
 
     @property
     def deepest(self) -> float:

@@ -5,9 +5,8 @@ quantized model, points of the Pareto lines, and the budget's solution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from quantkit.errors import EvaluationError
 from quantkit.layer_sensitivity.advice import additivity, pareto_lines, ranking, solve
@@ -16,8 +15,18 @@ from quantkit.layer_sensitivity.choices import KEEP_NUMBER, RECIPE_NUMBER, Choic
 from quantkit.layer_sensitivity.layer_groups import LayerGroup, layer_groups
 from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
 from quantkit.layer_sensitivity.layer_swap import Perturbation
-from quantkit.layer_sensitivity.measure import VariantMetrics, VariantScorer
+from quantkit.layer_sensitivity.measure import VariantScorer
 from quantkit.layer_sensitivity.noise_floor import NoiseFloor, depths, measured_blocks
+from quantkit.layer_sensitivity.result import (
+    CheckpointBytes,
+    GroupChoice,
+    GroupScores,
+    ParetoLine,
+    Restored,
+    ScoredGroup,
+    Solution,
+    VariantMetrics,
+)
 from quantkit.layer_sensitivity.streams import Variant
 
 RESTORED = 10  # groups that are kept, one at a time, in an otherwise quantized model
@@ -91,8 +100,8 @@ def open_layer_groups(choices: Choices, trust_remote_code: bool, device: str) ->
     return LayerGroups(tuple(groups), tuple(sorted(set(plan.linears) - inside)), blocks)
 
 
-def first_pass(scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr) -> dict[str, Any]:
-    """The KLs of groups and of all together, and the noise floor, as in the result's JSON."""
+def first_pass(scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr) -> GroupScores:
+    """The KLs of groups and of all together, and the noise floor."""
     choices, groups = scorer.choices, model.groups
     sizes = [
         [choices.bytes_of(group.linears, choice) for choice in range(len(choices.names))]
@@ -120,62 +129,72 @@ def first_pass(scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr) -> di
     metrics = scorer.measure("groups", [*groups, *perturbations], variants, model.blocks, sqnr)
 
     floor = NoiseFloor.interpolated(
-        {each.block: metrics[perturbed(each.block)].kld.value for each in perturbations},
-        model.blocks,
+        {each.block: metrics[perturbed(each.block)].kld for each in perturbations}, model.blocks
     )
-    rows = [_row(group, choices, size) for group, size in zip(groups, sizes)]
     before = depths(groups)
-    for place, choice in singles:
+
+    def scored(place: int, choice: int, nbytes: int) -> GroupChoice:
+        if choice == KEEP_NUMBER:
+            return GroupChoice(bytes=nbytes)
         found = metrics[alone(place, choice)]
-        rows[place]["choices"][choices.names[choice]] |= found.to_json() | {
-            "own_kld": floor.above(found.kld.value, before[place])
-        }
+        return GroupChoice(
+            bytes=nbytes, metrics=found, own_kld=floor.above(found.kld, before[place])
+        )
+
+    scored_groups = tuple(
+        ScoredGroup(
+            name=group.name,
+            block=group.block,
+            kind=group.kind,
+            linears=group.linears,
+            choices={
+                name: scored(place, choice, size)
+                for choice, (name, size) in enumerate(zip(choices.names, sizes[place]))
+                if size is not None
+            },
+        )
+        for place, group in enumerate(groups)
+    )
     by_name = {choices.names[choice]: metrics[whole(choice)] for choice in wholes}
-    return {
-        "sets": rows,
-        "whole": {name: found.to_json() for name, found in by_name.items()},
-        "floor": list(floor.values),
-        "additivity": {
-            name: additivity(rows, name, found.kld.value, floor.deepest)
+    return GroupScores(
+        groups=scored_groups,
+        whole=by_name,
+        noise_floor=floor,
+        additivity={
+            name: additivity(scored_groups, name, found.kld, floor.deepest)
             for name, found in by_name.items()
         },
-        "bytes": _bytes(choices),
-    }
+        bytes=_bytes(choices),
+    )
 
 
-def _row(group: LayerGroup, choices: Choices, sizes: Sequence[int | None]) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "block": group.block,
-        "kind": group.kind,
-        "linears": list(group.linears),
-        "choices": {
-            name: {"bytes": size} for name, size in zip(choices.names, sizes) if size is not None
-        },
-        "layers": [],
-    }
-
-
-def _bytes(choices: Choices) -> dict[str, int]:
-    """Bytes of the checkpoint's tensors. untied: of an output head that an algorithm unties."""
+def _bytes(choices: Choices) -> CheckpointBytes:
     plan = choices.recipe
-    return {
-        "all_kept": plan.bytes_before,
-        "all_quantized": plan.bytes_after,
-        "untied": sum(row.bytes_after for row in plan.parameters if row.name in plan.added),
-    }
+    return CheckpointBytes(
+        all_kept=plan.bytes_before,
+        all_quantized=plan.bytes_after,
+        untied=sum(row.bytes_after for row in plan.parameters if row.name in plan.added),
+    )
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """What the second pass adds. The fields are those of `Sensitivity`."""
+
+    scores: GroupScores
+    order: tuple[int, ...]
+    pareto: tuple[ParetoLine, ...]
+    solution: Solution | None
+    remarks: tuple[str, ...]
 
 
 def second_pass(
-    scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr, first: dict[str, Any]
-) -> dict[str, Any]:
-    """Complete the result of the first pass. first: that result; its groups are extended."""
-    ranks, choices, rows = scorer.ranks, scorer.choices, first["sets"]
-    for place, layers in sqnr.by_place().items():
-        rows[place]["layers"] = layers
-    ranked = ranking(rows)
+    scorer: VariantScorer, model: LayerGroups, sqnr: LayerSqnr, first: GroupScores
+) -> SecondPass:
+    """first: the scores of the first pass, whose groups get their layers and `restored`."""
+    ranks, choices, options = scorer.ranks, scorer.choices, scorer.options
+    ranked = ranking(first.groups)
     lines = pareto_lines(first, choices.names)
-    options = scorer.options
     solution = ranks.broadcast_from_first(
         lambda: solve(first, options.max_size, options.max_kld, choices.allowed)
     )
@@ -184,43 +203,53 @@ def second_pass(
     for place in ranked[:RESTORED]:
         variants[restored(place)] = with_choice(quantized, place, KEEP_NUMBER)
     for number, line in enumerate(lines):
-        to = choices.names.index(line["to"])
-        for moved in line["measured"]:
-            places = set(line["order"][:moved])
+        to = choices.names.index(line.to)
+        for moved in line.measured:
+            places = set(line.order[:moved])
             variants[pareto_point(number, moved)] = tuple(
-                to if place in places else RECIPE_NUMBER for place in range(len(rows))
+                to if place in places else RECIPE_NUMBER for place in range(len(first.groups))
             )
     if solution is not None:
-        variants[SOLUTION] = tuple(choices.names.index(name) for name in solution["choices"])
+        variants[SOLUTION] = tuple(choices.names.index(name) for name in solution.choices)
     metrics = scorer.measure("restored", model.groups, variants, model.blocks)
 
-    _add_restored(rows, ranked[:RESTORED], metrics)
-    for number, line in enumerate(lines):
-        for moved in line["measured"]:
-            line["points"][moved]["measured"] = metrics[pareto_point(number, moved)].to_json()
+    layers, total = sqnr.by_place(), metrics[QUANTIZED].kld
+    groups = tuple(
+        replace(
+            group,
+            layers=layers.get(place, ()),
+            restored=_restored(metrics.get(restored(place)), total),
+        )
+        for place, group in enumerate(first.groups)
+    )
     if solution is not None:
-        solution["measured"] = metrics[SOLUTION].to_json()
-    return first | {
-        "ranking": ranked,
-        "pareto": lines,
-        "solution": solution,
-        "remarks": _remarks(model),
-    }
+        solution = replace(solution, measured=metrics[SOLUTION])
+    return SecondPass(
+        scores=replace(first, groups=groups),
+        order=tuple(ranked),
+        pareto=tuple(_measured(line, number, metrics) for number, line in enumerate(lines)),
+        solution=solution,
+        remarks=_remarks(model),
+    )
 
 
-def _add_restored(
-    rows: Sequence[dict[str, Any]], places: Sequence[int], metrics: dict[Label, VariantMetrics]
-) -> None:
-    """gain: how much the KL of the quantized model falls if the group is kept."""
-    total = metrics[QUANTIZED].kld.value
-    for place in places:
-        found = metrics[restored(place)]
-        rows[place]["restored"] = found.to_json() | {"gain": total - found.kld.value}
+def _restored(metrics: VariantMetrics | None, quantized_kld: float) -> Restored | None:
+    if metrics is None:
+        return None
+    return Restored(metrics=metrics, gain=quantized_kld - metrics.kld)
 
 
-def _remarks(model: LayerGroups) -> list[str]:
+def _measured(line: ParetoLine, number: int, metrics: Mapping[Label, VariantMetrics]) -> ParetoLine:
+    """The line with the metrics of its points that were run."""
+    points = (
+        replace(point, measured=metrics.get(pareto_point(number, point.k))) for point in line.points
+    )
+    return replace(line, points=tuple(points))
+
+
+def _remarks(model: LayerGroups) -> tuple[str, ...]:
     if not model.outside:
-        return []
+        return ()
     first, *others = model.outside
     more = f" and {len(others)} more" if others else ""
-    return [f"{first}{more}: outside the blocks, not scored, always quantized as in the recipe"]
+    return (f"{first}{more}: outside the blocks, not scored, always quantized as in the recipe",)

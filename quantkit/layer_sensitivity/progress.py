@@ -8,10 +8,9 @@ so that windows can be scored in any order, by any process.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.finished_output import require_same_fingerprint, resolved_output
@@ -19,7 +18,9 @@ from quantkit.checkpoint.interrupts import StopRequest
 from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.output_checks import check_disk_space
 from quantkit.checkpoint.output_dir import WorkDirectory
-from quantkit.errors import CheckpointError, OutputError
+from quantkit.errors import CheckpointError, OutputError, RecipeError
+from quantkit.evaluation.json_values import from_json, to_json
+from quantkit.layer_sensitivity.result import LinearSqnr, Sensitivity
 from quantkit.models.distributed import Ranks
 from quantkit.models.saved_states import SavedStates
 from quantkit.models.task import SEQ2SEQ
@@ -37,6 +38,18 @@ class WindowScores:
 
     kld: list[float]
     losses: list[float]
+
+
+@dataclass(frozen=True)
+class ComparedLayers:
+    """The SQNRs of single Linears, as far as a walk has come.
+
+    blocks: how many blocks are compared.
+    by_place: the SQNRs of their Linears, by the place of the group.
+    """
+
+    blocks: int = 0
+    by_place: Mapping[int, Sequence[LinearSqnr]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,16 +138,23 @@ class ResumeState:
 
     # -- Single Linears, and hidden states.
 
-    def layers(self) -> dict[str, Any] | None:
-        """What `record_layers` stored last, as "blocks" and "figures"."""
-        return self.ranks.broadcast_from_first(
-            lambda: self.work.done.get(_LAYERS) if self.work is not None else None
+    def layers(self) -> ComparedLayers:
+        """What `record_layers` stored last; of no block if it didn't."""
+        return self.ranks.broadcast_from_first(self._read_layers)
+
+    def _read_layers(self) -> ComparedLayers:
+        if self.work is None or _LAYERS not in self.work.done:
+            return ComparedLayers()
+        content = self.work.done[_LAYERS]
+        by_place = from_json(Mapping[str, tuple[LinearSqnr, ...]], content["figures"])
+        return ComparedLayers(
+            content["blocks"], {int(place): linears for place, linears in by_place.items()}
         )
 
-    def record_layers(self, blocks: int, layers: Mapping[int, Any]) -> None:
-        """Store the SQNRs of the Linears of the first blocks. layers: as JSON, by group."""
+    def record_layers(self, layers: ComparedLayers) -> None:
         if self.work is not None:
-            self.work.record(_LAYERS, {"blocks": blocks, "figures": layers})
+            content = {"blocks": layers.blocks, "figures": to_json(layers.by_place)}
+            self.work.record(_LAYERS, content)
 
     def saved_states(self, walk: str, task: str) -> SavedStates | None:
         """The hidden states of a walk, for a later run; None where nothing is stored.
@@ -160,7 +180,7 @@ def partial_of(output: Path) -> Path:
 
 def finished_result(
     output: Path, fingerprint: Mapping[str, str], overwrite: bool
-) -> dict[str, Any] | None:
+) -> Sensitivity | None:
     """The result that an earlier run of the same work has written, or None.
 
     Raises OutputError if the file is the result of other work, unless overwrite is given.
@@ -169,12 +189,13 @@ def finished_result(
     if (partial / "progress.json").exists() or not output.is_file():
         return None
     try:
-        result = read_json(output, "")
-        earlier = result["fingerprint"]
+        content = read_json(output, "")
+        earlier = content["fingerprint"]
         if not isinstance(earlier, dict):
             return None
         require_same_fingerprint(f"{output} was made", fingerprint, earlier)
-    except (CheckpointError, KeyError, TypeError):
+        result = Sensitivity.from_json(content)
+    except (CheckpointError, RecipeError, KeyError, TypeError, ValueError, AttributeError):
         return None  # Another file, which this run replaces.
     except OutputError:
         if not overwrite:

@@ -12,22 +12,24 @@ round differently to the model's dtype. The noise floor is subtracted before KLs
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from quantkit import __version__
-from quantkit.checkpoint.files import finite, write_json
+from quantkit.checkpoint.files import write_json
 from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
 from quantkit.errors import EvaluationError
-from quantkit.layer_sensitivity.advice import SCHEMA_VERSION
+from quantkit.evaluation.result import TextSources
 from quantkit.layer_sensitivity.choices import Choices, open_choices
 from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
 from quantkit.layer_sensitivity.measure import Progress, VariantScorer
 from quantkit.layer_sensitivity.options import SensitivityOptions
 from quantkit.layer_sensitivity.passes import first_pass, open_layer_groups, second_pass
 from quantkit.layer_sensitivity.progress import ResumeState, finished_result
+from quantkit.layer_sensitivity.result import SCHEMA_VERSION, ScoredModel, Sensitivity
 from quantkit.layer_sensitivity.scoring_text import ScoringText, open_text
 from quantkit.models.distributed import joined_ranks
 from quantkit.models.hidden_states import peak_memory_bytes
@@ -38,8 +40,8 @@ from quantkit.ops.native import cpu_level
 
 def score_sensitivity(
     options: SensitivityOptions, on_progress: Progress = lambda name, done, total: None
-) -> dict[str, Any]:
-    """The result as JSON: the KLs of layer groups and of all together, and a budget's solution.
+) -> Sensitivity:
+    """The KLs of layer groups and of all together, and a budget's solution.
 
     With torchrun the ranks share the windows, and each returns the whole result.
     """
@@ -66,39 +68,60 @@ def score_sensitivity(
                 lambda: finished_result(output, fingerprint | budget, options.overwrite)
             )
             if finished is not None:
-                return finished | {"was_finished": True}
+                return replace(finished, was_finished=True)
         with stop_between_steps() if output else nullcontext(StopRequest()) as stop:
             resume_state = ranks.first_then_others(
                 lambda: ResumeState.open(
                     ranks, stop, output, fingerprint, options.resume, options.overwrite
                 )
             )
-            described = _described(options, choices, text) | {"fingerprint": fingerprint | budget}
             scorer = VariantScorer(options, choices, text, ranks, resume_state, on_progress)
-            result = finite(described | _scored(scorer))
-            result["remarks"] = remarks + result["remarks"]
+            result = _result(scorer, fingerprint | budget, remarks)
             if options.output is not None and ranks.is_first:
-                write_json(options.output, result)
+                write_json(options.output, result.to_json())
             resume_state.clear()
-    return result | {
-        "seconds": time.monotonic() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    return replace(
+        result, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes()
+    )
 
 
-def _scored(scorer: VariantScorer) -> dict[str, Any]:
-    options, ranks = scorer.options, scorer.ranks
+def _result(
+    scorer: VariantScorer, fingerprint: dict[str, str], remarks: Sequence[str]
+) -> Sensitivity:
+    options, choices, text, ranks = scorer.options, scorer.choices, scorer.text, scorer.ranks
+    plan = choices.recipe
     with torch.inference_mode():
         model = ranks.first_then_others(
-            lambda: open_layer_groups(scorer.choices, options.trust_remote_code, ranks.device)
+            lambda: open_layer_groups(choices, options.trust_remote_code, ranks.device)
         )
-        known = scorer.resume_state.layers()
-        sqnr = LayerSqnr(ranks, known["blocks"], known["figures"]) if known else LayerSqnr(ranks)
-        result = second_pass(scorer, model, sqnr, first_pass(scorer, model, sqnr))
-    return result | {
-        "block_runs": scorer.block_runs,
-        "block_runs_without_sharing": scorer.block_runs_without_sharing,
-    }
+        sqnr = LayerSqnr(ranks, scorer.resume_state.layers())
+        found = second_pass(scorer, model, sqnr, first_pass(scorer, model, sqnr))
+    return Sensitivity(
+        schema_version=SCHEMA_VERSION,
+        quantkit_version=__version__,
+        model=ScoredModel(
+            path=str(options.model), fingerprint=plan.fingerprint["model"], bytes=plan.bytes_before
+        ),
+        base_recipe=options.recipe,
+        alternatives=tuple(choices.allowed),
+        calibration=str(options.calibration) if options.calibration else None,
+        data=TextSources(
+            sources=options.data or ("bundled",),
+            sha256=text.windows.data_sha256,
+            tokens_sha256=text.windows.tokens_sha256,
+        ),
+        seq_len=text.seq_len,
+        windows=len(text.windows.windows),
+        tokens_scored=text.windows.tokens_scored,
+        fingerprint=fingerprint,
+        scores=found.scores,
+        order=found.order,
+        pareto=found.pareto,
+        solution=found.solution,
+        remarks=(*remarks, *found.remarks),
+        block_runs=scorer.block_runs,
+        block_runs_without_sharing=scorer.block_runs_without_sharing,
+    )
 
 
 def _fingerprint(
@@ -119,28 +142,4 @@ def _fingerprint(
         "device": device_identity(device),
         "kernels": cpu_level() if kind == "cpu" else kind,
         **software_versions(),
-    }
-
-
-def _described(options: SensitivityOptions, choices: Choices, text: ScoringText) -> dict[str, Any]:
-    plan = choices.recipe
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "quantkit_version": __version__,
-        "model": {
-            "path": str(options.model),
-            "fingerprint": plan.fingerprint["model"],
-            "bytes": plan.bytes_before,
-        },
-        "recipe": options.recipe.to_mapping(),
-        "alternatives": choices.allowed,
-        "calibration": str(options.calibration) if options.calibration else None,
-        "data": {
-            "sources": list(options.data) or ["bundled"],
-            "sha256": text.windows.data_sha256,
-            "tokens_sha256": text.windows.tokens_sha256,
-        },
-        "seq_len": text.seq_len,
-        "windows": len(text.windows.windows),
-        "tokens_scored": text.windows.tokens_scored,
     }

@@ -227,6 +227,14 @@ class Recipe:
             "observer": str(self.observer),
         }
 
+    def to_json(self) -> dict[str, Any]:
+        return self.to_mapping()
+
+    @classmethod
+    def from_json(cls, content: Any) -> Recipe:
+        """Raises RecipeError as `from_mapping`."""
+        return cls.from_mapping(content, "the result's recipe")
+
     def canonical(self) -> str:
         """Text for fingerprints: equal for recipes that mean the same."""
         # The order of the exceptions is kept: the first match wins.

@@ -1,66 +1,107 @@
-"""The recipe that a solution stands for."""
+"""Earlier results: which are read, and another budget's solution of them."""
 
-import re
+import json
+from dataclasses import replace
+from pathlib import Path
 
-from tiny_models import make_model
+import pytest
+from tiny_llama import make_llama
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.exporter.plan import ExportOptions, plan_export
-from quantkit.layer_sensitivity.advice import solution_recipe
-from quantkit.models.assignment import assign_layers
-from quantkit.schemes.pattern import Pattern
-from quantkit.schemes.recipe import Recipe
-from quantkit.schemes.scheme import QuantScheme
+from quantkit.errors import EvaluationError, NotComparableError, RecipeError
+from quantkit.layer_sensitivity.advice import read_earlier_result, solve_again
+from quantkit.layer_sensitivity.result import Sensitivity
 
-INT8 = Recipe(QuantScheme.parse("int8-dynamic"))
+STORED = Path(__file__).with_name("stored_result.json")
 
 
-def test_the_recipe_of_a_solution_keeps_exceptions_for_stacked_experts(tmp_path):
-    """Both schemes have the same size, so that only the recipe itself tells whether they were
-    lost.
-    """
-    make_model(tmp_path / "moe", "granitemoe", times=2)
-    checkpoint = Checkpoint.open(tmp_path / "moe")
-    linears = [
-        name
-        for name in assign_layers(checkpoint, INT8).linears
-        if ".layers.0." in name and ".experts." in name
-    ]
-    whole = plan_export(ExportOptions(tmp_path / "moe", tmp_path / "none", INT8)).bytes_after
-    solution = {"choices": ["fp8-dynamic"], "bytes": whole}
-    made = solution_recipe(
-        {
-            "recipe": INT8.to_mapping(),
-            "bytes": {},
-            "sets": [{"linears": linears}],
-            "solution": solution,
-        },
-        checkpoint,
-    )
-    moved = {
-        name
-        for name, linear in assign_layers(checkpoint, made).linears.items()
-        if linear.scheme.name == "fp8-dynamic"
-    }
-    assert len(linears) == 12 and moved == set(linears)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    return Checkpoint.open(make_llama(tmp_path_factory.mktemp("advice") / "model"))
 
 
-def test_patterns_name_blocks_together_and_experts_as_one():
-    from quantkit.schemes.pattern import patterns_for
+@pytest.fixture
+def content(checkpoint) -> dict:
+    """The JSON of a result of that checkpoint."""
+    content = json.loads(STORED.read_text(encoding="utf-8"))
+    content["model"]["fingerprint"] = checkpoint.fingerprint()
+    return content
 
-    everything = [
-        f"model.layers.{block}.mlp.experts.{number}.{leaf}"
-        for block in range(12)
-        for number in range(3)
-        for leaf in ("gate_proj", "up_proj")
-    ]
-    everything += [f"model.layers.{block}.mlp.down_proj" for block in range(12)]
-    names = [name for name in everything if re.match(r"model\.layers\.(1|11)\.", name)]
-    patterns = patterns_for(names, set(everything) - set(names))
-    assert len(patterns) == 2
-    assert [
-        name for name in everything if any(pattern.matches(name) for pattern in patterns)
-    ] == names
-    # what no pattern of whole layers can mean
-    some = [name for name in everything if ".experts.1." in name]
-    assert set(patterns_for(some, set(everything) - set(some))) == {Pattern(name) for name in some}
+
+def written(tmp_path, content) -> Path:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_result_is_read_as_it_was_written(checkpoint, content, tmp_path):
+    found = read_earlier_result(written(tmp_path, content), checkpoint)
+    assert json.dumps(found.to_json()) == json.dumps(content)
+    # What `--json` printed of a run that was complete already isn't a run itself.
+    printed = written(tmp_path, content | {"was_finished": True})
+    assert read_earlier_result(printed, checkpoint) == found
+
+
+def test_keys_of_a_later_version_are_ignored(checkpoint, content, tmp_path):
+    more = content | {"more": [1]}
+    more["sets"] = [group | {"more": None} for group in content["sets"]]
+    found = read_earlier_result(written(tmp_path, more), checkpoint)
+    assert found == Sensitivity.from_json(content)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.clear(),
+        lambda content: content.pop("sets"),
+        lambda content: content.pop("model"),
+        lambda content: content.pop("pareto"),
+        lambda content: content.update(sets={}),
+        lambda content: content.update(sets=[], ranking=[]),
+        lambda content: content.update(ranking=content["ranking"][1:]),
+        lambda content: content.update(floor=[]),
+        lambda content: content.update(additivity={}),
+        lambda content: content["sets"][0].update(choices=[]),
+        lambda content: content["sets"][0]["choices"].pop("keep"),
+        lambda content: content["sets"][0]["choices"]["recipe"].pop("kld"),
+        lambda content: content["sets"][0]["choices"]["recipe"].update(bytes="many"),
+        lambda content: content["sets"][0].update(block=7),
+        lambda content: content["solution"]["choices"].pop(),
+        lambda content: content["solution"].update(choices=["mxfp8"] * 8),
+    ],
+)
+def test_damaged_files_are_refused(edit, checkpoint, content, tmp_path):
+    edit(content)
+    with pytest.raises(EvaluationError, match="is not a result of `quantkit sensitivity -o`"):
+        read_earlier_result(written(tmp_path, content), checkpoint)
+
+
+def test_what_is_no_json_object_is_refused(checkpoint, content, tmp_path):
+    for text in ("", "[1]", json.dumps(content)[:-2]):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(EvaluationError, match="is not a result"):
+            read_earlier_result(tmp_path / "r.json", checkpoint)
+    with pytest.raises(EvaluationError, match="is not a result"):
+        read_earlier_result(tmp_path / "none.json", checkpoint)
+
+
+def test_results_of_other_versions_models_and_recipes_are_refused(checkpoint, content, tmp_path):
+    with pytest.raises(EvaluationError, match="has format 9"):
+        read_earlier_result(written(tmp_path, content | {"schema_version": 9}), checkpoint)
+    other = content | {"model": content["model"] | {"fingerprint": "x"}}
+    with pytest.raises(NotComparableError, match="r.json was made from another model"):
+        read_earlier_result(written(tmp_path, other), checkpoint)
+    unknown = content | {"recipe": content["recipe"] | {"scheme": "int9-dynamic"}}
+    with pytest.raises(RecipeError, match="int9-dynamic"):
+        read_earlier_result(written(tmp_path, unknown), checkpoint)
+
+
+def test_another_budget_changes_the_solution_alone(content):
+    result = Sensitivity.from_json(content)
+    solved = solve_again(result, "+60%", None, [])
+    assert replace(solved, solution=result.solution) == result
+    assert solved.solution.kld_predicted < result.solution.kld_predicted
+    assert solved.solution.measured is None and result.solution.measured is not None
+    assert solve_again(result, None, None, []).solution is None
+    with pytest.raises(EvaluationError, match="mxfp8 was not scored"):
+        solve_again(result, "+5%", None, ["mxfp8"])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from quantkit.layer_sensitivity.advice import (
     predicted_kld,
     read_earlier_result,
     size_of,
-    solution_recipe,
     solve_again,
 )
 from quantkit.layer_sensitivity.base_model import BaseModel, open_base_model
@@ -82,32 +82,23 @@ def result(options):
 
 
 def test_a_planted_bad_layer_is_ranked_first_and_its_restoring_helps_most(result):
-    worst = result["sets"][result["ranking"][0]]
-    assert worst["name"] == BAD and worst["kind"] == "down"
-    gains = {
-        entry["name"]: entry["restored"]["gain"] for entry in result["sets"] if "restored" in entry
-    }
+    groups, worst = result.scores.groups, result.ranking[0]
+    assert worst.name == BAD and worst.kind == "down"
+    gains = {group.name: group.restored.gain for group in groups if group.restored is not None}
     assert len(gains) == 10 and max(gains, key=gains.get) == BAD
     # FP8 minds outliers less
-    assert worst["choices"]["fp8-dynamic"]["own_kld"] < worst["choices"][RECIPE]["own_kld"] / 4
-    outputs = {
-        layer["name"]: layer["output_sqnr_db"]
-        for entry in result["sets"]
-        for layer in entry["layers"]
-    }
+    assert worst.choices["fp8-dynamic"].own_kld < worst.choices[RECIPE].own_kld / 4
+    outputs = {layer.name: layer.output_sqnr_db for group in groups for layer in group.layers}
     assert min(outputs, key=outputs.get) == BAD and len(outputs) == 7 * BLOCKS
 
 
 def test_layer_groups_are_what_runtimes_merge_and_each_linear_is_in_one(result, planted):
-    assert len(result["sets"]) == GROUPS and [entry["kind"] for entry in result["sets"][:4]] == [
-        "q+k+v",
-        "o",
-        "gate+up",
-        "down",
-    ]
-    names = [name for entry in result["sets"] for name in entry["linears"]]
+    groups = result.scores.groups
+    assert len(groups) == GROUPS
+    assert [group.kind for group in groups[:4]] == ["q+k+v", "o", "gate+up", "down"]
+    names = [name for group in groups for name in group.linears]
     assert len(names) == len(set(names)) == 7 * BLOCKS
-    assert result["sets"][0]["name"] == "model.layers.0.self_attn.{q,k,v}_proj"
+    assert groups[0].name == "model.layers.0.self_attn.{q,k,v}_proj"
     experts = [
         f"model.layers.0.mlp.experts.{number}.{leaf}"
         for number in range(3)
@@ -138,11 +129,9 @@ def test_a_scheme_that_changes_nothing_costs_nothing(tmp_path, text):
             seq_len=64,
         )
     )
-    assert (
-        all(entry["choices"][RECIPE]["kld"] == 0 for entry in found["sets"])
-        and found["whole"][RECIPE]["kld"] == 0
-    )
-    assert found["additivity"][RECIPE]["sum"] == 0
+    scores = found.scores
+    assert all(group.choices[RECIPE].metrics.kld == 0 for group in scores.groups)
+    assert scores.whole[RECIPE].kld == 0 and scores.additivity[RECIPE].sum == 0
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
@@ -153,41 +142,40 @@ def test_a_layers_experts_are_scored_as_one_group(kind, tmp_path, text):
     found = score_sensitivity(
         SensitivityOptions(model, INT8, data=(str(text),), max_tokens=64, seq_len=32)
     )
-    experts = [entry for entry in found["sets"] if entry["kind"] == "experts"]
-    assert [len(entry["linears"]) for entry in experts] == [4 * 3] * 2
-    assert all(entry["choices"][RECIPE]["kld"] > 0 for entry in experts)
-    assert sum(entry["choices"][RECIPE]["bytes"] for entry in found["sets"]) < 0.6 * sum(
-        entry["choices"][KEEP]["bytes"] for entry in found["sets"]
+    groups = found.scores.groups
+    experts = [group for group in groups if group.kind == "experts"]
+    assert [len(group.linears) for group in experts] == [4 * 3] * 2
+    assert all(group.choices[RECIPE].metrics.kld > 0 for group in experts)
+    assert sum(group.choices[RECIPE].bytes for group in groups) < 0.6 * sum(
+        group.choices[KEEP].bytes for group in groups
     )
 
 
 def test_sums_and_sizes_are_those_of_their_parts(result):
-    nothing, everything = [KEEP] * GROUPS, [RECIPE] * GROUPS
-    assert (
-        predicted_kld(result, nothing) == 0
-        and size_of(result, nothing) == result["bytes"]["all_kept"] == result["model"]["bytes"]
+    nothing, everything, scores = [KEEP] * GROUPS, [RECIPE] * GROUPS, result.scores
+    assert predicted_kld(scores, nothing) == 0
+    assert size_of(scores, nothing) == scores.bytes.all_kept == result.model.bytes
+    assert size_of(scores, everything) == scores.bytes.all_quantized
+    found = scores.additivity[RECIPE]
+    assert found.sum == pytest.approx(
+        sum(group.choices[RECIPE].own_kld for group in scores.groups), rel=1e-12
     )
-    assert size_of(result, everything) == result["bytes"]["all_quantized"]
-    entry = result["additivity"][RECIPE]
-    assert entry["sum"] == pytest.approx(
-        sum(row["choices"][RECIPE]["own_kld"] for row in result["sets"]), rel=1e-12
+    assert predicted_kld(scores, everything) == pytest.approx(
+        found.whole + scores.noise_floor.values[0]
     )
-    assert predicted_kld(result, everything) == pytest.approx(entry["whole"] + result["floor"][0])
-    for line in result["pareto"]:
-        kld = [point["kld_predicted"] for point in line["points"]]
-        assert len(kld) == GROUPS + 1 and (kld == sorted(kld, reverse=True) or line["to"] != KEEP)
-        assert line["points"][0]["measured"]["kld"] == pytest.approx(
-            result["whole"][RECIPE]["kld"], rel=1e-9
-        )
-    everything_kept = next(line for line in result["pareto"] if line["to"] == KEEP)["points"][-1]
-    assert everything_kept["bytes"] == result["bytes"]["all_kept"]
+    for line in result.pareto:
+        kld = [point.kld_predicted for point in line.points]
+        assert len(kld) == GROUPS + 1 and (kld == sorted(kld, reverse=True) or line.to != KEEP)
+        assert line.points[0].measured.kld == pytest.approx(scores.whole[RECIPE].kld, rel=1e-9)
+    everything_kept = next(line for line in result.pareto if line.to == KEEP).points[-1]
+    assert everything_kept.bytes == scores.bytes.all_kept
 
 
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_result(options, result):
-    again = score_sensitivity(options)
+    again, first = score_sensitivity(options).to_json(), result.to_json()
     for key in ("sets", "whole", "floor", "pareto", "solution"):
-        assert json.dumps(again[key]) == json.dumps(result[key]), key
+        assert json.dumps(again[key]) == json.dumps(first[key]), key
 
 
 # ---- Variants that share what they can.
@@ -294,7 +282,7 @@ def test_blocks_that_depend_on_each_other_are_refused(kind, settings, message, t
         tmp_path / "model", INT8, ("keep",), data=(str(text),), max_tokens=64, seq_len=32
     )
     with pytest.raises(CheckpointError, match=message) if message else nullcontext():
-        assert score_sensitivity(options)["sets"]
+        assert score_sensitivity(options).scores.groups
 
 
 # ---- Weights that algorithms chose.
@@ -316,10 +304,10 @@ def test_a_calibration_with_chosen_weights_is_scored_as_chosen(planted, text, tm
         SensitivityOptions(planted, recipe, calibration=tmp_path / "c", **arguments)
     )
     rounded = score_sensitivity(SensitivityOptions(planted, recipe, **arguments))
-    assert "rounded to nearest" in rounded["remarks"][0] and not any(
-        "rounded to nearest" in remark for remark in chosen["remarks"]
+    assert "rounded to nearest" in rounded.remarks[0] and not any(
+        "rounded to nearest" in remark for remark in chosen.remarks
     )
-    assert chosen["whole"][RECIPE]["kld"] < rounded["whole"][RECIPE]["kld"] / 4
+    assert chosen.scores.whole[RECIPE].kld < rounded.scores.whole[RECIPE].kld / 4
 
 
 def rotated_recipe(rotation, *others) -> Recipe:
@@ -509,7 +497,8 @@ def test_another_budget_is_solved_without_running_anything(
     run, result, planted, tmp_path, monkeypatch
 ):
     stored, recipe = tmp_path / "r.json", tmp_path / "m.yaml"
-    stored.write_text(json.dumps(result))
+    stored.write_text(json.dumps(result.to_json()))
+    max_kld = result.scores.whole[RECIPE].kld / 3
     monkeypatch.setattr(
         "quantkit.layer_sensitivity.variants.run_variants",
         lambda *_: pytest.fail("a model was run"),
@@ -520,17 +509,14 @@ def test_another_budget_is_solved_without_running_anything(
         "--from",
         stored,
         "--max-kld",
-        result["whole"][RECIPE]["kld"] / 3,
+        max_kld,
         "--recipe-out",
         recipe,
         "--json",
     )
     assert done.exit_code == 0, done.output
     solution = json.loads(done.stdout)["solution"]
-    assert (
-        solution["kld_predicted"] <= result["whole"][RECIPE]["kld"] / 3
-        and "measured" not in solution
-    )
+    assert solution["kld_predicted"] <= max_kld and "measured" not in solution
     assert Recipe.load(recipe).scheme == INT8.scheme
     table = run(
         "sensitivity", planted, "--from", stored, "--max-size", "+0%", "--alternative", "keep"
@@ -551,33 +537,29 @@ def test_another_budget_is_solved_without_running_anything(
 
 def test_a_looser_budget_never_predicts_more(result):
     sizes = ["+0%", "+2%", "+5%", "+20%", "+60%", "100%"]
-    predicted = [
-        solve_again(result, size, None, ["keep"])["solution"]["kld_predicted"] for size in sizes
-    ]
+    predicted = [solve_again(result, size, None, ["keep"]).solution.kld_predicted for size in sizes]
     assert predicted == sorted(predicted, reverse=True) and predicted[-1] == 0
 
 
 def test_exceptions_of_the_recipe_stay_and_patterns_match_nothing_else(result, planted):
-    checkpoint = Checkpoint.open(planted)
     mapping = {
         "scheme": "int8-dynamic",
         "ignore": ["re:.*layers\\.2\\..*"],
         "layers": {"re:.*o_proj": "fp8-dynamic"},
     }
-    rows = [row for row in result["sets"] if row["block"] < 2]
-    mixed = dict(result) | {
-        "recipe": mapping,
-        "sets": rows,
-        "solution": {"choices": ["fp8-dynamic", KEEP] + [RECIPE] * 6, "bytes": None},
-    }
-    plan = plan_export(
-        ExportOptions(planted, planted.with_name("none"), Recipe.from_mapping(mapping, "test"))
-    )
+    recipe = Recipe.from_mapping(mapping, "test")
+    plan = plan_export(ExportOptions(planted, planted.with_name("none"), recipe))
     sizes = {row.name.removesuffix(".weight"): row for row in plan.parameters}
     kept = sizes["model.layers.0.self_attn.o_proj"]
     # FP8 takes what INT8 takes
-    mixed["solution"]["bytes"] = plan.bytes_after + kept.bytes_before - kept.bytes_after
-    made = solution_recipe(mixed, checkpoint)
+    solution = replace(
+        result.solution,
+        choices=("fp8-dynamic", KEEP, *[RECIPE] * 6),
+        bytes=plan.bytes_after + kept.bytes_before - kept.bytes_after,
+    )
+    groups = tuple(group for group in result.scores.groups if group.block < 2)
+    scores = replace(result.scores, groups=groups)
+    made = replace(result, base_recipe=recipe, scores=scores, solution=solution).recipe()
     assert [pattern.text for pattern in made.ignore] == [
         "re:.*layers\\.2\\..*",
         r"re:model\.layers\.0\.self_attn\.o_proj$",

@@ -24,6 +24,7 @@ from quantkit.layer_sensitivity.choices import RECIPE, Choices
 from quantkit.layer_sensitivity.layer_swap import LayerSwapper
 from quantkit.layer_sensitivity.options import SensitivityOptions
 from quantkit.layer_sensitivity.passes import open_layer_groups
+from quantkit.layer_sensitivity.result import Sensitivity
 from quantkit.layer_sensitivity.score import score_sensitivity
 from quantkit.layer_sensitivity.variants import run_variants
 from quantkit.models import saved_states
@@ -59,7 +60,7 @@ def short_text(model, _text_master, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(model, short_text) -> dict:
+def result(model, short_text) -> Sensitivity:
     return score_sensitivity(
         SensitivityOptions(
             model, INT8, data=(str(short_text),), max_tokens=2 * LENGTH, seq_len=LENGTH
@@ -70,20 +71,21 @@ def result(model, short_text) -> dict:
 def test_a_groups_score_is_what_eval_finds_when_it_is_exported_alone(
     model, kind, short_text, result, tmp_path
 ):
-    everything = [name for row in result["sets"] for name in row["linears"]]
+    groups = result.scores.groups
+    everything = [name for group in groups for name in group.linears]
     # Of an encoder and a decoder: one group of each.
-    for row in (result["sets"][0], result["sets"][-1]):
-        others = [name for name in everything if name not in row["linears"]]
+    for group in (groups[0], groups[-1]):
+        others = [name for name in everything if name not in group.linears]
         recipe = Recipe.from_mapping({"scheme": "int8-dynamic", "ignore": others}, "test")
-        out = tmp_path / re.sub(r"\W+", "-", row["name"])
+        out = tmp_path / re.sub(r"\W+", "-", group.name)
         export(plan_export(ExportOptions(model, out, recipe)))
         found = evaluate(
             EvaluationOptions(model, (out,), (str(short_text),), seq_len=LENGTH, cache=False)
         )
-        assert result["tokens_scored"] == sum(found.window_tokens)
-        metrics, scored = found.quants[0].metrics, row["choices"][RECIPE]
-        assert scored["kld"] == pytest.approx(metrics[KLD].mean, rel=1e-9) and scored["kld"] > 0
-        assert scored["ppl_delta_pct"]["value"] == pytest.approx(metrics[PPL_DELTA].value, rel=1e-6)
+        assert result.tokens_scored == sum(found.window_tokens)
+        metrics, scored = found.quants[0].metrics, group.choices[RECIPE].metrics
+        assert scored.kld == pytest.approx(metrics[KLD].mean, rel=1e-9) and scored.kld > 0
+        assert scored.ppl_delta_pct.value == pytest.approx(metrics[PPL_DELTA].value, rel=1e-6)
 
 
 def test_each_variant_is_what_the_checkpoint_serves_and_none_quantized_is_the_model(
@@ -115,8 +117,9 @@ def test_each_variant_is_what_the_checkpoint_serves_and_none_quantized_is_the_mo
 
 
 def test_groups_of_all_blocks_have_kinds_that_tell_them_apart(result):
-    for block in {row["block"] for row in result["sets"]}:
-        kinds = [row["kind"] for row in result["sets"] if row["block"] == block]
+    groups = result.scores.groups
+    for block in {group.block for group in groups}:
+        kinds = [group.kind for group in groups if group.block == block]
         assert len(kinds) == len(set(kinds))
         assert not any(re.search(r"\d+\.|\.\d+", kind) for kind in kinds)
 

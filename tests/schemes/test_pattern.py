@@ -1,5 +1,7 @@
 """Patterns made for names match all of these and none of those, whatever the names are."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,3 +131,22 @@ def test_a_pattern_that_matches_nothing_is_refused_with_a_hint(text, hint):
 
 def test_a_pattern_that_matches_one_name_is_accepted():
     assert Pattern("re:.*q_proj").require_match(iter(MODULES), "ignore") is None
+
+
+def test_patterns_name_blocks_together_and_experts_as_one():
+    everything = [
+        f"model.layers.{block}.mlp.experts.{number}.{leaf}"
+        for block in range(12)
+        for number in range(3)
+        for leaf in ("gate_proj", "up_proj")
+    ]
+    everything += [f"model.layers.{block}.mlp.down_proj" for block in range(12)]
+    names = [name for name in everything if re.match(r"model\.layers\.(1|11)\.", name)]
+    patterns = patterns_for(names, set(everything) - set(names))
+    assert len(patterns) == 2
+    assert [
+        name for name in everything if any(pattern.matches(name) for pattern in patterns)
+    ] == names
+    # what no pattern of whole layers can mean
+    some = [name for name in everything if ".experts.1." in name]
+    assert set(patterns_for(some, set(everything) - set(some))) == {Pattern(name) for name in some}
