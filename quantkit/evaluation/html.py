@@ -1,4 +1,4 @@
-"""`eval --html`: a result as one page that needs no network, and a small table for notebooks.
+"""The HTML report of `eval`: one page that needs no network, and a small table for notebooks.
 
 The page begins with a verdict and the table of models. These plots follow:
 

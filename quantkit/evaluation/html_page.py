@@ -1,4 +1,4 @@
-"""The parts of `eval --html` and `sensitivity --html`: jinja2 templates, tables and heat maps.
+"""The parts of HTML reports: jinja2 templates, tables and heat maps.
 
 A page is one file that needs no network and runs no script. Everything that comes from a checkpoint
 is escaped.

@@ -1,4 +1,4 @@
-"""The plots of `eval --html`, drawn by matplotlib (extra `report`) as SVG.
+"""The plots of the HTML report of `eval`, drawn by matplotlib (extra `report`) as SVG.
 
 Colours are variables of the page's style, so that a plot is readable on a light and a dark page.
 matplotlib doesn't know such variables: it draws with stand-ins, which are replaced in the SVG.
@@ -44,7 +44,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise EvaluationError(
-            "--html draws with matplotlib, which is not installed; pip install 'quantkit[report]'"
+            "an HTML report draws with matplotlib, which is not installed",
+            hint="pip install 'quantkit[report]'",
         ) from None
 
 

@@ -1,6 +1,4 @@
-"""`sensitivity --html`: the result as one page that needs no network, and a small table for
-notebooks.
-"""
+"""The HTML report of `sensitivity`: one page without network, and a table for notebooks."""
 
 from __future__ import annotations
 
