@@ -1,6 +1,7 @@
 """The errors of quantkit. Each has a message of one sentence for the user, and an exit code.
 
     QuantkitError            1   any of the following, or a fault of the machine
+    ├── ArgumentError        1   an argument of a function has a value that isn't allowed
     ├── CheckpointError      1   a model directory can't be read or isn't supported
     ├── DownloadError        1   the hub didn't deliver a shard; finished work is kept
     ├── RecipeError          1   a scheme, recipe or pattern makes no sense for this model
@@ -11,10 +12,10 @@
     │   └── NonFiniteError   1   a model computes NaN or infinity
     ├── RuntimeLimitError    1   the named runtime or hardware can't run this
     ├── FaultsFound          3   a gate failed, or a checkpoint has faults
-    ├── Inconclusive         4   `eval --strict`: the text is too short to decide a gate
+    ├── Inconclusive         4   the text is too short to decide a gate, which must be
     ├── NotComparableError   5   two results have different protocols, tokens or base models
     ├── FollowerStopped      n   another process of the same run has failed and says why
-    └── Interrupted         75   a signal stopped the run; `--resume` continues it
+    └── Interrupted         75   the run was stopped between two steps; finished work is kept
 
 The command line prints them as one line (`cli/console.py`). Any other exception is a bug and keeps
 its traceback.
@@ -23,6 +24,7 @@ its traceback.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 class QuantkitError(Exception):
@@ -47,12 +49,16 @@ class QuantkitWarning(UserWarning):
     """Something that the caller should know, while the work goes on."""
 
 
+class ArgumentError(QuantkitError):
+    """An argument of a function has a value that isn't allowed."""
+
+
 class CheckpointError(QuantkitError):
     """A model directory, hub id or GGUF file can't be read, is damaged or isn't supported."""
 
 
 class DownloadError(QuantkitError):
-    """The hub didn't deliver a shard after the work had begun. `--resume` continues it."""
+    """The hub didn't deliver a shard after the work had begun. A resumed run continues it."""
 
 
 class RecipeError(QuantkitError):
@@ -81,8 +87,8 @@ class NonFiniteError(EvaluationError):
     path: directory of the model.
     """
 
-    def __init__(self, message: str, path: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, path: str, hint: str = "") -> None:
+        super().__init__(message, hint)
         self.path = path
 
 
@@ -91,13 +97,20 @@ class RuntimeLimitError(QuantkitError):
 
 
 class FaultsFound(QuantkitError):
-    """A gate failed, `verify` found a fault, or the sanity check failed. The files are kept."""
+    """A gate failed, `verify` found a fault, or the sanity check failed. The files are kept.
+
+    result: the result of `quantize`, where it raises this; None elsewhere.
+    """
 
     exit_code = 3
 
+    def __init__(self, message: str, hint: str = "", result: Any = None) -> None:
+        super().__init__(message, hint)
+        self.result = result
+
 
 class Inconclusive(QuantkitError):
-    """With `eval --strict`: the confidence interval contains a gate's limit."""
+    """The confidence interval contains the limit of a gate that must be decided."""
 
     exit_code = 4
 
@@ -121,7 +134,9 @@ class FollowerStopped(QuantkitError):
 
 
 class Interrupted(QuantkitError):
-    """A signal stopped the run between two steps. `--resume` continues it."""
+    """The run was stopped between two steps, as its caller asked. The message tells whether a later
+    run can continue it.
+    """
 
     exit_code = 75
 

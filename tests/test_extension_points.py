@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from quantkit.algorithms.layer_group import INPUT_SUMS
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.formats import FORMATS
 from quantkit.checkpoint.formats.format import Format, QuantizationConfig
 from quantkit.checkpoint.reader import Checkpoint

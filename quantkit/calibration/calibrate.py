@@ -6,7 +6,7 @@ If the recipe's algorithms quantize weights, each block's weights are quantized 
 
 CALIB holds `calibration.json`, and for each decoder block a `block-NNNNN.safetensors` with its
 statistics and a `weights-NNNNN.safetensors` with its quantized weights, if any. A block's files are
-written when it is finished; `--resume` continues after them. A calibration without quantized
+written when it is finished; a resumed run continues after them. A calibration without quantized
 weights can be exported to any scheme.
 """
 
@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
 from quantkit.calibration.describe import describe_block
-from quantkit.calibration.options import CalibrationOptions, Progress
-from quantkit.calibration.results import SCHEMA_VERSION, Calibration
-from quantkit.calibration.summary import CalibrationSummary, summary_of
+from quantkit.calibration.options import CalibrationOptions
+from quantkit.calibration.reader import SCHEMA_VERSION, Calibration
+from quantkit.calibration.result import CalibrationResult, result_of
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.finished_output import CALIBRATION_FILE, finished_already
 from quantkit.checkpoint.formats import read_quantization_config
-from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
 from quantkit.checkpoint.output_checks import check_output
 from quantkit.checkpoint.output_dir import OutputDirectory
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.checkpoint.writer import write_tensors
 from quantkit.data.sampling import calibration_windows
 from quantkit.data.sources import BUNDLED_CALIBRATION
@@ -57,11 +58,14 @@ TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 
 
 def calibrate(
-    options: CalibrationOptions, on_progress: Progress = lambda done, total, text: None
-) -> CalibrationSummary:
-    """Calibrate a model and write CALIB. Raises CalibrationError, CheckpointError.
+    options: CalibrationOptions, progress: Progress = silent, should_stop: ShouldStop = never
+) -> CalibrationResult:
+    """Calibrate a model and write CALIB.
 
-    on_progress: called with blocks done, blocks in all, and a text.
+    progress: told of the blocks that are done, as a fraction, and the blocks in all.
+    should_stop: asked after each block.
+
+    Raises CalibrationError, CheckpointError, and Interrupted if it was stopped.
     """
     check_output(
         options.output, overwrite=options.overwrite or options.resume, reads=[options.model]
@@ -86,7 +90,7 @@ def calibrate(
             )
         )
         if finished:
-            return summary_of(
+            return result_of(
                 options,
                 checkpoint,
                 Calibration.open(options.output).description,
@@ -96,8 +100,7 @@ def calibrate(
         ranks.on_first(
             lambda: check_output(options.output, overwrite=options.overwrite, reads=[options.model])
         )
-        with stop_between_steps() as stop:
-            return _prepare(options, checkpoint, plan, ranks, stop, on_progress).run()
+        return _prepare(options, checkpoint, plan, ranks, progress, should_stop).run()
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,8 @@ def _plan(options: CalibrationOptions, checkpoint: Checkpoint, device: str) -> _
     fingerprint = {
         "model files": checkpoint.fingerprint(),
         "data": windows.data_sha256,
-        "--num-samples": str(options.num_samples),
-        "--seq-len": str(seq_len),
+        "num_samples": str(options.num_samples),
+        "seq_len": str(seq_len),
         "windows": windows.tokens_sha256,
         "seed": str(options.seed),
         "recipe": options.recipe.canonical() if options.recipe else "",
@@ -171,8 +174,8 @@ def _prepare(
     checkpoint: Checkpoint,
     plan: _Plan,
     ranks: Ranks,
-    stop: StopRequest,
-    on_progress: Progress,
+    progress: Progress,
+    should_stop: ShouldStop,
 ) -> _Session:
     """Open the model and CALIB.partial on this rank. Refuses a model that can't be calibrated."""
     import torch
@@ -204,8 +207,8 @@ def _prepare(
         checkpoint,
         plan,
         ranks,
-        stop,
-        on_progress,
+        progress,
+        should_stop,
         started,
         threads,
         model,
@@ -289,8 +292,8 @@ class _Session:
     checkpoint: Checkpoint
     plan: _Plan
     ranks: Ranks
-    stop: StopRequest
-    on_progress: Progress
+    progress: Progress
+    should_stop: ShouldStop
     started: float
     threads: int
     model: BlockwiseModel
@@ -300,7 +303,7 @@ class _Session:
     partial: Path
     quantized: QuantizedWeightFiles | None
 
-    def run(self) -> CalibrationSummary:
+    def run(self) -> CalibrationResult:
         done = self.ranks.broadcast_from_first(self._finished_blocks)
         if self.quantized is not None and not done:
             shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
@@ -308,9 +311,7 @@ class _Session:
                 lambda: _open_model(self.options, self.checkpoint, self.ranks),
                 self.batches[0],
                 shapes,
-                lambda number: self.on_progress(
-                    0, self.model.block_count, "calibrate: trying the rotation"
-                ),
+                lambda number: self.progress("trying the rotation", 0, self.model.block_count),
             )
         if len(done) < self.model.block_count:
             states = HiddenStates(
@@ -321,7 +322,7 @@ class _Session:
             finally:
                 states.close()
         description = self.ranks.broadcast_from_first(self._finish)
-        return summary_of(
+        return result_of(
             self.options, self.checkpoint, description, time.monotonic() - self.started
         )
 
@@ -369,8 +370,8 @@ class _Session:
     def _run_blocks(self, states: HiddenStates, done: Container[int]) -> None:
         from quantkit.calibration.hooks import ObservingCache
 
-        self.on_progress(0, self.model.block_count, "calibrate: embeddings")
-        saved = SavedStates(self.ranks, self.stop, self.output, self.partial)
+        self.progress("embeddings", 0, self.model.block_count)
+        saved = SavedStates(self.ranks, self.should_stop, self.output, self.partial)
         quantized = self.quantized
 
         def on_block(step: BlockStep) -> None:
@@ -398,10 +399,10 @@ class _Session:
         if is_done:
             quantized.install(step.number, step.block)
             return
-        self.on_progress(
+        self.progress(
+            f"quantizing block {step.number + 1} of {self.model.block_count}",
             step.number,
             self.model.block_count,
-            f"calibrate: quantizing block {step.number + 1} of {self.model.block_count}",
         )
         quantized.quantize(step.number, step.block, self.mine, step.walk.inputs, step.walk.states)
 
@@ -425,10 +426,11 @@ class _Session:
         try:
             held_out = [batch for batch in self.mine if quarter_of[batch] == 3]
             for batches in ([batch for batch in self.mine if quarter_of[batch] < 3], held_out):
-                for batch, statistics in zip(batches, self._each(work, batches)):
-                    statistics.require_finite()
-                    total.merge(statistics)
-                    self._report_progress(number, batch)
+                with closing(self._each(work, batches)) as results:
+                    for batch, statistics in zip(batches, results):
+                        statistics.require_finite()
+                        total.merge(statistics)
+                        self._report_progress(number, batch)
                 if batches is not held_out:
                     for amaxes in self.ranks.all_gather(
                         {name: observer.amax for name, observer in total.inputs.items()}
@@ -449,10 +451,13 @@ class _Session:
 
     def _advance(self, step: BlockStep) -> None:
         """Run a block that is finished, to get the hidden states after it."""
-        for batch, _ in zip(self.mine, self._each(step.advance, self.mine)):
-            self._report_progress(step.number, batch, "again, ")
+        with closing(self._each(step.advance, self.mine)) as results:
+            for batch, _ in zip(self.mine, results):
+                self._report_progress(step.number, batch, "again, ")
 
-    def _each(self, work: Callable[[int], Any], batches: Sequence[int]) -> Iterator[Any]:
+    def _each(
+        self, work: Callable[[int], Any], batches: Sequence[int]
+    ) -> Generator[Any, None, None]:
         from quantkit.models.threads import each_batch
 
         return each_batch(work, batches, self.model.device, self.threads)
@@ -463,11 +468,11 @@ class _Session:
         done = block + (self.mine.index(batch) + 1) / len(self.mine)
         tokens = sum(self.batches[number].numel() for number in self.mine) * self.ranks.count
         rate = tokens * done / self.model.block_count / max(1e-9, time.monotonic() - self.started)
-        text = (
-            f"calibrate: {how}block {block + 1} of {self.model.block_count}, {rate:.0f} tokens/s,"
+        what = (
+            f"{how}block {block + 1} of {self.model.block_count}, {rate:.0f} tokens/s,"
             f" peak {format_bytes(peak_memory_bytes())}"
         )
-        self.on_progress(done, self.model.block_count, text)
+        self.progress(what, done, self.model.block_count)
 
     def _write(self, number: int, statistics: BlockStatistics, recorder: BlockRecorder) -> None:
         output, name = self._opened, block_file(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -58,8 +59,12 @@ def _sum_inputs_of(
 
     total: list[Tensor] | None = None
     module = block_run.block.get_submodule(linear)
-    with capture_inputs({linear: module}) as inputs_of, torch.inference_mode():
-        for sums in block_run.workers.each(sums_of, block_run.batches):
+    with (
+        capture_inputs({linear: module}) as inputs_of,
+        torch.inference_mode(),
+        closing(block_run.workers.each(sums_of, block_run.batches)) as results,
+    ):
+        for sums in results:
             if sums is not None:
                 total = (
                     sums

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.data.sources import DataSource
 from quantkit.schemes.recipe import Recipe
 
 
@@ -32,7 +32,7 @@ class CalibrationOptions:
 
     model: Path
     output: Path
-    data: tuple[str, ...] = ()
+    data: tuple[DataSource, ...] = ()
     recipe: Recipe | None = None
     num_samples: int = 128
     seq_len: int | None = None
@@ -44,7 +44,3 @@ class CalibrationOptions:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
-
-
-# on_progress(blocks done, blocks in all, text)
-Progress = Callable[[float, float, str], None]

@@ -1,7 +1,7 @@
 """A finished output's manifest: the fingerprint of the run that made it, and the hash of each file.
 
-`--resume` compares both before it accepts an existing output as the result of the same run. A
-fingerprint maps the name of an input or option ("data", "--seq-len") to its value or hash. It
+A resumed run compares both before it accepts an existing output as the result of the same run. A
+fingerprint maps the name of an input or parameter ("data", "seq_len") to its value or hash. It
 covers everything that decides the output's bytes.
 """
 
@@ -30,7 +30,7 @@ def resolved_output(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError):
-        raise OutputError(f"{path} is a link to itself; choose another -o") from None
+        raise OutputError(f"{path} is a link to itself", hint="choose another `output`") from None
 
 
 def partial_directory(output: Path) -> Path:
@@ -60,16 +60,18 @@ def require_same_fingerprint(
     )
     if differing:
         raise OutputError(
-            f"{what} with {', '.join(map(_different, differing))}; use the same, or start again"
-            " with --overwrite"
+            f"{what} with {', '.join(map(_different, differing))}",
+            hint="use the same, or start again with `overwrite=True`",
         )
 
 
 def _different(what: str) -> str:
-    """An input's name as the message has it: "a different recipe", "different data"."""
-    is_several = what == "data" or (
-        what.partition(" of ")[0].endswith("s") and not what.startswith("--")
-    )
+    """An input's name as the message has it: "a different recipe", "different data". Names of
+    parameters, such as seq_len, are in backticks.
+    """
+    if "_" in what:
+        return f"a different `{what}`"
+    is_several = what == "data" or what.partition(" of ")[0].endswith("s")
     return f"different {what}" if is_several else f"a different {what}"
 
 
@@ -120,13 +122,14 @@ def _require_unchanged(path: Path, manifest: Path, fingerprint: Mapping[str, str
     content = read_json(manifest, "")
     earlier, files = content.get("fingerprint") or {}, content.get("files") or {}
     if not isinstance(earlier, dict) or not isinstance(files, dict):
-        raise OutputError(f"{manifest} is damaged; start again with --overwrite")
+        raise OutputError(f"{manifest} is damaged", hint="start again with `overwrite=True`")
     require_same_fingerprint(f"{path} was made", fingerprint, earlier)
     same = set(unchanged_files(path, files))
     changed = [name for name in files if name not in same]
     if changed:
         raise OutputError(
-            f"{path} was finished, but {changed[0]} has changed since; start again with --overwrite"
+            f"{path} was finished, but {changed[0]} has changed since",
+            hint="start again with `overwrite=True`",
         )
 
 

@@ -70,14 +70,30 @@ def resolve_model(model: str) -> Path:
 
 
 @contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
-    """Turn every exception that the hub library raises in this context into a CheckpointError."""
-    from huggingface_hub.utils import disable_progress_bars
+def _bars_on_a_terminal() -> Iterator[None]:
+    """A context in which the hub library draws its progress bars only if stderr is a terminal."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Turn every exception that the hub library raises in this context into a CheckpointError."""
+    try:
+        with _bars_on_a_terminal():
+            yield
     except QuantkitError:
         raise
     except Exception as error:  # from the hub library, its HTTP client and the system
@@ -93,8 +109,8 @@ def open_hub_model(model: str, download_to: Path | None = None) -> Checkpoint:
     read.
 
     model: a hub id.
-    download_to: a directory for the shards, each of which is removed when it is no longer needed
-        (`--stream-download`); None keeps them in the hub library's cache.
+    download_to: a directory for the shards, each of which is removed when it is no longer needed;
+        None keeps them in the hub library's cache.
 
     Without a connection, the whole model must be in the cache already. Raises CheckpointError if
     the model can't be downloaded or isn't supported.
@@ -144,8 +160,9 @@ def _revision(model: str, is_streamed: bool) -> _Revision | None:
     except Exception as error:  # a missing connection shows as exceptions of many kinds
         if is_streamed:
             raise CheckpointError(
-                "--stream-download needs the hub, which can't be reached"
-                f" ({type(error).__name__}); leave it out to use the cache"
+                "`stream_download=True` needs the hub, which can't be reached"
+                f" ({type(error).__name__})",
+                hint="leave it out to use the cache",
             ) from None
         return None
     files = info.siblings or []
@@ -235,7 +252,8 @@ class HubShards:
         except Exception as error:  # of many kinds, as in `_hub_errors`
             raise DownloadError(
                 f"{self.model}'s {path.name} can't be fetched ({type(error).__name__}:"
-                f" {brief(error)}); continue with --resume"
+                f" {brief(error)})",
+                hint="continue with `resume=True`",
             ) from None
 
     def release(self, path: Path) -> None:

@@ -29,7 +29,7 @@ def check_output(path: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> 
     _require_apart_from_inputs(path, reads)
     # A device, pipe or socket is neither file nor directory. It must never be moved away.
     if (path.exists() and not path.is_dir()) or (path.is_symlink() and not path.exists()):
-        raise OutputError(f"{path} is a file; choose a directory for -o")
+        raise OutputError(f"{path} is a file", hint="choose a directory for `output`")
     if path.is_dir() and any(path.iterdir()):
         _require_replaceable(path, overwrite)
     _require_writable(path)
@@ -40,7 +40,8 @@ def _require_apart_from_inputs(path: Path, reads: Iterable[Path]) -> None:
     for source in reads:
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputError(
-                f"the output {path} is, or contains, the input {source}; choose another -o"
+                f"the output {path} is, or contains, the input {source}",
+                hint="choose another `output`",
             )
     if resolved in (Path.cwd(), *Path.cwd().parents):
         raise OutputError(
@@ -51,17 +52,21 @@ def _require_apart_from_inputs(path: Path, reads: Iterable[Path]) -> None:
 def _require_replaceable(path: Path, overwrite: bool) -> None:
     """Raise OutputError unless the directory is quantkit's own output or a quantized checkpoint."""
     if not overwrite:
-        raise OutputError(f"{path} exists and is not empty; choose another -o or pass --overwrite")
+        raise OutputError(
+            f"{path} exists and is not empty",
+            hint="choose another `output` or pass `overwrite=True`",
+        )
     if not any((path / name).is_file() for name in ("config.json", CALIBRATION_FILE)):
         raise OutputError(
-            f"{path} is neither a checkpoint nor a calibration, so --overwrite won't replace it;"
-            " choose another -o"
+            f"{path} is neither a checkpoint nor a calibration, so `overwrite=True` won't replace"
+            " it",
+            hint="choose another `output`",
         )
     is_ours = any((path / name).is_file() for name in (CALIBRATION_FILE, MANIFEST_FILE))
     if any(path.glob("*.safetensors")) and not is_ours and not _is_quantized(path):
         raise OutputError(
-            f"{path} is a model that is not quantized, so --overwrite won't replace it; choose"
-            " another -o"
+            f"{path} is a model that is not quantized, so `overwrite=True` won't replace it",
+            hint="choose another `output`",
         )
 
 
@@ -76,9 +81,9 @@ def _require_writable(path: Path) -> None:
     """Raise OutputError unless the nearest existing directory accepts new files."""
     parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"can't write to {parent}; choose another -o")
+        raise OutputError(f"can't write to {parent}", hint="choose another `output`")
     if os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise OutputError(f"{parent} is on a read-only file system; choose another -o")
+        raise OutputError(f"{parent} is on a read-only file system", hint="choose another `output`")
 
 
 def check_disk_space(path: Path, needed: int, what: str = "the output") -> None:
@@ -96,6 +101,6 @@ def check_disk_space(path: Path, needed: int, what: str = "the output") -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"{what} needs {format_bytes(needed)} but {parent} has {format_bytes(free)} free;"
-            " choose another -o or make room"
+            f"{what} needs {format_bytes(needed)} but {parent} has {format_bytes(free)} free",
+            hint="choose another `output` or make room",
         )

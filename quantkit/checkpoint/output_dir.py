@@ -56,27 +56,27 @@ class WorkDirectory:
                 shutil.rmtree(self.partial)
             else:
                 raise OutputError(
-                    f"{self.partial} was left by an interrupted run; continue it with --resume, or"
-                    " start again with --overwrite"
+                    f"{self.partial} was left by an interrupted run",
+                    hint="continue it with `resume=True`, or start again with `overwrite=True`",
                 )
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._save()
         except OSError as error:
             raise OutputError(
-                f"can't write to {self.partial}: {error.strerror}; choose another -o"
+                f"can't write to {self.partial}: {error.strerror}", hint="choose another `output`"
             ) from None
 
     def _require_directory_or_nothing(self) -> None:
         if self.partial.is_symlink():
             raise OutputError(
-                f"{self.partial} is a link; nothing is written through it, so remove it or choose"
-                " another -o"
+                f"{self.partial} is a link, and nothing is written through it",
+                hint="remove it or choose another `output`",
             )
         if self.partial.exists() and not self.partial.is_dir():
             raise OutputError(
-                f"{self.partial} is a file where a directory has to be made; move it, or choose"
-                " another -o"
+                f"{self.partial} is a file where a directory has to be made",
+                hint="move it, or choose another `output`",
             )
 
     def _can_continue(self, fingerprint: Mapping[str, str], overwrite: bool) -> bool:
@@ -118,8 +118,8 @@ class WorkDirectory:
                 raise TypeError
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(
-                f"{self.partial} has no readable progress.json, so it can't be continued; start"
-                " again with --overwrite"
+                f"{self.partial} has no readable progress.json, so it can't be continued",
+                hint="start again with `overwrite=True`",
             ) from None
         return progress
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +129,7 @@ def _require_model_directory(path: Path) -> None:
         )
     if (path / "calibration.json").is_file():
         raise CheckpointError(
-            f"{path} is a calibration, not a model; `quantkit inspect {shlex.quote(str(path))}`"
-            " shows it"
+            f"{path} is a calibration, not a model", hint="give the model's directory"
         )
     has_weights = any(is_shard_name(shard.name) for shard in path.glob("*.safetensors"))
     if (path / "adapter_config.json").is_file() and not has_weights:

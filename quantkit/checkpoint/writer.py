@@ -137,7 +137,8 @@ class ShardWriter:
             if checksum(content) != piece.checksum:
                 raise OutputError(
                     f"{self.path.name} holds other bytes at {position} than were written there:"
-                    " another process changed it, or its disk fails; choose another -o"
+                    " another process changed it, or its disk fails",
+                    hint="choose another `output`",
                 )
             digest.update(content)
             position += piece.nbytes
@@ -152,7 +153,8 @@ class ShardWriter:
             if not count:
                 raise OutputError(
                     f"{self.path.name} ends at byte {position}, though more was written: another"
-                    " process truncated it, or its disk fails; choose another -o"
+                    " process truncated it, or its disk fails",
+                    hint="choose another `output`",
                 )
             content, position = content[count:], position + count
 

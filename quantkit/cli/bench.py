@@ -72,7 +72,7 @@ def bench_command(
         figures, bandwidth = [], read_bandwidth()
         for figure in benchmark(*cases):
             figures.append(figure)
-            progress.update(len(figures), total)
+            progress("kernels", len(figures), total)
     machine = describe() | {"read_gb_per_s": bandwidth}
     if out.as_json:
         print_json({"machine": machine, "figures": [asdict(figure) for figure in figures]})

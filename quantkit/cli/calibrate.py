@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,13 +15,8 @@ from quantkit.cli.options import (
     data_option,
     directory_output,
     model_argument,
-    options_from,
     resume_options,
 )
-
-if TYPE_CHECKING:
-    from quantkit.calibration.options import CalibrationOptions
-    from quantkit.calibration.summary import CalibrationSummary
 
 
 @command("calibrate")
@@ -47,105 +41,20 @@ def calibrate_command(
     Without --data, the text is a short one that comes with quantkit. Several processes can share
     the work: torchrun --nproc-per-node N -m quantkit calibrate ...
     """
-    from quantkit.calibration.options import CalibrationOptions
-    from quantkit.checkpoint.hub import resolve_model
-    from quantkit.schemes.recipe import Recipe
+    from quantkit.api.calibrate import calibrate
 
-    loaded = Recipe.load(recipe) if recipe else None
-    options = options_from(
-        CalibrationOptions, arguments, model=resolve_model(model), output=output, recipe=loaded
-    )
-    summary = run_calibration(out, options)
-    if out.as_json:
-        from quantkit.cli.tables import print_json
-
-        print_json(summary.to_json())
+    with out.run("calibrate", arguments["device"]) as run:
+        result = calibrate(model, output, recipe=recipe, **arguments, **run)
+    out.json(result)
+    if result.unsettled:
+        out.note(f"`quantkit inspect {shlex.quote(str(output))}` lists these inputs")
     which = f"--recipe {shlex.quote(str(recipe))}" if recipe else "--scheme fp8-static"
     ignore = "".join(
         f" --ignore {shlex.quote(pattern)}"
-        for patterns in summary.ignore.values()
+        for patterns in result.ignore.values()
         for pattern in patterns
     )
     out.note(
         f"Next: quantkit export {shlex.quote(model)} -o OUT {which} --calibration"
         f" {shlex.quote(str(output))}{ignore}"
     )
-
-
-def run_calibration(out: Output, options: CalibrationOptions) -> CalibrationSummary:
-    """Calibrate, and print what was measured and what the user should know of it."""
-    from quantkit.calibration.calibrate import calibrate
-    from quantkit.checkpoint.units import counted, format_bytes
-    from quantkit.cli.tables import Progress
-    from quantkit.models.distributed import rank_of_environment
-
-    out.quiet = out.quiet or rank_of_environment() > 0
-    out.quiet_libraries()
-    with Progress("calibrate", out.quiet) as progress:
-        summary = calibrate(options, progress.update)
-    if summary.was_finished:
-        out.note(
-            f"{options.output} was already complete, with unchanged files; nothing was measured"
-        )
-        return summary
-    if rank_of_environment() == 0:
-        _warn_of_calibration(out, summary)
-        for remark in summary.chosen:
-            out.note(remark)
-    out.note(
-        f"{options.output}: statistics of {counted(summary.inputs, 'input')} of"
-        f" {counted(summary.linears, 'Linear')}, from {counted(summary.windows, 'window')} of"
-        f" {summary.seq_len} tokens; {summary.seconds:.1f} s, {summary.tokens_per_second:.0f}"
-        f" tokens/s, peak memory {format_bytes(summary.peak_memory_bytes)}"
-    )
-    return summary
-
-
-def _warn_of_calibration(out: Output, summary: CalibrationSummary) -> None:
-    from quantkit.checkpoint.units import counted
-
-    has_run_out = summary.windows < summary.requested
-    if has_run_out:
-        out.warn(
-            f"the text holds {counted(summary.windows, 'window')} of {summary.seq_len} tokens,"
-            f" fewer than the {summary.requested} requested; give more text with --data"
-        )
-    if summary.unsettled:
-        count, name = len(summary.unsettled), summary.unsettled[0]
-        out.warn(
-            f"the largest values of {count} of {counted(summary.inputs, 'input')} still grew in the"
-            f" last quarter of the data ({name}{' and others' if count > 1 else ''}). Static"
-            " scales need more text:"
-            f" {'give it with --data' if has_run_out else 'raise --num-samples'}."
-            f" `quantkit inspect {shlex.quote(str(summary.path))}` lists these inputs"
-        )
-    if summary.starved:
-        out.warn(
-            f"{counted(len(summary.starved), 'expert')} saw too few tokens"
-            f" ({summary.starved[0]}{' and others' if len(summary.starved) > 1 else ''}); their"
-            " scales are estimated from their weights and the other experts. Give more text, or"
-            " --all-experts"
-        )
-    if summary.unread:
-        out.warn(
-            f"no token reached {_named(summary.unread, 'Linear')}, which transformers doesn't run"
-            " as a Linear, so they have no static scale. A static scheme needs"
-            f" {_ignoring(summary, 'unread')}"
-        )
-    if summary.refused:
-        out.warn(
-            f"export can't quantize {_named(summary.refused, 'parameter')}; it refuses the model"
-            f" without {_ignoring(summary, 'refused')}"
-        )
-
-
-def _named(names: Sequence[str], what: str) -> str:
-    return (
-        f"the {what} {names[0]}"
-        if len(names) == 1
-        else f"{len(names)} {what}s ({names[0]} and others)"
-    )
-
-
-def _ignoring(summary: CalibrationSummary, which: str) -> str:
-    return " ".join(f"--ignore {shlex.quote(pattern)}" for pattern in summary.ignore[which])

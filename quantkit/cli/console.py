@@ -10,25 +10,17 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn, Protocol
 
 import click
 
-from quantkit.errors import Interrupted, QuantkitError
+from quantkit.cli.option_names import as_command_line, one_line
+from quantkit.cli.processes import is_first_process
+from quantkit.errors import Interrupted, QuantkitError, QuantkitWarning
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-
-def one_line(text: str) -> str:
-    """A message as one line without control characters.
-
-    A message may quote names from a checkpoint that anyone made, and a terminal obeys escape
-    sequences.
-    """
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
-    )
 
 
 # What the user can do about an error of the operating system.
@@ -54,7 +46,7 @@ class ErrorGroup(click.Group):
         try:
             return super().invoke(context)
         except QuantkitError as error:
-            _end(str(error), error.exit_code)
+            _end(as_command_line(str(error)), error.exit_code)
         except KeyboardInterrupt:
             _end(
                 "interrupted; run the same command again, with --resume if it has one",
@@ -81,6 +73,12 @@ def _end(message: str, exit_code: int) -> NoReturn:
     raise click.exceptions.Exit(exit_code) from None
 
 
+class Result(Protocol):
+    """What the library's functions return."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 class Output:
     """A command's messages. They go to stderr, because stdout is for data.
 
@@ -90,20 +88,82 @@ class Output:
     """
 
     def __init__(self, quiet: bool, verbose: bool, as_json: bool) -> None:
-        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
+        self.is_first = is_first_process()
+        self.quiet, self.verbose = quiet or not self.is_first, verbose
+        self.as_json = as_json
         self._warned: set[str] = set()
 
     def note(self, text: str) -> None:
         """Print a message, unless quiet."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(as_command_line(text), err=True)
 
     def warn(self, text: str) -> None:
         """Print a warning, but each text only once."""
         if text in self._warned:
             return
         self._warned.add(text)
-        click.echo(f"Warning: {one_line(text)}", err=True)
+        click.echo(f"Warning: {one_line(as_command_line(text))}", err=True)
+
+    def json(self, result: Result) -> None:
+        """Print a result as JSON on stdout, if --json is given."""
+        if self.as_json and self.is_first:
+            from quantkit.cli.tables import print_json
+
+            print_json(result.to_json())
+
+    @contextmanager
+    def run(
+        self, name: str, device: str | None = None, uses_transformers: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """What a command gives a function of the library: a progress bar, and signals that stop it.
+
+        name: what the bar shows first.
+        device: where a command computes whose work torchrun's processes can share, else None.
+        uses_transformers: whether its messages must be silenced; importing it takes a second.
+        """
+        from quantkit.cli.interrupts import stop_on_signals
+        from quantkit.cli.processes import process_group
+        from quantkit.cli.tables import Progress
+
+        if uses_transformers:
+            self.quiet_libraries()
+        with (
+            process_group(device) if device is not None else nullcontext(),
+            Progress(name, self.quiet) as progress,
+            stop_on_signals() as should_stop,
+        ):
+            yield {"progress": progress, "should_stop": should_stop}
+
+    @contextmanager
+    def library_messages(self) -> Iterator[None]:
+        """Print the library's steps and warnings as they come."""
+        import logging
+        import warnings
+
+        logger, handler = logging.getLogger("quantkit"), logging.Handler()
+        handler.emit = lambda record: self.note(record.getMessage())  # type: ignore[method-assign]
+        level, propagate = logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def show_or_warn(message: Any, category: Any, *others: Any, **named: Any) -> None:
+                if issubclass(category, QuantkitWarning):
+                    self.warn(str(message))
+                else:
+                    show(message, category, *others, **named)
+
+            warnings.simplefilter("always", QuantkitWarning)
+            warnings.showwarning = show_or_warn
+            try:
+                yield
+            finally:
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+                logger.propagate = propagate
 
     def quiet_libraries(self) -> None:
         """Switch off the progress bars and warnings of transformers and the hub, unless verbose."""
@@ -128,7 +188,9 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         def run(quiet: bool, verbose: bool, as_json: bool, **arguments: Any) -> None:
-            function(Output(quiet, verbose, as_json), **arguments)
+            out = Output(quiet, verbose, as_json)
+            with out.library_messages():
+                function(out, **arguments)
 
         made = click.command(name, context_settings=CONTEXT)(run)
         made.params += [

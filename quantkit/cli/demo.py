@@ -24,7 +24,6 @@ from quantkit.checkpoint.units import format_bytes
 from quantkit.cli.console import Output, command
 from quantkit.cli.options import UserPath
 from quantkit.cli.tables import Progress, print_json, print_table
-from quantkit.cli.verify import raise_faults
 from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ def _calibrate(
         overwrite=overwrite,
     )
     with Progress("calibrate", quiet) as progress:
-        summary = calibrate(options, progress.update)
+        summary = calibrate(options, progress)
     note(
         f"    statistics of {summary.inputs} inputs, {summary.seconds:.1f} s,"
         f" {summary.tokens_per_second:.0f} tokens/s"
@@ -209,7 +208,7 @@ def _verify(model: Path, exported: Path, scheme: str, note: Callable[[str], None
 
     note(f"3/4 verify: {scheme}")
     found = verify(exported, model)
-    raise_faults(found)
+    found.require_ok()
     note(
         f"    no faults; {found.quantized} Linears quantized, {len(found.skipped)} skipped"
         f" ({', '.join(found.skipped)}); lowest weight SQNR {min(found.sqnr_db.values()):.1f} dB"
@@ -233,7 +232,7 @@ def _evaluate(model: Path, output: Path, note: Callable[[str], None], quiet: boo
         EVALUATION_TOKENS,
     )
     with Progress("eval", quiet) as progress:
-        return evaluate(options, progress.named("eval"))
+        return evaluate(options, progress)
 
 
 def _tell(evaluation: Evaluation, export_seconds: dict[str, float], epilogue: str) -> Story:

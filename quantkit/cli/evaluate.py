@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.cli.options import (
-    UserPath,
-    device_option,
-    different_sources,
-    options_from,
-    remote_code_option,
-)
+from quantkit.cli.options import UserPath, device_option, different_sources, remote_code_option
 from quantkit.data.protocols import PROTOCOLS
-from quantkit.errors import FaultsFound, Inconclusive, OutputError
-from quantkit.schemes.serving import HARDWARE
+from quantkit.errors import OutputError
+from quantkit.schemes.serving import EXECUTIONS, HARDWARE
 
 if TYPE_CHECKING:
     from quantkit.evaluation.result import Evaluation
@@ -76,7 +70,7 @@ if TYPE_CHECKING:
 @click.option(
     "--exec",
     "exec",
-    type=click.Choice(["auto", "kernel", "reference"]),
+    type=click.Choice(EXECUTIONS),
     default="auto",
     show_default=True,
     help=(
@@ -108,30 +102,17 @@ def eval_command(
     its perplexity. Several processes can share the windows:
     torchrun --nproc-per-node N -m quantkit eval ...
     """
-    from quantkit.checkpoint.hub import resolve_model
-    from quantkit.cli.tables import Progress
-    from quantkit.evaluation.evaluate import evaluate
-    from quantkit.evaluation.preflight import EvaluationOptions
-    from quantkit.models.distributed import rank_of_environment
+    from quantkit.api.evaluate import evaluate
 
-    files = options_from(EvalFiles, arguments)
+    files = EvalFiles(*(arguments.pop(name) for name in ("output", "html", "markdown")))
     files.check()
-    options = options_from(
-        EvaluationOptions,
-        arguments,
-        base=resolve_model(base),
-        quants=tuple(resolve_model(quant) for quant in quants),
-        cache=not no_cache,
-    )
-    out.quiet = out.quiet or rank_of_environment() > 0
-    out.quiet_libraries()
-    with Progress("eval", out.quiet) as progress:
-        result = evaluate(options, progress.named("eval"))
-    if rank_of_environment() > 0:
+    with out.run("eval", arguments["device"]) as run:
+        result = evaluate(base, quants, cache=not no_cache, **arguments, **run)
+    if not out.is_first:
         return
     files.write(result)
     _print_evaluation(out, result)
-    _raise_gates(result, strict)
+    result.require_gates(strict)
     if not quants:
         out.note(f"Next: quantkit quantize {shlex.quote(base)} -o OUT --scheme fp8-dynamic")
 
@@ -150,15 +131,13 @@ class EvalFiles:
 
     def write(self, result: Evaluation) -> None:
         from quantkit.checkpoint.files import finite, write_json, write_text
-        from quantkit.evaluation.html import evaluation_html
-        from quantkit.evaluation.report import evaluation_markdown
 
         if self.output is not None:
             write_json(self.output, finite(result.to_json()))
         if self.markdown is not None:
-            write_text(self.markdown, evaluation_markdown(result))
+            write_text(self.markdown, result.to_markdown())
         if self.html is not None:
-            write_text(self.html, evaluation_html(result))
+            write_text(self.html, result.to_html())
 
 
 def require_places(**files: Path | None) -> None:
@@ -182,12 +161,10 @@ def require_places(**files: Path | None) -> None:
 
 
 def _print_evaluation(out: Output, result: Evaluation) -> None:
-    from quantkit.cli.tables import print_json
     from quantkit.evaluation.report import evaluation_remarks
 
-    if out.as_json:
-        print_json(result.to_json())
-    else:
+    out.json(result)
+    if not out.as_json:
         _print_tables(result, out.verbose)
     for remark in evaluation_remarks(result):
         out.note(remark)
@@ -204,19 +181,3 @@ def _print_tables(result: Evaluation, verbose: bool) -> None:
         print_report(metric_table(result), names, None, verbose)
     if layers.rows:
         print_report(layers, names, None, verbose)
-
-
-def _raise_gates(result: Evaluation, strict: bool) -> None:
-    """Raises FaultsFound for a gate that failed; with --strict, Inconclusive for an open one."""
-    failed = [gate for gate in result.gates if gate.result == "fail"]
-    undecided = [gate for gate in result.gates if gate.result == "inconclusive"]
-    if failed:
-        raise FaultsFound(
-            f"the gate {failed[0].expr} failed on {failed[0].path}: {failed[0].value:.4g}"
-        )
-    if undecided and strict:
-        more = undecided[0].more_tokens_needed
-        raise Inconclusive(
-            f"this text is too short to decide the gate {undecided[0].expr}; "
-            + (f"about {more} more tokens would do" if more else "give more text")
-        )

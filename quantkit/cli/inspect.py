@@ -16,7 +16,7 @@ from quantkit.errors import CheckpointError
 from quantkit.schemes.algorithms import Table
 
 if TYPE_CHECKING:
-    from quantkit.calibration.results import Calibration
+    from quantkit.calibration.reader import Calibration
     from quantkit.checkpoint.formats import QuantizationConfig
     from quantkit.checkpoint.reader import Checkpoint
     from quantkit.schemes.scheme import QuantScheme
@@ -38,7 +38,7 @@ def inspect_command(out: Output, path: str) -> None:
 
 def inspect_path(path: Path) -> dict[str, Any]:
     """A description of what is at `path`; its `kind` is "checkpoint" or "calibration"."""
-    from quantkit.calibration.results import Calibration
+    from quantkit.calibration.reader import Calibration
     from quantkit.checkpoint.finished_output import CALIBRATION_FILE
     from quantkit.checkpoint.reader import Checkpoint
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS
-from quantkit.cli.console import one_line
+from quantkit.cli.option_names import one_line
 from quantkit.errors import QuantkitError
 from quantkit.schemes.serving import RUNTIMES
-
-if TYPE_CHECKING:
-    from quantkit.schemes.recipe import Recipe
-
-Options = TypeVar("Options")
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -107,12 +101,11 @@ def different_sources(
     _context: click.Context, _param: click.Parameter, names: tuple[str, ...]
 ) -> tuple[str, ...]:
     """The sources of --data. Raises BadParameter where one is given twice: it would count twice."""
-    seen: set[str] = set()
-    for name in names:
-        source = name if name.startswith("dataset:") else os.path.realpath(os.path.expanduser(name))
-        if source in seen:
-            raise click.BadParameter(f"{one_line(name)} is given twice; name each source once")
-        seen.add(source)
+    from quantkit.data.sources import repeated_source
+
+    twice = repeated_source(names)
+    if twice is not None:
+        raise click.BadParameter(f"{one_line(twice)} is given twice; name each source once")
     return names
 
 
@@ -215,7 +208,6 @@ export_options = options(
     ),
     click.option(
         "--format",
-        "file_format",
         type=click.Choice(list(FORMATS)),
         default=DEFAULT_FORMAT,
         show_default=True,
@@ -223,7 +215,6 @@ export_options = options(
     ),
     click.option(
         "--max-shard-size",
-        "max_shard_bytes",
         type=Size(),
         default="5GB",
         show_default=True,
@@ -244,38 +235,23 @@ export_options = options(
 )
 
 
-def options_from(kind: type[Options], arguments: Mapping[str, Any], **others: Any) -> Options:
-    """A command's arguments, by Click's names, as a frozen value: those that its fields name.
+def recipe_argument(arguments: dict[str, Any]) -> str | Path:
+    """Take --scheme and --recipe out of a command's arguments, as the library's `recipe`.
 
-    others: fields that the arguments lack or that replace one.
+    Raises UsageError unless exactly one is given.
     """
-    known = {**arguments, **others}
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: known[name] for name in names if name in known})
+    recipe = optional_recipe(arguments)
+    if recipe is None:
+        raise click.UsageError(_ONE_RECIPE)
+    return recipe
 
 
-@dataclass(frozen=True)
-class RecipeOptions:
-    """--scheme or --recipe, and the options that add to the recipe."""
+def optional_recipe(arguments: dict[str, Any]) -> str | Path | None:
+    """As `recipe_argument`, but None if neither is given."""
+    scheme, recipe = arguments.pop("scheme"), arguments.pop("recipe")
+    if scheme is not None and recipe is not None:
+        raise click.UsageError(_ONE_RECIPE)
+    return recipe if recipe is not None else scheme
 
-    scheme: str | None
-    recipe: Path | None
-    ignore: tuple[str, ...] = ()
-    kv_cache: str | None = None
-    observer: str | None = None
 
-    def load(self) -> Recipe:
-        """The recipe. Raises UsageError unless exactly one of --scheme and --recipe is given."""
-        from quantkit.schemes.recipe import Recipe
-        from quantkit.schemes.scheme import QuantScheme
-
-        if (self.scheme is None) == (self.recipe is None):
-            raise click.UsageError(
-                "give either --scheme or --recipe; `quantkit schemes` lists the schemes"
-            )
-        if self.recipe is not None:
-            recipe = Recipe.load(self.recipe)
-        else:
-            assert self.scheme is not None
-            recipe = Recipe(QuantScheme.parse(self.scheme))
-        return recipe.with_options(self.ignore, self.kv_cache, self.observer)
+_ONE_RECIPE = "give either --scheme or --recipe; `quantkit schemes` lists the schemes"

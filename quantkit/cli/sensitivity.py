@@ -13,12 +13,11 @@ import click
 from quantkit.cli.console import Output, command
 from quantkit.cli.evaluate import require_places
 from quantkit.cli.options import (
-    RecipeOptions,
     UserPath,
     data_option,
     device_option,
     model_argument,
-    options_from,
+    recipe_argument,
     recipe_options,
     remote_code_option,
 )
@@ -102,23 +101,16 @@ def sensitivity_command(out: Output, model: str, **arguments: Any) -> None:
     group under this prediction. Several processes can share the windows:
     torchrun --nproc-per-node N -m quantkit sensitivity ...
     """
-    from quantkit.checkpoint.hub import resolve_model
-    from quantkit.models.distributed import rank_of_environment
-
-    files = options_from(SensitivityFiles, arguments)
+    earlier: Path | None = arguments.pop("earlier")
     has_budget = arguments["max_size"] is not None or arguments["max_kld"] is not None
-    _check_usage(arguments, has_budget)
+    recipe_out: Path | None = arguments.pop("recipe_out")
+    files = SensitivityFiles(arguments["output"], arguments.pop("html"), recipe_out)
+    _check_usage(arguments, earlier, recipe_out, has_budget)
     files.check()
-    path = resolve_model(model)
-    out.quiet = out.quiet or rank_of_environment() > 0
-    out.quiet_libraries()
-    if arguments["earlier"] is None:
-        result = _score(out, path, arguments)
-    else:
-        result = _solve_earlier(path, arguments)
-    if rank_of_environment() > 0:
+    result = _score(out, model, arguments) if earlier is None else _solve(model, earlier, arguments)
+    if not out.is_first:
         return
-    files.write(result, path)
+    files.write(result, model)
     if result.was_finished:
         out.note(f"{files.output} was already complete; nothing was run")
     _print_result(out, result)
@@ -137,23 +129,24 @@ class SensitivityFiles:
         """Refuse, before anything runs, what can't be written."""
         require_places(output=self.output, html=self.html, recipe_out=self.recipe_out)
 
-    def write(self, result: Sensitivity, model: Path) -> None:
+    def write(self, result: Sensitivity, model: str) -> None:
         """The page and the recipe; the JSON is written when its run ends."""
         from quantkit.checkpoint.files import write_text
-        from quantkit.layer_sensitivity.html import sensitivity_html
+        from quantkit.checkpoint.hub import resolve_model
         from quantkit.schemes.mixed_recipe import recipe_text
 
         if self.html is not None:
-            write_text(self.html, sensitivity_html(result.as_stored()))
+            write_text(self.html, result.as_stored().to_html())
         if self.recipe_out is not None:
-            text = recipe_text(result.recipe(model), _recipe_comments(result))
+            text = recipe_text(result.recipe(resolve_model(model)), _recipe_comments(result))
             write_text(self.recipe_out, text)
 
 
-def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
+def _check_usage(
+    arguments: Mapping[str, Any], earlier: Path | None, recipe_out: Path | None, has_budget: bool
+) -> None:
     """Raises UsageError for options that don't go together."""
-    earlier = arguments["earlier"]
-    if arguments["recipe_out"] is not None and not has_budget:
+    if recipe_out is not None and not has_budget:
         raise click.UsageError(
             "--recipe-out writes the recipe for a budget; give --max-size or --max-kld"
         )
@@ -164,36 +157,35 @@ def _check_usage(arguments: Mapping[str, Any], has_budget: bool) -> None:
         )
 
 
-def _score(out: Output, model: Path, arguments: Mapping[str, Any]) -> Sensitivity:
-    from quantkit.cli.tables import Progress
-    from quantkit.layer_sensitivity.options import SensitivityOptions
-    from quantkit.layer_sensitivity.score import score_sensitivity
+def _score(out: Output, model: str, arguments: dict[str, Any]) -> Sensitivity:
+    from quantkit.api.sensitivity import sensitivity
 
-    options = options_from(
-        SensitivityOptions,
-        arguments,
-        model=model,
-        recipe=options_from(RecipeOptions, arguments).load(),
-        alternatives=arguments["alternatives"] or ("keep",),
-    )
-    with Progress("sensitivity", out.quiet) as progress:
-        return score_sensitivity(options, progress.named("sensitivity"))
+    recipe = recipe_argument(arguments)
+    with out.run("sensitivity", arguments["device"]) as run:
+        # Without an output nothing is kept, so that a signal may end the process at once.
+        if arguments["output"] is None or _is_device(arguments["output"]):
+            del run["should_stop"]
+        return sensitivity(model, recipe, **arguments, **run)
 
 
-def _solve_earlier(model: Path, arguments: Mapping[str, Any]) -> Sensitivity:
+def _is_device(output: Path) -> bool:
+    return output.exists() and not output.is_file()
+
+
+def _solve(model: str, earlier: Path, arguments: Mapping[str, Any]) -> Sensitivity:
     """An earlier run's result with another budget's solution, written to -o if that is given."""
     from quantkit.checkpoint.files import write_json
+    from quantkit.checkpoint.hub import resolve_model
     from quantkit.checkpoint.reader import Checkpoint
-    from quantkit.layer_sensitivity.advice import read_earlier_result, solve_again
+    from quantkit.layer_sensitivity.advice import read_earlier_result
 
     if arguments["scheme"] is not None or arguments["recipe"] is not None:
         raise click.UsageError(
             "--from takes the recipe of the earlier run; leave out --scheme and --recipe"
         )
-    known = read_earlier_result(arguments["earlier"], Checkpoint.open(model))
-    result = solve_again(
-        known, arguments["max_size"], arguments["max_kld"], arguments["alternatives"]
-    )
+    known = read_earlier_result(earlier, Checkpoint.open(resolve_model(model)))
+    budget = {name: arguments[name] for name in ("max_size", "max_kld", "alternatives")}
+    result = known.solve(**budget)
     if arguments["output"] is not None:
         write_json(arguments["output"], result.to_json())
     return result
@@ -218,7 +210,7 @@ def _print_next(
 
 
 def _print_result(out: Output, result: Sensitivity) -> None:
-    from quantkit.cli.tables import print_json, print_table
+    from quantkit.cli.tables import print_table
     from quantkit.layer_sensitivity.report import (
         GROUP_COLUMNS,
         LINE_COLUMNS,
@@ -229,9 +221,8 @@ def _print_result(out: Output, result: Sensitivity) -> None:
         sensitivity_title,
     )
 
-    if out.as_json:
-        print_json(result.to_json())
-    else:
+    out.json(result)
+    if not out.as_json:
         shown, total = None if out.verbose else SHOWN, len(result.order)
         more = "" if shown is None or total <= shown else f"; {shown} of {total} (all with -v)"
         print_table(

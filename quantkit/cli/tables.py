@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.files import finite
-from quantkit.cli.console import one_line
+from quantkit.cli.option_names import one_line
 
 if TYPE_CHECKING:
     from quantkit.evaluation.report import Table as ReportTable
@@ -127,9 +127,12 @@ def _print_fitted(
 
 
 class Progress:
-    """A progress bar on stderr where that is a terminal, else nothing."""
+    """A progress bar on stderr where that is a terminal, else nothing. It is the `progress` that
+    the library calls (`checkpoint/run_control.py`).
+    """
 
-    def __init__(self, description: str, quiet: bool = False) -> None:
+    def __init__(self, command: str, quiet: bool = False) -> None:
+        self._command = command
         self._bar: Any = None
         if quiet or not sys.stderr.isatty():
             return
@@ -146,20 +149,13 @@ class Progress:
             TimeRemainingColumn(),
         )
         self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(description, total=None)
+        self._task = self._bar.add_task(command, total=None)
 
-    def update(self, done: float, total: float, description: str | None = None) -> None:
+    def __call__(self, what: str, done: float, total: float) -> None:
         if self._bar is not None:
             self._bar.update(
-                self._task,
-                completed=done,
-                total=total,
-                **({"description": description} if description else {}),
+                self._task, completed=done, total=total, description=f"{self._command}: {what}"
             )
-
-    def named(self, command: str) -> Callable[[str, float, float], None]:
-        """`update` for work in several parts: called with a part's name, done and total."""
-        return lambda part, done, total: self.update(done, total, f"{command}: {part}")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from quantkit.cli.console import Output, command
-from quantkit.errors import FaultsFound
+from quantkit.cli.option_names import as_command_line
 from quantkit.schemes.serving import RUNTIMES
 
 if TYPE_CHECKING:
@@ -32,47 +30,14 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
 
     If it has a fault, the exit code is 3.
     """
-    from quantkit.checkpoint.hub import resolve_model
-    from quantkit.cli.tables import print_json
+    from quantkit.api.verify import verify
 
-    path, base_path = resolve_model(checkpoint), resolve_model(base) if base else None
-    found = run_verify(out, path, base_path, runtime)
-    if out.as_json:
-        print_json(found.to_json())
-    else:
-        _print_verification(out, found)
-    raise_faults(found)
-
-
-def run_verify(out: Output, path: Path, base: Path | None, runtime: str | None) -> Verification:
-    """Verify a checkpoint, and print a line about one without faults."""
-    from quantkit.checkpoint.units import counted
-    from quantkit.cli.tables import Progress
-    from quantkit.exporter.verify import verify
-
-    started = time.monotonic()
-    with Progress("verify", out.quiet) as progress:
-        found = verify(path, base, runtime, progress.update)
+    with out.run("verify", uses_transformers=False) as run:
+        found = verify(checkpoint, base=base, runtime=runtime, **run)
+    out.json(found)
     if not out.as_json:
-        for warning in found.warnings:
-            out.warn(warning)
-    if not found.faults:
-        out.note(
-            f"{path}: no faults; {counted(found.tensors, 'tensor')},"
-            f" {counted(found.quantized, 'Linear')} quantized, {len(found.skipped)}"
-            f" skipped{_compared(found, base)}, {time.monotonic() - started:.1f} s"
-        )
-    return found
-
-
-def _compared(found: Verification, base: Path | None) -> str:
-    """What the comparison with the base found, as the middle of a sentence."""
-    lowest = min(found.sqnr_db.values()) if found.sqnr_db else math.inf
-    text = f", lowest weight SQNR {lowest:.1f} dB" if math.isfinite(lowest) else ""
-    if base and found.changed:
-        text += f", {len(found.changed)} tensors differ from the base because algorithms changed"
-        text += " them"
-    return text
+        _print_verification(out, found)
+    found.require_ok()
 
 
 def _print_verification(out: Output, found: Verification) -> None:
@@ -80,7 +45,8 @@ def _print_verification(out: Output, found: Verification) -> None:
     from quantkit.cli.tables import print_table
 
     if found.faults:
-        print_table(("tensor", "fault"), found.faults)
+        faults = [(fault.tensor, as_command_line(fault.message)) for fault in found.faults]
+        print_table(("tensor", "fault"), faults)
     if found.sqnr_db:
         shown = found.worst_first if out.verbose else found.worst_first[:WORST_SHOWN]
         total = len(found.sqnr_db)
@@ -91,13 +57,3 @@ def _print_verification(out: Output, found: Verification) -> None:
         print_table(("Linear", "weight SQNR, dB"), rows, f"lowest SQNR first{part}", right=(1,))
     if out.verbose and found.skipped:
         print_table(("skipped Linear", "reason"), list(found.skipped.items()))
-
-
-def raise_faults(found: Verification) -> None:
-    """Raises FaultsFound with the first fault, if there is one."""
-    if found.faults:
-        tensor, message = found.faults[0]
-        more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
-        raise FaultsFound(
-            f"{found.path} has faults: {f'{tensor} ' if tensor else ''}{message}{more}"
-        )

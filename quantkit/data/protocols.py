@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quantkit.data.sources import Source, read_source
+from quantkit.data.sources import DataSource, Source, read_source
 from quantkit.data.tokenizer import encode, leading_special_tokens, prepend
 from quantkit.data.windows import Window, Windows
 from quantkit.errors import DataError
@@ -18,7 +18,11 @@ PROTOCOLS = ("gptq", "llamacpp", "lmeval")
 
 
 def evaluation_windows(
-    names: Sequence[str], tokenizer: Any, protocol: str, seq_len: int, max_tokens: int | None = None
+    data: Sequence[DataSource],
+    tokenizer: Any,
+    protocol: str,
+    seq_len: int,
+    max_tokens: int | None = None,
 ) -> Windows:
     """Cut the sources into windows by a protocol.
 
@@ -30,13 +34,13 @@ def evaluation_windows(
     `lmeval`: each document starts with BOS and has windows of its own. Every token is scored once.
         The last window begins earlier, so that it is full too.
 
-    names: `--data` arguments.
+    data: text sources.
     seq_len: tokens per window.
     max_tokens: number of tokens to use at most; None uses all.
 
     Raises DataError if the text is too short or can't be read.
     """
-    sources = [read_source(name, tokenizer) for name in names]
+    sources = [read_source(source, tokenizer) for source in data]
     if protocol == "lmeval":
         return _document_windows(sources, tokenizer, seq_len, max_tokens)
     windows = [Window(chunk) for chunk in _chunks(sources, tokenizer, seq_len, max_tokens)]
@@ -44,7 +48,7 @@ def evaluation_windows(
         bos = _bos(tokenizer)
         windows = [Window((bos, *window.tokens[1:]), seq_len // 2 + 1) for window in windows]
     if not any(window.scored for window in windows):
-        raise DataError(f"{', '.join(names)} holds no token to score; give a longer text")
+        raise DataError(f"{', '.join(map(str, data))} holds no token to score; give a longer text")
     return Windows(tuple(windows), tuple(source.sha256 for source in sources))
 
 
@@ -60,8 +64,8 @@ def _chunks(
     ]
     if not chunks:
         raise DataError(
-            f"the text gives {len(stream)} tokens, less than one window of {seq_len}; give more"
-            " text or a smaller --seq-len"
+            f"the text gives {len(stream)} tokens, less than one window of {seq_len}",
+            hint="give more text or a smaller `seq_len`",
         )
     return chunks if max_tokens is None else chunks[: max(1, max_tokens // seq_len)]
 
@@ -83,9 +87,9 @@ def _document_windows(
         if max_tokens is not None and total + len(tokens) > max_tokens:
             if not scored:
                 raise DataError(
-                    f"the first document has {len(tokens)} tokens, more than --max-tokens"
-                    f" {max_tokens}, and lmeval scores whole documents; give .jsonl with shorter"
-                    " ones"
+                    f"the first document has {len(tokens)} tokens, more than"
+                    f" `max_tokens={max_tokens}`, and lmeval scores whole documents",
+                    hint="give .jsonl with shorter ones",
                 )
             break
         total += len(tokens)
@@ -120,6 +124,6 @@ def _bos(tokenizer: Any) -> int:
         if token is not None:
             return token
     raise DataError(
-        "the tokenizer has neither a BOS nor an EOS token, which this protocol puts first; use"
-        " --protocol gptq"
+        "the tokenizer has neither a BOS nor an EOS token, which this protocol puts first",
+        hint="use `protocol='gptq'`",
     )

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from quantkit.data.sources import Source, read_source
+from quantkit.data.sources import DataSource, Source, read_source
 from quantkit.data.tokenizer import encode, leading_special_tokens, prepend
 from quantkit.data.windows import Window, Windows
 from quantkit.errors import DataError
@@ -16,25 +16,26 @@ MIN_REST_TOKENS = 32
 
 
 def calibration_windows(
-    names: Sequence[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
+    data: Sequence[DataSource], tokenizer: Any, num_samples: int, seq_len: int, seed: int
 ) -> Windows:
     """Sample `num_samples` windows of `seq_len` tokens, evenly from all sources.
 
     Windows of one source don't overlap. If the text is too short, the rest of each source becomes a
     shorter window. The result may still hold fewer windows than `num_samples`.
 
-    names: `--data` arguments.
+    data: text sources.
     seed: decides the order in which a source's windows are drawn.
 
     Raises DataError if a source is shorter than one window, or if there are more sources than
     windows.
     """
-    if num_samples < len(names):
+    if num_samples < len(data):
         raise DataError(
-            f"--num-samples {num_samples} leaves some of the {len(names)} sources of --data without"
-            f" a window; ask for {len(names)} or more"
+            f"`num_samples={num_samples}` leaves some of the {len(data)} sources of `data` without"
+            " a window",
+            hint=f"ask for {len(data)} or more",
         )
-    sources = [read_source(name, tokenizer) for name in names]
+    sources = [read_source(source, tokenizer) for source in data]
     available, rests = [], []
     for source in sources:
         windows, rest = _windows_and_rest(source, tokenizer, seq_len)
@@ -65,7 +66,7 @@ def _windows_and_rest(
     ]
     if not windows:
         raise DataError(
-            f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}; give"
-            " more text or a smaller --seq-len"
+            f"{source.name} gives {len(stream)} tokens, less than one window of {seq_len}",
+            hint="give more text or a smaller `seq_len`",
         )
     return windows, tuple(stream[len(windows) * seq_len :])

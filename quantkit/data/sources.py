@@ -1,16 +1,18 @@
-"""Reading a `--data` argument as documents, and the texts that come with quantkit.
+"""Reading a text source as documents, and the texts that come with quantkit.
 
-A source is a text file, JSON lines, a parquet file, or `dataset:NAME[:CONFIG[:SPLIT]]` on the hub.
-A record has a `text`, or `messages` that the tokenizer's chat template renders.
+A source is a text file, JSON lines, a parquet file, `dataset:NAME[:CONFIG[:SPLIT]]` on the hub, or
+records in memory. A record has a `text`, or `messages` that the tokenizer's chat template renders.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,47 @@ BUNDLED_EVALUATION = _TEXTS / "evaluation.txt"
 
 
 @dataclass(frozen=True)
+class Records:
+    """A source in memory. Raises DataError for records that aren't made of JSON's values.
+
+    records: as lines of a .jsonl file hold them, each with a "text" or "messages".
+    """
+
+    records: tuple[Mapping[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        try:
+            self.sha256  # noqa: B018
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"the texts in memory hold a value that JSON doesn't know ({brief(error)})"
+            ) from None
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of the records."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            digest.update(json.dumps(record, sort_keys=True).encode() + b"\0")
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        """The name of the source in results: sources with other records have another name."""
+        count = len(self.records)
+        return f"{count} text{'s' if count > 1 else ''} in memory ({self.sha256[:12]})"
+
+
+# A file, `dataset:NAME[:CONFIG[:SPLIT]]`, or records in memory. `str()` of it is its name.
+DataSource = str | Records
+
+
+@dataclass(frozen=True)
 class Source:
     """One text source.
 
-    name: the `--data` argument.
+    name: as `str()` of the DataSource gives it.
     documents: its texts, in order; a text file is one document.
-    sha256: hash of the file's bytes, or of a hub dataset's documents.
+    sha256: hash of the file's bytes, or of the documents or records.
     """
 
     name: str
@@ -39,21 +76,42 @@ class Source:
     sha256: str
 
 
-def read_source(name: str, tokenizer: Any) -> Source:
-    """Read one `--data` argument.
+def require_source(source: DataSource) -> None:
+    """Raise DataError if a source is the name of a file that doesn't exist."""
+    if isinstance(source, Records) or source.startswith("dataset:"):
+        return
+    if not Path(source).expanduser().is_file():
+        raise DataError(
+            f"there is no data file {source}; give a .txt, .jsonl or .parquet file, or"
+            " dataset:NAME[:CONFIG[:SPLIT]]"
+        )
+
+
+def repeated_source(names: Iterable[str]) -> str | None:
+    """The first source that is named twice, or None. Its text would count twice."""
+    seen: set[str] = set()
+    for name in names:
+        source = name if name.startswith("dataset:") else os.path.realpath(os.path.expanduser(name))
+        if source in seen:
+            return name
+        seen.add(source)
+    return None
+
+
+def read_source(source: DataSource, tokenizer: Any) -> Source:
+    """Read one source.
 
     tokenizer: renders chat messages.
 
     Raises DataError if there is no such file, or if its content can't be read as text.
     """
+    if isinstance(source, Records):
+        return _from_memory(source, tokenizer)
+    require_source(source)
+    name = source
     if name.startswith("dataset:"):
         return _hub_dataset(name, tokenizer)
     path = Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(
-            f"there is no data file {name}; give a .txt, .jsonl or .parquet file, or"
-            " dataset:NAME[:CONFIG[:SPLIT]]"
-        )
     raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if path.suffix.lower() == ".parquet":
@@ -69,6 +127,14 @@ def read_source(name: str, tokenizer: Any) -> Source:
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return Source(name, tuple(_json_documents(name, text, tokenizer)), digest)
     return Source(name, (text,), digest)
+
+
+def _from_memory(records: Records, tokenizer: Any) -> Source:
+    documents = tuple(
+        _record_text(record, f"record {number} of {records}", tokenizer)
+        for number, record in enumerate(records.records, 1)
+    )
+    return Source(str(records), documents, records.sha256)
 
 
 def _json_documents(name: str, text: str, tokenizer: Any) -> Iterable[str]:
@@ -137,9 +203,9 @@ def _record_text(record: Any, where: str, tokenizer: Any) -> str:
 
     where: names the record in messages.
     """
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
+    if isinstance(record, Mapping) and isinstance(record.get("text"), str):
         return _require_text(record["text"], where)
-    if isinstance(record, dict) and isinstance(record.get("messages"), (list, tuple)):
+    if isinstance(record, Mapping) and isinstance(record.get("messages"), (list, tuple)):
         try:
             rendered = tokenizer.apply_chat_template(list(record["messages"]), tokenize=False)
         except Exception as error:  # a Jinja template may raise anything

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quantkit.errors import DataError
 
-# Tokens per window, unless --seq-len or the kind of model says otherwise.
+# Tokens per window, unless the user or the kind of model says otherwise.
 DEFAULT_LENGTH = 2048
 
 
@@ -93,7 +93,7 @@ def window_length(
         return min(default, model_limit or default)
     if model_limit is not None and requested > model_limit:
         raise DataError(
-            f"--seq-len {requested} is more than the {model_limit} positions of this model; use"
-            f" {model_limit} or less"
+            f"`seq_len={requested}` is more than the {model_limit} positions of this model",
+            hint=f"use {model_limit} or less",
         )
     return requested

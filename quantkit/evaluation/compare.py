@@ -1,5 +1,5 @@
-"""`compare`: a paired comparison of quantized models, from the per-window sums in two results of
-`eval -o`. No model is loaded.
+"""`compare`: a paired comparison of quantized models, from the per-window sums in two stored
+results of `eval`. No model is loaded.
 
 Two results are comparable if they have the same tokens, the same protocol and the same base model.
 Otherwise `compare` refuses and says what differs.
@@ -107,7 +107,7 @@ class Comparison:
 
 
 def read_result(path: Path) -> Evaluation:
-    """Read a result of `eval -o`.
+    """Read a stored result of `eval`.
 
     Raises EvaluationError if the file is missing, damaged, of another schema version, or without a
     quantized model.
@@ -116,16 +116,16 @@ def read_result(path: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvaluationError(
-            f"there is no file {path}; write one with: quantkit eval BASE QUANT --data FILE -o"
-            f" {path.name}"
+            f"there is no file {path}",
+            hint="store one with `quantkit.evaluate('BASE', ['QUANT'], data='FILE')`, as JSON",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(
-            f"{path} can't be read as JSON ({' '.join(str(error).split())[:100]}); give a file that"
-            " `quantkit eval -o` wrote"
+            f"{path} can't be read as JSON ({' '.join(str(error).split())[:100]})",
+            hint="give a stored result of eval",
         ) from None
     if not isinstance(content, dict) or "schema_version" not in content or "quants" not in content:
-        raise EvaluationError(f"{path} is no result of `quantkit eval -o`")
+        raise EvaluationError(f"{path} is no stored result of eval")
     if content["schema_version"] != SCHEMA_VERSION:
         raise EvaluationError(
             f"{path} has schema version {content['schema_version']}; this quantkit reads"
@@ -135,13 +135,10 @@ def read_result(path: Path) -> Evaluation:
         result = Evaluation.from_json(content)
         _require_whole(result)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise EvaluationError(
-            f"{path} is damaged or incomplete; evaluate again with: quantkit eval … -o {path.name}"
-        ) from None
+        raise EvaluationError(f"{path} is damaged or incomplete", hint="evaluate again") from None
     if not result.quants:
         raise EvaluationError(
-            f"{path} has results of the base model only; give quantized models to `quantkit eval`"
-            " too"
+            f"{path} has results of the base model only", hint="evaluate quantized models too"
         )
     return result
 
@@ -206,16 +203,16 @@ def _require_comparable(a: Evaluation, b: Evaluation, first: Path, second: Path)
             f"{result.protocol.name}, windows of {result.protocol.seq_len}" for result in (a, b)
         )
         raise NotComparableError(
-            f"{first} and {second} were made by different protocols ({described}); evaluate both"
-            " with the same --protocol and --seq-len"
+            f"{first} and {second} were made by different protocols ({described})",
+            hint="evaluate both with the same `protocol` and `seq_len`",
         )
     if a.data.tokens_sha256 != b.data.tokens_sha256 or a.window_tokens != b.window_tokens:
         described = " and ".join(
             f"{', '.join(result.data.sources)}, {result.tokens_scored} tokens" for result in (a, b)
         )
         raise NotComparableError(
-            f"{first} and {second} were made on different tokens ({described}); evaluate both on"
-            " the same --data and --max-tokens"
+            f"{first} and {second} were made on different tokens ({described})",
+            hint="evaluate both on the same `data` and `max_tokens`",
         )
     fingerprints = a.base.fingerprint, b.base.fingerprint
     same = (
@@ -233,7 +230,7 @@ def _require_comparable(a: Evaluation, b: Evaluation, first: Path, second: Path)
 def _differences(a: Evaluation, b: Evaluation) -> list[str]:
     """Other settings that differ and may affect the metrics, one sentence each."""
     settings = {
-        "--hardware": (a.hardware, b.hardware),
+        "`hardware`": (a.hardware, b.hardware),
         "kernels": (a.kernel_level, b.kernel_level),
         "device": (a.device, b.device),
         "quantkit": (a.quantkit_version, b.quantkit_version),
@@ -246,7 +243,7 @@ def _differences(a: Evaluation, b: Evaluation) -> list[str]:
     ran = [sorted({str(quant.exec) for quant in result.quants}) for result in (a, b)]
     if ran[0] != ran[1]:
         found.append(
-            "A and B ran with different arithmetic (--exec):"
+            "A and B ran with different arithmetic (`exec`):"
             f" {' and '.join(', '.join(each) for each in ran)}"
         )
     return found

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit import __version__
 from quantkit.checkpoint.cache import directory_state
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.data.windows import Window, Windows
 from quantkit.errors import EvaluationError
@@ -59,28 +60,33 @@ if TYPE_CHECKING:
     from quantkit.evaluation.final_hidden_states import FinalHiddenStates, Watch
     from quantkit.evaluation.masked_lm import Masking
     from quantkit.evaluation.quantized_model import QuantizedModel
-    from quantkit.evaluation.scoring import ModelOutput, Progress, Scored, Scoring
+    from quantkit.evaluation.scoring import ModelOutput, Scored, Scoring
 
 # Increment this when a change of the code changes the final hidden states; it empties the cache.
 STATES_VERSION = 2
 
 
 def evaluate(
-    options: EvaluationOptions, on_progress: Progress = lambda name, done, total: None
+    options: EvaluationOptions, progress: Progress = silent, should_stop: ShouldStop = never
 ) -> Evaluation:
     """Compare the quantized models with the base model. With torchrun, every rank returns the
     result.
+
+    progress: told of the blocks that are done of each model, and then of the scored positions.
+    should_stop: asked before each block.
 
     Raises:
         EvaluationError: the options are unusable, or a model can't be evaluated.
         CheckpointError: a model is damaged.
         NotComparableError: the models differ in more than quantization.
         DataError: the text can't be read or is too short.
+        Interrupted: it was stopped; nothing is kept.
     """
     gates = [Gate.parse(expr) for expr in options.gates]
     if gates and not options.quants:
         raise EvaluationError(
-            "--gate compares a quantized model with the base; give at least one QUANT"
+            "`gates` needs a quantized model to compare with the base",
+            hint="give at least one of `quants`",
         )
     if options.hardware is not None and options.hardware not in HARDWARE:
         raise EvaluationError(
@@ -95,7 +101,7 @@ def evaluate(
         windows, seq_len, remarks = ranks.broadcast_from_first(
             lambda: prepare_evaluation(options, ranks.count)
         )
-        run = _Run.of(options, ranks, windows, seq_len, on_progress)
+        run = _Run.of(options, ranks, windows, seq_len, progress, should_stop)
         with torch.inference_mode():
             return _evaluate(run, gates, remarks)
 
@@ -112,6 +118,7 @@ class _Run:
     task: what the base model predicts: CAUSAL, MASKED or SEQ2SEQ.
     masking: how tokens are masked; None unless the task is MASKED.
     scoring: scores this rank's windows.
+    should_stop: asked before each block.
     """
 
     options: EvaluationOptions
@@ -122,6 +129,7 @@ class _Run:
     task: str
     masking: Masking | None
     scoring: Scoring
+    should_stop: ShouldStop
 
     @classmethod
     def of(
@@ -130,7 +138,8 @@ class _Run:
         ranks: Ranks,
         windows: Windows,
         seq_len: int,
-        on_progress: Progress,
+        progress: Progress,
+        should_stop: ShouldStop,
     ) -> _Run:
         from quantkit.evaluation.masked_lm import Masking
         from quantkit.evaluation.scoring import Scoring
@@ -151,7 +160,8 @@ class _Run:
             base,
             task,
             Masking.of(tokenizer) if task == MASKED else None,
-            Scoring(ranks, own, on_progress),
+            Scoring(ranks, own, progress),
+            should_stop,
         )
 
     @property
@@ -278,9 +288,10 @@ def _run_blocks(
         model,
         run.windows,
         run.seq_len,
-        lambda done, total: run.scoring.on_progress(name, done, total),
+        lambda done, total: run.scoring.progress(name, done, total),
         watch,
         run.masking,
+        run.should_stop,
     )
 
 
@@ -407,7 +418,9 @@ def _quant_result(
     seconds: float,
 ) -> QuantResult:
     checkpoint = model.checkpoint
-    known_windows, known_sources = calibrated_on(checkpoint, run.options.data, run.text.windows)
+    known_windows, known_sources = calibrated_on(
+        checkpoint, [str(source) for source in run.options.data], run.text.windows
+    )
     return QuantResult(
         path=str(checkpoint.path),
         scheme=model.scheme,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.checkpoint.run_control import ShouldStop, never, stop_if_asked
 from quantkit.data.windows import Window
 from quantkit.errors import EvaluationError, NonFiniteError
 from quantkit.evaluation.hidden_state_cache import CachedHiddenStates, HiddenStateCache
@@ -87,6 +88,7 @@ def make_final_hidden_states(
     on_progress: Callable[[float, float], None] = lambda done, total: None,
     watch: Watch | None = None,
     masking: Masking | None = None,
+    should_stop: ShouldStop = never,
 ) -> FinalHiddenStates:
     """Run the windows through all blocks of a model. Afterwards only its output head is in memory.
 
@@ -95,9 +97,10 @@ def make_final_hidden_states(
     on_progress: called with the blocks that are done, as a fraction, and the number of blocks.
     watch: observes or changes the run.
     masking: mask each token of a window in turn; a window of L tokens is L inputs.
+    should_stop: asked before each block.
 
     Raises EvaluationError if the model has no output head, NonFiniteError if it computes NaN or
-    infinity.
+    infinity, and Interrupted if it was stopped.
     """
     started, watched, blocks = time.perf_counter(), 0.0, model.blocks
     _require_head(blocks.model)
@@ -112,6 +115,12 @@ def make_final_hidden_states(
 
     def on_block(step: BlockStep) -> None:
         nonlocal watched
+        stop_if_asked(
+            should_stop,
+            f"before block {step.number + 1} of {blocks.block_count} of"
+            f" {model.checkpoint.path.name}",
+            can_resume=False,
+        )
         watched += _run_block(step, model, list(windows), on_progress, watch or Watch())
 
     try:
@@ -146,8 +155,9 @@ def _run_block(
         step.put(number, output)
 
     ran = each_batch(run_window, numbers, blocks.device, torch.get_num_threads())
-    for done, _ in enumerate(ran, 1):
-        on_progress(step.number + done / len(numbers), blocks.block_count)
+    with closing(ran):
+        for done, _ in enumerate(ran, 1):
+            on_progress(step.number + done / len(numbers), blocks.block_count)
     started = time.perf_counter()
     finish()
     return time.perf_counter() - started
@@ -189,9 +199,9 @@ def _require_finite(hidden: Tensor, model: QuantizedModel, number: int, where: s
     if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
         path = str(model.checkpoint.path)
         raise NonFiniteError(
-            f"{path} gives NaN or infinity in window {number + 1}, {where}; `quantkit verify`"
-            " checks its files",
+            f"{path} gives NaN or infinity in window {number + 1}, {where}",
             path,
+            hint=f"`quantkit.verify({path!r})` checks its files",
         )
 
 

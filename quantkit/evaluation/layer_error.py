@@ -12,7 +12,7 @@ The errors are measured while the quantized model runs over the windows, block b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
 from statistics import median
 from typing import Any
@@ -126,13 +126,15 @@ class LayerProbe:
         def finish() -> None:
             hooks.close()
             names, device = list(linears), self._model.blocks.device
-            for error in each_batch(
+            errors = each_batch(
                 lambda index: self._error_of(names[index], linears[names[index]]),
                 range(len(names)),
                 device,
                 torch.get_num_threads(),
-            ):
-                self._add(error)
+            )
+            with closing(errors):
+                for error in errors:
+                    self._add(error)
             self._inputs = {}
 
         return finish

@@ -1,7 +1,8 @@
 """The metrics of `eval`. Each is a row of METRICS. The row says how the metric is computed from the
 scores per token, how it is shown, whether a gate may test it, and how `compare` pairs it.
 
-To add a metric, add a row. If a gate may test it, also name it in the help of `--gate`.
+To add a metric, add a row. If a gate may test it, also name it in the help of that option
+(`cli/evaluate.py`).
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class Gateable(Generic[Value]):
 
 @dataclass(frozen=True)
 class Pairing:
-    """How `compare` computes the difference of two quantized models from two results of `eval -o`.
+    """How `compare` computes the difference of two quantized models from two stored
+    results of `eval`.
 
     sums: JSON key of the sums over each window's tokens.
     per_token: returns the summed values, [tokens].

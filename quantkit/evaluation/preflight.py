@@ -4,7 +4,6 @@ same model.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.protocols import evaluation_windows
+from quantkit.data.sources import DataSource
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.data.windows import Windows, targets_of
 from quantkit.errors import CheckpointError, EvaluationError, NotComparableError, QuantkitError
@@ -44,7 +44,7 @@ class EvaluationOptions:
 
     base: Path
     quants: tuple[Path, ...]
-    data: tuple[str, ...]
+    data: tuple[DataSource, ...]
     seq_len: int | None = None
     max_tokens: int | None = None
     protocol: str = "gptq"
@@ -72,8 +72,9 @@ def prepare_evaluation(
     task = task_of(base.config, options.base)
     if task != CAUSAL and options.protocol != "gptq":
         raise EvaluationError(
-            f"--protocol {options.protocol} is for models that predict the next token of a text,"
-            f" which {options.base} doesn't; leave it out"
+            f"`protocol={options.protocol!r}` is for models that predict the next token of a text,"
+            f" which {options.base} doesn't",
+            hint="leave it out",
         )
     tokenizer, windows, seq_len = _cut_windows(options, task)
     if len(windows.windows) < processes:
@@ -105,7 +106,7 @@ def _cut_windows(options: EvaluationOptions, task: str) -> tuple[Any, Windows, i
     )
     if seq_len < 2:
         raise EvaluationError(
-            "--seq-len must be at least 2: a window's first token is not predicted"
+            "`seq_len` must be at least 2: a window's first token is not predicted"
         )
     windows = evaluation_windows(
         options.data, tokenizer, options.protocol, seq_len, options.max_tokens
@@ -126,12 +127,9 @@ def _require_sound(checkpoint: Checkpoint) -> list[str]:
         return []
     found, path = verify(checkpoint.path, as_stored=True), checkpoint.path
     if found.faults:
-        tensor, message = found.faults[0]
-        more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
-        where = f"{tensor} " if tensor else ""
         raise CheckpointError(
-            f"{path} has faults: {where}{message}{more}; `quantkit verify {shlex.quote(str(path))}`"
-            " lists them"
+            f"{path} has faults: {found.first_fault}",
+            hint=f"`quantkit.verify({str(path)!r})` lists them",
         )
     if found.unequal:
         tensor, message = found.unequal[0]
@@ -157,8 +155,8 @@ def _check_candidate(path: Path, base: Checkpoint, hardware: str | None) -> Chec
     ]
     if config is None and codes:
         raise CheckpointError(
-            f"{codes[0]} of {path} holds codes, but config.json has no quantization_config;"
-            f" `quantkit verify {shlex.quote(str(path))}` lists all faults"
+            f"{codes[0]} of {path} holds codes, but config.json has no quantization_config",
+            hint=f"`quantkit.verify({str(path)!r})` lists all faults",
         )
     if hardware is not None:
         for scheme in config.schemes if config else ():

@@ -78,6 +78,7 @@ def read_kv_scales(
     if needed - set(scales):
         raise CheckpointError(
             "the checkpoint has a kv_cache_scheme but layers without k_scale and v_scale: a server"
-            " would use the scale 1; export it again with --kv-cache fp8"
+            " would use the scale 1",
+            hint="export it again with `kv_cache='fp8'`",
         )
     return scales

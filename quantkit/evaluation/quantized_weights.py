@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -82,8 +81,8 @@ def _stored_linears(
         scheme = config.scheme_of(name)
         if scheme is None:
             raise CheckpointError(
-                f"{name} has quantized tensors but quantization_config ignores it; `quantkit verify"
-                f" {shlex.quote(str(checkpoint.path))}` lists all faults"
+                f"{name} has quantized tensors but quantization_config ignores it",
+                hint=f"`quantkit.verify({str(checkpoint.path)!r})` lists all faults",
             )
         path = found.target_of.get(f"{name}.weight", "").removesuffix(".weight")
         linears[name] = StoredLinear(
@@ -153,8 +152,8 @@ class QuantizedWeights:
             elif module not in self.linears:
                 if holds_codes(info.dtype):
                     raise CheckpointError(
-                        f"{name} holds codes, but {module}.weight_scale is missing; `quantkit"
-                        f" verify {shlex.quote(str(checkpoint.path))}` lists all faults"
+                        f"{name} holds codes, but {module}.weight_scale is missing",
+                        hint=f"`quantkit.verify({str(checkpoint.path)!r})` lists all faults",
                     )
                 self._others.append(name)
 
@@ -188,8 +187,9 @@ class QuantizedWeights:
             kernel, why_not = self._kernel_for(linear)
             if kernel is None:
                 raise EvaluationError(
-                    f"--exec kernel: {linear.name} of {self._checkpoint.path} has no kernel:"
-                    f" {why_not}; use --exec auto or reference"
+                    f"`exec='kernel'`: {linear.name} of {self._checkpoint.path} has no kernel:"
+                    f" {why_not}",
+                    hint="use `exec='auto'` or `exec='reference'`",
                 )
 
     def count_kernels(self, linears: Iterable[StoredLinear]) -> dict[str, int]:

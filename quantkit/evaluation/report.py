@@ -205,7 +205,7 @@ def evaluation_remarks(evaluation: Evaluation) -> list[str]:
     if evaluation.base.from_cache:
         remarks.append(
             f"{evaluation.base.path}: its hidden states and its tokens/s are from an earlier run;"
-            " --no-cache computes them again"
+            " `cache=False` computes them again"
         )
     for quant in evaluation.quants:
         remarks += _quant_remarks(evaluation, quant)
@@ -262,7 +262,7 @@ def _interval_remarks(evaluation: Evaluation, quant: QuantResult) -> list[str]:
             f"Student's t interval: {evaluation.windows} windows are too few for a bootstrap"
         )
     elif delta.method == "none":
-        remarks.append("one window gives no interval; give more text or a smaller --seq-len")
+        remarks.append("one window gives no interval; give more text or a smaller `seq_len`")
     if delta.smallest_resolvable:
         remarks.append(
             f"this much text resolves differences of about {delta.smallest_resolvable:.2f} %"

@@ -1,4 +1,4 @@
-"""The result of `eval`, as dataclasses. They are written as the JSON of `eval -o` and read back.
+"""The result of `eval`, as dataclasses. They are stored as JSON and read back.
 
 The names of fields are the keys of the JSON, in order. A field with a default may be missing in a
 file.
@@ -10,9 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantkit.checkpoint.units import counted, format_bytes
+from quantkit.errors import FaultsFound, Inconclusive
 from quantkit.evaluation import json_values
+from quantkit.evaluation.intervals import Difference
 from quantkit.evaluation.json_values import INLINE, OMIT_NONE
-from quantkit.evaluation.metrics import MetricValues, NoiseFloor, WindowSums
+from quantkit.evaluation.metrics import (
+    FLIPS,
+    KLD,
+    PERPLEXITY,
+    PPL_DELTA,
+    TOP1_AGREEMENT,
+    MetricValues,
+    NoiseFloor,
+    WindowSums,
+)
+from quantkit.evaluation.token_statistics import Divergence, Flips
 
 SCHEMA_VERSION = 1
 
@@ -170,6 +183,44 @@ class QuantResult:
     layers: tuple[LayerError, ...] = ()
     window_sums: WindowSums = field(metadata=INLINE)
 
+    @property
+    def perplexity(self) -> float:
+        """Per token, or per word with the protocol lmeval."""
+        return self.metrics[PERPLEXITY]
+
+    @property
+    def ppl_delta_pct(self) -> Difference:
+        """The change of perplexity compared with the base model: value, low and high of its 95 %
+        interval, in per cent.
+        """
+        return self.metrics[PPL_DELTA]
+
+    @property
+    def kld(self) -> Divergence:
+        """KL(base‖quant) over tokens, nats: mean, median, p90, p99, max."""
+        return self.metrics[KLD]
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens for which both models predict the same most likely token, 0 to 1."""
+        return self.metrics[TOP1_AGREEMENT]
+
+    @property
+    def flips(self) -> Flips:
+        """Tokens that only one of the two models predicts rightly, with McNemar's p."""
+        return self.metrics[FLIPS]
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return (
+            f"{self.path} ({self.scheme}): perplexity {self.perplexity:.3f},"
+            f" {self.ppl_delta_pct.text()}; KL {self.kld.mean:.4f} nats; same top-1"
+            f" {100 * self.top1_agreement:.1f} %; {format_bytes(self.bytes)}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<QuantResult {self}>"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
@@ -243,7 +294,54 @@ class Evaluation:
     remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """What `quantkit eval` writes as JSON; NaN and infinity are Python's."""
         return json_values.fields_to_json(self)
+
+    def to_markdown(self) -> str:
+        """A section for a model card."""
+        from quantkit.evaluation.report import evaluation_markdown
+
+        return evaluation_markdown(self)
+
+    def to_html(self) -> str:
+        """A self-contained page with plots. Raises EvaluationError if matplotlib is missing."""
+        from quantkit.evaluation.html import evaluation_html
+
+        return evaluation_html(self)
+
+    def require_gates(self, strict: bool = False) -> None:
+        """Raise FaultsFound if a gate failed.
+
+        strict: also raise Inconclusive if the text is too short to decide a gate.
+        """
+        failed = [gate for gate in self.gates if gate.result == "fail"]
+        undecided = [gate for gate in self.gates if gate.result == "inconclusive"]
+        if failed:
+            raise FaultsFound(
+                f"the gate {failed[0].expr} failed on {failed[0].path}: {failed[0].value:.4g}"
+            )
+        if undecided and strict:
+            more = undecided[0].more_tokens_needed
+            raise Inconclusive(
+                f"this text is too short to decide the gate {undecided[0].expr}",
+                f"about {more} more tokens would do" if more else "give more text",
+            )
+
+    def __str__(self) -> str:
+        """One line for each model."""
+        base = (
+            f"{self.base.path}: perplexity {self.base.perplexity:.3f} on {self.tokens_scored}"
+            f" tokens in {counted(self.windows, 'window')}; {format_bytes(self.base.bytes)}"
+        )
+        return "\n".join([base, *map(str, self.quants)])
+
+    def __repr__(self) -> str:
+        return f"<Evaluation\n{self}>"
+
+    def _repr_html_(self) -> str:
+        from quantkit.evaluation.html import evaluation_fragment
+
+        return evaluation_fragment(self)
 
     @classmethod
     def from_json(cls, content: Any) -> Evaluation:

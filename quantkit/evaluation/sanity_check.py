@@ -7,14 +7,16 @@ check names the layers with the largest error, and whether it is in their weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.checkpoint.units import counted
-from quantkit.data.sources import BUNDLED_EVALUATION
+from quantkit.data.sources import BUNDLED_EVALUATION, DataSource
 from quantkit.errors import NonFiniteError
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.json_values import to_json
@@ -78,18 +80,30 @@ class LayerDamage:
 class SanityCheck:
     """The outcome of the sanity check.
 
-    evaluation: the evaluation; None if the quantized model computes NaN or infinity.
-    problem: why the quantized model is ruined; "" if it isn't.
+    evaluation: the evaluation; None if the quantized model computes NaN or infinity, or wasn't run.
+    problem: why the quantized model is ruined, or why it wasn't run; "" if it is sound.
+    was_run: whether both models were run.
+    seconds: wall time.
     """
 
     evaluation: Evaluation | None
     problem: str
+    was_run: bool = True
+    seconds: float = 0.0
+
+    @classmethod
+    def not_run(cls, reason: str) -> SanityCheck:
+        """A check that couldn't be made."""
+        return cls(None, reason, was_run=False)
 
     @property
-    def is_sane(self) -> bool:
-        return not self.problem
+    def is_sane(self) -> bool | None:
+        """Whether the check passed; None if it wasn't run."""
+        return not self.problem if self.was_run else None
 
     def to_json(self) -> dict[str, Any]:
+        if not self.was_run:
+            return {"sane": None, "problem": self.problem}
         content: dict[str, Any] = {
             "sane": self.is_sane,
             "problem": self.problem,
@@ -110,8 +124,14 @@ class SanityCheck:
             | {"worst_layers": to_json(worst_outputs(quant.layers))}
         )
 
-    def sentence(self) -> str:
-        """The measured values, in one line."""
+    def __str__(self) -> str:
+        """The outcome and the measured values, in one line."""
+        if not self.was_run:
+            return f"sanity check not run: {self.problem}"
+        outcome = "passed" if self.is_sane else "failed"
+        return f"sanity check {outcome}: {self._values()}, {self.seconds:.1f} s"
+
+    def _values(self) -> str:
         if self.evaluation is None:
             return self.problem
         (quant,) = self.evaluation.quants
@@ -127,18 +147,20 @@ class SanityCheck:
 def check_sanity(
     base: Path,
     quantized: Path,
-    data: Sequence[str] = (),
+    data: Sequence[DataSource] = (),
     tokens: int = CHECK_TOKENS,
     hardware: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    on_progress: Callable[[str, float, float], None] = lambda name, done, total: None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
 ) -> SanityCheck:
     """Compare a quantized model with its base model on a few thousand tokens.
 
     data: text files or sources; the bundled evaluation text if empty.
     tokens: limit on tokens.
     hardware, device, trust_remote_code: as in `EvaluationOptions`.
+    progress, should_stop: as in `evaluate`.
 
     Raises the errors of `evaluate`, except that a quantized model with NaN or infinity is a problem
     in the result.
@@ -158,13 +180,15 @@ def check_sanity(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    started = time.monotonic()
     try:
-        evaluation = evaluate(options, on_progress)
+        evaluation = evaluate(options, progress, should_stop)
     except NonFiniteError as error:
         if error.path != str(quantized):
             raise
-        return SanityCheck(None, f"{error}")
-    return SanityCheck(evaluation, _problem(evaluation.quants[0]))
+        return SanityCheck(None, f"{error}", seconds=time.monotonic() - started)
+    problem = _problem(evaluation.quants[0])
+    return SanityCheck(evaluation, problem, seconds=time.monotonic() - started)
 
 
 def _problem(quant: QuantResult) -> str:
@@ -212,7 +236,7 @@ def _remedy(quant: QuantResult) -> str:
             "try FP8, which suffers less from outliers in inputs than INT8, or smoothquant, which"
             " moves them into weights"
         )
-    return "skip these layers with --ignore, or quantize their weights with gptq"
+    return "skip these layers with `ignore`, or quantize their weights with gptq"
 
 
 def _sources(evaluation: Evaluation) -> str:

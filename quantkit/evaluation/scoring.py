@@ -6,23 +6,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.run_control import Progress, silent
 from quantkit.data.windows import Window
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.final_hidden_states import FinalHiddenStates
 from quantkit.evaluation.logits import POSITIONS_PER_CHUNK, OutputHead, score, score_pair
 from quantkit.evaluation.token_scores import PairedScores, Scores, TokenScores, joined
 from quantkit.models.distributed import Ranks
-from quantkit.models.threads import each_batch
+from quantkit.models.threads import denormals_as_zero, each_batch
 
 Number = TypeVar("Number", int, float)
-# on_progress(model's name, steps done, steps in all)
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Scoring:
 
     ranks: the processes that share the windows.
     windows: this rank's windows, by number.
-    on_progress: called after each step.
+    progress: told after each step.
     step: positions that are scored at a time.
     """
 
     ranks: Ranks
     windows: Mapping[int, Window]
-    on_progress: Progress = lambda name, done, total: None
+    progress: Progress = silent
     step: int = POSITIONS_PER_CHUNK
 
     def base(self, base: ModelOutput) -> Scored[TokenScores]:
@@ -106,10 +106,10 @@ class Scoring:
 
         by_window: dict[int, list[Scores]] = {}
         found = each_batch(work, range(len(pieces)), device, torch.get_num_threads())
-        # `found` comes first, so that it runs to its end: only then are its threads gone.
-        for done, (scores, (number, _)) in enumerate(zip(found, pieces), 1):
-            by_window.setdefault(number, []).append(scores)
-            self.on_progress("logits", done, len(pieces))
+        with closing(found):
+            for done, (scores, (number, _)) in enumerate(zip(found, pieces), 1):
+                by_window.setdefault(number, []).append(scores)
+                self.progress("logits", done, len(pieces))
         shares = self.ranks.all_gather(
             {number: joined(parts) for number, parts in by_window.items()}
         )
@@ -124,15 +124,11 @@ class Scoring:
 
 def _finite(work: Callable[[], Scores], number: int) -> Scores:
     """work(); raises EvaluationError if a score of this window isn't finite."""
-    # Probabilities below 1e-38 don't matter, but denormal arithmetic is a hundred times slower.
-    torch.set_flush_denormal(True)
-    try:
+    with denormals_as_zero():  # probabilities below 1e-38 don't matter
         scores = work()
-    finally:
-        torch.set_flush_denormal(False)
     if scores.nonfinite:
         raise EvaluationError(
-            f"the logits of window {number + 1} are not finite, first after the output head;"
-            " `quantkit verify` checks the files"
+            f"the logits of window {number + 1} are not finite, first after the output head",
+            hint="`quantkit.verify` checks the files",
         )
     return scores

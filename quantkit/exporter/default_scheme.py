@@ -3,7 +3,7 @@ model, by the catalogue, the rules of runtimes and the model's shapes.
 
 Candidates are the schemes with a `default_rank`, which need no calibration. They are compared by:
 
-1. with --hardware: whether that runs the scheme natively
+1. if hardware is named: whether that runs the scheme natively
 2. Linears whose shapes the scheme fits
 3. number of runtimes that load the checkpoint
 4. number of kinds of hardware that run it
@@ -88,7 +88,7 @@ def default_scheme(
     """
     form = FORMATS[file_format]
     if form.only_scheme is not None:
-        return DefaultChoice(form.only_scheme, f"the one scheme that --format {form.name} holds")
+        return DefaultChoice(form.only_scheme, f"the one scheme that `format={form.name!r}` holds")
     if block_scales(checkpoint):
         return DefaultChoice(
             SCHEMES["fp8-block"], "the model is already in FP8 blocks, and their codes are copied"
@@ -117,7 +117,8 @@ def default_scheme(
         where = " on ".join(name for name in (runtime, hardware) if name)
         raise RecipeError(
             "no scheme without calibration is known to work for this"
-            f" model{f' with {where}' if where else ''}; name one with --scheme"
+            f" model{f' with {where}' if where else ''}",
+            hint="name one with `recipe`",
         )
     # Of equal schemes, max returns the first, which has the lowest rank.
     best = max(fitting, key=lambda support: support.key(hardware))

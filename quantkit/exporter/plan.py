@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.files import sha256_file
 from quantkit.checkpoint.finished_output import CALIBRATION_FILE
 from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS, KV_SUFFIXES, Format
@@ -66,7 +66,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What happens to one parameter: a row of `export --dry-run`.
+    """What happens to one parameter: a row of the plan.
 
     name: name of the tensor.
     status: "quantized"; "left" if it is skipped; "unreached" if it should be quantized but can't
@@ -102,7 +102,7 @@ class ExportPlan:
     options: the user's options.
     checkpoint: the model, with each weight as [out_features, in_features] (`linear_views`).
     calibration: the opened calibration, or None.
-    fingerprint: everything that the output's bytes depend on, by name, for `--resume`.
+    fingerprint: everything that the output's bytes depend on, by name, to resume.
     parameters: what happens to each parameter.
     linears: module name → quantized Linear.
     skipped: names of the skipped Linears, including a tied lm_head, and patterns for experts.
@@ -167,7 +167,7 @@ class ExportPlan:
         return alone | fused
 
     def to_json(self) -> dict[str, Any]:
-        """What `export --dry-run --json` prints."""
+        """The plan as JSON."""
         return {
             "parameters": [row.to_json() for row in self.parameters],
             "bytes_before": self.bytes_before,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError
 from quantkit.models.assignment import QuantizedLinearInfo
@@ -46,7 +45,8 @@ def open_calibration(
     if recipe.kv_cache and not calibration.kv_amax:
         raise CalibrationError(
             f"{calibration.path} has no statistics of keys and values; this model has no ordinary"
-            " KV cache, so leave out --kv-cache"
+            " KV cache",
+            hint="leave out `kv_cache`",
         )
     return calibration
 
@@ -61,8 +61,11 @@ def _require_no_calibration(
     if recipe.quantizes_weights:
         names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
         raise CalibrationError(
-            f"{names} need data to quantize weights; first: quantkit calibrate"
-            f" {shlex.quote(str(model))} -o CALIB --recipe RECIPE, then pass --calibration CALIB"
+            f"{names} need data to quantize weights",
+            hint=(
+                f"first `quantkit.calibrate({str(model)!r}, output='CALIB', recipe='RECIPE')`, then"
+                " pass `calibration='CALIB'`"
+            ),
         )
     if static or recipe.kv_cache:
         what = (
@@ -71,8 +74,11 @@ def _require_no_calibration(
             else "an FP8 KV cache has scales, which"
         )
         raise CalibrationError(
-            f"{what} have to be measured; first: quantkit calibrate"
-            f" {shlex.quote(str(model))} -o CALIB, then pass --calibration CALIB"
+            f"{what} have to be measured",
+            hint=(
+                f"first `quantkit.calibrate({str(model)!r}, output='CALIB')`, then pass"
+                " `calibration='CALIB'`"
+            ),
         )
 
 
@@ -81,8 +87,8 @@ def _require_statistics(calibration: Calibration, linear: QuantizedLinearInfo) -
     statistics = calibration.inputs.get(linear.name)
     if statistics is None or not (statistics.tokens or statistics.amax):
         raise CalibrationError(
-            f"{calibration.path} has no statistics of {linear.name}'s input; skip it with"
-            " --ignore, or give it a dynamic scheme"
+            f"{calibration.path} has no statistics of {linear.name}'s input",
+            hint="skip it with `ignore`, or give it a dynamic scheme",
         )
     if statistics.in_features != linear.shape[1]:
         raise CalibrationError(

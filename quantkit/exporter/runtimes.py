@@ -136,7 +136,7 @@ def no_mamba_mixers_in_vllm(deployment: Deployment) -> Iterator[str]:
     if mixers:
         yield (
             f"vllm has no quantized Mamba 1 mixers ({mixers[0].rpartition('.')[0]} and others);"
-            " skip them with --ignore"
+            " skip them with `ignore`"
         )
 
 
@@ -256,11 +256,11 @@ def not_found_by_transformers(checkpoint: Checkpoint, linears: Iterable[str]) ->
         return ""
     return (
         f"transformers expects these experts as a stack and would give them random weights"
-        f" ({dropped[0]} and {len(dropped) - 1} more); skip them with --ignore"
+        f" ({dropped[0]} and {len(dropped) - 1} more); skip them with `ignore`"
     )
 
 
-# Problems are reported in this order. `export --runtime` reports only the first.
+# Problems are reported in this order. An export for a runtime reports only the first.
 RULES: list[Rule] = [
     scheme_is_loaded,
     no_transposed_weights,
@@ -295,5 +295,6 @@ def as_computed(scheme: QuantScheme, hardware: str | None) -> QuantScheme:
     if mode == WEIGHTS:
         return replace(scheme, input=None)
     raise RuntimeLimitError(
-        f"{hardware} can't run {scheme.name}: {mode}; choose another --hardware or leave it out"
+        f"{hardware} can't run {scheme.name}: {mode}",
+        hint="choose another `hardware` or leave it out",
     )

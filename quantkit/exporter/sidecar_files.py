@@ -87,7 +87,7 @@ def copy_others(partial: Path, plan: ExportPlan, others: Sequence[Path]) -> None
 
 def write_manifest(output: OutputDirectory, plan: ExportPlan) -> None:
     """Write the manifest: hashes of the output's files, and what they were made from. `verify`
-    reads it, and `--resume` recognizes a finished output by it.
+    reads it, and a resumed run recognizes a finished output by it.
     """
     files = {name: entry for name, entry in output.done.items() if name.endswith(".safetensors")}
     for path in sorted(output.partial.rglob("*")):

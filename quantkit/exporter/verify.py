@@ -7,7 +7,8 @@ different scales in fused layers. A runtime that can't load a sound checkpoint i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -25,10 +26,11 @@ from quantkit.checkpoint.formats import (
 )
 from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.checkpoint.stream import block_scales
 from quantkit.errors import CheckpointError
 from quantkit.exporter.runtimes import runtime_problems
-from quantkit.exporter.verification import QuantizedLinears, Verification
+from quantkit.exporter.verification import Fault, Findings, QuantizedLinears, Verification
 from quantkit.exporter.verify_values import check_values
 from quantkit.models.assignment import FLOATS, QuantizedLinearInfo
 from quantkit.models.linear_views import as_linear_views
@@ -42,7 +44,8 @@ def verify(
     path: Path,
     base: Path | None = None,
     runtime: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = never,
     as_stored: bool = False,
 ) -> Verification:
     """Check a checkpoint, quantized or not.
@@ -50,22 +53,25 @@ def verify(
     path: directory of the checkpoint.
     base: directory of the model that it was made from, to compare with.
     runtime: the runtime that must load it; None warns of each that can't.
-    on_progress: called with the tensors that are done, and all tensors.
+    progress: told of the tensors that are done, and all tensors.
+    should_stop: asked after each tensor.
     as_stored: check only whether it can be run as it is stored. Files that were changed after the
         export, and fused layers with different scales, are no faults then.
 
-    Raises CheckpointError if there is no checkpoint at `path`, or `base` can't be compared with it.
+    Raises CheckpointError if there is no checkpoint at `path`, or `base` can't be compared with it,
+    and Interrupted if it was stopped.
     """
+    started = time.monotonic()
     try:
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
         if not (path / "config.json").is_file():
             raise  # this is no checkpoint at all
-        return Verification(path, faults=[("", f"can't be opened: {error}")])
+        return Verification(path, faults=(Fault("", f"can't be opened: {error}"),))
     tensors = linears_of(checkpoint)
     checkpoint, base_checkpoint = tensors.checkpoint, _open_base(base)
     config = read_quantization_config(checkpoint.config)
-    found = Verification(path, tensors=len(checkpoint.tensors), changed=changed_tensors(path))
+    found = Findings(path, tensors=len(checkpoint.tensors), changed=changed_tensors(path))
     stored = stored_linears(checkpoint.tensors)
     linears: QuantizedLinears = {}
     if config is None:
@@ -74,12 +80,12 @@ def verify(
         linears = _check_linears(found, checkpoint, config, stored)
         found.skipped = _check_skipped(found, tensors, config, stored)
         stored_config = checkpoint.config["quantization_config"]
-        found.faults += config.file_format.config_faults(stored_config)
+        found.faults += [Fault(*fault) for fault in config.file_format.config_faults(stored_config)]
     found.quantized = len(linears)
     if base_checkpoint is not None:
         _check_config_against_base(found, checkpoint, base_checkpoint)
         _check_names_against_base(found, checkpoint, base_checkpoint, stored)
-    check_values(found, checkpoint, base_checkpoint, config, stored, linears, on_progress)
+    check_values(found, checkpoint, base_checkpoint, config, stored, linears, progress, should_stop)
     if not as_stored:
         _check_manifest(found, checkpoint)
     if config and config.kv_cache:
@@ -89,7 +95,7 @@ def verify(
     if not as_stored:
         found.faults += found.unequal
     _check_runtimes(found, checkpoint, config, linears, runtime)
-    return found
+    return found.result(time.monotonic() - started)
 
 
 def _open_base(base: Path | None) -> Checkpoint | None:
@@ -103,7 +109,7 @@ def _open_base(base: Path | None) -> Checkpoint | None:
     return checkpoint
 
 
-def _check_unquantized(found: Verification, stored: Mapping[str, list[str]]) -> None:
+def _check_unquantized(found: Findings, stored: Mapping[str, list[str]]) -> None:
     for module in stored:
         found.fault(
             module,
@@ -115,7 +121,7 @@ def _check_unquantized(found: Verification, stored: Mapping[str, list[str]]) -> 
 
 
 def _check_linears(
-    found: Verification,
+    found: Findings,
     checkpoint: Checkpoint,
     config: QuantizationConfig,
     stored: Mapping[str, list[str]],
@@ -143,7 +149,7 @@ def _check_linears(
         for suffix in config.file_format.unexpected(scheme, shape, suffixes):
             found.fault(f"{module}.{suffix}", f"is not a tensor of {scheme.name}")
         faults = config.file_format.tensor_faults(module, scheme, shape, headers)
-        found.faults += faults
+        found.faults += [Fault(*fault) for fault in faults]
         if not faults:
             linears[module] = (scheme, (shape[0], shape[1]))
     return linears
@@ -154,7 +160,7 @@ def _read_tensor(checkpoint: Checkpoint, module: str, suffix: str) -> Tensor:
 
 
 def _check_skipped(
-    found: Verification,
+    found: Findings,
     tensors: ModelTensors,
     config: QuantizationConfig,
     stored: Mapping[str, list[str]],
@@ -190,7 +196,7 @@ def _check_skipped(
 
 
 def _check_runtimes(
-    found: Verification,
+    found: Findings,
     checkpoint: Checkpoint,
     config: QuantizationConfig | None,
     linears: QuantizedLinears,
@@ -215,7 +221,7 @@ def _is_transposed(checkpoint: Checkpoint, module: str) -> bool:
     return weight is not None and not weight.is_dense
 
 
-def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
+def _check_manifest(found: Findings, checkpoint: Checkpoint) -> None:
     """Check the hashes of the files that quantkit wrote. A changed shard is a fault; a changed
     config, tokenizer or model card is only a warning.
     """
@@ -254,7 +260,7 @@ def _check_manifest(found: Verification, checkpoint: Checkpoint) -> None:
             found.warnings.append(f"{name} {message}")
 
 
-def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
+def _check_kv_scales(found: Findings, checkpoint: Checkpoint) -> None:
     """Check that each attention module has the scales of an FP8 KV cache."""
     by_suffix: dict[str, set[str]] = {suffix: set() for suffix in KV_SUFFIXES}
     for name in checkpoint.tensors:
@@ -277,10 +283,7 @@ def _check_kv_scales(found: Verification, checkpoint: Checkpoint) -> None:
 
 
 def _check_fused_layers(
-    found: Verification,
-    checkpoint: Checkpoint,
-    config: QuantizationConfig,
-    linears: QuantizedLinears,
+    found: Findings, checkpoint: Checkpoint, config: QuantizationConfig, linears: QuantizedLinears
 ) -> None:
     """Check that Linears that a runtime merges have the same per-tensor scales."""
     for members in fused_layers(linears):
@@ -298,16 +301,14 @@ def _check_fused_layers(
             if len(set(scales)) > 1:
                 names = ", ".join(member.rpartition(".")[2] for member in members)
                 found.unequal.append(
-                    (
+                    Fault(
                         f"{members[0]}.{suffix}",
                         f"differs among {names}, which runtimes merge under one scale",
                     )
                 )
 
 
-def _check_config_against_base(
-    found: Verification, checkpoint: Checkpoint, base: Checkpoint
-) -> None:
+def _check_config_against_base(found: Findings, checkpoint: Checkpoint, base: Checkpoint) -> None:
     """Compare the config with the base's. Keys that determine shapes must be equal; other
     differences are warnings.
     """
@@ -348,7 +349,7 @@ def _check_config_against_base(
 
 
 def _check_names_against_base(
-    found: Verification, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]
+    found: Findings, checkpoint: Checkpoint, base: Checkpoint, stored: Mapping[str, list[str]]
 ) -> None:
     """Check that the checkpoint has all tensors of the base, quantized or not, and no others."""
     base_scales = {scale.rpartition(".")[2] for scale in block_scales(base).values()}

@@ -4,8 +4,8 @@ and compares each tensor with the base model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,10 @@ from quantkit import ops
 from quantkit.checkpoint.files import cores
 from quantkit.checkpoint.formats import KV_SUFFIXES, QuantizationConfig, weight_scale_suffixes
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.run_control import Progress, ShouldStop, stop_if_asked
 from quantkit.checkpoint.stream import WeightStream
-from quantkit.exporter.verification import QuantizedLinears, Verification
+from quantkit.exporter.verification import Findings, QuantizedLinears
+from quantkit.models.threads import pool_of_single_threads
 from quantkit.ops.packing import decode_scales
 from quantkit.ops.reference import QuantizedTensor, power_ratio_db_of_floats
 from quantkit.schemes.number_formats import holds_codes
@@ -36,13 +38,14 @@ _OTHER_SCALES = {
 
 
 def check_values(
-    found: Verification,
+    found: Findings,
     checkpoint: Checkpoint,
     base: Checkpoint | None,
     config: QuantizationConfig | None,
     stored: Mapping[str, list[str]],
     linears: QuantizedLinears,
-    on_progress: Callable[[int, int], None],
+    progress: Progress,
+    should_stop: ShouldStop,
 ) -> None:
     """Check the values of all tensors, and add what is found to `found`.
 
@@ -50,7 +53,8 @@ def check_values(
     config: the checkpoint's quantization config, or None.
     stored: module with quantized tensors → suffixes of its tensors.
     linears: the quantized Linears whose tensors are complete.
-    on_progress: called with the tensors that are done, and all tensors.
+    progress: told of the tensors that are done, and all tensors.
+    should_stop: asked after each tensor; Interrupted is raised if it says so.
 
     Each thread, one for each core, has a few rows in memory.
     """
@@ -62,23 +66,19 @@ def check_values(
         stored,
         linears,
     )
-    threads_before = torch.get_num_threads()
+    units = [[f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()]
+    units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
     done = 0
-    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        units = [
-            [f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()
-        ]
-        units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
+    with pool_of_single_threads(cores()) as pool:
         futures = {pool.submit(reader.check, unit): unit for unit in units}
-        try:
-            for future in as_completed(futures):
-                for tensor, message in future.result():
-                    found.fault(tensor, message)
-                done += len(futures[future])
-                on_progress(done, found.tensors)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads_before)
+        for future in as_completed(futures):
+            for tensor, message in future.result():
+                found.fault(tensor, message)
+            done += len(futures[future])
+            progress("tensors", done, found.tensors)
+            stop_if_asked(
+                should_stop, f"with {done} of {found.tensors} tensors read", can_resume=False
+            )
     # Sorted, because threads finish in any order.
     order = {name: number for number, name in enumerate(checkpoint.tensors)}
     found.faults.sort(key=lambda fault: order.get(fault[0], -1))
@@ -102,7 +102,7 @@ class _ValueReader:
     differing: tensors that aren't quantized and differ a little from the base's; filled here.
     """
 
-    found: Verification
+    found: Findings
     stream: WeightStream
     base: WeightStream | None
     config: QuantizationConfig | None

@@ -13,8 +13,9 @@ Each thread needs a few megabytes of memory, whatever the size of the model.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,79 +23,38 @@ import torch
 
 from quantkit.checkpoint.files import cores
 from quantkit.checkpoint.finished_output import finished_already
-from quantkit.checkpoint.interrupts import stop_between_steps
 from quantkit.checkpoint.output_checks import check_disk_space, check_output
 from quantkit.checkpoint.output_dir import OutputDirectory
+from quantkit.checkpoint.run_control import RESUME_HINT, Progress, ShouldStop, never, silent
 from quantkit.checkpoint.shard_plan import TensorPlan, plan_shards, shard_names
 from quantkit.checkpoint.stream import WeightStream
 from quantkit.checkpoint.writer import ShardWriter, tensor_bytes
-from quantkit.errors import CheckpointError, OutputError
+from quantkit.errors import CheckpointError, Interrupted, OutputError
 from quantkit.exporter.plan import ExportPlan, file_times
+from quantkit.exporter.result import ExportResult
 from quantkit.exporter.sidecar_files import copy_others, write_config, write_index, write_manifest
 from quantkit.exporter.tensor_maker import Job, TensorMaker, plan_jobs
-
-
-@dataclass(frozen=True)
-class ExportSummary:
-    """The result of an export.
-
-    path: output directory.
-    quantized: number of quantized Linears.
-    skipped: number of entries in the config's `ignore`: skipped Linears, and patterns for experts.
-    bytes_before: size of the model's tensors.
-    bytes_after: size of the output's tensors.
-    warnings: one sentence each.
-    was_finished: whether an earlier run had finished the output, so that nothing was written.
-    """
-
-    path: Path
-    quantized: int
-    skipped: int
-    bytes_before: int
-    bytes_after: int
-    warnings: tuple[str, ...]
-    was_finished: bool = False
-
-    @classmethod
-    def of(cls, plan: ExportPlan) -> ExportSummary:
-        quantized = sum(row.status == "quantized" for row in plan.parameters)
-        return cls(
-            plan.options.output,
-            quantized,
-            len(plan.skipped),
-            plan.bytes_before,
-            plan.bytes_after,
-            plan.warnings,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": str(self.path),
-            "quantized": self.quantized,
-            "left": self.skipped,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "warnings": list(self.warnings),
-        }
+from quantkit.models.threads import one_thread
 
 
 def export(
-    plan: ExportPlan, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> ExportSummary:
+    plan: ExportPlan, progress: Progress = silent, should_stop: ShouldStop = never
+) -> ExportResult:
     """Write a planned checkpoint.
 
-    on_progress: called with the bytes read and the bytes to read, in this thread, several times a
-        second.
+    progress: told of the bytes read and the bytes to read, in this thread, several times a second.
+    should_stop: asked as often.
 
     Raises:
         OutputError: the output can't be written.
         CheckpointError: a weight has NaN or infinity, or the model changed during the export.
-        Interrupted: a signal stopped the export.
+        Interrupted: the export was stopped; finished shards are kept.
     """
     options, checkpoint = plan.options, plan.checkpoint
-    summary = ExportSummary.of(plan)
+    started = time.monotonic()
+    result = replace(ExportResult.of(plan), is_dry_run=False)
     if options.resume and finished_already(options.output, plan.fingerprint, options.overwrite):
-        return replace(summary, was_finished=True)
+        return replace(result, was_finished=True)
     check_output(options.output, overwrite=options.overwrite, reads=_inputs(plan))
     others = checkpoint.other_files()
     jobs = plan_jobs(plan)
@@ -110,7 +70,9 @@ def export(
     )
     finished = output.finished(names)
     try:
-        _Run(plan, output, _Run.by_shard(jobs, names, shards), finished).run(on_progress)
+        run = _Run(plan, output, _Run.by_shard(jobs, names, shards), finished)
+        with one_thread():  # tensors are processed in parallel
+            run.run(progress, should_stop)
         _require_unchanged(plan)
         if checkpoint.source is not None:
             checkpoint.source.clean()
@@ -123,11 +85,11 @@ def export(
         raise
     except OSError as error:
         raise OutputError(
-            f"can't finish writing {output.partial}: {error.strerror}; finished shards are kept:"
-            " fix that and continue with --resume"
+            f"can't finish writing {output.partial}: {error.strerror}; finished shards are kept",
+            hint="fix that and continue with `resume=True`",
         ) from None
     output.commit()
-    return summary
+    return replace(result, seconds=time.monotonic() - started)
 
 
 def _require_unchanged(plan: ExportPlan) -> None:
@@ -184,37 +146,36 @@ class _Run:
         self._recorded = 0
         self._error: BaseException | None = None
 
-    def run(self, on_progress: Callable[[int, int], None]) -> None:
-        """Run all jobs. Raises the first error of a thread, or Interrupted on a signal."""
+    def run(self, progress: Progress, should_stop: ShouldStop) -> None:
+        """Run all jobs. Raises the first error of a thread, or Interrupted if it was stopped."""
         for jobs in self._todo.values():
             for job in jobs:
                 self._stream.expect(self._maker.touched(job))
-        threads_before = torch.get_num_threads()
         makers = [
             threading.Thread(target=self._guarded, args=(self._make,), name=f"maker {number}")
             for number in range(cores())
         ]
         try:
-            with stop_between_steps() as stop:
-                for maker in makers:
-                    maker.start()
-                while alive := [
-                    thread for thread in (*makers, *self._followers) if thread.is_alive()
-                ]:
-                    if stop.signal_name:
-                        self._stopping.set()
-                    on_progress(self._read, self._plan.bytes_before)
-                    alive[0].join(0.05)
-                    if self._stopping.is_set() and not any(maker.is_alive() for maker in makers):
-                        self._abandon_incomplete()
-                if self._error is not None:
-                    raise self._error
-                if self._recorded < len(self._todo):
-                    stop.check("between two tensors; finished shards are kept")
-                on_progress(self._read, self._plan.bytes_before)
+            for maker in makers:
+                maker.start()
+            while alive := [thread for thread in (*makers, *self._followers) if thread.is_alive()]:
+                if should_stop():
+                    self._stopping.set()
+                progress("tensors", self._read, self._plan.bytes_before)
+                alive[0].join(0.05)
+                if self._stopping.is_set() and not any(maker.is_alive() for maker in makers):
+                    self._abandon_incomplete()
+            if self._error is not None:
+                raise self._error
+            if self._recorded < len(self._todo):
+                raise Interrupted(
+                    f"stopped with {self._recorded} of {len(self._todo)} shards written",
+                    hint=RESUME_HINT,
+                )
+            progress("tensors", self._read, self._plan.bytes_before)
         finally:
-            # A second signal may have ended the loop above while threads still run: no follower may
-            # wait for tensors that no maker will write, and no maker may use a closed shard.
+            # KeyboardInterrupt may have ended the loop above while threads still run: no follower
+            # may wait for tensors that no maker will write, and no maker may use a closed shard.
             self._stopping.set()
             with self._lock:
                 for writer in self._writers.values():
@@ -222,7 +183,6 @@ class _Run:
             for thread in (*makers, *self._followers):
                 if thread.ident is not None:
                     thread.join()
-            torch.set_num_threads(threads_before)
             self._stream.close()
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -246,7 +206,7 @@ class _Run:
     # ---- Makers.
 
     def _make(self) -> None:
-        torch.set_num_threads(1)  # in this thread, because tensors are processed in parallel
+        torch.set_num_threads(1)  # in this thread too
         while not self._stopping.is_set():
             with self._lock:
                 shard_and_job = next(self._jobs, None)

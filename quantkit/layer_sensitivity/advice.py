@@ -110,12 +110,12 @@ def _pareto_line(scores: GroupScores, to: str) -> ParetoLine:
 
 
 def read_earlier_result(path: Path, checkpoint: Checkpoint) -> Sensitivity:
-    """The result that an earlier run wrote with -o.
+    """The result that an earlier run wrote.
 
     Raises EvaluationError for another file, NotComparableError for the result of another model.
     """
     other = EvaluationError(
-        f"{path} is not a result of `quantkit sensitivity -o`; give one, or leave out --from"
+        f"{path} is not a result that sensitivity has written", hint="give one, or run it again"
     )
     try:
         content = read_json(path, "")
@@ -126,8 +126,8 @@ def read_earlier_result(path: Path, checkpoint: Checkpoint) -> Sensitivity:
         raise other
     if version != SCHEMA_VERSION:
         raise EvaluationError(
-            f"{path} has format {version}, but this quantkit reads {SCHEMA_VERSION}; run"
-            " sensitivity again, or leave out --from"
+            f"{path} has format {version}, but this quantkit reads {SCHEMA_VERSION}",
+            hint="run sensitivity again",
         )
     try:
         result = Sensitivity.from_json(content)
@@ -150,7 +150,8 @@ def solve_again(
     )
     if unknown is not None:
         raise EvaluationError(
-            f"{unknown} was not scored as an alternative; run again with --alternative {unknown}"
+            f"{unknown} was not scored as an alternative",
+            hint=f"run again with `alternatives={[unknown]}`",
         )
     allowed = named or result.alternatives
     return replace(result, solution=solve(result.scores, max_size, max_kld, allowed))
@@ -177,8 +178,8 @@ def solve(
         None if max_kld is None else max_kld - floor,
     )
     if found is None:
-        asked = [f"--max-size {max_size} ({limit} bytes)"] if limit is not None else []
-        asked += [f"--max-kld {max_kld:g}"] if max_kld is not None else []
+        asked = [f"`max_size={max_size!r}` ({limit} bytes)"] if limit is not None else []
+        asked += [f"`max_kld={max_kld:g}`"] if max_kld is not None else []
         smallest = sum(min(item.sizes) for item in items) + fixed
         best = min(
             sum(min(item.costs) for item in items) + floor,
@@ -186,7 +187,8 @@ def solve(
         )
         raise EvaluationError(
             f"no choice meets {' and '.join(asked)}: the smallest is {smallest} bytes, and the"
-            f" lowest predicted KL is {best:.2g}; raise the limit, or add an --alternative"
+            f" lowest predicted KL is {best:.2g}",
+            hint="raise the limit, or allow more `alternatives`",
         )
     choices = tuple(item.names[number] for item, number in zip(items, found))
     return Solution(

@@ -215,7 +215,7 @@ def recovered_weight(original: Tensor, values: Tensor, name: str = "the weight")
     if float(sqnr_db(found, values)) < LEAST_RECOVERED_DB:
         raise EvaluationError(
             f"the calibration's codes of {name} are not those of the model's weight with scaled"
-            " rows and columns, so layer groups can't be scored one by one; calibrate again, or"
-            " leave out --calibration to score rounding to nearest"
+            " rows and columns, so layer groups can't be scored one by one",
+            hint="calibrate again, or leave out `calibration` to score rounding to nearest",
         )
     return found

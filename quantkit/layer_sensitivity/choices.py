@@ -83,13 +83,14 @@ def open_choices(options: SensitivityOptions) -> tuple[Choices, list[str]]:
     if recipe.quantizes_weights and options.calibration is None:
         names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
         remarks.append(
-            f"the weights are rounded to nearest, not quantized by {names}; give --calibration"
-            " CALIB to score the weights that it holds"
+            f"the weights are rounded to nearest, not quantized by {names}; give"
+            " `calibration='CALIB'` to score the weights that it holds"
         )
         recipe = replace(recipe, algorithms=())
     if recipe.kv_cache:
         remarks.append(
-            "the KV cache is not quantized while layer groups are scored; --recipe-out includes it"
+            "the KV cache is not quantized while layer groups are scored; the recipe for a budget"
+            " includes it"
         )
 
     def planned(recipe: Recipe, calibration: Path | None) -> ExportPlan:

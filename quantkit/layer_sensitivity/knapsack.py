@@ -52,8 +52,9 @@ def parse_size(text: str, whole: int, quantized: int) -> int:
         return parse_bytes(text)
     except QuantkitError:
         raise EvaluationError(
-            f"--max-size '{text}' is not understood; write for example 150MB, 65% (of the model's"
-            " size) or +5% (more than with all layer groups quantized)"
+            f"`max_size={text!r}` is not understood",
+            hint="write for example 150MB, 65% (of the model's size) or +5% (more than with all"
+            " layer groups quantized)",
         ) from None
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from quantkit.checkpoint.run_control import Progress
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.intervals import paired_interval, perplexity_change_pct
 from quantkit.evaluation.logits import POSITIONS_PER_CHUNK, OutputHead, score_variants
@@ -28,13 +30,11 @@ from quantkit.layer_sensitivity.scoring_text import ScoringText
 from quantkit.layer_sensitivity.streams import Variant, count_block_runs
 from quantkit.layer_sensitivity.variants import VariantStates, run_variants
 from quantkit.models.distributed import Ranks
-from quantkit.models.threads import each_batch
+from quantkit.models.threads import denormals_as_zero, each_batch
 
 VARIANTS_AT_ONCE = 16  # that one thread scores together
 
 Label = TypeVar("Label")
-# on_progress(what, done, total)
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class VariantScorer:
     text: ScoringText
     ranks: Ranks
     resume_state: ResumeState
-    on_progress: Progress
+    progress: Progress
     block_runs: int = 0
     block_runs_without_sharing: int = 0
 
@@ -118,6 +118,7 @@ class VariantScorer:
         def after_block(number: int) -> None:
             if sqnr is not None:
                 self.resume_state.record_layers(ComparedLayers(number + 1, sqnr.by_place()))
+            self.resume_state.stop_where_nothing_is_saved(number, blocks.block_count)
 
         states = run_variants(
             blocks,
@@ -129,7 +130,7 @@ class VariantScorer:
             saved=self.resume_state.saved_states(walk, self.text.task),
             before_block=before_block,
             after_block=after_block,
-            on_progress=lambda done, total: self.on_progress(name, done, total),
+            on_progress=lambda done, total: self.progress(name, done, total),
         )
         try:
             head = OutputHead.of(blocks.model, True)
@@ -163,7 +164,7 @@ class VariantScorer:
             done = min(start + each, len(windows))
             found = self._scores_of(head, states, mine, variants)
             scores |= self.resume_state.add(walk, found, of - len(windows) + done, of)
-            self.on_progress("logits", done, len(windows))
+            self.progress("logits", done, len(windows))
         return scores
 
     def _scores_of(
@@ -188,27 +189,23 @@ class VariantScorer:
                 self.text.scored(states.get(variant, number), number)[part].to(device)
                 for variant in (0, *batch)
             )
-            # Numbers below 1e-38 are negligible, and slow arithmetic down a hundredfold.
-            torch.set_flush_denormal(True)
-            try:
+            with denormals_as_zero():  # probabilities below 1e-38 don't matter
                 return score_variants(
                     head, base, self.text.targets(number)[part].to(device), hidden
                 )
-            finally:
-                torch.set_flush_denormal(False)
 
         scores = {number: WindowScores([0.0] * variants, [0.0] * variants) for number in windows}
-        for index, found in enumerate(
-            each_batch(work, range(len(pieces)), device, torch.get_num_threads())
-        ):
-            number, _, batch = pieces[index]
-            for variant, (kld, losses) in zip(batch, found):
-                scores[number].kld[variant] += float(kld.sum(dtype=np.float64))
-                scores[number].losses[variant] += float(losses.sum(dtype=np.float64))
+        results = each_batch(work, range(len(pieces)), device, torch.get_num_threads())
+        with closing(results):
+            for index, found in enumerate(results):
+                number, _, batch = pieces[index]
+                for variant, (kld, losses) in zip(batch, found):
+                    scores[number].kld[variant] += float(kld.sum(dtype=np.float64))
+                    scores[number].losses[variant] += float(losses.sum(dtype=np.float64))
         if not all(np.isfinite([each.kld, each.losses]).all() for each in scores.values()):
             raise EvaluationError(
-                f"{self.options.model} gives logits that are not finite on this text; `quantkit"
-                " verify` tells whether its files are damaged"
+                f"{self.options.model} gives logits that are not finite on this text",
+                hint=f"`quantkit.verify({str(self.options.model)!r})` checks its files",
             )
         return scores
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.data.sources import DataSource
 from quantkit.schemes.recipe import Recipe
 
 KEEP = "keep"  # the choice of keeping a layer group in its stored dtype
@@ -33,7 +34,7 @@ class SensitivityOptions:
     recipe: Recipe
     alternatives: tuple[str, ...] = (KEEP,)
     calibration: Path | None = None
-    data: tuple[str, ...] = ()
+    data: tuple[DataSource, ...] = ()
     max_tokens: int = 2048
     seq_len: int | None = None
     max_size: str | None = None

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from quantkit.checkpoint.files import blake3_file, write_json
 from quantkit.checkpoint.finished_output import require_same_fingerprint, resolved_output
-from quantkit.checkpoint.interrupts import StopRequest
 from quantkit.checkpoint.model_files import read_json
 from quantkit.checkpoint.output_checks import check_disk_space
 from quantkit.checkpoint.output_dir import WorkDirectory
+from quantkit.checkpoint.run_control import ShouldStop, stop_if_asked
 from quantkit.errors import CheckpointError, OutputError, RecipeError
 from quantkit.evaluation.json_values import from_json, to_json
 from quantkit.layer_sensitivity.result import LinearSqnr, Sensitivity
@@ -56,12 +56,13 @@ class ComparedLayers:
 class ResumeState:
     """The directory of the resume state. It is None where nothing is stored.
 
+    should_stop: asked after each block, and after each round of scored windows.
     work: the directory, on rank 0.
     partial: its path, on all ranks.
     """
 
     ranks: Ranks
-    stop: StopRequest
+    should_stop: ShouldStop
     work: WorkDirectory | None = None
     partial: Path | None = None
 
@@ -69,7 +70,7 @@ class ResumeState:
     def open(
         cls,
         ranks: Ranks,
-        stop: StopRequest,
+        should_stop: ShouldStop,
         output: Path | None,
         fingerprint: Mapping[str, str],
         resume: bool,
@@ -80,11 +81,11 @@ class ResumeState:
         Raises OutputError if the resume state of other work is stored there.
         """
         if output is None:
-            return cls(ranks, stop)
+            return cls(ranks, should_stop)
         partial, work = partial_of(output), None
         if ranks.is_first:
             work = WorkDirectory(partial, fingerprint, resume=resume, overwrite=overwrite)
-        return cls(ranks, stop, work, partial)
+        return cls(ranks, should_stop, work, partial)
 
     def require_room(self, nbytes: int) -> None:
         """Raises OutputError if the disk can't hold the resume state.
@@ -119,7 +120,7 @@ class ResumeState:
         """Store the scores that all ranks found, and return them.
 
         done: windows that have scores now. of: windows in all.
-        Raises Interrupted (exit 75) if a signal has come.
+        Raises Interrupted if the run should stop.
         """
         shares = self.ranks.all_gather(dict(found))
         merged = {window: share[window] for share in shares for window in share}
@@ -129,11 +130,12 @@ class ResumeState:
             sums = {window: [scores.kld, scores.losses] for window, scores in merged.items()}
             write_json(path, {str(window): sums[window] for window in sorted(sums)})
             self.work.record(name, {"bytes": path.stat().st_size, "blake3": blake3_file(path)})
-        stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
-        if stopped and done < of:
-            StopRequest(stopped[0]).check(
-                f"with {done} of {of} windows scored; what is done is kept"
-            )
+        stopping = any(self.ranks.all_gather(self.should_stop()))
+        stop_if_asked(
+            lambda: stopping and done < of,
+            f"with {done} of {of} windows scored",
+            can_resume=self.partial is not None,
+        )
         return merged
 
     # -- Single Linears, and hidden states.
@@ -165,7 +167,17 @@ class ResumeState:
         if self.partial is None:
             return None
         last_too = task != SEQ2SEQ
-        return SavedStates(self.ranks, self.stop, self.work, self.partial, walk, last_too)
+        return SavedStates(self.ranks, self.should_stop, self.work, self.partial, walk, last_too)
+
+    def stop_where_nothing_is_saved(self, number: int, blocks: int) -> None:
+        """After a block, raise Interrupted if the run should stop and hidden states are not saved.
+        Where they are, `SavedStates.stop_or_save` stops it.
+        """
+        if self.partial is None:
+            stopping = any(self.ranks.all_gather(self.should_stop()))
+            stop_if_asked(
+                lambda: stopping, f"after block {number + 1} of {blocks}", can_resume=False
+            )
 
     def clear(self) -> None:
         """Remove the directory, after the result is written."""

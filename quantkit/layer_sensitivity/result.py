@@ -1,5 +1,4 @@
-"""The result of `sensitivity`, as dataclasses. They are written as the JSON of `sensitivity -o` and
-read back.
+"""The result of `sensitivity`, as dataclasses. They are written as JSON and read back.
 
 The names of fields are the keys of the JSON, in order, unless `key` gives another. A field with a
 default may be missing in a file. Places are numbers of layer groups, in the order of the model.
@@ -8,7 +7,7 @@ default may be missing in a file. Places are numbers of layer groups, in the ord
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -307,10 +306,11 @@ class Sensitivity:
         return tuple(self.scores.groups[place] for place in self.order)
 
     def as_stored(self) -> Sensitivity:
-        """The result as `-o` stores it: without the fields that differ from run to run."""
+        """The result as it is stored: without the fields that differ from run to run."""
         return replace(self, seconds=None, peak_memory_bytes=None, was_finished=False)
 
     def to_json(self) -> dict[str, Any]:
+        """What `quantkit sensitivity` prints as JSON."""
         content = json_values.fields_to_json(self)
         if not self.was_finished:
             del content["was_finished"]
@@ -353,8 +353,39 @@ class Sensitivity:
         if self.model.fingerprint != checkpoint.fingerprint():
             raise NotComparableError(
                 f"{source} was made from another model ({self.model.path}) than"
-                f" {checkpoint.path}, or its files have changed since; run sensitivity on this one"
+                f" {checkpoint.path}, or its files have changed since",
+                hint="run sensitivity on this one",
             )
+
+    def solve(
+        self,
+        max_size: str | int | None = None,
+        max_kld: float | None = None,
+        alternatives: Sequence[str] = (),
+    ) -> Sensitivity:
+        """This result with the solution of another budget. Nothing is run.
+
+        max_size: bytes, "150MB", "65%" (of the model), or "+5%" (more than all quantized).
+        max_kld: mean KL, nats.
+        alternatives: those that the solution may use; all that were scored if none is named.
+
+        Raises EvaluationError for an alternative that wasn't scored, or if no choice meets the
+        budget.
+        """
+        from quantkit.layer_sensitivity.advice import solve_again
+
+        return solve_again(self, None if max_size is None else str(max_size), max_kld, alternatives)
+
+    def to_html(self) -> str:
+        """A self-contained page with a heat map. Raises EvaluationError without matplotlib."""
+        from quantkit.layer_sensitivity.html import sensitivity_html
+
+        return sensitivity_html(self)
+
+    def _repr_html_(self) -> str:
+        from quantkit.layer_sensitivity.html import sensitivity_fragment
+
+        return sensitivity_fragment(self)
 
     def recipe(self, model: str | Path | None = None) -> Recipe:
         """The recipe of the budget's solution. Its export has the solution's size.
@@ -365,7 +396,8 @@ class Sensitivity:
         """
         if self.solution is None:
             raise EvaluationError(
-                "there is no solution, because no budget was given; give `max_size` or `max_kld`"
+                "there is no solution, because no budget was given",
+                hint="give `max_size` or `max_kld`",
             )
         checkpoint = Checkpoint.open(Path(self.model.path if model is None else model))
         self.require_model(checkpoint)

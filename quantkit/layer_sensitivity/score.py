@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
 from quantkit import __version__
 from quantkit.checkpoint.files import write_json
-from quantkit.checkpoint.interrupts import StopRequest, stop_between_steps
+from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.result import TextSources
 from quantkit.layer_sensitivity.choices import Choices, open_choices
 from quantkit.layer_sensitivity.layer_sqnr import LayerSqnr
-from quantkit.layer_sensitivity.measure import Progress, VariantScorer
+from quantkit.layer_sensitivity.measure import VariantScorer
 from quantkit.layer_sensitivity.options import SensitivityOptions
 from quantkit.layer_sensitivity.passes import first_pass, open_layer_groups, second_pass
 from quantkit.layer_sensitivity.progress import ResumeState, finished_result
@@ -39,19 +38,22 @@ from quantkit.ops.native import cpu_level
 
 
 def score_sensitivity(
-    options: SensitivityOptions, on_progress: Progress = lambda name, done, total: None
+    options: SensitivityOptions, progress: Progress = silent, should_stop: ShouldStop = never
 ) -> Sensitivity:
     """The KLs of layer groups and of all together, and a budget's solution.
 
     With torchrun the ranks share the windows, and each returns the whole result.
+
+    progress: told of the runs of blocks that are done, and then of the scored windows.
+    should_stop: asked after each block, and each round of scored windows.
     """
     started = time.monotonic()
     if options.max_kld is not None and not options.max_kld > 0:
-        raise EvaluationError("--max-kld must be more than 0")
+        raise EvaluationError("`max_kld` must be more than 0")
     output = options.resumable_output
     if options.resume and output is None:
         raise EvaluationError(
-            "--resume continues a run that was interrupted; give the same -o FILE as before"
+            "`resume=True` continues an interrupted run", hint="give the same `output` as before"
         )
     with joined_ranks(pick_device(options.device)) as ranks:
         choices, remarks = ranks.first_then_others(lambda: open_choices(options))
@@ -59,27 +61,23 @@ def score_sensitivity(
         fingerprint = ranks.broadcast_from_first(
             lambda: _fingerprint(options, choices, text, ranks.device)
         )
-        budget = {
-            "--max-size": str(options.max_size or ""),
-            "--max-kld": str(options.max_kld or ""),
-        }
+        budget = {"max_size": str(options.max_size or ""), "max_kld": str(options.max_kld or "")}
         if options.resume and output is not None:
             finished = ranks.broadcast_from_first(
                 lambda: finished_result(output, fingerprint | budget, options.overwrite)
             )
             if finished is not None:
                 return replace(finished, was_finished=True)
-        with stop_between_steps() if output else nullcontext(StopRequest()) as stop:
-            resume_state = ranks.first_then_others(
-                lambda: ResumeState.open(
-                    ranks, stop, output, fingerprint, options.resume, options.overwrite
-                )
+        resume_state = ranks.first_then_others(
+            lambda: ResumeState.open(
+                ranks, should_stop, output, fingerprint, options.resume, options.overwrite
             )
-            scorer = VariantScorer(options, choices, text, ranks, resume_state, on_progress)
-            result = _result(scorer, fingerprint | budget, remarks)
-            if options.output is not None and ranks.is_first:
-                write_json(options.output, result.to_json())
-            resume_state.clear()
+        )
+        scorer = VariantScorer(options, choices, text, ranks, resume_state, progress)
+        result = _result(scorer, fingerprint | budget, remarks)
+        if options.output is not None and ranks.is_first:
+            write_json(options.output, result.to_json())
+        resume_state.clear()
     return replace(
         result, seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes()
     )
@@ -106,7 +104,7 @@ def _result(
         alternatives=tuple(choices.allowed),
         calibration=str(options.calibration) if options.calibration else None,
         data=TextSources(
-            sources=options.data or ("bundled",),
+            sources=tuple(str(source) for source in options.data) or ("bundled",),
             sha256=text.windows.data_sha256,
             tokens_sha256=text.windows.tokens_sha256,
         ),
@@ -135,8 +133,8 @@ def _fingerprint(
         "calibration": plan["calibration"],
         "alternatives": " ".join(sorted(choices.allowed)),
         "data": text.windows.data_sha256,
-        "--max-tokens": str(options.max_tokens),
-        "--seq-len": str(text.seq_len),
+        "max_tokens": str(options.max_tokens),
+        "seq_len": str(text.seq_len),
         "windows": text.windows.tokens_sha256,
         "seed": str(options.seed),
         "device": device_identity(device),

@@ -80,8 +80,8 @@ def open_text(options: SensitivityOptions, processes: int) -> ScoringText:
     )
     if len(windows.windows) < processes:
         raise EvaluationError(
-            f"{len(windows.windows)} windows can't be shared by {processes} processes; start fewer,"
-            " or raise --max-tokens"
+            f"{len(windows.windows)} windows can't be shared by {processes} processes",
+            hint="start fewer, or raise `max_tokens`",
         )
     if masking is not None:
         windows = masking.windows(windows)

@@ -13,7 +13,7 @@ In a model of encoder and decoder, each stream's decoder reads the output of its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,9 +182,10 @@ class _Run:
             step.put(self.numbering.of(child, window), output)
 
         batches = each_batch(run, range(len(work)), self.blocks.device, torch.get_num_threads())
-        for count, _ in enumerate(batches, 1):
-            done = self.done + count / len(self.numbering.here)
-            self.on_progress(done, self.streams.total_runs)
+        with closing(batches):
+            for count, _ in enumerate(batches, 1):
+                done = self.done + count / len(self.numbering.here)
+                self.on_progress(done, self.streams.total_runs)
         self.done += len(job.pairs)
 
     def _output(self, step: BlockStep, batch: int) -> Tensor:

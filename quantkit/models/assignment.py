@@ -152,8 +152,8 @@ def _refuse_unreached(recipe: Recipe, roles: Mapping[str, ModuleInfo]) -> None:
     if unreached:
         raise CheckpointError(
             f"{unreached[0].tensor} can't be quantized by this version:"
-            f" {unreached[0].reason}{more(len(unreached))}; add it to --ignore, or pass"
-            " --allow-unreached to skip all such weights"
+            f" {unreached[0].reason}{more(len(unreached))}",
+            hint="add it to `ignore`, or pass `allow_unreached=True` to skip all such weights",
         )
 
 

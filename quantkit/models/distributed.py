@@ -1,7 +1,8 @@
-"""Communication between the processes that torchrun started for one command. A single process is
-rank 0 of 1 and communicates with nobody.
+"""Communication between the processes of one job: those of the caller's torch.distributed process
+group. Without a group, a single process is rank 0 of 1 and communicates with nobody.
 
-torchrun launches the processes, connects them, and ends the job if one of them dies.
+The caller makes the group and destroys it; under torchrun the command line does
+(`cli/processes.py`). All processes of the group call the same function with the same options.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from quantkit.errors import FollowerStopped, QuantkitError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
 
@@ -25,9 +27,11 @@ Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=12)
 
 
-def rank_of_environment() -> int:
-    """This process's rank according to torchrun's environment variables, else 0."""
-    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+def is_first_process() -> bool:
+    """Whether this process is alone, or rank 0 of several."""
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class Ranks:
     rank: number of this process.
     count: number of processes.
     device: where this process computes.
+    group: the process group; None for a single process, or the caller's default group.
     """
 
     rank: int = 0
     count: int = 1
     device: str = "cpu"
+    group: ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -56,7 +62,7 @@ class Ranks:
 
         gathered: list[Any] = [None] * self.count
         with _peers_alive():
-            dist.all_gather_object(gathered, content)
+            dist.all_gather_object(gathered, content, group=self.group)
         return gathered
 
     def on_first(self, work: Callable[[], Result]) -> Result | None:
@@ -126,7 +132,7 @@ class Ranks:
             if found[name].numel():
                 with _peers_alive(), torch.inference_mode():
                     # as bytes: gloo doesn't know every dtype
-                    dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0)
+                    dist.broadcast(found[name].reshape(-1).view(torch.uint8), 0, group=self.group)
         return found
 
     def reduce(self, tensors: Sequence[Tensor], operation: str) -> list[Tensor]:
@@ -143,7 +149,11 @@ class Ranks:
         # nccl reduces on GPUs only
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self.device)
         with _peers_alive():
-            dist.all_reduce(flat, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+            dist.all_reduce(
+                flat,
+                dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX,
+                group=self.group,
+            )
         parts = flat.to(tensors[0].device).split([tensor.numel() for tensor in tensors])
         return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors)]
 
@@ -156,32 +166,61 @@ def _peers_alive() -> Iterator[None]:
     except RuntimeError as error:
         raise QuantkitError(
             "another process of this job has ended, for the reason that it gave"
-            f" ({str(error).splitlines()[0][:80]}); --resume continues"
+            f" ({str(error).splitlines()[0][:80]})",
+            hint="`resume=True` continues",
         ) from None
 
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks of this job, connected while the context lasts.
+    """The ranks of this job: the processes of the caller's process group, or this one alone.
 
-    device: "cpu" or "cuda"; under torchrun each rank uses its own GPU.
+    device: "cpu" or "cuda"; of several processes, each uses its own GPU.
+
+    Raises QuantkitError if several processes were started but have no group: each would do all of
+    the work, and write the same output.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield Ranks(device=device)
-        return
     import torch
     import torch.distributed as dist
 
-    # Imported before the group exists. If transformers imported it later, its functions' default
-    # arguments would keep the group alive: gloo's threads could then abort the process at exit.
-    import torch.distributed.nn.functional  # noqa: F401
+    if not dist.is_available() or not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise QuantkitError(
+                "this is one of several processes (WORLD_SIZE is set), but torch.distributed is not"
+                " initialized",
+                hint="call torch.distributed.init_process_group() in each of them first",
+            )
+        yield Ranks(device=device)
+        return
+    rank, count = dist.get_rank(), dist.get_world_size()
+    if count == 1:
+        yield Ranks(device=device)
+        return
+    if not device.startswith("cuda"):
+        with _group_for("cpu") as group:
+            yield Ranks(rank, count, device, group)
+        return
+    place = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    # Objects are sent through the current device.
+    with torch.cuda.device(place), _group_for("cuda") as group:
+        yield Ranks(rank, count, f"cuda:{place}", group)
 
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+
+@contextmanager
+def _group_for(kind: str) -> Iterator[ProcessGroup | None]:
+    """A group that sends tensors of this kind of device: the caller's, as None, or one of all its
+    processes that lasts as long as the context. nccl, for example, sends no CPU tensors.
+
+    kind: "cpu" or "cuda".
+    """
+    import torch.distributed as dist
+
+    sent = {pair.partition(":")[0] for pair in str(dist.get_backend_config()).split(",")}
+    if kind in sent:
+        yield None
+        return
+    group = dist.new_group(timeout=TIMEOUT, backend="gloo" if kind == "cpu" else "nccl")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield group
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group(group)

@@ -116,7 +116,8 @@ class HiddenStates:
             self.close()
             raise OutputError(
                 f"the hidden states need 2 × {format_bytes(total)} in {self._directory}"
-                f" ({error.strerror}); make room, raise --memory, or use fewer or shorter windows"
+                f" ({error.strerror})",
+                hint="make room, raise `memory`, or use fewer or shorter windows",
             ) from None
 
     def put(self, number: int, hidden: Tensor) -> None:
@@ -227,8 +228,8 @@ class _StateFile:
         ):
             raise OutputError(
                 f"the hidden states of this model are {hidden.dtype} {list(hidden.shape)}, but the"
-                f" file was made for {self._dtype} {list(self.shapes[number])}; raise --memory so"
-                " that they stay in memory"
+                f" file was made for {self._dtype} {list(self.shapes[number])}",
+                hint="raise `memory` so that they stay in memory",
             )
         self._view(number).copy_(hidden)
         self._release_pages(number)

@@ -18,8 +18,8 @@ from torch import Tensor
 from quantkit.checkpoint.files import blake3_file
 from quantkit.checkpoint.finished_output import is_as_recorded
 from quantkit.checkpoint.header import read_header
-from quantkit.checkpoint.interrupts import StopRequest
 from quantkit.checkpoint.output_dir import WorkDirectory
+from quantkit.checkpoint.run_control import ShouldStop, stop_if_asked
 from quantkit.checkpoint.tensor_reader import read_tensor
 from quantkit.models.distributed import Ranks
 from quantkit.models.hidden_states import HiddenStates
@@ -35,7 +35,7 @@ class SavedStates:
     """The hidden states that one walk through the blocks saves and resumes from.
 
     ranks: processes of the job.
-    stop: tells whether a signal has come.
+    should_stop: asked after each block.
     work: the output's directory on rank 0; None on other ranks.
     partial: path of the directory, on all ranks.
     walk: name of this walk, if a run has several.
@@ -44,7 +44,7 @@ class SavedStates:
     """
 
     ranks: Ranks
-    stop: StopRequest
+    should_stop: ShouldStop
     work: WorkDirectory | None
     partial: Path
     walk: str = ""
@@ -111,25 +111,22 @@ class SavedStates:
         numbers: Sequence[int] | None = None,
         others: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
-        """After a block: save if the last save is old, and stop if a signal has come to any rank.
+        """After a block: save if the last save is old, and stop if any rank should stop.
 
         number, blocks: the finished block, and how many there are.
         numbers: batches to save; None saves all.
         others: returns other tensors to save.
 
-        Raises Interrupted (exit code 75) for a signal.
+        Raises Interrupted if the run should stop.
         """
-        stopped = [name for name in self.ranks.all_gather(self.stop.signal_name) if name]
+        stopping = any(self.ranks.all_gather(self.should_stop()))
         late = self.ranks.broadcast_from_first(
             lambda: time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
         )
-        if (stopped or late) and (self.last_too or number + 1 < blocks):
+        if (stopping or late) and (self.last_too or number + 1 < blocks):
             self._save(number, states, numbers, others)
             self.saved_at = time.monotonic()
-        if stopped:
-            StopRequest(stopped[0]).check(
-                f"after block {number + 1} of {blocks}; what is done is kept"
-            )
+        stop_if_asked(lambda: stopping, f"after block {number + 1} of {blocks}")
 
     def _save(
         self,

@@ -105,14 +105,10 @@ def auto_config(path: Any, trust_remote_code: bool) -> Any:
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # transformers' validation raises exceptions of many kinds
-        hint = (
-            " (pass --trust-remote-code to run the code in the checkpoint)"
-            if "trust_remote_code" in str(error)
-            else ""
-        )
+        hint = "pass `trust_remote_code=True` to run the code in the checkpoint"
         raise CheckpointError(
-            f"transformers doesn't know the model in {path}{hint}:"
-            f" {' '.join(str(error).split())[:300]}"
+            f"transformers doesn't know the model in {path}: {' '.join(str(error).split())[:300]}",
+            hint=hint if "trust_remote_code" in str(error) else "",
         ) from None
 
 
@@ -132,7 +128,9 @@ def pick_device(requested: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise QuantkitError(f"the device '{requested}' isn't supported; choose auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise QuantkitError("--device cuda: this torch finds no CUDA device; use --device cpu")
+        raise QuantkitError(
+            f"`device={requested!r}`: this torch finds no CUDA device", hint="use `device='cpu'`"
+        )
     return requested
 
 

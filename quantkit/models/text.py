@@ -19,7 +19,7 @@ def tokenizer_and_length(
 ) -> tuple[Any, int]:
     """The model's tokenizer, and the number of tokens per window.
 
-    requested: --seq-len; None takes `default`, or fewer if the model has fewer positions.
+    requested: tokens per window; None takes `default`, or fewer if the model has fewer positions.
     reserved: number of the model's positions that a window can't use.
 
     Raises DataError or CheckpointError if the model has no usable tokenizer, configuration or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,12 @@ class Workers:
     device: torch.device
     threads: int
 
-    def each(self, work: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
-        """work(number) for each number, all in this process; yields the results in order."""
+    def each(
+        self, work: Callable[[int], Any], numbers: Iterable[int]
+    ) -> Generator[Any, None, None]:
+        """work(number) for each number, all in this process; yields the results in order. See
+        `each_batch`.
+        """
         return each_batch(work, list(numbers), self.device, self.threads)
 
     def shared(self, work: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:

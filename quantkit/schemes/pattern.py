@@ -77,13 +77,13 @@ class Pattern:
 BLOCK = re.compile(r"^(?P<prefix>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<number>\d+)\.")
 
 
-# Names become patterns in two ways. `covering_patterns` returns globs that a user can type after
-# --ignore: as few as possible, each as wide as the other names allow. `patterns_for` returns
+# Names become patterns in two ways. `covering_patterns` returns globs that a user can type for
+# `ignore`: as few as possible, each as wide as the other names allow. `patterns_for` returns
 # regular expressions for a recipe file, which list the blocks explicitly.
 
 
 def covering_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The fewest patterns for --ignore that match all of `names` and none of `others`.
+    """The fewest patterns for `ignore` that match all of `names` and none of `others`.
 
     Each name is covered by the widest candidate that is allowed: its parent module, the same Linear
     in every block (numbers become `*`), its block, or the name itself.

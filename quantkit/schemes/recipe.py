@@ -125,27 +125,72 @@ class ObserverChoice:
         return f"percentile:{self.percentile:g}" if self.kind == "percentile" else self.kind
 
 
-@dataclass(frozen=True)
+# A scheme, its name, or a mapping as in a recipe file.
+SchemeEntry = QuantScheme | str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, init=False)
 class Recipe:
     """A scheme, with algorithms and exceptions.
 
-    scheme: of every Linear without an exception.
-    algorithms: how weights are quantized; without any, they are rounded to nearest.
-    ignore: patterns of Linears that are skipped.
-    layers: (pattern, scheme) of exceptions; the first match wins. An entry also applies to Linears
+    scheme: of every Linear without an exception: its name, or a mapping as in a recipe file.
+    algorithms: how weights are quantized, each a name or {name: {setting: value}}; without any,
+        weights are rounded to nearest.
+    ignore: patterns of Linears that are skipped: names, globs, or `re:` and a regular expression.
+    layers: pattern → scheme of exceptions; the first match wins. An entry also applies to Linears
         that are skipped by default (`lm_head`, routers).
     kv_cache: "fp8", or None for an unquantized cache.
-    observer: how static input scales are computed from the calibration.
+    observer: how static input scales are computed from the calibration: "absmax",
+        "percentile:P" or "mse".
+
+    The fields hold the parsed values. Raises RecipeError for anything unknown.
+
+        Recipe("int8-dynamic", algorithms=["gptq"], layers={"re:.*down_proj": "fp8-dynamic"})
     """
 
     scheme: QuantScheme
-    algorithms: tuple[Algorithm, ...] = ()
-    ignore: tuple[Pattern, ...] = ()
-    layers: tuple[tuple[Pattern, QuantScheme], ...] = ()
-    kv_cache: str | None = None
-    observer: ObserverChoice = ObserverChoice()
+    algorithms: tuple[Algorithm, ...]
+    ignore: tuple[Pattern, ...]
+    layers: tuple[tuple[Pattern, QuantScheme], ...]
+    kv_cache: str | None
+    observer: ObserverChoice
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        scheme: SchemeEntry,
+        algorithms: Iterable[Algorithm | str | Mapping[str, Any]] = (),
+        ignore: Iterable[Pattern | str] = (),
+        layers: Mapping[str, SchemeEntry] | Iterable[tuple[Pattern | str, SchemeEntry]] = (),
+        kv_cache: str | None = None,
+        observer: ObserverChoice | str = "absmax",
+    ) -> None:
+        for name, entries in (("algorithms", algorithms), ("ignore", ignore), ("layers", layers)):
+            if isinstance(entries, str):
+                raise RecipeError(f"{name} of a recipe must be a list, not the text {entries!r}")
+        pairs = layers.items() if isinstance(layers, Mapping) else layers
+        values = {
+            "scheme": QuantScheme.parse(scheme),
+            "algorithms": tuple(
+                entry if isinstance(entry, Algorithm) else Algorithm.parse(entry, "recipe")
+                for entry in algorithms
+            ),
+            "ignore": tuple(
+                entry if isinstance(entry, Pattern) else Pattern(entry) for entry in ignore
+            ),
+            "layers": tuple(
+                (
+                    pattern if isinstance(pattern, Pattern) else Pattern(pattern),
+                    QuantScheme.parse(entry, f"layers: {pattern}"),
+                )
+                for pattern, entry in pairs
+            ),
+            "kv_cache": kv_cache,
+            "observer": (
+                observer if isinstance(observer, ObserverChoice) else ObserverChoice.parse(observer)
+            ),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         names = [algorithm.name for algorithm in self.algorithms]
         twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
         if twice is not None:
@@ -153,8 +198,25 @@ class Recipe:
         if self.kv_cache not in (None, "fp8"):
             raise RecipeError(f"unknown kv_cache '{self.kv_cache}'; choose fp8 or leave it out")
 
+    def __repr__(self) -> str:
+        """As Python that makes it again; fields with their default are left out."""
+        layers = {pattern.text: scheme.to_description() for pattern, scheme in self.layers}
+        given = {
+            "algorithms": [algorithm.to_description() for algorithm in self.algorithms],
+            "ignore": [pattern.text for pattern in self.ignore],
+            "layers": layers,
+            "kv_cache": self.kv_cache,
+            "observer": str(self.observer) if self.observer != ObserverChoice() else None,
+        }
+        others = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+        return f"Recipe({self.scheme.to_description()!r}{others})"
+
     @classmethod
     def from_mapping(cls, content: Any, where: str) -> Recipe:
+        """A recipe from the content of a YAML file. Raises RecipeError.
+
+        where: names the content in errors.
+        """
         if not isinstance(content, Mapping):
             raise RecipeError(
                 f"{where} is not a recipe: it must be a mapping with at least 'scheme'"
@@ -201,7 +263,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a YAML file."""
+        """Read a recipe from a YAML file. Raises RecipeError if there is none, or it is wrong."""
         import yaml
 
         path = Path(path)
@@ -218,6 +280,7 @@ class Recipe:
         return cls.from_mapping(content, str(path))
 
     def to_mapping(self) -> dict[str, Any]:
+        """The content of a YAML file that `load` reads as this recipe."""
         return {
             "scheme": self.scheme.to_description(),
             "algorithms": [algorithm.to_description() for algorithm in self.algorithms],
@@ -244,7 +307,9 @@ class Recipe:
     def with_options(
         self, ignore: Iterable[str] = (), kv_cache: str | None = None, observer: str | None = None
     ) -> Recipe:
-        """This recipe with the command line's `--ignore`, `--kv-cache` and `--observer` added."""
+        """This recipe with further patterns to ignore, and another KV cache or observer."""
+        if isinstance(ignore, str):
+            raise RecipeError(f"`ignore` must be a list of patterns, not the text {ignore!r}")
         added = tuple(Pattern(text) for text in ignore)
         choice = self.observer if observer is None else ObserverChoice.parse(observer)
         return replace(
@@ -256,6 +321,7 @@ class Recipe:
         return (self.scheme, *(scheme for _, scheme in self.layers))
 
     def algorithm(self, name: str) -> Algorithm | None:
+        """The algorithm with its settings, or None if the recipe doesn't run it."""
         return next((algorithm for algorithm in self.algorithms if algorithm.name == name), None)
 
     @property

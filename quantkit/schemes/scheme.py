@@ -165,7 +165,7 @@ class CatalogueRow:
     scheme: its name and arithmetic.
     runtimes: runtime → whether it supports the scheme.
     hardware: hardware → NATIVE, WEIGHTS, or the reason why vLLM can't run the scheme there.
-    aliases: other names in recipes and for `--scheme`.
+    aliases: other names for it.
     refuses_experts: runtimes that load the scheme for Linears, but not for experts.
     covers: whether a scheme without a row is supported like this one.
     default_rank: rank among schemes with equal support, when `quantize` chooses one: first by speed

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 RUNTIMES = ("vllm", "sglang", "tensorrt-llm", "transformers")
 HARDWARE = ("blackwell", "hopper", "ada", "ampere", "turing", "cpu")
 
+# How `eval` runs Linears: kernels where there are any, kernels alone, or the reference arithmetic.
+EXECUTIONS = ("auto", "kernel", "reference")
+
 # How vLLM runs a scheme on some hardware, if it can.
 NATIVE = "native"  # with the scheme's arithmetic
 WEIGHTS = "weights"  # W8A16: with quantized weights, and inputs in bfloat16

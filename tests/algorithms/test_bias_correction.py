@@ -7,7 +7,7 @@ from tiny_llama import make_llama
 
 from quantkit.algorithms.bias_correction import corrected_bias
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.ops.reference import quantize
 from quantkit.schemes.scheme import QuantScheme

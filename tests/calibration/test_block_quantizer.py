@@ -15,7 +15,7 @@ from tiny_models import make_model
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError
 from quantkit.exporter.plan import ExportOptions, plan_export
@@ -176,7 +176,7 @@ def test_killed_run_resumes_to_the_same_bytes(options, tmp_path):
     class Killed(BaseException):
         pass
 
-    def die(done: float, total: float, text: str) -> None:
+    def die(what: str, done: float, total: float) -> None:
         if done > 1:
             raise Killed
 
@@ -220,7 +220,7 @@ def test_threads_change_no_byte(options, tmp_path):
 @pytest.mark.slow
 def test_export_refuses_a_recipe_whose_algorithms_were_not_run(llama, calib, options, tmp_path):
     with pytest.raises(
-        CalibrationError, match="need data to quantize weights; first: quantkit calibrate"
+        CalibrationError, match="need data to quantize weights; first `quantkit.calibrate"
     ):
         plan_export(ExportOptions(llama, tmp_path / "x", recipe_of(BEST)))
     with pytest.raises(CalibrationError, match="holds statistics alone"):

@@ -15,7 +15,7 @@ from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.describe import MIN_EXPERT_TOKENS, is_unsettled
 from quantkit.calibration.hooks import require_linears
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.sampling import calibration_windows
 from quantkit.data.tokenizer import load_tokenizer
@@ -119,7 +119,7 @@ class Killed(BaseException):
 def die_in_block(number: int):
     """Progress that ends the run inside a block."""
 
-    def progress(done: float, total: float, text: str) -> None:
+    def progress(what: str, done: float, total: float) -> None:
         if done > number:
             raise Killed
 
@@ -137,10 +137,10 @@ def killed(options, tmp_path):
 
 def test_killed_calibration_resumes_to_the_same_bytes(options, killed):
     assert not killed.output.exists()
-    with pytest.raises(OutputError, match="--resume"):
+    with pytest.raises(OutputError, match="`resume=True`"):
         calibrate(killed)
     told = []
-    calibrate(replace(killed, resume=True), lambda done, total, text: told.append(text))
+    calibrate(replace(killed, resume=True), lambda what, done, total: told.append(what))
     # run for its hidden states, not measured
     assert any("again, block 1 of 2" in text for text in told)
     calibrate(options)
@@ -171,8 +171,8 @@ def test_a_calibration_whose_blocks_hand_on_more_than_hidden_states_resumes_to_t
     [
         ({"seed": 3}, "a different seed, different windows"),
         ({"batch_size": 1}, "a different batch size"),
-        ({"num_samples": 4}, "a different --num-samples, different windows"),
-        ({"seq_len": 48}, "a different --seq-len, different windows"),
+        ({"num_samples": 4}, "a different `num_samples`, different windows"),
+        ({"seq_len": 48}, "a different `seq_len`, different windows"),
         ({"recipe": Recipe(QuantScheme.parse("fp8-static"))}, "a different recipe"),
         ({"all_experts": True}, "a different choice of experts"),
     ],
@@ -387,7 +387,7 @@ def test_unsettled_inputs_are_warned_of_and_shown(llama, text, tmp_path, run, mo
     )
     assert (
         "inputs still grew" in rest.stderr
-        and "give it with --data" in rest.stderr
+        and "give it as --data" in rest.stderr
         and "raise --num-samples" not in rest.stderr
     )
     (hint,) = re.findall("`(quantkit inspect .*)` lists these inputs", rest.stderr)

@@ -554,10 +554,10 @@ class _ProcessesOfOneTest:
         self.barrier.wait(30)
         return gathered
 
-    def all_gather_object(self, gathered: list, content) -> None:
+    def all_gather_object(self, gathered: list, content, group=None) -> None:
         gathered[:] = self._exchange(content)
 
-    def all_reduce(self, tensor: torch.Tensor, operation) -> None:
+    def all_reduce(self, tensor: torch.Tensor, operation, group=None) -> None:
         parts = torch.stack(self._exchange(tensor.clone()))
         tensor.copy_(parts.sum(0) if operation == torch.distributed.ReduceOp.SUM else parts.amax(0))
 

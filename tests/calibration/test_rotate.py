@@ -15,7 +15,7 @@ from tiny_models import make_model
 from quantkit.algorithms.rotation import rotated_reader, rotated_writer, rotation_matrix
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.exporter.verify import verify
@@ -316,8 +316,8 @@ def test_killed_run_resumes_to_the_same_bytes(at, options, tmp_path):
     class Killed(BaseException):
         pass
 
-    def die(done: float, total: float, text: str) -> None:
-        if "quantizing" in text and done >= at:
+    def die(what: str, done: float, total: float) -> None:
+        if "quantizing" in what and done >= at:
             raise Killed
 
     algorithms = [*ROTATED["algorithms"], "smoothquant", "gptq"]

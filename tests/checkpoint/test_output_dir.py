@@ -26,7 +26,7 @@ def test_output_appears_only_when_whole(tmp_path):
 
 def test_resume_continues_only_the_same_work(tmp_path):
     OutputDirectory(tmp_path / "out", {"model": "x", "recipe": "r"}).record("shard", "hash")
-    with pytest.raises(OutputError, match="--resume"):
+    with pytest.raises(OutputError, match="`resume=True`"):
         OutputDirectory(tmp_path / "out", {"model": "x", "recipe": "r"})
     with pytest.raises(OutputError, match="different model"):
         OutputDirectory(tmp_path / "out", {"model": "y", "recipe": "r"}, resume=True)

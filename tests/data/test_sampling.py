@@ -69,7 +69,7 @@ def test_fewer_windows_than_sources_are_refused(write):
     names = [write("a.txt", numbers(0, 100)), write("b.txt", numbers(500, 600))]
     assert len(calibration_windows(names, FakeTokenizer(), 2, 10, seed=0).windows) == 2
     with pytest.raises(
-        DataError, match="--num-samples 1 leaves some of the 2 sources of --data without a window"
+        DataError, match="`num_samples=1` leaves some of the 2 sources of `data` without a window"
     ):
         calibration_windows(names, FakeTokenizer(), 1, 10, seed=0)
 

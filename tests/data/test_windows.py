@@ -50,5 +50,5 @@ def test_the_window_is_as_long_as_asked_for_within_the_models_positions():
     assert window_length(8192, None) == window_length(8192, -1) == 8192
     assert window_length(None, 1024) == 1024
     assert window_length(None, 8192) == window_length(None, None) == 2048
-    with pytest.raises(DataError, match="--seq-len 4097 is more than the 4096 positions"):
+    with pytest.raises(DataError, match="`seq_len=4097` is more than the 4096 positions"):
         window_length(4097, 4096)

@@ -30,7 +30,7 @@ from transformers import AutoConfig
 
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.formats import read_quantization_config
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import RuntimeLimitError
@@ -166,7 +166,7 @@ def test_what_is_quantized_is_called_as_a_linear(tiny):
 def test_exports_are_sound_and_judged(tiny):
     outputs = [tiny.exported(scheme) for scheme in tiny.schemes()]
     for output in outputs:
-        assert verify(output, tiny.model).faults == []
+        assert verify(output, tiny.model).faults == ()
     result = evaluate(
         EvaluationOptions(tiny.model, tuple(outputs), (str(tiny.text),), 24, 240, cache=False)
     ).to_json()

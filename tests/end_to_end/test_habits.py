@@ -48,7 +48,7 @@ def go_the_whole_way(
             )
         )
     )
-    assert verify(place / "out", model).faults == []
+    assert verify(place / "out", model).faults == ()
     result = evaluate(
         EvaluationOptions(model, (place / "out",), (str(text),), 32, 160, cache=False)
     ).to_json()
@@ -222,7 +222,7 @@ def test_code_in_a_checkpoint_runs_only_with_the_flag(tmp_path, text):
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
     data = (str(text),)
-    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+    with pytest.raises(CheckpointError, match="`trust_remote_code=True`"):
         calibrate(CalibrationOptions(model, tmp_path / "calib", data, num_samples=2, seq_len=16))
     calibrate(
         CalibrationOptions(

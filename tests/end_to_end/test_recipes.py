@@ -22,7 +22,7 @@ def test_recipe_exports_a_sound_checkpoint(path, export_to, llama, calib, text, 
         calib = tmp_path / "own"
         calibrate(CalibrationOptions(llama, calib, (str(text),), recipe, num_samples=4, seq_len=32))
     found = verify(export_to(recipe, calibration=calib), llama)
-    assert found.faults == [] and found.quantized == 14
+    assert found.faults == () and found.quantized == 14
 
 
 def test_every_scheme_has_a_recipe_of_its_name():

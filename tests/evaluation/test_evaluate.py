@@ -444,7 +444,7 @@ def test_a_candidate_that_verify_rejects_is_refused(export_to, evaluated):
         CheckpointError,
         match=(
             "model.layers.1.mlp.up_proj.weight_scale holds scales that are zero or negative;"
-            " `quantkit verify"
+            r" `quantkit\.verify\("
         ),
     ):
         evaluated(out)

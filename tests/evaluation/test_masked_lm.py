@@ -43,7 +43,7 @@ def test_pseudo_perplexity_is_that_of_transformers(kind, tmp_path, text):
 def test_other_protocols_are_refused(tmp_path, text):
     model = tmp_path / "bert"
     make_model(model, "bert", vocab_size=make_tokenizer(model, mask=True))
-    with pytest.raises(EvaluationError, match="--protocol llamacpp"):
+    with pytest.raises(EvaluationError, match="`protocol='llamacpp'`"):
         evaluate(EvaluationOptions(model, (), (str(text),), 12, 36, "llamacpp"))
 
 

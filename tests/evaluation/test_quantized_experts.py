@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.data.protocols import evaluation_windows
 from quantkit.data.tokenizer import load_tokenizer
 from quantkit.evaluation.evaluate import evaluate

@@ -70,7 +70,7 @@ def test_shapes_and_experts_that_other_schemes_do_not_fit(tmp_path):
 
 def test_a_model_that_nothing_serves_is_refused(llama, monkeypatch):
     monkeypatch.setattr("quantkit.exporter.default_scheme.runtime_problems", lambda *_: ["no"])
-    with pytest.raises(RecipeError, match="--scheme"):
+    with pytest.raises(RecipeError, match="`recipe`"):
         chosen(llama, runtime="vllm")
 
 

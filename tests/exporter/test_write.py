@@ -443,7 +443,7 @@ def test_fp8_format_is_deepseeks(llama, export_to):
         assert same.shape == tensor.shape and torch.equal(
             same.view(torch.uint8), tensor.view(torch.uint8)
         )
-    assert verify(out, llama).faults == []
+    assert verify(out, llama).faults == ()
 
 
 def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
@@ -467,7 +467,7 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
             and tensors[f"model.layers.0.self_attn.{suffix}"].dtype == torch.float32
         )
     assert (
-        verify(out, llama).faults == []
+        verify(out, llama).faults == ()
         and verify(out, runtime="tensorrt-llm").ok
         and not verify(out, runtime="transformers").ok
     )
@@ -477,7 +477,7 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
     (out / "config.json").write_text(json.dumps(config))
     assert (
         Checkpoint.open(out).config["quantization_config"]["quant_method"] == "modelopt"
-        and verify(out, llama).faults == []
+        and verify(out, llama).faults == ()
     )
 
 
@@ -491,7 +491,7 @@ def test_modelopt_format_says_the_same_in_both_places(llama, export_to):
     ],
 )
 def test_format_that_does_not_hold_the_scheme_is_refused(file_format, scheme, llama, tmp_path):
-    with pytest.raises(RecipeError, match=f"--format {file_format} holds"):
+    with pytest.raises(RecipeError, match=f"`format='{file_format}'` holds"):
         plan_export(
             ExportOptions(
                 llama, tmp_path / "out", Recipe(QuantScheme.parse(scheme)), file_format=file_format
@@ -534,7 +534,7 @@ def test_fp8_blocks_are_dequantized_on_the_way(llama, export_to):
             torch.equal(out[f"{left}.weight"], dense.bfloat16())
             and f"{left}.weight_scale_inv" not in out
         )
-        assert verify(export_to(recipe, blocks, name=f"again-{scheme}"), blocks).faults == []
+        assert verify(export_to(recipe, blocks, name=f"again-{scheme}"), blocks).faults == ()
 
 
 def test_blocks_that_stay_blocks_keep_their_codes(export_to):
@@ -583,7 +583,7 @@ def test_the_size_of_a_step_does_not_change_the_bytes(step, llama, export_to, mo
 def test_no_thread_outlives_an_export_that_is_torn_out_of_its_loop(llama, tmp_path, monkeypatch):
     """As by a second Ctrl-C: the process must be able to end."""
 
-    def die(done: int, total: int) -> None:
+    def die(what: str, done: float, total: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("quantkit.checkpoint.stream.STEP_BYTES", 1)

@@ -72,7 +72,7 @@ def test_keys_of_a_later_version_are_ignored(checkpoint, content, tmp_path):
 )
 def test_damaged_files_are_refused(edit, checkpoint, content, tmp_path):
     edit(content)
-    with pytest.raises(EvaluationError, match="is not a result of `quantkit sensitivity -o`"):
+    with pytest.raises(EvaluationError, match="is not a result that sensitivity has written"):
         read_earlier_result(written(tmp_path, content), checkpoint)
 
 

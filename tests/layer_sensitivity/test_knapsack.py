@@ -103,5 +103,5 @@ def test_sizes_are_bytes_shares_of_the_whole_or_more_than_all_quantized():
     assert parse_size("65%", 1000, 600) == 650 and parse_size(" 62.5 % ", 1000, 600) == 625
     assert parse_size("+5%", 1000, 600) == 630
     for text in ("much", "-5%", "5%%", "%"):
-        with pytest.raises(EvaluationError, match="max-size"):
+        with pytest.raises(EvaluationError, match="max_size"):
             parse_size(text, 1000, 600)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from quantkit.calibration.calibrate import calibrate
 from quantkit.calibration.options import CalibrationOptions
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.data.protocols import evaluation_windows
 from quantkit.data.tokenizer import load_tokenizer
@@ -129,7 +129,7 @@ def test_a_killed_calibration_goes_on_behind_its_last_block(
     for number in (1, 2, 3):
         killed, told = replace(options, output=tmp_path / f"killed-{number}"), []
 
-        def die(done: float, total: float, text: str, number: int = number) -> None:
+        def die(what: str, done: float, total: float, number: int = number) -> None:
             if done > number:
                 raise Killed
 
@@ -137,7 +137,7 @@ def test_a_killed_calibration_goes_on_behind_its_last_block(
             calibrate(killed, die)
         calibrate(
             replace(killed, resume=True),
-            lambda done, total, text, told=told: told.append((done, text)),
+            lambda what, done, total, told=told: told.append((done, what)),
         )
         assert {file.name: file.read_bytes() for file in killed.output.iterdir()} == expected
         assert min(done for done, _ in told if done) > number and not any(

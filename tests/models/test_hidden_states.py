@@ -119,7 +119,7 @@ def test_a_file_refuses_what_it_would_round_or_spread(in_files, odd):
     """A residual stream in float32, or of four streams, has no place in a file made for bfloat16
     [2, 16, 64].
     """
-    with pytest.raises(QuantkitError, match="--memory"):
+    with pytest.raises(QuantkitError, match="`memory`"):
         in_files.put(0, odd)
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_told_with_advice_and_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(
         OutputError,
         match=(
-            rf"need 2 × .* in {tmp_path} \(No space left on device\); make room, raise --memory, or"
+            rf"need 2 × .* in {tmp_path} \(No space left on device\); make room, raise `memory`, or"
             r" use fewer or shorter windows"
         ),
     ):

@@ -2,12 +2,18 @@
 
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
 from torch import nn
 
-from quantkit.models.threads import StatefulModuleLock, each_batch
+from quantkit.models.threads import (
+    StatefulModuleLock,
+    denormals_as_zero,
+    each_batch,
+    pool_of_single_threads,
+)
 
 CPU = torch.device("cpu")
 
@@ -140,3 +146,45 @@ def test_a_forward_that_fails_leaves_the_turn_to_the_next():
         module(None)
     with turns.held_for(module):
         assert module(torch.ones(2)).item() == 2
+
+
+# ---- The caller's settings.
+
+
+def flushes() -> bool:
+    return torch.tensor([1e-38]).mul(1e-3).item() == 0
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_denormals_are_zero_in_the_context_and_afterwards_as_before(before):
+    try:
+        torch.set_flush_denormal(before)
+        with denormals_as_zero():
+            assert flushes()
+        assert flushes() == before
+        with pytest.raises(ZeroDivisionError), denormals_as_zero():
+            raise ZeroDivisionError
+        assert flushes() == before
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_batch_leaves_no_thread_and_no_setting_when_its_loop_raises(threads):
+    before = torch.get_num_threads(), set(threading.enumerate())
+    held = each_batch(lambda number: number, range(50), CPU, threads)
+    with pytest.raises(KeyboardInterrupt), closing(held) as results:
+        for number in results:
+            if number == 3:
+                raise KeyboardInterrupt
+    assert (torch.get_num_threads(), set(threading.enumerate())) == before
+
+
+def test_a_pool_runs_nothing_more_once_its_context_ends():
+    before, ran = torch.get_num_threads(), []
+    with pytest.raises(ZeroDivisionError), pool_of_single_threads(2) as pool:
+        for number in range(50):
+            pool.submit(lambda number=number: (time.sleep(0.02), ran.append(number)))
+        assert pool.submit(torch.get_num_threads) and torch.get_num_threads() == 1
+        raise ZeroDivisionError
+    assert len(ran) < 10 and torch.get_num_threads() == before

@@ -131,7 +131,7 @@ def stopped(run, llama, text, tmp_path, monkeypatch):
         patch.setattr(ResumeState, "add", stop_soon)
         done = run(*command(llama, text, tmp_path / "r.json"))
     assert done.exit_code == 75 and re.search(
-        r"SIGTERM with \d of 5 windows scored; what is done is kept; .*--resume", done.stderr
+        r"stopped with \d of 5 windows scored; run it again with .*resume", done.stderr
     ), done.output
     return tmp_path / "r.json"
 

@@ -6,6 +6,7 @@ tests of what a launch does.
 
 import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -158,3 +159,81 @@ if "DIE" not in os.environ:
 from quantkit.cli.main import main
 main(sys.argv[1:])
 """
+
+
+def as_library(*calls: tuple[str, dict], place: Path, count: int = 2, sends_cpu: bool = True):
+    """Calls of the library's functions in `count` processes that make their process group
+    themselves. Returns what each process returned: the results by function, and afterwards.
+
+    calls: name of a function below, and its arguments.
+    place: an empty directory.
+    sends_cpu: whether the group says that it sends CPU tensors; nccl's doesn't.
+    """
+    running = [
+        _FORKS.Process(target=_run_calls, args=(calls, str(place), rank, count, sends_cpu))
+        for rank in range(count)
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(200)
+        process.kill()
+        process.join()
+    results = []
+    for rank in range(count):
+        errors = (place / f"{rank}.err").read_text()
+        assert (place / f"{rank}.pickle").is_file(), errors
+        results.append(pickle.loads((place / f"{rank}.pickle").read_bytes()))
+    return results
+
+
+def _run_calls(calls, place: str, rank: int, count: int, sends_cpu: bool) -> None:
+    os.dup2(os.open(f"{place}/{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{place}/rendezvous", rank=rank, world_size=count
+    )
+    if not sends_cpu:
+        dist.get_backend_config = lambda group=None: "cuda:nccl"
+    groups = len(dist.distributed_c10d._world.pg_map)
+    results = [_CALLS[name](**arguments) for name, arguments in calls]
+    alive = torch.ones(1)
+    dist.all_reduce(alive)
+    afterwards = {
+        "initialized": dist.is_initialized(),
+        "sum of ones": alive.item(),
+        "groups more": len(dist.distributed_c10d._world.pg_map) - groups,
+    }
+    Path(place, f"{rank}.pickle").write_bytes(pickle.dumps((results, afterwards)))
+    dist.destroy_process_group()
+
+
+def _calibrate(**options):
+    from quantkit.calibration.calibrate import calibrate
+    from quantkit.calibration.options import CalibrationOptions
+
+    return calibrate(CalibrationOptions(**options)).windows
+
+
+def _evaluate(**options):
+    from quantkit.evaluation.evaluate import evaluate
+    from quantkit.evaluation.preflight import EvaluationOptions
+
+    return evaluate(EvaluationOptions(**options)).to_json()
+
+
+def _sensitivity(**options):
+    from quantkit.layer_sensitivity.options import SensitivityOptions
+    from quantkit.layer_sensitivity.score import score_sensitivity
+    from quantkit.schemes.recipe import Recipe
+    from quantkit.schemes.scheme import QuantScheme
+
+    score_sensitivity(
+        SensitivityOptions(recipe=Recipe(QuantScheme.parse("fp8-dynamic")), **options)
+    )
+
+
+_CALLS = {"calibrate": _calibrate, "evaluate": _evaluate, "sensitivity": _sensitivity}

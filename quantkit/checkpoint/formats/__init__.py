@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 DEFAULT_FORMAT = "compressed-tensors"
-# By the value of --format, which is also that of `quant_method` in config.json.
+# By name, which is also the value of `quant_method` in config.json.
 FORMATS: dict[str, Format] = {
     file_format.name: file_format
     for file_format in (CompressedTensors(), DeepseekFP8(), ModelOpt())

@@ -56,7 +56,7 @@ class Format(ABC):
     A new format overrides whatever differs from compressed-tensors' unpacked codes and scales. It
     is listed in `checkpoint.formats.FORMATS`.
 
-    name: value of `--format`, and of `quant_method` in config.json.
+    name: its name in options, and the value of `quant_method` in config.json.
     label: its name in messages.
     only_scheme: the one scheme that it holds; None if it holds all.
     runtimes: runtime → whether it loads the format; None if that depends on the scheme alone.
@@ -89,13 +89,13 @@ class Format(ABC):
         ]
         if only is not None and others:
             return (
-                f"--format {self.name} holds {only.name} only, not {others[0].name}; use --scheme"
-                f" {only.name}, or --format compressed-tensors"
+                f"`format={self.name!r}` holds {only.name} only, not {others[0].name}; use"
+                f" `recipe={only.name!r}`, or `format='compressed-tensors'`"
             )
         if kv_cache and not self.holds_kv_cache:
             return (
-                f"--format {self.name} has no place for the scales of a KV cache; leave out"
-                " --kv-cache, or use --format compressed-tensors"
+                f"`format={self.name!r}` has no place for the scales of a KV cache; leave out"
+                " `kv_cache`, or use `format='compressed-tensors'`"
             )
         return None
 
@@ -422,8 +422,8 @@ def required(tensors: Mapping[str, Tensor], suffix: str, name: str) -> Tensor:
     """A tensor of a Linear. Raises CheckpointError if it is missing."""
     if suffix not in tensors:
         raise CheckpointError(
-            f"the tensor {name}.{suffix} is missing from the checkpoint; `quantkit verify` lists"
-            " all faults"
+            f"the tensor {name}.{suffix} is missing from the checkpoint",
+            hint="`quantkit.verify` lists all faults",
         )
     return tensors[suffix]
 

@@ -7,7 +7,6 @@ its recorded size and hash.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -87,8 +86,8 @@ class Calibration:
         path = Path(path)
         if not (path / CALIBRATION_FILE).is_file():
             raise CalibrationError(
-                f"{path} is no calibration (it has no {CALIBRATION_FILE}); make one with: quantkit"
-                f" calibrate MODEL -o {shlex.quote(str(path))}"
+                f"{path} is no calibration (it has no {CALIBRATION_FILE})",
+                hint=f"make one with `quantkit.calibrate('MODEL', output={str(path)!r})`",
             )
         try:
             description = read_json(path / CALIBRATION_FILE, "")
@@ -138,7 +137,8 @@ class Calibration:
             names = " and ".join(algorithm.name for algorithm in recipe.algorithms)
             raise CalibrationError(
                 f"{self.path} holds statistics alone, but the recipe's algorithms ({names}) run"
-                " during calibration; calibrate again with --recipe"
+                " during calibration",
+                hint="calibrate again with `recipe`",
             )
         neutral = ObserverChoice()  # any observer can be computed from the statistics
         if (
@@ -162,8 +162,8 @@ class Calibration:
             if not algorithm.row.is_recoverable:
                 raise CalibrationError(
                     f"{self.path}: {algorithm.name} changed weights in a way that can't be undone"
-                    " from their codes, so layers can't be scored one by one; leave out"
-                    " --calibration to score rounding to nearest"
+                    " from their codes, so layers can't be scored one by one",
+                    hint="leave out `calibration` to score rounding to nearest",
                 )
 
     @cached_property

@@ -8,7 +8,7 @@ import os
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quantkit.calibration.results import Calibration
+from quantkit.calibration.reader import Calibration
 from quantkit.checkpoint.files import blake3_file
 from quantkit.errors import CalibrationError
 

@@ -1,0 +1,160 @@
+"""What the public functions take: models, data, recipes and sizes, as users have them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.hub import resolve_model
+from quantkit.checkpoint.units import parse_bytes
+from quantkit.data.sources import DataSource, Records, repeated_source, require_source
+from quantkit.errors import ArgumentError, DataError, RecipeError
+from quantkit.schemes.recipe import Recipe
+from quantkit.schemes.scheme import QuantScheme
+
+# A directory with safetensors files, a hub id or a .gguf file; also a result with a path.
+Model = str | os.PathLike[str]
+# A file name or `dataset:NAME[:CONFIG[:SPLIT]]`, several of them, texts, conversations, or records
+# with "text" or "messages", such as those of a datasets.Dataset.
+Data = str | os.PathLike[str] | Iterable[Any]
+
+_TEXT_FILES = (".txt", ".jsonl", ".ndjson", ".parquet")
+_RECIPE_FILES = (".yaml", ".yml")
+
+
+def model_path(model: Model) -> Path:
+    """The directory of a model; a hub id is downloaded, a .gguf file converted.
+
+    Raises CheckpointError if that fails.
+    """
+    return resolve_model(os.fspath(model))
+
+
+def recipe_of(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
+    """A recipe, by itself, by the name of its scheme, or from its YAML file.
+
+    Raises RecipeError for an unknown scheme and for a file that is no recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    text = os.fspath(recipe)
+    if isinstance(recipe, os.PathLike) or text.endswith(_RECIPE_FILES) or Path(text).is_file():
+        return Recipe.load(Path(text).expanduser())
+    try:
+        return Recipe(QuantScheme.parse(text))
+    except RecipeError as error:
+        raise RecipeError(str(error), "or give a recipe's .yaml file") from None
+
+
+def size_of(size: int | str, name: str) -> int:
+    """A number of bytes, also as text such as "5GB".
+
+    Raises ArgumentError or RecipeError if it isn't a size of at least one byte.
+    """
+    count = parse_bytes(size) if isinstance(size, str) else size
+    if isinstance(count, bool) or count < 1:
+        raise ArgumentError(f"`{name}` must be more than 0, such as '5GB' or '500MB', not {size!r}")
+    return count
+
+
+def require_choice(name: str, value: str | None, allowed: Iterable[str]) -> None:
+    """Raise ArgumentError unless a parameter is None or one of the allowed values."""
+    if value is not None and value not in (choices := tuple(allowed)):
+        raise ArgumentError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}")
+
+
+def require_at_least(least: int, **values: int | None) -> None:
+    """Raise ArgumentError for a parameter that is neither None nor a whole number ≥ `least`."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ArgumentError(f"`{name}` is {value!r}; it must be a whole number from {least} up")
+
+
+def data_sources(data: Data | None) -> tuple[DataSource, ...]:
+    """Text sources of a `data` argument; none for None.
+
+    One text is a file name. A list holds either file names or texts: it holds file names if each
+    exists, ends like a text file, or begins with "dataset:".
+
+    Raises DataError if a file doesn't exist, a source is given twice, or a record has no text.
+    """
+    if data is None:
+        return ()
+    if isinstance(data, (str, os.PathLike)):
+        return _files([data])
+    if isinstance(data, Mapping):
+        raise DataError(
+            "`data` is a mapping; give one split of a dataset, a list of texts, or a list of"
+            " records with 'text' or 'messages'"
+        )
+    rows = list(data)
+    if not rows:
+        return ()
+    if not all(isinstance(row, (str, os.PathLike)) for row in rows):
+        return (Records(tuple(_conversation_or_records(rows))),)
+    named = [_is_file_name(row) for row in rows]
+    if all(named):
+        return _files(rows)
+    if any(named):
+        raise DataError(
+            f"`data` holds both files ({rows[named.index(True)]}) and texts; give one kind"
+        )
+    return (Records(tuple({"text": row} for row in rows)),)
+
+
+def _files(names: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    texts = tuple(os.fspath(name) for name in names)
+    for text in texts:
+        if len(texts) == 1 and _looks_like_text(text):
+            raise DataError(
+                f"`data` is a text of {len(text)} characters; put it into a list: one string alone"
+                " is a file name"
+            )
+        require_source(text)
+    twice = repeated_source(texts)
+    if twice is not None:
+        raise DataError(f"{twice} is given twice; name each source once")
+    return texts
+
+
+def _looks_like_text(text: str) -> bool:
+    return "\n" in text or len(text) > 1000
+
+
+def _is_file_name(row: str | os.PathLike[str]) -> bool:
+    if isinstance(row, os.PathLike):
+        return True
+    if row.startswith("dataset:"):
+        return True
+    if _looks_like_text(row):
+        return False
+    return row.lower().endswith(_TEXT_FILES) or Path(row).expanduser().is_file()
+
+
+def _conversation_or_records(rows: Sequence[Any]) -> Iterable[Mapping[str, Any]]:
+    """Records of rows; a list of messages is one conversation."""
+    if all(isinstance(row, Mapping) and "role" in row for row in rows):
+        return [{"messages": [dict(row) for row in rows]}]
+    return [_record(row, number) for number, row in enumerate(rows, 1)]
+
+
+def _record(row: Any, number: int) -> Mapping[str, Any]:
+    """Other columns than the text of a row are left out: they may hold images and dates."""
+    if isinstance(row, str):
+        return {"text": row}
+    if isinstance(row, (list, tuple)) and all(isinstance(message, Mapping) for message in row):
+        return {"messages": [dict(message) for message in row]}
+    if isinstance(row, Mapping):
+        for key in ("text", "messages"):
+            if row.get(key) is not None:
+                return {key: row[key]}
+        columns = f"it has {', '.join(map(str, row))}" if row else "it is empty"
+        raise DataError(f"record {number} of `data` has neither 'text' nor 'messages'; {columns}")
+    raise DataError(
+        f"record {number} of `data` is {type(row).__name__}; give texts, lists of messages, or"
+        " records with 'text' or 'messages'"
+    )
