@@ -16,8 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import click
 
-from quantkit.cli.one_line import one_line
-from quantkit.cli.option_names import as_command_line
+from quantkit.cli.option_names import as_command_line, one_line
 from quantkit.cli.processes import is_first_process
 from quantkit.errors import Interrupted, QuantkitError, QuantkitWarning
 

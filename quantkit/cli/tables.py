@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.files import finite
-from quantkit.cli.one_line import one_line
+from quantkit.cli.option_names import one_line
 
 if TYPE_CHECKING:
     from quantkit.evaluation.report import Table as ReportTable

@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 5.2, 3.1  # inches: on a telephone, letters shrink to three quarters of their size
 # Stand-in → variable of the style.
-INK, SOFT, PAPER = "#0a0b01", "#0a0b02", "#0a0b03"
+INK, SOFT = "#0a0b01", "#0a0b02"
 SERIES = tuple(f"#0a0c0{number}" for number in range(1, 9))
 _VARIABLES = {
-    INK: "var(--ink)",
-    SOFT: "var(--soft)",
-    PAPER: "var(--paper)",
-    **{color: f"var(--s{number})" for number, color in enumerate(SERIES, 1)},
+    INK: "ink",
+    SOFT: "soft",
+    **{color: f"s{number}" for number, color in enumerate(SERIES, 1)},
 }
 # Candidates whose values differ by more than this factor share a plot on a logarithmic axis.
 _FAR_APART = 20
@@ -51,7 +50,7 @@ def require_matplotlib() -> None:
 
 def css_color(color: str) -> str:
     """The variable of a stand-in."""
-    return _VARIABLES[color]
+    return f"var(--{_VARIABLES[color]})"
 
 
 def series_color(number: int) -> str:
@@ -106,8 +105,8 @@ def drawn_as_svg(
     # matplotlib numbers its groups from 1 in each drawing.
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(href="#|url\(#)([^")]+)', rf"\1{name}-\2", text)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, variable)
+    for color in _VARIABLES:
+        text = text.replace(color, css_color(color))
     return text.replace(
         "<svg ", f'<svg role="img" aria-label="{escape(title)}" data-plot="{name}" ', 1
     )

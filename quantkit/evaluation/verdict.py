@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantkit.checkpoint.short_names import short_names
-from quantkit.checkpoint.units import counted, format_bytes
+from quantkit.checkpoint.units import format_bytes
 from quantkit.evaluation.intervals import Difference
 from quantkit.evaluation.metrics import KLD, PPL_DELTA, TOP1_AGREEMENT, Deltas
 from quantkit.evaluation.result import Evaluation, GateResult, QuantResult
@@ -130,7 +130,8 @@ def _gate_sentences(gates: Sequence[GateResult], names: Mapping[str, str]) -> li
         found = [gate for gate in gates if gate.result == result]
         if found:
             where = ", ".join(dict.fromkeys(names.get(gate.path, gate.path) for gate in found))
-            sentences.append(f"{len(found)} of {counted(len(gates), 'gate')} {words}: on {where}.")
+            which = "The gate" if len(gates) == 1 else f"{len(found)} of {len(gates)} gates"
+            sentences.append(f"{which} {words} on {where}.")
     return sentences
 
 

@@ -99,8 +99,9 @@ def test_the_worst_gate_decides(stored):
     assert "All 2 gates passed." in said("pass", "pass")[1]
     outcome, text = said("pass", "inconclusive", "fail")
     assert outcome == "fail"
-    assert "1 of 3 gates failed: on quant." in text and "could not be decided" in text
+    assert "1 of 3 gates failed on quant." in text and "could not be decided" in text
     assert said("pass", "inconclusive")[0] == "inconclusive"
+    assert "The gate failed on quant." in said("fail")[1]
 
 
 def test_the_base_model_alone_has_a_verdict_too(stored):
