@@ -47,11 +47,6 @@ ROWS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
         [("smoothquant", {}), ("gptq", {"correct_inputs": True})],
     ),
     "int8-dynamic: rotation": ("int8-dynamic", [("rotation", {"untie": True})]),
-    "int8-dynamic: smoothquant with strength: 0.5, gptq": (
-        "int8-dynamic",
-        [("smoothquant", {"strength": 0.5}), ("gptq", {})],
-    ),
-    "int8-dynamic: scale_search": ("int8-dynamic", [("scale_search", {})]),
 }
 
 
