@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo check lint types quick-tests test wheel quality speed gpu clean help
+.PHONY: demo check lint types quick-tests test docs docs-serve wheel quality speed gpu clean help
 
 help:
 	@echo "make demo     quantize and evaluate a small real model, in a few minutes"
 	@echo "make check    before each commit: lint, types and the quick tests, in 90 seconds"
 	@echo "make test     run all tests"
+	@echo "make docs     build the documentation in site/; warnings are errors (make docs-serve shows it)"
 	@echo "make wheel    build one wheel with the compiled kernels, for every Python and torch, in dist/"
 	@echo "make quality  measure every scheme on SmolLM2-135M: make quality DATA=wiki.test.raw"
 	@echo "make gpu      check and measure the CUDA kernels on this machine's GPU, in nine minutes, without a network"
@@ -37,6 +38,14 @@ quick-tests: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST)
 
+# Pages that follow from code and measurements are committed; `python docs/generate.py` writes them.
+docs: $(VENV)/installed
+	$(VENV)/bin/python docs/generate.py --check
+	$(VENV)/bin/zensical build --clean --strict
+
+docs-serve: $(VENV)/installed
+	$(VENV)/bin/zensical serve
+
 wheel: $(VENV)/installed
 	$(PIP) wheel --no-deps --wheel-dir dist .
 	@ls dist/*.whl
@@ -64,4 +73,4 @@ $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.
 	touch $@
 
 clean:
-	rm -rf $(VENV) build quantkit-demo
+	rm -rf $(VENV) build site .cache quantkit-demo

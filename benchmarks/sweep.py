@@ -549,13 +549,17 @@ def sweep(kinds: list[str], verbose: bool) -> list[dict[str, Any]]:
     return rows
 
 
+# How an architecture ended: the words of the summary, and the heading of its table.
 OUTCOMES = {
-    "works": "go through every command",
-    "refused": "are refused by quantkit, in one sentence",
-    "quantkit": "quantkit fails on",
+    "works": ("go through every command", "Architectures that go through every command"),
+    "refused": ("are refused by quantkit, in one sentence", "Architectures that are refused"),
+    "quantkit": ("make quantkit fail", "Architectures that make quantkit fail"),
     "transformers": (
-        "have no small configuration that the script finds and transformers runs on a CPU, so that"
-        " they are not evaluated here"
+        (
+            "weren't tried, because the script found no small configuration that transformers runs"
+            " on a CPU"
+        ),
+        "Architectures that weren't tried",
     ),
 }
 
@@ -563,7 +567,7 @@ OUTCOMES = {
 def page(rows: list[dict[str, Any]]) -> str:
     counts = {group: sum(row["group"] == group for row in rows) for group in OUTCOMES}
     lines = [
-        "# Every causal language model of transformers, tiny, through every command",
+        "# Every causal language model of transformers",
         "",
         (
             f"Made by `benchmarks/sweep.py` with transformers {transformers.__version__}, torch"
@@ -571,10 +575,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         ),
         (
             f"Of {len(rows)} architectures"
-            f" {'; '.join(f'{count} {OUTCOMES[group]}' for group, count in counts.items())}."
+            f" {'; '.join(f'{count} {OUTCOMES[group][0]}' for group, count in counts.items())}."
         ),
         "",
-        "## Those that go through every command",
+        f"## {OUTCOMES['works'][1]}",
         "",
     ]
     works = [
@@ -584,7 +588,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             "of them with weights alone": row["weights_only"] or "",
             "that no token reached": row["unread"] or "",
             "mean KL": f"{row['kld']:.1e}",
-            "matrices left in the blocks": "; ".join(
+            "weights skipped in the blocks": "; ".join(
                 f"`{name}` ({reason})" for name, reason in row["left"].items()
             ),
         }
@@ -592,22 +596,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         if row["group"] == "works"
     ]
     lines.append(table(works))
-    for group, outcome in OUTCOMES.items():
+    for group, (_, heading) in OUTCOMES.items():
         others = [
             {"architecture": row["architecture"], "reason": row["reason"]}
             for row in rows
             if row["group"] == group != "works"
         ]
         if others:
-            lines += [
-                (
-                    f"## Those that {outcome}"
-                    if group != "quantkit"
-                    else "## Those that quantkit fails on"
-                ),
-                "",
-                table(others),
-            ]
+            lines += [f"## {heading}", "", table(others)]
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from quantkit.layer_sensitivity.result import Sensitivity as Sensitivity
     from quantkit.schemes.recipe import Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "QuantkitError",
     "Recipe",

@@ -15,6 +15,9 @@ TEXT = PAGE.read_text()
 BEGIN, END = "<!-- files:begin -->\n", "<!-- files:end -->"
 ROOMS = sorted(path.parent.name for path in (ROOT / "quantkit").glob("*/__init__.py"))
 FILES = sorted(set(re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py)", TEXT)))
+DRAWN = sorted(
+    set(re.findall(rf"(?:{'|'.join(ROOMS)})/[\w/]*(?:\.py)?", " ".join(TEXT.split("```text")[1:])))
+)
 NAMES = sorted(set(re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py): ([\w.]+)`", TEXT)))
 
 
@@ -55,6 +58,11 @@ def test_each_room_is_described():
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_named_exists(name):
     assert (ROOT / "quantkit" / name).is_file()
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_a_drawing_names_exists(name):
+    assert (ROOT / "quantkit" / name).exists()
 
 
 @pytest.mark.parametrize(("file", "name"), NAMES)

@@ -77,7 +77,7 @@ def test_the_library_names_no_option_of_the_command_line():
         f"{path.relative_to(PACKAGE)}:{number}: {line.strip()}"
         for path in library_files()
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(r"(?<![\w-])(--[a-z]|-o\b)", line)
+        if re.search(r"(?<!var\()(?<![\w-])(--[a-z]|-o\b)", line)  # CSS has variables so
     ]
     assert found == []
 

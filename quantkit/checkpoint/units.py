@@ -21,6 +21,22 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+# Between two numbers of a cell, and before the interval of a number.
+_BETWEEN_NUMBERS = re.compile(r"(?<=·) | (?=[\[(])")
+
+
+def number_parts(text: str) -> list[str]:
+    """The parts of a cell of numbers between which a line may end: numbers with their units, and
+    intervals. "+1.2 % [+1.1, +1.3]" has the parts "+1.2 %" and "[+1.1, +1.3]".
+    """
+    return _BETWEEN_NUMBERS.split(text)
+
+
+def heading_words(text: str) -> list[str]:
+    """The parts of a heading between which a line may end: words, and what is in brackets."""
+    return re.findall(r"(?:\[[^\]]*\]|\S)+", text)
+
+
 def parse_bytes(text: str) -> int:
     """The number of bytes in a size such as 5GB, 500MB or 2GiB.
 

@@ -82,7 +82,7 @@ def bench_command(
         f" thread; memory bandwidth {bandwidth:.1f} GB/s"
     )
     headings, rows = benchmark_rows(figures)
-    print_table(headings, rows, right=range(1, len(headings)))
+    print_table(headings, rows, right=range(1, len(headings)), verbose=out.verbose)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,25 @@ def compare_command(out: Output, first: Path, second: Path) -> None:
 
     Both must have the same base model and text. If these differ, the exit code is 5.
     """
-    from quantkit.cli.tables import print_json, print_table
+    from quantkit.cli.tables import print_json, print_report
     from quantkit.evaluation.compare import compare
-    from quantkit.evaluation.report import comparison_remarks, comparison_table, comparison_title
+    from quantkit.evaluation.report import (
+        comparison_names,
+        comparison_remarks,
+        comparison_table,
+        comparison_title,
+    )
 
     comparison = compare(first, second)
     if out.as_json:
         print_json(comparison.to_json())
     else:
-        table = comparison_table(comparison)
-        print_table(table.columns, table.rows, comparison_title(comparison), right=table.right)
+        print_report(
+            comparison_table(comparison),
+            comparison_names(comparison),
+            comparison_title(comparison),
+            out.verbose,
+            whole_with="--json",
+        )
     for remark in comparison_remarks(comparison):
         out.note(remark)

@@ -16,22 +16,11 @@ from typing import Any, NoReturn, Protocol
 
 import click
 
-from quantkit.cli.option_names import as_command_line
+from quantkit.cli.option_names import as_command_line, one_line
 from quantkit.cli.processes import is_first_process
 from quantkit.errors import Interrupted, QuantkitError, QuantkitWarning
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-
-def one_line(text: str) -> str:
-    """A message as one line without control characters.
-
-    A message may quote names from a checkpoint that anyone made, and a terminal obeys escape
-    sequences.
-    """
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
-    )
 
 
 # What the user can do about an error of the operating system.

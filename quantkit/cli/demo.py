@@ -54,7 +54,7 @@ def demo_command(out: Output, output: Path, overwrite: bool) -> None:
     if out.as_json:
         print_json(story.result)
         return
-    print_table(story.columns, story.rows, story.title, right=story.right)
+    print_table(story.columns, story.rows, story.title, story.right, verbose=out.verbose)
     out.note(story.epilogue)
 
 

@@ -24,6 +24,7 @@ REQUIRED: dict[str, tuple[int, ...]] = {
     "numpy": (),
     "PyYAML": (),
     "rich": (),
+    "jinja2": (),
     "blake3": (),
 }
 # Package → the extra of quantkit that installs it. It may be missing.
@@ -47,6 +48,7 @@ def doctor_command(out: Output) -> None:
         print_table(
             ("check", "found", "status"),
             [(check["name"], check["found"], check["status"]) for check in examination["checks"]],
+            verbose=out.verbose,
         )
     if not examination["ok"]:
         broken = [check for check in examination["checks"] if check["status"] == "broken"]

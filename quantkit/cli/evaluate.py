@@ -155,7 +155,7 @@ def require_places(**files: Path | None) -> None:
                 " it first"
             )
     if "html" in given:
-        from quantkit.evaluation.html import require_matplotlib
+        from quantkit.evaluation.plots import require_matplotlib
 
         require_matplotlib()
 
@@ -165,19 +165,19 @@ def _print_evaluation(out: Output, result: Evaluation) -> None:
 
     out.json(result)
     if not out.as_json:
-        _print_tables(result)
+        _print_tables(result, out.verbose)
     for remark in evaluation_remarks(result):
         out.note(remark)
 
 
-def _print_tables(result: Evaluation) -> None:
-    from quantkit.cli.tables import print_table
+def _print_tables(result: Evaluation, verbose: bool) -> None:
+    from quantkit.cli.tables import print_report
     from quantkit.evaluation.report import evaluation_title, layer_table, metric_table, model_table
+    from quantkit.evaluation.verdict import model_names
 
-    models, layers = model_table(result), layer_table(result)
-    print_table(models.columns, models.rows, evaluation_title(result), right=models.right)
+    names, layers = model_names(result), layer_table(result)
+    print_report(model_table(result), names, evaluation_title(result), verbose)
     if result.quants:
-        metrics = metric_table(result)
-        print_table(metrics.columns, metrics.rows, right=metrics.right)
+        print_report(metric_table(result), names, None, verbose)
     if layers.rows:
-        print_table(layers.columns, layers.rows, right=layers.right)
+        print_report(layers, names, None, verbose)

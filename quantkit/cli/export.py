@@ -87,5 +87,9 @@ def print_parameters(out: Output, result: ExportResult) -> None:
     before, after = format_bytes(result.bytes_before), format_bytes(result.bytes_after)
     rows.append(("total", "", "", "", before, after))
     print_table(
-        ("parameter", "status", "format or reason", "scheme", "before", "after"), rows, right=(4, 5)
+        ("parameter", "status", "format or reason", "scheme", "before", "after"),
+        rows,
+        right=(4, 5),
+        important=(0, 1, 4, 5),
+        verbose=out.verbose,
     )

@@ -33,7 +33,7 @@ def inspect_command(out: Output, path: str) -> None:
         print_json(description)
         return
     for title, columns, rows, right in inspection_tables(description):
-        print_table(columns, rows, title, right)
+        print_table(columns, rows, title, right, verbose=out.verbose)
 
 
 def inspect_path(path: Path) -> dict[str, Any]:

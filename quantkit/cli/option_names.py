@@ -122,3 +122,14 @@ def _command_of(source: str, names: Mapping[str, str]) -> str | None:
 def _words(value: object) -> list[str]:
     values = value if isinstance(value, (tuple, list)) else [value]
     return [shlex.quote(str(each)) for each in values]
+
+
+def one_line(text: str) -> str:
+    """A message as one line without control characters.
+
+    A message may quote names from a checkpoint that anyone made, and a terminal obeys escape
+    sequences.
+    """
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS
-from quantkit.cli.console import one_line
+from quantkit.cli.option_names import one_line
 from quantkit.errors import QuantkitError
 from quantkit.schemes.serving import RUNTIMES
 

@@ -20,7 +20,7 @@ def schemes_command(out: Output) -> None:
         print_json(describe_schemes())
         return
     for title, columns, rows, right in schemes_tables():
-        print_table(columns, rows, title, right)
+        print_table(columns, rows, title, right, verbose=out.verbose)
 
 
 def describe_schemes() -> list[dict[str, Any]]:

@@ -230,12 +230,17 @@ def _print_result(out: Output, result: Sensitivity) -> None:
             group_rows(result, shown),
             sensitivity_title(result) + more,
             right=tuple(number for number in range(len(GROUP_COLUMNS)) if number != 1),
+            important=(1, 2, 3),
+            whole_with="-o FILE",
+            verbose=out.verbose,
         )
         print_table(
             LINE_COLUMNS,
             line_rows(result),
             "the worst layer groups with another scheme, or in their stored dtype",
             right=(2, 3, 4, 5),
+            whole_with="-o FILE",
+            verbose=out.verbose,
         )
     for remark in sensitivity_remarks(result):
         out.note(remark)

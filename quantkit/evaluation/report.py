@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from quantkit.checkpoint.short_names import short_names
 from quantkit.checkpoint.units import counted, format_bytes
 from quantkit.evaluation import metrics
-from quantkit.evaluation.compare import Comparison, Pair
+from quantkit.evaluation.compare import ComparedQuant, Comparison, Pair
 from quantkit.evaluation.metrics import KLD, PPL_DELTA, Metric, Shown
 from quantkit.evaluation.result import (
     BaseResult,
@@ -31,11 +32,21 @@ class Table:
     columns: headings.
     rows: rows of cells, one for each column.
     right: indices of the columns that are aligned to the right, because they contain numbers.
+    important: indices of the columns that a narrow terminal shows, the most important first.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     right: Sequence[int]
+    important: Sequence[int] = ()
+
+    def renamed(self, names: Mapping[str, str]) -> Table:
+        """The table with each heading and cell that is in `names` replaced."""
+        return replace(
+            self,
+            columns=[names.get(column, column) for column in self.columns],
+            rows=[[names.get(cell, cell) for cell in row] for row in self.rows],
+        )
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -50,6 +61,9 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 _ACTIVATIONS: dict[bool | str, str] = {True: "yes", False: "no"}
 
 
+_IMPORTANT_OF_MODELS = ("model", "ΔPPL [95 %]", "KL mean", "size", "scheme", "same top-1")
+
+
 def model_table(evaluation: Evaluation) -> Table:
     """One row for the base model, one for each quantized model."""
     shown = [(metric, column) for metric in metrics.METRICS for column in metric.columns]
@@ -59,7 +73,8 @@ def model_table(evaluation: Evaluation) -> Table:
     rows += [_quant_cells(quant, shown) for quant in evaluation.quants]
     not_numbers = ("model", "scheme", "inputs quantized")
     right = [place for place, column in enumerate(columns) if column not in not_numbers]
-    return Table(columns, rows, right)
+    important = [columns.index(column) for column in _IMPORTANT_OF_MODELS]
+    return Table(columns, rows, right, important)
 
 
 def _base_cells(base: BaseResult, shown: Sequence[Shown[Any]]) -> list[str]:
@@ -104,7 +119,8 @@ def metric_table(evaluation: Evaluation) -> Table:
         rows.append([row.heading, *cells])
     empty = [""] if noise else []
     rows += [[heading, *(text(quant) for quant in quants), *empty] for heading, text in _MODEL_ROWS]
-    return Table(columns, rows, range(1, len(columns)))
+    numbers = range(1, len(columns))
+    return Table(columns, rows, numbers, range(1 + len(quants)))
 
 
 # Rows of the same table that are no metrics of tokens.
@@ -140,7 +156,7 @@ def layer_table(evaluation: Evaluation, shown: int = WORST_SHOWN) -> Table:
         for quant in evaluation.quants
         for layer in quant.layers[:shown]
     ]
-    return Table(columns, rows, range(2, len(columns)))
+    return Table(columns, rows, range(2, len(columns)), (1, 0, 4, 2))
 
 
 def decibels_text(value: float | None) -> str:
@@ -314,8 +330,8 @@ def comparison_table(comparison: Comparison) -> Table:
     )
     rows = [
         [
-            f"{pair.a.path} ({pair.a.scheme})",
-            f"{pair.b.path} ({pair.b.scheme})",
+            _with_scheme(pair.a.path, pair.a),
+            _with_scheme(pair.b.path, pair.b),
             f"{pair.a.perplexity:.4f}",
             f"{pair.b.perplexity:.4f}",
             *(pairing.text(pair.deltas[metric]) for metric, pairing in paired),
@@ -323,7 +339,24 @@ def comparison_table(comparison: Comparison) -> Table:
         ]
         for pair in comparison.pairs
     ]
-    return Table(columns, rows, range(2, len(columns)))
+    differences = [columns.index(pairing.heading) for _, pairing in paired[:2]]
+    return Table(columns, rows, range(2, len(columns)), (0, 1, *differences))
+
+
+def _with_scheme(name: str, quant: ComparedQuant) -> str:
+    return f"{name} ({quant.scheme})"
+
+
+def comparison_names(comparison: Comparison) -> dict[str, str]:
+    """Cell of the table → a short name, with the scheme where the name doesn't say it."""
+    models = [model for pair in comparison.pairs for model in (pair.a, pair.b)]
+    names = short_names([model.path for model in models])
+    return {
+        _with_scheme(each.path, each): names[each.path]
+        if each.scheme in names[each.path]
+        else _with_scheme(names[each.path], each)
+        for each in models
+    }
 
 
 def comparison_title(comparison: Comparison) -> str:

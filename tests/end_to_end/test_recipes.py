@@ -45,7 +45,7 @@ def test_commands_of_the_ci_example_parse_and_its_gates_too():
     workflow = yaml.safe_load((CONFIGS[0].parent / "ci" / "quality-gate.yml").read_text())
     commands = [
         shlex.split(step["run"])
-        for step in workflow["jobs"]["judge"]["steps"]
+        for step in workflow["jobs"]["evaluate"]["steps"]
         if step.get("run", "").startswith("quantkit ")
     ]
     parsed = {

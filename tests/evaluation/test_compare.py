@@ -142,7 +142,7 @@ def test_another_place_of_the_same_base_is_comparable(stored, copy, llama):
         (lambda result: result["quants"][0]["window_nll"].pop(), "damaged"),
         (lambda result: result["quants"][0]["window_nll"].__setitem__(0, None), "damaged"),
         (lambda result: result.pop("protocol"), "damaged"),
-        (lambda result: result.pop("schema_version"), "no result"),
+        (lambda result: result.pop("schema_version"), "no stored result"),
     ],
 )
 def test_a_file_that_is_no_whole_result_is_refused(edit, what, stored):

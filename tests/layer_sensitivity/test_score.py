@@ -578,8 +578,8 @@ def test_the_page_has_a_heat_map_and_needs_no_network(result):
 
     page = sensitivity_html(result)
     assert (
-        'aria-label="layer groups"' in page
-        and 'aria-label="lines"' in page
+        'data-plot="layer groups"' in page
+        and 'data-plot="lines"' in page
         and ">gate+up<" in page
         and BAD in page
     )

@@ -80,7 +80,7 @@ def served_by_vllm(kind: str) -> str:
     of the file, and why others aren't among them.
     """
     if kind in NOT_ASKED:
-        return "not asked"
+        return "not tried"
     found = [row for row in json.loads(SERVED.read_text())["rows"] if row["architecture"] == kind]
     by_verdict: dict[str, list[str]] = {}
     for row in found:
@@ -95,26 +95,26 @@ def served_by_vllm(kind: str) -> str:
 
 
 def architecture_table() -> str:
-    """What is tested here, as a table for the README: architecture × command."""
+    """What is tested here, as a table for docs/models.md: architecture × command."""
     lines = [
         (
-            "| architecture | calibrate, verify | export | eval: the loss of | transformers' loader"
+            "| architecture | calibrate, verify | export | eval scores | transformers' loader"
             " | vLLM |"
         ),
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for kind in sorted(KINDS):
         schemes = ", ".join((*SCHEMES, *MORE_SCHEMES.get(kind, ()))) + (
-            ", experts left" if kind in OPTIONS else ""
+            ", experts skipped" if kind in OPTIONS else ""
         )
         scored = (
-            "hidden tokens"
+            "masked tokens"
             if kind in MASKED
-            else "a target"
+            else "the target text"
             if kind in TARGET
             else "the next token"
         )
-        name = f"`{kind}`" + (" (its vision tower is left)" if kind in MULTIMODAL else "")
+        name = f"`{kind}`" + (" (vision tower skipped)" if kind in MULTIMODAL else "")
         lines.append(
             f"| {name} | yes | {schemes} | {scored} | {TRANSFORMERS.get(kind, 'the same logits')} |"
             f" {served_by_vllm(kind)} |"
