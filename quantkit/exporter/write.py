@@ -110,8 +110,8 @@ def _inputs(plan: ExportPlan) -> list[Path]:
 class _Run:
     """The threads of one export, and their shared state.
 
-    Makers take jobs in order. The first job of a shard opens its file and starts its follower. A
-    maker waits if too many shards are unfinished, so that makers don't outrun the disk.
+    Makers take jobs in order. Who takes the first job of a shard opens its file and starts its
+    follower. Makers wait if too many shards are unfinished, so that they don't outrun the disk.
     """
 
     @staticmethod
@@ -136,11 +136,12 @@ class _Run:
         self._stream = WeightStream(plan.checkpoint)
         self._maker = TensorMaker(plan, self._stream)
         self._todo = {name: jobs for name, jobs in shards.items() if name not in finished}
-        self._jobs = iter([(name, job) for name, jobs in self._todo.items() for job in jobs])
+        self._jobs = ((name, job) for name, jobs in self._todo.items() for job in jobs)
         self._read = sum(job.bytes_read for name in finished for job in shards[name])
         self._writers: dict[str, ShardWriter] = {}
         self._followers: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._unfinished = threading.Semaphore(max(2, cores()))
         self._stopping = threading.Event()
         self._recorded = 0
@@ -207,15 +208,8 @@ class _Run:
 
     def _make(self) -> None:
         torch.set_num_threads(1)  # in this thread too
-        while not self._stopping.is_set():
-            with self._lock:
-                shard_and_job = next(self._jobs, None)
-            if shard_and_job is None:
-                return
-            name, job = shard_and_job
-            writer = self._writer(name)
-            if writer is None:
-                return
+        while (taken := self._next_job()) is not None:
+            writer, job = taken
             for tensor, content, offset in self._maker.parts(job):
                 if writer.is_abandoned:
                     return
@@ -224,29 +218,37 @@ class _Run:
             with self._lock:
                 self._read += job.bytes_read
 
-    def _writer(self, name: str) -> ShardWriter | None:
-        """The shard's writer. The first job opens it and starts its follower. None if the export
-        is being stopped.
+    def _next_job(self) -> tuple[ShardWriter, Job] | None:
+        """The next job, and the writer of its shard. None if there is none, or the export stops.
+
+        One maker at a time takes a job, and keeps the others waiting while it waits to open a
+        shard. A maker that waited with a job of an earlier shard would wait for itself: that shard
+        can't be finished without the job.
         """
-        with self._lock:
-            if name in self._writers:
-                return self._writers[name]
-        self._unfinished.acquire()
-        with self._lock:
-            if name in self._writers:
-                self._unfinished.release()
-                return self._writers[name]
+        with self._turn:
             if self._stopping.is_set():
-                self._unfinished.release()
                 return None
-            tensors = [tensor for job in self._todo[name] for tensor in job.tensors]
+            name, job = next(self._jobs, (None, None))
+            if name is None or job is None:
+                return None
+            if name not in self._writers:
+                self._unfinished.acquire()
+                if self._stopping.is_set():
+                    self._unfinished.release()
+                    return None
+                self._open_shard(name)
+            return self._writers[name], job
+
+    def _open_shard(self, name: str) -> None:
+        """Open a shard's file, and start its follower."""
+        tensors = [tensor for job in self._todo[name] for tensor in job.tensors]
+        with self._lock:
             writer = self._writers[name] = ShardWriter(self._output.partial / name, tensors)
             follower = threading.Thread(
                 target=self._guarded, args=(self._follow, name, writer), name=f"follower of {name}"
             )
             self._followers.append(follower)
             follower.start()
-        return writer
 
     def _follow(self, name: str, writer: ShardWriter) -> None:
         try:

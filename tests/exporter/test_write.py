@@ -16,7 +16,8 @@ from quantkit.checkpoint.files import sha256_file
 from quantkit.checkpoint.formats import FORMATS, read_quantization_config
 from quantkit.checkpoint.output_dir import OutputDirectory
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from quantkit.checkpoint.writer import ShardWriter
+from quantkit.errors import CalibrationError, CheckpointError, Interrupted, OutputError, RecipeError
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.verify import verify
 from quantkit.exporter.write import export
@@ -377,6 +378,50 @@ def test_sigterm_ends_with_75_and_resume_completes(run, tmp_path):
     assert "--resume" in errors and not (tmp_path / "out").exists()
     assert run(*command, "--resume").exit_code == 0
     assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_stop_ends_a_maker_that_waits_to_open_a_shard(tmp_path, monkeypatch):
+    """A maker must not wait with a job of a shard that another maker has opened: that shard can't
+    be finished without the job, and keeps its place.
+    """
+    stop = threading.Event()
+    write_part = ShardWriter.write_part
+
+    class Unfair(threading.Semaphore):
+        """Maker 1 comes after the stop, if it comes with another shard's first job."""
+
+        def acquire(self, *arguments, **options):
+            if threading.current_thread().name == "maker 1":
+                stop.wait(5)
+                time.sleep(0.3)
+            return super().acquire(*arguments, **options)
+
+    def stop_in_the_third_shard(writer, tensor, *arguments):
+        is_slow = threading.current_thread().name == "maker 0"
+        if "model-00001-" in str(writer.path) and is_slow:
+            time.sleep(0.1)  # so that maker 1 is the first to come to the second shard
+        if "model-00003-" in str(writer.path) and not stop.is_set():
+            stop.set()
+            time.sleep(0.2)
+        write_part(writer, tensor, *arguments)
+
+    monkeypatch.setattr("quantkit.exporter.write.cores", lambda: 2)
+    monkeypatch.setattr("quantkit.exporter.write.threading.Semaphore", Unfair)
+    monkeypatch.setattr(ShardWriter, "write_part", stop_in_the_third_shard)
+    model = make_llama(tmp_path / "deep", num_hidden_layers=8)
+    options = ExportOptions(model, tmp_path / "out", Recipe("fp8-dynamic"), max_shard_bytes=200_000)
+    found = []
+
+    def work():
+        try:
+            export(plan_export(options), should_stop=stop.is_set)
+        except Interrupted as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert found, "the export hangs"
 
 
 def test_entry_that_never_applies_is_refused(llama):
