@@ -95,10 +95,11 @@ def export(
         allow_unreached=allow_unreached,
     )
     plan = plan_export(options, checkpoint=checkpoint)
-    warn(plan.warnings)
     if dry_run:
+        warn(plan.warnings)
         return ExportResult.of(plan)
     result = write_checkpoint(plan, progress or silent, should_stop or never)
+    warn(plan.warnings)
     step_done(result)
     return result
 

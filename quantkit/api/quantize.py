@@ -207,8 +207,8 @@ def quantize(
             trust_remote_code=trust_remote_code,
         )
     plan = plan_export(export_options, calibration_follows=calibration_options is not None)
-    warn(plan.warnings)
     if dry_run:
+        warn(plan.warnings)
         return QuantizeResult(made, ExportResult.of(plan))
     if sources and calibration_options is None and not check:
         given = calibration is not None
@@ -218,10 +218,9 @@ def quantize(
     calibrated = None
     if calibration_options is not None:
         calibrated = _calibrate(export_options, calibration_options, progress, should_stop)
-        planned = plan_export(replace(export_options, calibration=calibration_options.output))
-        warn(text for text in planned.warnings if text not in plan.warnings)
-        plan = planned
+        plan = plan_export(replace(export_options, calibration=calibration_options.output))
     result = QuantizeResult(made, write_checkpoint(plan, progress, should_stop), calibrated)
+    warn(plan.warnings)
     step_done(result.checkpoint)
     if verify:
         result = replace(result, verification=_verify(plan, progress, should_stop))

@@ -26,8 +26,8 @@ from quantkit.evaluation.result import Evaluation, LayerError, QuantResult
 
 # A model beyond one of these bounds is ruined. They were chosen on SmolLM2-135M, which is more
 # sensitive than larger models. The worst sound recipe loses 5 % of perplexity there, at a mean KL
-# of 0.038 (README); static INT8, which outliers ruin, loses 106 to 143 %, at a mean KL of 0.9. KL
-# is checked too, because the perplexity of a ruined model may fall by chance.
+# of 0.038 (docs/results.md); static INT8, which outliers ruin, loses 106 to 143 %, at a mean KL of
+# 0.9. KL is checked too, because the perplexity of a ruined model may fall by chance.
 MOST_PPL_DELTA_PCT = 10.0
 MOST_KLD = 0.15
 CHECK_TOKENS = 4096

@@ -689,16 +689,16 @@ def test_shard_that_is_cut_short_before_or_after_it_is_mapped_is_refused(tmp_pat
 def test_shard_that_is_cut_short_after_the_plan_is_refused_in_one_line(
     model, run, tmp_path, monkeypatch, left
 ):
-    import quantkit.exporter.plan
+    import quantkit.api.export
 
-    planned = quantkit.exporter.plan.plan_export
+    planned = quantkit.api.export.plan_export
 
     def plan_then_truncate(*arguments, **options):
         plan = planned(*arguments, **options)
         os.truncate(model / SHARD, left if left >= 0 else (model / SHARD).stat().st_size + left)
         return plan
 
-    monkeypatch.setattr(quantkit.exporter.plan, "plan_export", plan_then_truncate)
+    monkeypatch.setattr(quantkit.api.export, "plan_export", plan_then_truncate)
     one_line(export_command(run, model), SHARD)
     assert not (tmp_path / "out").exists()
 
