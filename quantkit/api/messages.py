@@ -8,6 +8,7 @@ is a QuantkitWarning. Of several processes, only the first speaks.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterable
 
@@ -23,11 +24,16 @@ def step_done(text: object) -> None:
         LOGGER.info("%s", text)
 
 
-def warn(texts: Iterable[str], level: int = 3) -> None:
-    """Warn of each text.
-
-    level: frames from here to the user's code; 3 if a public function calls this.
-    """
+def warn(texts: Iterable[str]) -> None:
+    """Warn of each text, at the line that called quantkit."""
     if is_first_process():
         for text in texts:
-            warnings.warn(text, QuantkitWarning, stacklevel=level)
+            warnings.warn(text, QuantkitWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """The number of frames from `warn` to the first one outside of quantkit."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("quantkit."):
+        level, frame = level + 1, frame.f_back
+    return level

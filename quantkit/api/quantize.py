@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -206,7 +207,18 @@ def quantize(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-    plan = plan_export(export_options, calibration_follows=calibration_options is not None)
+    run_check = functools.partial(
+        check_sanity,
+        path,
+        directory,
+        () if calibration_options is not None else sources,
+        check_tokens,
+        hardware,
+        device,
+        trust_remote_code,
+    )
+    steps = _Steps(export_options, calibration_options, verify, run_check if check else None)
+    plan = steps.plan()
     if dry_run:
         warn(plan.warnings)
         return QuantizeResult(made, ExportResult.of(plan))
@@ -214,34 +226,44 @@ def quantize(
         given = calibration is not None
         reason = "`calibration` is given" if given else "this recipe needs no calibration"
         warn([f"`data` is not read: {reason}"])
-    progress, should_stop = progress or silent, should_stop or never
-    calibrated = None
-    if calibration_options is not None:
-        calibrated = _calibrate(export_options, calibration_options, progress, should_stop)
-        plan = plan_export(replace(export_options, calibration=calibration_options.output))
-    result = QuantizeResult(made, write_checkpoint(plan, progress, should_stop), calibrated)
-    warn(plan.warnings)
-    step_done(result.checkpoint)
-    if verify:
-        result = replace(result, verification=_verify(plan, progress, should_stop))
-    if check and (result.verification is None or result.verification.ok):
-        checked = _check(
-            plan,
-            lambda: check_sanity(
-                path,
-                directory,
-                () if calibration_options is not None else sources,
-                check_tokens,
-                hardware,
-                device,
-                trust_remote_code,
-                progress,
-                should_stop,
-            ),
-        )
-        result = replace(result, check=checked)
+    result = steps.run(plan, progress or silent, should_stop or never)
     _require_sound(result)
     return result
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What one call does.
+
+    export: the export; without the calibration that this call makes.
+    calibration: the calibration that this call makes, or None.
+    verify: whether the output is verified.
+    check: the sanity check, called with `progress` and `should_stop`; None if it isn't wanted.
+    """
+
+    export: ExportOptions
+    calibration: CalibrationOptions | None
+    verify: bool
+    check: Callable[[Progress, ShouldStop], SanityCheck] | None
+
+    def plan(self) -> ExportPlan:
+        """The export's plan, made before a calibration that it needs."""
+        return plan_export(self.export, calibration_follows=self.calibration is not None)
+
+    def run(self, plan: ExportPlan, progress: Progress, should_stop: ShouldStop) -> QuantizeResult:
+        calibrated = None
+        if self.calibration is not None:
+            calibrated = _calibrate(self.export, self.calibration, progress, should_stop)
+            plan = plan_export(replace(self.export, calibration=self.calibration.output))
+        exported = write_checkpoint(plan, progress, should_stop)
+        warn(plan.warnings)
+        step_done(exported)
+        result = QuantizeResult(self.export.recipe, exported, calibrated)
+        if self.verify:
+            result = replace(result, verification=_verify(plan, progress, should_stop))
+        if self.check is not None and (result.verification is None or result.verification.ok):
+            result = replace(result, check=_check(plan, self.check, progress, should_stop))
+        return result
 
 
 def _default_recipe(
@@ -265,7 +287,7 @@ def _calibrate(
         _require_same_calibration(calibration)
         return None
     result = run_calibration(calibration, progress, should_stop)
-    warn(result.warnings, level=4)
+    warn(result.warnings)
     for remark in result.chosen:
         step_done(remark)
     step_done(result)
@@ -297,21 +319,26 @@ def _names(sources: tuple[DataSource, ...]) -> list[str]:
 def _verify(plan: ExportPlan, progress: Progress, should_stop: ShouldStop) -> Verification:
     options = plan.options
     found = check_checkpoint(options.output, options.model, options.runtime, progress, should_stop)
-    warn((text for text in found.warnings if text not in plan.warnings), level=4)
+    warn(text for text in found.warnings if text not in plan.warnings)
     if found.ok:
         step_done(found)
     return found
 
 
-def _check(plan: ExportPlan, run: Callable[[], SanityCheck]) -> SanityCheck:
+def _check(
+    plan: ExportPlan,
+    run: Callable[[Progress, ShouldStop], SanityCheck],
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> SanityCheck:
     """The sanity check. Where the two models can't be run, a warning says why."""
     output = plan.options.output
     try:
-        checked = run()
+        checked = run(progress, should_stop)
     except Interrupted:
         raise
     except QuantkitError as error:
-        warn([f"{output} is not checked: {error}"], level=4)
+        warn([f"{output} is not checked: {error}"])
         return SanityCheck.not_run(str(error))
     step_done(f"{output}: {checked}")
     return checked

@@ -208,7 +208,10 @@ def test_steps_are_logged_and_warnings_warned(llama, text, tmp_path, caplog):
         qk.calibrate(llama, tmp_path / "calib", data=["too short a text. " * 60], seq_len=64)
     assert "statistics of" in caplog.text
     assert any("give more text as `data`" in str(each.message) for each in warned)
-    assert warned[0].filename == __file__
+    assert {each.filename for each in warned} == {__file__}
+    with pytest.warns(QuantkitWarning, match="sglang can't load") as warned:
+        qk.quantize(llama, tmp_path / "out", "int8-static", num_samples=4, seq_len=64, check=False)
+    assert {each.filename for each in warned} == {__file__}
 
 
 def test_the_library_prints_nothing(llama, text, tmp_path, capfd, quiet):
