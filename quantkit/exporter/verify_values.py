@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import as_completed
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import torch
@@ -58,18 +59,14 @@ def check_values(
 
     Each thread, one for each core, has a few rows in memory.
     """
-    reader = _ValueReader(
-        found,
-        WeightStream(checkpoint, dequantizing=False),
-        WeightStream(base) if base else None,
-        config,
-        stored,
-        linears,
-    )
     units = [[f"{module}.{suffix}" for suffix in suffixes] for module, suffixes in stored.items()]
     units += [[name] for name in checkpoint.tensors if name.rpartition(".")[0] not in stored]
     done = 0
-    with pool_of_single_threads(cores()) as pool:
+    with ExitStack() as opened:
+        stream = opened.enter_context(closing(WeightStream(checkpoint, dequantizing=False)))
+        base_stream = opened.enter_context(closing(WeightStream(base))) if base else None
+        reader = _ValueReader(found, stream, base_stream, config, stored, linears)
+        pool = opened.enter_context(pool_of_single_threads(cores()))
         futures = {pool.submit(reader.check, unit): unit for unit in units}
         for future in as_completed(futures):
             for tensor, message in future.result():

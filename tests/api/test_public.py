@@ -2,6 +2,7 @@
 function returns on a tiny model.
 """
 
+import gc
 import inspect
 import json
 import logging
@@ -233,3 +234,16 @@ def test_should_stop_ends_a_run_that_resume_continues(llama, text, tmp_path, qui
     for name in names:
         ours, theirs = ((tmp_path / where / name).read_bytes() for where in ("calib", "whole"))
         assert ours == theirs
+
+
+def test_all_files_are_closed(llama, text, tmp_path):
+    """Python warns of a file that was left open when it collects it."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        exported = qk.export(llama, tmp_path / "out", "fp8-dynamic")
+        qk.verify(exported, base=llama)
+        qk.calibrate(llama, tmp_path / "calib", data=text, num_samples=4, seq_len=64)
+        qk.evaluate(llama, exported, text, seq_len=64, max_tokens=128)
+        qk.sensitivity(llama, "fp8-dynamic", text, seq_len=64, max_tokens=64)
+        gc.collect()
+    assert [each for each in warned if each.category is ResourceWarning] == []
