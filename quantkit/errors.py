@@ -87,7 +87,7 @@ class NonFiniteError(EvaluationError):
     path: directory of the model.
     """
 
-    def __init__(self, message: str, path: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", path: str = "") -> None:
         super().__init__(message, hint)
         self.path = path
 

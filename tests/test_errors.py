@@ -3,6 +3,7 @@ parameters, as Python does, and the command line prints them as its options.
 """
 
 import ast
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,3 +205,13 @@ def test_every_kind_of_refusal_has_an_exit_code_of_its_own_or_1(name):
     expected = {"FaultsFound": 3, "Inconclusive": 4, "NotComparableError": 5, "Interrupted": 75}
     if name != "FollowerStopped":
         assert refusal.exit_code == expected.get(name, 1)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSALS))
+def test_errors_go_from_process_to_process(name):
+    arguments = (75,) if name == "FollowerStopped" else ("wrong", "mend it")
+    error = getattr(errors, name)(*arguments)
+    if name == "NonFiniteError":
+        error = errors.NonFiniteError("wrong", "mend it", path="model")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and vars(again) == vars(error) and str(again) == str(error)

@@ -12,6 +12,7 @@ from quantkit.api.inputs import (
     model_path,
     recipe_of,
     require_at_least,
+    require_whole,
     size_of,
 )
 from quantkit.api.messages import step_done, warn
@@ -76,6 +77,7 @@ def calibrate(
         Interrupted: `should_stop` ended the run.
     """
     require_at_least(1, num_samples=num_samples, batch_size=batch_size)
+    require_whole("seed", seed)
     require_at_least(2, seq_len=seq_len)
     options = CalibrationOptions(
         model_path(model),

@@ -12,6 +12,7 @@ from quantkit.api.inputs import (
     model_path,
     require_at_least,
     require_choice,
+    require_list,
 )
 from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.data.protocols import PROTOCOLS
@@ -97,7 +98,7 @@ def evaluate(
         exec=exec,
         hardware=hardware,
         device=device,
-        gates=tuple(gates),
+        gates=require_list("gates", gates),
         trust_remote_code=trust_remote_code,
         noise_floor=noise_floor,
         cache=cache,

@@ -9,8 +9,8 @@ from typing import Any
 
 from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.units import parse_bytes
-from quantkit.data.sources import DataSource, Records, repeated_source, require_source
-from quantkit.errors import ArgumentError, DataError, RecipeError
+from quantkit.data.sources import DataSource, Records, is_file, repeated_source, require_source
+from quantkit.errors import ArgumentError, DataError, OutputError, RecipeError
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.scheme import QuantScheme
 
@@ -39,23 +39,30 @@ def recipe_of(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, (str, os.PathLike)):
+        raise RecipeError(f"`recipe` is {recipe!r}; give a Recipe, a scheme's name or a .yaml file")
     text = os.fspath(recipe)
-    if isinstance(recipe, os.PathLike) or text.endswith(_RECIPE_FILES) or Path(text).is_file():
+    if isinstance(recipe, os.PathLike) or text.endswith(_RECIPE_FILES):
         return Recipe.load(Path(text).expanduser())
     try:
         return Recipe(QuantScheme.parse(text))
     except RecipeError as error:
+        if is_file(text):
+            return Recipe.load(Path(text).expanduser())
         raise RecipeError(str(error), "or give a recipe's .yaml file") from None
 
 
 def size_of(size: int | str, name: str) -> int:
     """A number of bytes, also as text such as "5GB".
 
-    Raises ArgumentError or RecipeError if it isn't a size of at least one byte.
+    Raises ArgumentError if it isn't a size of at least one byte.
     """
-    count = parse_bytes(size) if isinstance(size, str) else size
-    if isinstance(count, bool) or count < 1:
-        raise ArgumentError(f"`{name}` must be more than 0, such as '5GB' or '500MB', not {size!r}")
+    try:
+        count = parse_bytes(size) if isinstance(size, str) else size
+    except OutputError:
+        count = 0
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ArgumentError(f"`{name}` is {size!r}; give a size above 0, such as '5GB' or '500MB'")
     return count
 
 
@@ -63,6 +70,12 @@ def require_choice(name: str, value: str | None, allowed: Iterable[str]) -> None
     """Raise ArgumentError unless a parameter is None or one of the allowed values."""
     if value is not None and value not in (choices := tuple(allowed)):
         raise ArgumentError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}")
+
+
+def require_whole(name: str, value: int) -> None:
+    """Raise ArgumentError unless a parameter is a whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentError(f"`{name}` is {value!r}; it must be a whole number")
 
 
 def require_at_least(least: int, **values: int | None) -> None:
@@ -74,11 +87,18 @@ def require_at_least(least: int, **values: int | None) -> None:
             raise ArgumentError(f"`{name}` is {value!r}; it must be a whole number from {least} up")
 
 
+def require_list(name: str, values: Iterable[str]) -> tuple[str, ...]:
+    """The values of a parameter. Raises ArgumentError for one text, whose letters would count."""
+    if isinstance(values, str):
+        raise ArgumentError(f"`{name}` must be a list of texts, not the text {values!r}")
+    return tuple(values)
+
+
 def data_sources(data: Data | None) -> tuple[DataSource, ...]:
     """Text sources of a `data` argument; none for None.
 
-    One text is a file name. A list holds either file names or texts: it holds file names if each
-    exists, ends like a text file, or begins with "dataset:".
+    One text is a file name. A list holds either file names or texts: it holds file names if each is
+    a path, exists, begins with "dataset:", or is one word that ends like a text file.
 
     Raises DataError if a file doesn't exist, a source is given twice, or a record has no text.
     """
@@ -109,7 +129,7 @@ def data_sources(data: Data | None) -> tuple[DataSource, ...]:
 def _files(names: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     texts = tuple(os.fspath(name) for name in names)
     for text in texts:
-        if len(texts) == 1 and _looks_like_text(text):
+        if len(texts) == 1 and isinstance(names[0], str) and _looks_like_text(text):
             raise DataError(
                 f"`data` is a text of {len(text)} characters; put it into a list: one string alone"
                 " is a file name"
@@ -132,7 +152,7 @@ def _is_file_name(row: str | os.PathLike[str]) -> bool:
         return True
     if _looks_like_text(row):
         return False
-    return row.lower().endswith(_TEXT_FILES) or Path(row).expanduser().is_file()
+    return (row.lower().endswith(_TEXT_FILES) and len(row.split()) == 1) or is_file(row)
 
 
 def _conversation_or_records(rows: Sequence[Any]) -> Iterable[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ from quantkit.api.inputs import (
     recipe_of,
     require_at_least,
     require_choice,
+    require_whole,
     size_of,
 )
 from quantkit.api.messages import step_done, warn
@@ -40,6 +41,7 @@ from quantkit.exporter.runtimes import as_computed
 from quantkit.exporter.verification import Verification
 from quantkit.exporter.verify import verify as check_checkpoint
 from quantkit.exporter.write import export as write_checkpoint
+from quantkit.models.distributed import require_one_process
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.serving import HARDWARE, RUNTIMES
 
@@ -163,10 +165,12 @@ def quantize(
             the error's `result` is the QuantizeResult.
         QuantkitError: as `calibrate` and `export` raise it.
     """
+    require_one_process()
     require_choice("runtime", runtime, RUNTIMES)
     require_choice("format", format, FORMATS)
     require_choice("hardware", hardware, HARDWARE)
     require_at_least(1, num_samples=num_samples, batch_size=batch_size)
+    require_whole("seed", seed)
     require_at_least(2, seq_len=seq_len, check_tokens=check_tokens)
     path, directory, sources = model_path(model), Path(output), data_sources(data)
     if recipe is None:
@@ -252,11 +256,13 @@ class _Steps:
 
     def run(self, plan: ExportPlan, progress: Progress, should_stop: ShouldStop) -> QuantizeResult:
         calibrated = None
+        warned = plan.warnings if self.calibration is not None else ()
+        warn(warned)  # a calibration may take hours
         if self.calibration is not None:
             calibrated = _calibrate(self.export, self.calibration, progress, should_stop)
             plan = plan_export(replace(self.export, calibration=self.calibration.output))
         exported = write_checkpoint(plan, progress, should_stop)
-        warn(plan.warnings)
+        warn(text for text in plan.warnings if text not in warned)
         step_done(exported)
         result = QuantizeResult(self.export.recipe, exported, calibrated)
         if self.verify:

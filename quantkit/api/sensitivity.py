@@ -6,7 +6,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkit.api.inputs import Data, Model, data_sources, model_path, recipe_of, require_at_least
+from quantkit.api.inputs import (
+    Data,
+    Model,
+    data_sources,
+    model_path,
+    recipe_of,
+    require_at_least,
+    require_list,
+    require_whole,
+)
 from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.errors import ArgumentError
 from quantkit.layer_sensitivity.options import KEEP, SensitivityOptions
@@ -73,13 +82,14 @@ def sensitivity(
         DataError: the text can't be read or is too short.
         Interrupted: `should_stop` ended the run.
     """
+    require_whole("seed", seed)
     require_at_least(2, max_tokens=max_tokens, seq_len=seq_len)
-    if isinstance(alternatives, str):
-        raise ArgumentError("`alternatives` must be a list, such as ['keep', 'int8-dynamic']")
+    if max_kld is not None and not isinstance(max_kld, (int, float)):
+        raise ArgumentError(f"`max_kld` is {max_kld!r}; it must be a number of nats")
     options = SensitivityOptions(
         model_path(model),
         recipe_of(recipe),
-        tuple(alternatives) or (KEEP,),
+        require_list("alternatives", alternatives) or (KEEP,),
         None if calibration is None else Path(calibration),
         data_sources(data),
         max_tokens=max_tokens,

@@ -8,6 +8,7 @@ import click
 
 from quantkit.cli.console import Output, command
 from quantkit.cli.options import UserPath
+from quantkit.errors import EvaluationError
 
 
 @command("compare")
@@ -27,6 +28,12 @@ def compare_command(out: Output, first: Path, second: Path) -> None:
         comparison_title,
     )
 
+    for path in (first, second):
+        if not path.exists():
+            raise EvaluationError(
+                f"there is no file {path}",
+                f"write one with: quantkit eval BASE QUANT --data FILE -o {path.name}",
+            )
     comparison = compare(first, second)
     if out.as_json:
         print_json(comparison.to_json())

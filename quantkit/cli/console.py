@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol
 import click
 
 from quantkit.cli.option_names import as_command_line, one_line
-from quantkit.cli.processes import is_first_process
+from quantkit.cli.processes import is_first_of_torchrun
 from quantkit.errors import Interrupted, QuantkitError, QuantkitWarning
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -48,10 +48,7 @@ class ErrorGroup(click.Group):
         except QuantkitError as error:
             _end(as_command_line(str(error)), error.exit_code)
         except KeyboardInterrupt:
-            _end(
-                "interrupted; run the same command again, with --resume if it has one",
-                Interrupted.exit_code,
-            )
+            _end(f"interrupted; {_again(context)}", Interrupted.exit_code)
         except BrokenPipeError:
             sys.stderr.close()  # The reader of stdout has gone: nothing can be printed any more.
             raise click.exceptions.Exit(0) from None
@@ -60,10 +57,19 @@ class ErrorGroup(click.Group):
                 raise
             where = f" ({error.filename})" if error.filename else ""
             _end(
-                f"{error.strerror}{where}; {_ADVICE[error.errno]} and run the command again, with"
-                " --resume if it has one",
+                f"{error.strerror}{where}; {_ADVICE[error.errno]} and {_again(context)}",
                 QuantkitError.exit_code,
             )
+
+
+def _again(context: click.Context) -> str:
+    """How to go on with the command that ran."""
+    group = context.command
+    name = context.invoked_subcommand or ""
+    command = group.commands.get(name) if isinstance(group, click.Group) else None
+    can_resume = command is not None and any(each.name == "resume" for each in command.params)
+    needs = " (which needs -o)" if name == "sensitivity" else ""
+    return f"run the command again{f' with --resume{needs}' if can_resume else ''}"
 
 
 def _end(message: str, exit_code: int) -> NoReturn:
@@ -88,7 +94,7 @@ class Output:
     """
 
     def __init__(self, quiet: bool, verbose: bool, as_json: bool) -> None:
-        self.is_first = is_first_process()
+        self.is_first = is_first_of_torchrun()
         self.quiet, self.verbose = quiet or not self.is_first, verbose
         self.as_json = as_json
         self._warned: set[str] = set()
@@ -114,13 +120,19 @@ class Output:
 
     @contextmanager
     def run(
-        self, name: str, device: str | None = None, uses_transformers: bool = True
+        self,
+        name: str,
+        device: str | None = None,
+        uses_transformers: bool = True,
+        stops: bool = True,
     ) -> Iterator[dict[str, Any]]:
         """What a command gives a function of the library: a progress bar, and signals that stop it.
 
         name: what the bar shows first.
         device: where a command computes whose work torchrun's processes can share, else None.
         uses_transformers: whether its messages must be silenced; importing it takes a second.
+        stops: whether a signal stops the function between two steps, so that finished work is kept;
+            else it ends the process at once.
         """
         from quantkit.cli.interrupts import stop_on_signals
         from quantkit.cli.processes import process_group
@@ -133,7 +145,7 @@ class Output:
             Progress(name, self.quiet) as progress,
             stop_on_signals() as should_stop,
         ):
-            yield {"progress": progress, "should_stop": should_stop}
+            yield {"progress": progress} | ({"should_stop": should_stop} if stops else {})
 
     @contextmanager
     def library_messages(self) -> Iterator[None]:
@@ -195,7 +207,9 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
         made = click.command(name, context_settings=CONTEXT)(run)
         made.params += [
             click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
-            click.Option(["-q", "--quiet"], is_flag=True, help="Print only warnings and errors."),
+            click.Option(
+                ["-q", "--quiet"], is_flag=True, help="Print only the result, warnings and errors."
+            ),
             click.Option(
                 ["-v", "--verbose"], is_flag=True, help="Print details and libraries' messages."
             ),

@@ -106,7 +106,7 @@ def eval_command(
 
     files = EvalFiles(*(arguments.pop(name) for name in ("output", "html", "markdown")))
     files.check()
-    with out.run("eval", arguments["device"]) as run:
+    with out.run("eval", arguments["device"], stops=False) as run:
         result = evaluate(base, quants, cache=not no_cache, **arguments, **run)
     if not out.is_first:
         return

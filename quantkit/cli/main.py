@@ -35,7 +35,7 @@ def main() -> None:
       quantkit eval MODEL OUT --data text.txt
 
     Exit codes: 0 success, 1 failure, 2 bad usage, 3 a gate, verify or the sanity check failed,
-    4 inconclusive (eval --strict), 5 not comparable, 75 interrupted (--resume continues).
+    4 inconclusive (eval --strict), 5 not comparable, 75 interrupted (continue with --resume).
     """
 
 

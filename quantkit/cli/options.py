@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,9 @@ from quantkit.checkpoint.formats import DEFAULT_FORMAT, FORMATS
 from quantkit.cli.option_names import one_line
 from quantkit.errors import QuantkitError
 from quantkit.schemes.serving import RUNTIMES
+
+if TYPE_CHECKING:
+    from quantkit.schemes.recipe import Recipe
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -97,16 +101,28 @@ directory_output = click.option(
 )
 
 
+@dataclass(frozen=True)
+class FileName:
+    """The name of a file, as the user wrote it. The library takes a text without a path's type as
+    the text itself if there is no such file.
+    """
+
+    name: str
+
+    def __fspath__(self) -> str:
+        return self.name
+
+
 def different_sources(
     _context: click.Context, _param: click.Parameter, names: tuple[str, ...]
-) -> tuple[str, ...]:
+) -> tuple[FileName, ...]:
     """The sources of --data. Raises BadParameter where one is given twice: it would count twice."""
     from quantkit.data.sources import repeated_source
 
     twice = repeated_source(names)
     if twice is not None:
         raise click.BadParameter(f"{one_line(twice)} is given twice; name each source once")
-    return names
+    return tuple(FileName(name) for name in names)
 
 
 data_option = click.option(
@@ -235,7 +251,7 @@ export_options = options(
 )
 
 
-def recipe_argument(arguments: dict[str, Any]) -> str | Path:
+def recipe_argument(arguments: dict[str, Any]) -> Recipe | Path:
     """Take --scheme and --recipe out of a command's arguments, as the library's `recipe`.
 
     Raises UsageError unless exactly one is given.
@@ -246,12 +262,14 @@ def recipe_argument(arguments: dict[str, Any]) -> str | Path:
     return recipe
 
 
-def optional_recipe(arguments: dict[str, Any]) -> str | Path | None:
+def optional_recipe(arguments: dict[str, Any]) -> Recipe | Path | None:
     """As `recipe_argument`, but None if neither is given."""
+    from quantkit.schemes.recipe import Recipe
+
     scheme, recipe = arguments.pop("scheme"), arguments.pop("recipe")
     if scheme is not None and recipe is not None:
         raise click.UsageError(_ONE_RECIPE)
-    return recipe if recipe is not None else scheme
+    return Recipe(scheme) if scheme is not None else recipe
 
 
 _ONE_RECIPE = "give either --scheme or --recipe; `quantkit schemes` lists the schemes"

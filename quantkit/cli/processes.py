@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def is_first_process() -> bool:
+def is_first_of_torchrun() -> bool:
     """Whether this process prints and writes: rank 0 under torchrun, or the only process."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 

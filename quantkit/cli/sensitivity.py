@@ -161,10 +161,9 @@ def _score(out: Output, model: str, arguments: dict[str, Any]) -> Sensitivity:
     from quantkit.api.sensitivity import sensitivity
 
     recipe = recipe_argument(arguments)
-    with out.run("sensitivity", arguments["device"]) as run:
-        # Without an output nothing is kept, so that a signal may end the process at once.
-        if arguments["output"] is None or _is_device(arguments["output"]):
-            del run["should_stop"]
+    output = arguments["output"]
+    keeps = output is not None and not _is_device(output)
+    with out.run("sensitivity", arguments["device"], stops=keeps) as run:
         return sensitivity(model, recipe, **arguments, **run)
 
 

@@ -145,17 +145,24 @@ class Progress:
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("elapsed,"),
             TimeRemainingColumn(),
+            TextColumn("left"),
         )
         self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task(command, total=None)
+        self._done, self._total = 0.0, 0.0
 
     def __call__(self, what: str, done: float, total: float) -> None:
-        if self._bar is not None:
-            self._bar.update(
-                self._task, completed=done, total=total, description=f"{self._command}: {what}"
-            )
+        if self._bar is None:
+            return
+        if done < self._done or total != self._total:
+            # Another stage: a task that was once complete would keep its clock.
+            self._bar.reset(self._task, total=total)
+        self._done, self._total = done, total
+        self._bar.update(
+            self._task, completed=done, total=total, description=f"{self._command}: {what}"
+        )
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

@@ -32,7 +32,7 @@ def verify_command(out: Output, checkpoint: str, base: str | None, runtime: str 
     """
     from quantkit.api.verify import verify
 
-    with out.run("verify", uses_transformers=False) as run:
+    with out.run("verify", uses_transformers=False, stops=False) as run:
         found = verify(checkpoint, base=base, runtime=runtime, **run)
     out.json(found)
     if not out.as_json:

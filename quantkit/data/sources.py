@@ -58,6 +58,14 @@ class Records:
         return f"{count} text{'s' if count > 1 else ''} in memory ({self.sha256[:12]})"
 
 
+def is_file(name: str) -> bool:
+    """Whether there is a file of this name; a text that can't be a name is none."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 # A file, `dataset:NAME[:CONFIG[:SPLIT]]`, or records in memory. `str()` of it is its name.
 DataSource = str | Records
 
@@ -80,7 +88,7 @@ def require_source(source: DataSource) -> None:
     """Raise DataError if a source is the name of a file that doesn't exist."""
     if isinstance(source, Records) or source.startswith("dataset:"):
         return
-    if not Path(source).expanduser().is_file():
+    if not is_file(source):
         raise DataError(
             f"there is no data file {source}; give a .txt, .jsonl or .parquet file, or"
             " dataset:NAME[:CONFIG[:SPLIT]]"

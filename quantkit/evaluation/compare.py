@@ -116,8 +116,7 @@ def read_result(path: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvaluationError(
-            f"there is no file {path}",
-            hint="store one with `quantkit.evaluate('BASE', ['QUANT'], data='FILE')`, as JSON",
+            f"there is no file {path}", hint="store the result of an evaluation as JSON first"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(

@@ -200,7 +200,7 @@ def _require_finite(hidden: Tensor, model: QuantizedModel, number: int, where: s
         path = str(model.checkpoint.path)
         raise NonFiniteError(
             f"{path} gives NaN or infinity in window {number + 1}, {where}",
-            path,
+            path=path,
             hint=f"`quantkit.verify({path!r})` checks its files",
         )
 

@@ -50,6 +50,8 @@ class Gate:
             )
         metric = metric.strip()
         units = gate_units()
+        if metric.rstrip("=!") in units and metric not in units or bound.startswith("="):
+            raise EvaluationError(f"the gate '{expr}' is not understood; write <=, >=, < or >")
         if metric not in units:
             raise EvaluationError(
                 f"the gate '{expr}' names an unknown metric '{metric}'; choose one of"

@@ -223,7 +223,7 @@ def gate_text(gate: GateResult) -> str:
     more = (
         f"; it needs about {gate.more_tokens_needed} more tokens" if gate.more_tokens_needed else ""
     )
-    return f"{gate.result} ({gate.value:.4g}{more})"
+    return f"{gate.result} ({gate.measured()}{more})"
 
 
 def _quant_remarks(evaluation: Evaluation, quant: QuantResult) -> list[str]:

@@ -243,6 +243,12 @@ class GateResult:
     result: str
     more_tokens_needed: int | None = None
 
+    def measured(self) -> str:
+        """The value with its interval, in the metric's unit."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
     def to_json(self) -> dict[str, Any]:
         content = json_values.fields_to_json(self)
         if self.result != "inconclusive":
@@ -318,7 +324,7 @@ class Evaluation:
         undecided = [gate for gate in self.gates if gate.result == "inconclusive"]
         if failed:
             raise FaultsFound(
-                f"the gate {failed[0].expr} failed on {failed[0].path}: {failed[0].value:.4g}"
+                f"the gate {failed[0].expr} failed on {failed[0].path}: {failed[0].measured()}"
             )
         if undecided and strict:
             more = undecided[0].more_tokens_needed

@@ -72,7 +72,7 @@ def predicted_kld(scores: GroupScores, choices: Sequence[str]) -> float:
     return total + (floor[min(changed)] if changed and total > 0 else 0.0)
 
 
-def size_of(scores: GroupScores, choices: Sequence[str]) -> int:
+def checkpoint_bytes(scores: GroupScores, choices: Sequence[str]) -> int:
     """Bytes of the checkpoint's tensors with a choice for each group."""
     moved = sum(
         group.choices[name].bytes - group.choices[RECIPE].bytes
@@ -100,7 +100,9 @@ def _pareto_line(scores: GroupScores, to: str) -> ParetoLine:
         choices = [to if place in moved else RECIPE for place in range(len(groups))]
         points.append(
             ParetoPoint(
-                k=k, bytes=size_of(scores, choices), kld_predicted=predicted_kld(scores, choices)
+                k=k,
+                bytes=checkpoint_bytes(scores, choices),
+                kld_predicted=predicted_kld(scores, choices),
             )
         )
     measured = [0]
@@ -196,7 +198,7 @@ def solve(
         max_size_bytes=limit,
         max_kld=max_kld,
         choices=choices,
-        bytes=size_of(scores, choices),
+        bytes=checkpoint_bytes(scores, choices),
         kld_predicted=predicted_kld(scores, choices),
         moved=sum(name != RECIPE for name in choices),
     )

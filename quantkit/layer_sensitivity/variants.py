@@ -177,7 +177,7 @@ class _Run:
                 raise NonFiniteError(
                     f"{where} gives NaN or infinity in window {window + 1}, first after"
                     f" {self.blocks.block_name(step.number)}",
-                    where,
+                    path=where,
                 )
             step.put(self.numbering.of(child, window), output)
 

@@ -15,18 +15,31 @@ from typing import Any
 import torch
 from torch import nn
 
+# How many contexts of `one_thread` are open, in any thread, and torch's number of threads before
+# the first of them: a second caller finds 1, and must not leave that behind.
+_COUNTING = Lock()
+_inside = 0
+_threads_before = 1
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """A context in which torch's operations use one thread, also in threads that are started in
     it.
     """
-    threads = torch.get_num_threads()
+    global _inside, _threads_before
+    with _COUNTING:
+        if not _inside:
+            _threads_before = torch.get_num_threads()
+        _inside += 1
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _COUNTING:
+            _inside -= 1
+            # torch keeps a number for each thread, and the last one set for new threads.
+            torch.set_num_threads(_threads_before)
 
 
 @contextmanager

@@ -118,5 +118,22 @@ def test_sizes_are_bytes_or_text():
     for wrong in ("0", 0, -1, True, "much"):
         with pytest.raises(QuantkitError):
             size_of(wrong, "memory")
-    with pytest.raises(ArgumentError, match="`memory` must be more than 0"):
+    with pytest.raises(ArgumentError, match="`memory` is 0; give a size above 0"):
         size_of(0, "memory")
+
+
+@pytest.mark.parametrize("length", [10, 300, 900, 5000])
+def test_texts_of_any_length_are_texts(length):
+    texts = ["x" * length, "~nobody y" + "z " * length]
+    assert documents(texts) == tuple(texts)
+    assert documents(["see notes.txt", "b"]) == ("see notes.txt", "b")
+    with pytest.raises(DataError):
+        data_sources("x" * length)
+    with pytest.raises(RecipeError):
+        recipe_of("x" * length)
+
+
+def test_the_name_of_a_scheme_is_one_whatever_files_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fp8-dynamic").write_text("no recipe")
+    assert recipe_of("fp8-dynamic") == Recipe("fp8-dynamic")

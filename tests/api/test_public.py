@@ -186,6 +186,15 @@ def test_faults_of_quantize_keep_the_result(llama, tmp_path, monkeypatch, quiet)
     assert raised.value.result.check.is_sane is False
 
 
+def test_lists_are_no_texts_and_numbers_no_texts(llama, text, quiet):
+    with pytest.raises(qk.QuantkitError, match="`gates` must be a list"):
+        qk.evaluate(llama, (), text, gates="kld_mean<=1")
+    with pytest.raises(qk.QuantkitError, match="`alternatives` must be a list"):
+        qk.sensitivity(llama, "fp8-dynamic", text, alternatives="keep")
+    with pytest.raises(qk.QuantkitError, match="`max_kld` is '0.1'"):
+        qk.sensitivity(llama, "fp8-dynamic", text, max_kld="0.1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -194,7 +203,11 @@ def test_faults_of_quantize_keep_the_result(llama, tmp_path, monkeypatch, quiet)
         ({"hardware": "h100"}, "`hardware` is 'h100'"),
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"seq_len": 1.5}, "`seq_len` is 1.5"),
-        ({"max_shard_size": 0}, "`max_shard_size` must be more than 0"),
+        ({"max_shard_size": 0}, "`max_shard_size` is 0; give a size above 0"),
+        ({"max_shard_size": "much"}, "`max_shard_size` is 'much'"),
+        ({"max_shard_size": None}, "`max_shard_size` is None"),
+        ({"seed": 1.5}, "`seed` is 1.5"),
+        ({"recipe": 8}, "`recipe` is 8"),
         ({"ignore": "lm_head"}, "`ignore` must be a list"),
     ],
 )

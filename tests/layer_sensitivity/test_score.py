@@ -18,9 +18,9 @@ from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exporter.plan import ExportOptions, ExportPlan, plan_export
 from quantkit.exporter.write import export
 from quantkit.layer_sensitivity.advice import (
+    checkpoint_bytes,
     predicted_kld,
     read_earlier_result,
-    size_of,
     solve_again,
 )
 from quantkit.layer_sensitivity.base_model import BaseModel, open_base_model
@@ -154,8 +154,8 @@ def test_a_layers_experts_are_scored_as_one_group(kind, tmp_path, text):
 def test_sums_and_sizes_are_those_of_their_parts(result):
     nothing, everything, scores = [KEEP] * GROUPS, [RECIPE] * GROUPS, result.scores
     assert predicted_kld(scores, nothing) == 0
-    assert size_of(scores, nothing) == scores.bytes.all_kept == result.model.bytes
-    assert size_of(scores, everything) == scores.bytes.all_quantized
+    assert checkpoint_bytes(scores, nothing) == scores.bytes.all_kept == result.model.bytes
+    assert checkpoint_bytes(scores, everything) == scores.bytes.all_quantized
     found = scores.additivity[RECIPE]
     assert found.sum == pytest.approx(
         sum(group.choices[RECIPE].own_kld for group in scores.groups), rel=1e-12

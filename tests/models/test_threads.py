@@ -12,6 +12,7 @@ from quantkit.models.threads import (
     StatefulModuleLock,
     denormals_as_zero,
     each_batch,
+    one_thread,
     pool_of_single_threads,
 )
 
@@ -188,3 +189,31 @@ def test_a_pool_runs_nothing_more_once_its_context_ends():
         assert pool.submit(torch.get_num_threads) and torch.get_num_threads() == 1
         raise ZeroDivisionError
     assert len(ran) < 10 and torch.get_num_threads() == before
+
+
+def test_overlapping_calls_leave_the_number_of_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    inside, leave = threading.Event(), threading.Event()
+
+    def work():
+        with one_thread():
+            inside.set()
+            leave.wait(10)
+
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert inside.wait(10)
+        with one_thread():
+            leave.set()
+            thread.join()
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        found = []
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert found == [3]
+    finally:
+        torch.set_num_threads(before)
