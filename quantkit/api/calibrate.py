@@ -15,7 +15,7 @@ from quantkit.api.inputs import (
     require_whole,
     size_of,
 )
-from quantkit.api.messages import step_done, warn
+from quantkit.api.messages import step_done, tell_of_new_start, warn
 from quantkit.calibration.calibrate import calibrate as run_calibration
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.result import CalibrationResult
@@ -95,6 +95,7 @@ def calibrate(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
+    tell_of_new_start(options.output, resume)
     result = run_calibration(options, progress or silent, should_stop or never)
     if not result.was_finished:
         warn(result.warnings)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quantkit.api.inputs import Model, model_path, recipe_of, require_choice, size_of
-from quantkit.api.messages import step_done, warn
+from quantkit.api.messages import step_done, tell_of_new_start, warn
 from quantkit.checkpoint.formats import FORMATS
 from quantkit.checkpoint.hub import is_hub_id, open_hub_model
 from quantkit.checkpoint.reader import Checkpoint
@@ -98,6 +98,7 @@ def export(
     if dry_run:
         warn(plan.warnings)
         return ExportResult.of(plan)
+    tell_of_new_start(directory, resume)
     result = write_checkpoint(plan, progress or silent, should_stop or never)
     warn(plan.warnings)
     step_done(result)

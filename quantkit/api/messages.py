@@ -11,6 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from quantkit.errors import QuantkitWarning
 from quantkit.models.distributed import is_first_process
@@ -22,6 +23,13 @@ def step_done(text: object) -> None:
     """Log a step that is done, as `str()` of its result describes it."""
     if is_first_process():
         LOGGER.info("%s", text)
+
+
+def tell_of_new_start(output: Path, resume: bool) -> None:
+    """Log that there is nothing to continue: a mistyped output would repeat hours of work."""
+    partial = output.with_name(output.name + ".partial")
+    if resume and not output.exists() and not partial.exists():
+        step_done(f"there is no run to continue at {output}; starting a new one")
 
 
 def warn(texts: Iterable[str]) -> None:
