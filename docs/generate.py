@@ -336,6 +336,11 @@ SPEED = (
         "(architecture.md). This compares both.",
         ("benchmarks/results/rooms.md",),
     ),
+    Section(
+        "The library and its documents",
+        "What importing quantkit costs, and how long its pages are.",
+        ("benchmarks/results/interface.md",),
+    ),
 )
 KERNELS = (
     Section(
