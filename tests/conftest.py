@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from tiny_llama import make_llama, make_text
 # What tests judge is kept where nobody else looks, and goes with them.
 _CACHE = tempfile.TemporaryDirectory(prefix="quantkit-tests-")
 os.environ["QUANTKIT_CACHE"] = _CACHE.name
+
+# A shell starts background jobs with SIGINT ignored, and processes inherit that: tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

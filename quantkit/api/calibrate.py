@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from quantkit.api.inputs import (
     Data,
     Model,
     data_sources,
     model_path,
+    path_of,
     recipe_of,
     require_at_least,
+    require_callables,
+    require_flags,
     require_whole,
     size_of,
 )
 from quantkit.api.messages import step_done, tell_of_new_start, warn
+from quantkit.api.one_run import one_run
 from quantkit.calibration.calibrate import calibrate as run_calibration
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.result import CalibrationResult
@@ -76,12 +79,20 @@ def calibrate(
         OutputError: the output can't be written, or must not be replaced or continued.
         Interrupted: `should_stop` ended the run.
     """
+    require_callables(progress=progress, should_stop=should_stop)
+    require_flags(
+        all_experts=all_experts,
+        trust_remote_code=trust_remote_code,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    require_whole("num_samples", num_samples)
     require_at_least(1, num_samples=num_samples, batch_size=batch_size)
     require_whole("seed", seed)
     require_at_least(2, seq_len=seq_len)
     options = CalibrationOptions(
         model_path(model),
-        Path(output),
+        path_of("output", output),
         data_sources(data),
         None if recipe is None else recipe_of(recipe),
         num_samples=num_samples,
@@ -96,7 +107,8 @@ def calibrate(
         trust_remote_code=trust_remote_code,
     )
     tell_of_new_start(options.output, resume)
-    result = run_calibration(options, progress or silent, should_stop or never)
+    with one_run():
+        result = run_calibration(options, progress or silent, should_stop or never)
     if not result.was_finished:
         warn(result.warnings)
         for remark in result.chosen:

@@ -11,12 +11,15 @@ from quantkit.api.inputs import (
     data_sources,
     model_path,
     require_at_least,
+    require_callables,
     require_choice,
+    require_flags,
     require_list,
 )
+from quantkit.api.one_run import one_run
 from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.data.protocols import PROTOCOLS
-from quantkit.errors import DataError
+from quantkit.errors import ArgumentError, DataError
 from quantkit.evaluation.evaluate import evaluate as run_evaluation
 from quantkit.evaluation.preflight import EvaluationOptions
 from quantkit.evaluation.result import Evaluation
@@ -79,6 +82,8 @@ def evaluate(
         RuntimeLimitError: `hardware` can't run a scheme.
         Interrupted: `should_stop` ended the run.
     """
+    require_callables(progress=progress, should_stop=should_stop)
+    require_flags(noise_floor=noise_floor, cache=cache, trust_remote_code=trust_remote_code)
     require_choice("protocol", protocol, PROTOCOLS)
     require_choice("exec", exec, EXECUTIONS)
     require_choice("hardware", hardware, HARDWARE)
@@ -87,6 +92,8 @@ def evaluate(
     sources = data_sources(data)
     if not sources:
         raise DataError("`data` holds no text; give a file or a list of texts")
+    if not isinstance(quants, (str, os.PathLike, Iterable)):
+        raise ArgumentError(f"`quants` is {quants!r}; give a checkpoint or a list of them")
     named = [quants] if isinstance(quants, (str, os.PathLike)) else list(quants)
     options = EvaluationOptions(
         model_path(base),
@@ -103,4 +110,5 @@ def evaluate(
         noise_floor=noise_floor,
         cache=cache,
     )
-    return run_evaluation(options, progress or silent, should_stop or never)
+    with one_run():
+        return run_evaluation(options, progress or silent, should_stop or never)

@@ -6,8 +6,20 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from quantkit.api.inputs import Model, model_path, recipe_of, require_choice, size_of
+from quantkit.api.inputs import (
+    Model,
+    model_name,
+    model_path,
+    path_of,
+    recipe_of,
+    require_callables,
+    require_choice,
+    require_flags,
+    require_list,
+    size_of,
+)
 from quantkit.api.messages import step_done, tell_of_new_start, warn
+from quantkit.api.one_run import one_run
 from quantkit.checkpoint.formats import FORMATS
 from quantkit.checkpoint.hub import is_hub_id, open_hub_model
 from quantkit.checkpoint.reader import Checkpoint
@@ -16,6 +28,7 @@ from quantkit.errors import ArgumentError
 from quantkit.exporter.plan import ExportOptions, plan_export
 from quantkit.exporter.result import ExportResult
 from quantkit.exporter.write import export as write_checkpoint
+from quantkit.models.distributed import require_one_process
 from quantkit.schemes.recipe import Recipe
 from quantkit.schemes.serving import RUNTIMES
 
@@ -78,15 +91,24 @@ def export(
         OutputError: the output can't be written, or must not be replaced or continued.
         Interrupted: `should_stop` ended the run.
     """
+    require_callables(progress=progress, should_stop=should_stop)
+    require_flags(
+        allow_unreached=allow_unreached,
+        stream_download=stream_download,
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    require_one_process("export")
     require_choice("runtime", runtime, RUNTIMES)
     require_choice("format", format, FORMATS)
-    directory = Path(output)
-    path, checkpoint = _open(os.fspath(model), directory, calibration, stream_download)
+    directory = path_of("output", output)
+    path, checkpoint = _open(model_name(model), directory, calibration, stream_download)
     options = ExportOptions(
         path,
         directory,
-        recipe_of(recipe).with_options(ignore, kv_cache, observer),
-        None if calibration is None else Path(calibration),
+        recipe_of(recipe).with_options(require_list("ignore", ignore), kv_cache, observer),
+        None if calibration is None else path_of("calibration", calibration),
         runtime=runtime,
         file_format=format,
         max_shard_bytes=size_of(max_shard_size, "max_shard_size"),
@@ -99,7 +121,8 @@ def export(
         warn(plan.warnings)
         return ExportResult.of(plan)
     tell_of_new_start(directory, resume)
-    result = write_checkpoint(plan, progress or silent, should_stop or never)
+    with one_run():
+        result = write_checkpoint(plan, progress or silent, should_stop or never)
     warn(plan.warnings)
     step_done(result)
     return result

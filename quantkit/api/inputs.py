@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,46 @@ _RECIPE_FILES = (".yaml", ".yml")
 def model_path(model: Model) -> Path:
     """The directory of a model; a hub id is downloaded, a .gguf file converted.
 
-    Raises CheckpointError if that fails.
+    Raises CheckpointError if that fails, ArgumentError for anything but a name.
     """
-    return resolve_model(os.fspath(model))
+    return resolve_model(model_name(model))
+
+
+def model_name(model: Model) -> str:
+    """The name of a model. Raises ArgumentError for anything else, such as a torch module."""
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise ArgumentError(
+            f"a model is given as {type(model).__name__}; give a directory, a hub id or a .gguf"
+            " file: models are read from disk, a part at a time"
+        )
+    return os.fspath(model)
+
+
+def path_of(name: str, value: str | os.PathLike[str]) -> Path:
+    """A file or directory that a parameter names; `~` is the home directory.
+
+    Raises ArgumentError for anything but a name.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise ArgumentError(f"`{name}` is {value!r}; give a path")
+    path = Path(os.path.expanduser(os.fspath(value)))
+    if not path.name:
+        raise ArgumentError(f"`{name}` is '{os.fspath(value)}'; give a path that ends in a name")
+    return path
+
+
+def require_flags(**values: bool) -> None:
+    """Raise ArgumentError for a parameter that isn't True or False: "no" would count as True."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"`{name}` is {value!r}; give True or False")
+
+
+def require_callables(**values: Callable[..., Any] | None) -> None:
+    """Raise ArgumentError for a parameter that is neither None nor callable."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise ArgumentError(f"`{name}` is {value!r}; give a function")
 
 
 def recipe_of(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
@@ -43,12 +81,12 @@ def recipe_of(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
         raise RecipeError(f"`recipe` is {recipe!r}; give a Recipe, a scheme's name or a .yaml file")
     text = os.fspath(recipe)
     if isinstance(recipe, os.PathLike) or text.endswith(_RECIPE_FILES):
-        return Recipe.load(Path(text).expanduser())
+        return Recipe.load(path_of("recipe", text))
     try:
         return Recipe(QuantScheme.parse(text))
     except RecipeError as error:
         if is_file(text):
-            return Recipe.load(Path(text).expanduser())
+            return Recipe.load(path_of("recipe", text))
         raise RecipeError(str(error), "or give a recipe's .yaml file") from None
 
 
@@ -72,9 +110,13 @@ def require_choice(name: str, value: str | None, allowed: Iterable[str]) -> None
         raise ArgumentError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}")
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def require_whole(name: str, value: int) -> None:
     """Raise ArgumentError unless a parameter is a whole number."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_whole(value):
         raise ArgumentError(f"`{name}` is {value!r}; it must be a whole number")
 
 
@@ -83,15 +125,17 @@ def require_at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not _is_whole(value) or value < least:
             raise ArgumentError(f"`{name}` is {value!r}; it must be a whole number from {least} up")
 
 
 def require_list(name: str, values: Iterable[str]) -> tuple[str, ...]:
     """The values of a parameter. Raises ArgumentError for one text, whose letters would count."""
-    if isinstance(values, str):
-        raise ArgumentError(f"`{name}` must be a list of texts, not the text {values!r}")
-    return tuple(values)
+    is_list = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping))
+    found = tuple(values) if is_list else ()
+    if not is_list or not all(isinstance(value, str) for value in found):
+        raise ArgumentError(f"`{name}` must be a list of texts, not {values!r}")
+    return found
 
 
 def data_sources(data: Data | None) -> tuple[DataSource, ...]:
@@ -106,6 +150,11 @@ def data_sources(data: Data | None) -> tuple[DataSource, ...]:
         return ()
     if isinstance(data, (str, os.PathLike)):
         return _files([data])
+    if isinstance(data, (bytes, set, frozenset)) or not isinstance(data, Iterable):
+        raise DataError(
+            f"`data` is {type(data).__name__}; give file names, a list of texts, or records in an"
+            " order"
+        )
     if isinstance(data, Mapping):
         raise DataError(
             "`data` is a mapping; give one split of a dataset, a list of texts, or a list of"

@@ -8,6 +8,7 @@ is a QuantkitWarning. Of several processes, only the first speaks.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ def step_done(text: object) -> None:
 def tell_of_new_start(output: Path, resume: bool) -> None:
     """Log that there is nothing to continue: a mistyped output would repeat hours of work."""
     partial = output.with_name(output.name + ".partial")
-    if resume and not output.exists() and not partial.exists():
+    if resume and not os.path.lexists(output) and not partial.exists():
         step_done(f"there is no run to continue at {output}; starting a new one")
 
 

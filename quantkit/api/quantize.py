@@ -14,13 +14,18 @@ from quantkit.api.inputs import (
     Model,
     data_sources,
     model_path,
+    path_of,
     recipe_of,
     require_at_least,
+    require_callables,
     require_choice,
+    require_flags,
+    require_list,
     require_whole,
     size_of,
 )
 from quantkit.api.messages import step_done, warn
+from quantkit.api.one_run import one_run
 from quantkit.calibration.calibrate import calibrate as run_calibration
 from quantkit.calibration.options import CalibrationOptions
 from quantkit.calibration.reader import Calibration
@@ -30,7 +35,7 @@ from quantkit.checkpoint.formats import FORMATS
 from quantkit.checkpoint.notebook import html_table
 from quantkit.checkpoint.output_checks import check_output
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
+from quantkit.checkpoint.run_control import RESUME_HINT, Progress, ShouldStop, never, silent
 from quantkit.data.sources import DataSource
 from quantkit.errors import FaultsFound, Interrupted, OutputError, QuantkitError
 from quantkit.evaluation.sanity_check import CHECK_TOKENS, SanityCheck, check_sanity
@@ -165,26 +170,38 @@ def quantize(
             the error's `result` is the QuantizeResult.
         QuantkitError: as `calibrate` and `export` raise it.
     """
-    require_one_process()
+    require_callables(progress=progress, should_stop=should_stop)
+    require_flags(
+        all_experts=all_experts,
+        allow_unreached=allow_unreached,
+        verify=verify,
+        check=check,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    require_one_process("quantize")
     require_choice("runtime", runtime, RUNTIMES)
     require_choice("format", format, FORMATS)
     require_choice("hardware", hardware, HARDWARE)
+    require_whole("num_samples", num_samples)
     require_at_least(1, num_samples=num_samples, batch_size=batch_size)
     require_whole("seed", seed)
     require_at_least(2, seq_len=seq_len, check_tokens=check_tokens)
-    path, directory, sources = model_path(model), Path(output), data_sources(data)
+    path, directory, sources = model_path(model), path_of("output", output), data_sources(data)
     if recipe is None:
         made = _default_recipe(path, runtime, hardware, format)
     else:
         made = recipe_of(recipe)
-    made = made.with_options(ignore, kv_cache, observer)
+    made = made.with_options(require_list("ignore", ignore), kv_cache, observer)
     for scheme in made.schemes:
         as_computed(scheme, hardware)
     export_options = ExportOptions(
         path,
         directory,
         made,
-        None if calibration is None else Path(calibration),
+        None if calibration is None else path_of("calibration", calibration),
         runtime=runtime,
         file_format=format,
         max_shard_bytes=size_of(max_shard_size, "max_shard_size"),
@@ -230,7 +247,8 @@ def quantize(
         given = calibration is not None
         reason = "`calibration` is given" if given else "this recipe needs no calibration"
         warn([f"`data` is not read: {reason}"])
-    result = steps.run(plan, progress or silent, should_stop or never)
+    with one_run():
+        result = steps.run(plan, progress or silent, should_stop or never)
     _require_sound(result)
     return result
 
@@ -265,10 +283,13 @@ class _Steps:
         warn(text for text in plan.warnings if text not in warned)
         step_done(exported)
         result = QuantizeResult(self.export.recipe, exported, calibrated)
-        if self.verify:
-            result = replace(result, verification=_verify(plan, progress, should_stop))
-        if self.check is not None and (result.verification is None or result.verification.ok):
-            result = replace(result, check=_check(plan, self.check, progress, should_stop))
+        try:
+            if self.verify:
+                result = replace(result, verification=_verify(plan, progress, should_stop))
+            if self.check is not None and (result.verification is None or result.verification.ok):
+                result = replace(result, check=_check(plan, self.check, progress, should_stop))
+        except Interrupted as stopped:
+            raise Interrupted(str(stopped), RESUME_HINT) from None  # the files are complete
         return result
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from quantkit.api.inputs import (
     Data,
     Model,
     data_sources,
     model_path,
+    path_of,
     recipe_of,
     require_at_least,
+    require_callables,
+    require_flags,
     require_list,
     require_whole,
 )
+from quantkit.api.one_run import one_run
 from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.errors import ArgumentError
 from quantkit.layer_sensitivity.options import KEEP, SensitivityOptions
@@ -82,6 +85,8 @@ def sensitivity(
         DataError: the text can't be read or is too short.
         Interrupted: `should_stop` ended the run.
     """
+    require_callables(progress=progress, should_stop=should_stop)
+    require_flags(trust_remote_code=trust_remote_code, resume=resume, overwrite=overwrite)
     require_whole("seed", seed)
     require_at_least(2, max_tokens=max_tokens, seq_len=seq_len)
     if max_kld is not None and not isinstance(max_kld, (int, float)):
@@ -90,7 +95,7 @@ def sensitivity(
         model_path(model),
         recipe_of(recipe),
         require_list("alternatives", alternatives) or (KEEP,),
-        None if calibration is None else Path(calibration),
+        None if calibration is None else path_of("calibration", calibration),
         data_sources(data),
         max_tokens=max_tokens,
         seq_len=seq_len,
@@ -99,8 +104,9 @@ def sensitivity(
         seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,
-        output=None if output is None else Path(output),
+        output=None if output is None else path_of("output", output),
         resume=resume,
         overwrite=overwrite,
     )
-    return score_sensitivity(options, progress or silent, should_stop or never)
+    with one_run():
+        return score_sensitivity(options, progress or silent, should_stop or never)

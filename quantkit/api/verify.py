@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.api.inputs import Model, model_path, require_choice
+from quantkit.api.inputs import Model, model_path, require_callables, require_choice
 from quantkit.api.messages import step_done, warn
 from quantkit.checkpoint.run_control import Progress, ShouldStop, never, silent
 from quantkit.exporter.verification import Verification
@@ -34,6 +34,7 @@ def verify(
         CheckpointError: there is no checkpoint, or `base` can't be compared with it.
         Interrupted: `should_stop` ended the run.
     """
+    require_callables(progress=progress, should_stop=should_stop)
     require_choice("runtime", runtime, RUNTIMES)
     found = check_checkpoint(
         model_path(checkpoint),

@@ -34,14 +34,17 @@ def is_first_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def require_one_process() -> None:
-    """Raise QuantkitError in one of several processes: all would write the same output."""
+def require_one_process(what: str) -> None:
+    """Raise QuantkitError in one of several processes: all would write the same output.
+
+    what: name of the function.
+    """
     import torch.distributed as dist
 
     has_group = dist.is_available() and dist.is_initialized()
     if (dist.get_world_size() if has_group else int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise QuantkitError(
-            "quantize runs in one process, and this is one of several",
+            f"{what} runs in one process, and this is one of several",
             hint="share the work of calibrate, then export in one process",
         )
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -209,6 +210,13 @@ def test_lists_are_no_texts_and_numbers_no_texts(llama, text, quiet):
         ({"seed": 1.5}, "`seed` is 1.5"),
         ({"recipe": 8}, "`recipe` is 8"),
         ({"ignore": "lm_head"}, "`ignore` must be a list"),
+        ({"ignore": None}, "`ignore` must be a list"),
+        ({"overwrite": "no"}, "`overwrite` is 'no'; give True or False"),
+        ({"progress": True}, "`progress` is True; give a function"),
+        ({"num_samples": None}, "`num_samples` is None"),
+        ({"calibration": 3}, "`calibration` is 3; give a path"),
+        ({"data": {"a", "b"}}, "`data` is set"),
+        ({"data": b"text"}, "`data` is bytes"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_its_name(llama, tmp_path, arguments, message):
@@ -260,3 +268,37 @@ def test_all_files_are_closed(llama, text, tmp_path):
         qk.sensitivity(llama, "fp8-dynamic", text, seq_len=64, max_tokens=64)
         gc.collect()
     assert [each for each in warned if each.category is ResourceWarning] == []
+
+
+def test_paths_may_begin_with_the_home_directory(llama, tmp_path, monkeypatch, quiet):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exported = qk.export(llama, "~/out", "fp8-dynamic")
+    assert exported.path == tmp_path / "out" and exported.path.is_dir()
+    for name in ("", ".", "/"):
+        with pytest.raises(qk.QuantkitError, match="`output` is"):
+            qk.export(llama, name, "fp8-dynamic")
+
+
+@pytest.mark.parametrize("model", [None, 3, object(), ""])
+def test_a_model_is_a_name(model, tmp_path):
+    with pytest.raises(qk.QuantkitError, match="a model is given as"):
+        qk.export(model, tmp_path / "out", "fp8-dynamic")
+
+
+def test_calls_in_threads_and_other_default_dtypes_change_nothing(llama, text, tmp_path, quiet):
+    import torch
+
+    def calibrated(name: str) -> dict[str, bytes]:
+        path = qk.calibrate(llama, tmp_path / name, data=text, num_samples=4, seq_len=64).path
+        return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+    expected = calibrated("alone")
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(calibrated, "abc")) == [expected] * 3
+    assert torch.get_default_dtype() == torch.float32
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert calibrated("half") == expected
+        assert torch.get_default_dtype() == torch.float16
+    finally:
+        torch.set_default_dtype(torch.float32)
