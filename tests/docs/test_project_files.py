@@ -1,6 +1,7 @@
 """The project's outer files: changelog, workflow, issue forms."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,11 @@ def test_an_issue_form_is_complete_and_asks_for_the_doctor(path):
     assert {"name", "description", "body"} <= set(form)
     assert len({field["id"] for field in form["body"]}) == len(form["body"])
     assert any(field["attributes"]["label"] == "quantkit doctor --json" for field in form["body"])
+
+
+def test_no_file_of_the_repository_is_a_link():
+    """A link to a build on one machine breaks the wheel on every other."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("these are the sources without their repository")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
