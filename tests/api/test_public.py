@@ -38,6 +38,7 @@ def test_the_public_names_are_these():
         qk.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_names_stay_functions_when_rooms_are_imported():
     code = (
         "import quantkit.api.sensitivity, quantkit.cli.main, quantkit.layer_sensitivity.score;"

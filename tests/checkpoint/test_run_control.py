@@ -132,6 +132,7 @@ def test_a_stopped_verification_says_how_far_it_came(llama):
         verify(llama, progress=ctrl_c_after(0))
 
 
+@pytest.mark.slow
 def test_a_stopped_sensitivity_is_resumed_only_if_it_has_an_output(llama, text, tmp_path):
     options = SensitivityOptions(llama, RECIPE, data=(str(text),), max_tokens=64, seq_len=32)
     with pytest.raises(Interrupted, match=r"^stopped after block 1 of 2$"):

@@ -17,6 +17,7 @@ def require_named(keys) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::quantkit.errors.QuantkitWarning")
 def test_keys_of_an_export_and_an_evaluation_are_named(tmp_path, llama, calib, text):
     exported = qk.export(llama, tmp_path / "out", "fp8-static", calibration=calib)
@@ -28,6 +29,7 @@ def test_keys_of_an_export_and_an_evaluation_are_named(tmp_path, llama, calib, t
     require_named([*quant["ppl_delta_pct"], *quant["kld"], *quant["flips"]])
 
 
+@pytest.mark.slow
 def test_keys_of_a_calibration_are_named(calib):
     content = json.loads((calib / "calibration.json").read_text())
     require_named([*content, *content["inputs"][0], *content["kv"][0]])

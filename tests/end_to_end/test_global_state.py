@@ -118,6 +118,7 @@ def fail_in_the_middle(what: str, done: float, total: float) -> None:
         raise Failure
 
 
+@pytest.mark.slow
 def test_a_call_leaves_the_process_as_it_was_and_prints_nothing(
     llama, text, tmp_path, settings, capfd
 ):
