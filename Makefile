@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
 help:
 	@echo "make demo     quantize and evaluate a small real model, in a few minutes"
-	@echo "make check    before each commit: lint, types and the quick tests, in 90 seconds"
+	@echo "make check    before each commit: lint, types and the quick tests, in under two minutes"
 	@echo "make test     run all tests"
 	@echo "make docs     build the documentation in site/; warnings are errors (make docs-serve shows it)"
 	@echo "make wheel    build one wheel with the compiled kernels, for every Python and torch, in dist/"
